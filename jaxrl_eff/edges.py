@@ -8,6 +8,8 @@ begins, since nobody chose its first token.
 
 from typing import NamedTuple
 
+import jax
+
 
 class Edge(NamedTuple):
     """What an array of this name must look like."""
@@ -67,3 +69,23 @@ def check(call: str, arrays: dict) -> None:
                 raise ValueError(
                     f"{call}: '{name}' has {n} along {letter}, but '{owner}' has {seen}."
                 )
+
+
+def shapes(writes: tuple[str, ...], reads: dict) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a host call must write, from the sizes of what it reads.
+
+    Args:
+        writes: names; those outside the glossary are float32, one number a row.
+        reads: name -> anything with `shape`.
+    """
+    sizes = {}
+    for name, array in reads.items():
+        if name in EDGES:
+            sizes |= zip(EDGES[name].axes.split(), array.shape, strict=True)
+    rows = next(iter(reads.values())).shape[0]
+    out = {}
+    for name in writes:
+        edge = EDGES.get(name, Edge("B", "float32", ""))
+        shape = tuple(sizes.get(letter, rows) for letter in edge.axes.split())
+        out[name] = jax.ShapeDtypeStruct(shape, edge.dtype)
+    return out

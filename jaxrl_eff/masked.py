@@ -25,9 +25,7 @@ def whiten(
     return jnp.where(mask > 0, white if shift_mean else white + middle, 0.0)
 
 
-def segment_sum(
-    x: Float[Array, "B T"], segment: Int[Array, "B T"]
-) -> Float[Array, "B T1"]:
+def segment_sum(x: Float[Array, "B T"], segment: Int[Array, "B T"]) -> Float[Array, "B T1"]:
     """Sum of x over each packed sequence of a row.
 
     Args:
@@ -41,8 +39,6 @@ def segment_sum(
     return jax.vmap(lambda row, ids: jax.ops.segment_sum(row, ids, num_segments=width))(x, segment)
 
 
-def spread(
-    per_segment: Float[Array, "B T1"], segment: Int[Array, "B T"]
-) -> Float[Array, "B T"]:
+def spread(per_segment: Float[Array, "B T1"], segment: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """Gives every token the number of its segment: the transpose of `segment_sum`."""
     return jnp.take_along_axis(per_segment, segment, axis=1)

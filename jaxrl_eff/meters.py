@@ -5,21 +5,21 @@ length. Meters are pytrees: `dataflow` adds them over microbatches with `add`, k
 optimizer update of a call, combines these with `combine`, and `read`s the number at the end.
 """
 
-import functools
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.shapes import Array, Float, Int
+from jaxrl_eff.shapes import Array, Float
 
 
 @flax.struct.dataclass
 class Mean:
     """sum / weight. Both are sums over whatever was counted."""
 
-    sum: Float[Array, "..."]
-    weight: Float[Array, "..."]
+    sum: Any  # float32
+    weight: Any  # float32, same shape
 
     def read(self) -> Float[Array, "..."]:
         return self.sum / jnp.maximum(self.weight, 1e-8)
@@ -29,7 +29,7 @@ class Mean:
 class Max:
     """The largest value seen."""
 
-    value: Float[Array, "..."]
+    value: Any  # float32
 
     def read(self) -> Float[Array, "..."]:
         return self.value
@@ -44,7 +44,7 @@ class Quantile:
     below 1e-9 counts as 0.
     """
 
-    counts: Int[Array, "... bins"]
+    counts: Any  # [..., bins] int32
     q: float = flax.struct.field(pytree_node=False)
 
     _LOW, _PER_DECADE, _BINS = -9, 16, 12 * 16 + 1
@@ -95,7 +95,7 @@ def combine(stacked: Meter) -> Meter:
         return jax.tree.map(lambda x: x[0], stacked.inner)
     if isinstance(stacked, Max):
         return Max(stacked.value.max(axis=0))
-    return jax.tree.map(functools.partial(jnp.sum, axis=0, dtype=None), stacked)
+    return jax.tree.map(lambda x: x.sum(axis=0), stacked)
 
 
 def read(meter: Meter | Array | float) -> Array | float:

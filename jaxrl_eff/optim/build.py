@@ -1,0 +1,115 @@
+"""Any optax optimizer by name, with clipping, frozen parts and float32 state."""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def optimizer_names() -> list[str]:
+    """Names of the optax optimizers that take a learning rate and need nothing else."""
+    names = []
+    for name in sorted(set(dir(optax))):
+        fn = getattr(optax, name)
+        if not inspect.isfunction(fn) or name.startswith("scale_by"):
+            continue
+        parameters = inspect.signature(fn).parameters
+        needed = {p for p, v in parameters.items() if v.default is inspect.Parameter.empty}
+        if "learning_rate" in parameters and needed <= {"learning_rate"}:
+            names.append(name)
+    return names
+
+
+def optimizer(
+    name: str,
+    learning_rate: float | optax.Schedule,
+    *,
+    clip_norm: float = 0.0,
+    weight_decay: float = 0.0,
+    frozen: Sequence[str] = (),
+    no_decay: Sequence[str] = (".*scale", ".*bias"),
+    options: Mapping[str, Any] | None = None,
+) -> optax.GradientTransformation:
+    """An optax optimizer by name, with what fine-tuning usually wants around it.
+
+    Args:
+        name: of a function in optax, e.g. "adamw", "lion", "sgd".
+        learning_rate: a number or a schedule.
+        clip_norm: gradients are scaled down to this global norm; 0 leaves them.
+        weight_decay: decoupled decay, for optimizers that have it.
+        frozen: regular expressions of parameter names (`layers/attn/q/kernel`) that never change;
+            they have no optimizer state.
+        no_decay: regular expressions of parameter names that are not decayed.
+        options: further arguments of the optax function.
+
+    Returns:
+        A transform whose state is float32 whatever the parameters' dtype.
+
+    Raises:
+        ValueError: an unknown optimizer or option.
+    """
+    if name not in optimizer_names():
+        raise ValueError(f"optimizer is {name!r}; optax has {optimizer_names()}.")
+    fn, options = getattr(optax, name), dict(options or {})
+    known = inspect.signature(fn).parameters
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(f"optax.{name} has no options {unknown}; it has {sorted(known)}.")
+    if weight_decay and "weight_decay" not in known:
+        raise ValueError(f"optax.{name} has no weight decay, but weight_decay is {weight_decay}.")
+    if "weight_decay" in known:
+        options.setdefault("weight_decay", weight_decay)
+        if "mask" in known:
+            options.setdefault("mask", lambda tree: _unnamed(tree, no_decay))
+    tx = fn(learning_rate, **options)
+    if clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+    tx = in_float32(tx)
+    if frozen:
+        tx = optax.chain(
+            optax.masked(tx, lambda tree: _unnamed(tree, frozen)),
+            optax.masked(optax.set_to_zero(), lambda tree: _named(tree, frozen)),
+        )
+    return tx
+
+
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs a transform on float32 copies, so that its state is float32 for bfloat16 parameters.
+
+    optax keeps moments in the parameters' dtype, and in bfloat16 the second one stops moving:
+    0.999 v + 0.001 g^2 rounds back to v. The updates stay float32; `optax.apply_updates` rounds the
+    sum to the parameters' dtype.
+    """
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+
+    def init(params: Any) -> Any:
+        return tx.init(wide(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return tx.update(wide(updates), state, None if params is None else wide(params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _named(tree: Any, patterns: Sequence[str]) -> Any:
+    """True where the leaf's whole name matches one of the patterns."""
+    return jax.tree_util.tree_map_with_path(_matcher(patterns), tree)
+
+
+def _unnamed(tree: Any, patterns: Sequence[str]) -> Any:
+    matches = _matcher(patterns)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: not matches(path, leaf), tree)
+
+
+def _matcher(patterns: Sequence[str]) -> Callable[[Any, Any], bool]:
+    def matches(path: Any, leaf: Any) -> bool:
+        del leaf
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return any(re.fullmatch(p, name) for p in patterns)
+
+    return matches

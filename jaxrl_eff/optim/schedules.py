@@ -1,0 +1,39 @@
+"""Learning-rate schedules by number of updates."""
+
+import optax
+
+SHAPES = ("constant", "linear", "cosine")
+
+
+def warmup_then(
+    shape: str, *, peak: float, updates: int, warmup: int = 0, final: float = 0.0
+) -> optax.Schedule:
+    """Linear warm-up from 0 to `peak`, then a constant, linear or cosine way to `final * peak`.
+
+    Args:
+        shape: "constant", "linear" or "cosine".
+        peak: the learning rate after warm-up.
+        updates: optimizer updates in all, warm-up included; the last value is reached there.
+        warmup: updates of warm-up; the first update already moves.
+        final: the last value as a share of the peak; a constant schedule has no use for it.
+
+    Returns:
+        update count -> learning rate.
+
+    Raises:
+        ValueError: an unknown shape, or a warm-up longer than the whole.
+    """
+    if shape not in SHAPES:
+        raise ValueError(f"schedule is {shape!r}; it must be one of {list(SHAPES)}.")
+    if not 0 <= warmup <= updates:
+        raise ValueError(f"warmup is {warmup} updates, but must be within 0 and {updates}.")
+    rest = max(updates - warmup, 1)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, final * peak, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=final),
+    }[shape]()
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])

@@ -1,0 +1,111 @@
+"""Placement: which devices a call uses and how they are meshed, as plain data.
+
+A placement prints, hashes and serialises without touching a device; `mesh` makes it real. The
+axes are those of the paper's plans and more: `stage` (pipelining, reserved: priced by planners,
+not executed), `data`, `fsdp` (parameters sharded, gathered on use), `seq` (sequence positions) and
+`tensor` (heads and feed-forward width).
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+AXES = ("stage", "data", "fsdp", "seq", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where one call runs.
+
+    Attributes:
+        devices: indices into `jax.devices()`, in mesh order (last axis fastest).
+        stage, data, fsdp, seq, tensor: sizes of the mesh axes; their product is the number of
+            devices. `data=0` takes whatever the other axes leave over.
+        microbatches: into how many parts the call splits its rows, one after the other, to save
+            memory. Never changes a result beyond rounding.
+
+    Raises:
+        ValueError: the axes do not fit the devices, or a device is named twice.
+    """
+
+    devices: tuple[int, ...]
+    stage: int = 1
+    data: int = 0
+    fsdp: int = 1
+    seq: int = 1
+    tensor: int = 1
+    microbatches: int = 1
+
+    def __post_init__(self):
+        if len(set(self.devices)) != len(self.devices) or not self.devices:
+            raise ValueError(f"devices {list(self.devices)} must be distinct and at least one.")
+        for axis in (*AXES, "microbatches"):
+            low = 0 if axis == "data" else 1
+            if getattr(self, axis) < low:
+                raise ValueError(f"{axis} is {getattr(self, axis)}, but must be at least {low}.")
+        if self.stage != 1:
+            raise ValueError(f"stage is {self.stage}; pipelining is reserved, use stage=1.")
+        others = self.fsdp * self.seq * self.tensor
+        data = self.data or len(self.devices) // others
+        if data * others != len(self.devices):
+            raise ValueError(
+                f"{len(self.devices)} devices {list(self.devices)} cannot be meshed as "
+                f"data={self.data or '(rest)'} fsdp={self.fsdp} seq={self.seq} "
+                f"tensor={self.tensor}: the axes must multiply to the number of devices."
+            )
+        object.__setattr__(self, "data", data)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """Axis name -> size, in mesh order."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def row_shards(self) -> int:
+        """Into how many shards the rows of a batch are split."""
+        return self.data * self.fsdp
+
+    def __str__(self) -> str:
+        shape = " ".join(f"{a}={n}" for a, n in self.axes.items() if n > 1) or "one device"
+        parts = f", {self.microbatches} microbatches" if self.microbatches > 1 else ""
+        return f"devices {span(self.devices)}: {shape}{parts}"
+
+    def to_json(self) -> dict:
+        """Plain data for the run's plan.json."""
+        return {
+            "devices": list(self.devices),
+            "axes": self.axes,
+            "microbatches": self.microbatches,
+        }
+
+
+def span(devices: tuple[int, ...]) -> str:
+    """`0-3` for consecutive devices, `0,2` otherwise."""
+    first, last = devices[0], devices[-1]
+    if len(devices) > 1 and devices == tuple(range(first, last + 1)):
+        return f"{first}-{last}"
+    return ",".join(map(str, devices))
+
+
+@functools.cache
+def mesh(placement: Placement) -> Mesh:
+    """The placement's mesh over this job's devices.
+
+    Raises:
+        ValueError: the placement names a device that does not exist.
+    """
+    devices = jax.devices()
+    if max(placement.devices) >= len(devices):
+        raise ValueError(
+            f"the placement names device {max(placement.devices)}, but there are {len(devices)} "
+            f"devices, 0 to {len(devices) - 1}."
+        )
+    grid = np.array([devices[i] for i in placement.devices]).reshape(
+        [placement.axes[a] for a in AXES]
+    )
+    assert math.prod(grid.shape) == len(placement.devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,0 +1,120 @@
+"""Logical axes to mesh axes: one table for every model and every placement.
+
+A model names the axes of its parameters and activations (`embed`, `heads`, `batch`, ...); the table
+below says which mesh axis each is split over. An axis whose size does not divide is left whole,
+with a note, rather than refused: four key/value heads on eight-way tensor parallelism stay whole on
+each device, as every framework does.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxrl_eff.parallel.mesh import Placement, mesh
+
+# Batch rows are split over fsdp too: every device works on its own rows with gathered parameters.
+TABLE: dict[str, tuple[str, ...]] = {
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "ffn": ("tensor",),
+    "vocab": ("tensor",),
+    "head_dim": (),
+    "layers": (),
+    "batch": ("data", "fsdp"),
+    "length": ("seq",),
+    "act_embed": (),
+    "act_heads": ("tensor",),
+    "act_kv_heads": ("tensor",),
+    "act_ffn": ("tensor",),
+    "act_vocab": ("tensor",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """The table for one model on one placement.
+
+    Attributes:
+        placement: where.
+        table: logical axis -> mesh axes, without those that do not divide.
+        notes: one sentence for each axis that was left whole.
+    """
+
+    placement: Placement
+    table: tuple[tuple[str, tuple[str, ...] | None], ...]
+    notes: tuple[str, ...]
+
+    def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
+        """The spec of an array with these logical axes.
+
+        Raises:
+            ValueError: an axis is unknown, or two axes land on one mesh axis.
+        """
+        table, used, out = dict(self.table), set(), []
+        for axis in axes:
+            if axis is not None and axis not in table:
+                raise ValueError(f"unknown logical axis {axis!r}; there are {sorted(table)}.")
+            mesh_axes = table[axis] if axis is not None else None
+            for name in mesh_axes or ():
+                if name in used:
+                    raise ValueError(f"logical axes {axes} put two axes on mesh axis {name!r}.")
+                used.add(name)
+            out.append(mesh_axes or None)
+        return PartitionSpec(*out)
+
+    def sharding(self, axes: tuple[str | None, ...]) -> NamedSharding:
+        """As `spec`, on the placement's mesh."""
+        return NamedSharding(mesh(self.placement), self.spec(axes))
+
+    def tree(self, axes: Any) -> Any:
+        """Shardings of a tree whose leaves are tuples of logical axes."""
+        return jax.tree.map(self.sharding, axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def rules(placement: Placement, sizes: Mapping[str, set[int]], *, lengths: bool = True) -> Rules:
+    """The table for a model whose logical axes have these sizes.
+
+    Args:
+        placement: where the call runs.
+        sizes: logical parameter axis -> the sizes it takes in the model.
+        lengths: whether the call's arrays have whole rows of T positions. Generation adds one
+            position at a time, so its rows are not split over `seq`.
+    """
+    table, notes = dict(TABLE), []
+    if not lengths:
+        table["length"] = ()
+    for axis, seen in sizes.items():
+        ways = 1
+        for name in table[axis]:
+            ways *= placement.axes[name]
+        bad = sorted(n for n in seen if n % ways)
+        if bad:
+            notes.append(f"{axis} of size {bad[0]} does not divide by {ways} and stays whole")
+            table[axis] = ()
+            if f"act_{axis}" in table:
+                table[f"act_{axis}"] = ()
+    return Rules(placement, tuple((k, v or None) for k, v in table.items()), tuple(notes))
+
+
+def rows(placement: Placement, shape: tuple[int, ...], *, lengths: bool = True) -> NamedSharding:
+    """The sharding of a batch array: rows over data and fsdp, positions over seq.
+
+    A dimension that does not divide stays whole.
+    """
+    spec: list[Any] = []
+    if shape and shape[0] % placement.row_shards == 0:
+        spec.append(("data", "fsdp"))
+    elif shape:
+        spec.append(None)
+    if lengths and len(shape) > 1 and placement.seq > 1 and shape[1] % placement.seq == 0:
+        spec.append("seq")
+    return NamedSharding(mesh(placement), PartitionSpec(*spec))
+
+
+def replicated(placement: Placement) -> NamedSharding:
+    """Whole on every device of the placement."""
+    return NamedSharding(mesh(placement), PartitionSpec())

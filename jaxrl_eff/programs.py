@@ -1,0 +1,178 @@
+"""What one call becomes on its devices: a pure function, traced once.
+
+Microbatches, epochs and minibatches live here. Losses are sums, so how rows are split can never
+change a gradient beyond the rounding of reordered sums.
+"""
+
+import functools
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_eff import meters, tree
+from jaxrl_eff.graph import Call, Model
+
+
+def key_of(name: str, words: jax.Array) -> jax.Array:
+    """The call's own key. Folding in its name keeps others' randomness when a call is added."""
+    key = jax.random.wrap_key_data(words, impl="threefry2x32")
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def outputs_and_metrics(c: Call, params: Any, batch: dict, words: jax.Array) -> tuple[dict, dict]:
+    key = key_of(c.name, words)
+    out = dict(c.fn(batch, key) if c.kind == "local" else c.fn(params, batch, key))
+    return out, out.pop("metrics", {})
+
+
+def _split(batch: Any, parts: int) -> Any:
+    """`[B, ...] -> [parts, B / parts, ...]`; part m has rows m, m + parts, ...
+
+    Strided, so that every device keeps its own rows whatever the number of parts.
+    """
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch
+    )
+
+
+def apply_program(c: Call, microbatches: int, params: Any, batch: dict, words: jax.Array):
+    """A call that does not train: `-> (outputs, metrics)`."""
+    if microbatches == 1 or c.kind == "local":
+        out, m = outputs_and_metrics(c, params, batch, words)
+        return out, _numbers(m)
+    if c.kind == "generate":  # rows keep their own randomness in whatever part they are
+        first = next(iter(batch.values()))
+        batch = batch | {"prompt_row": jnp.arange(first.shape[0], dtype=jnp.int32)}
+    parts = _split(batch, microbatches)
+    out, m = jax.lax.map(lambda part: outputs_and_metrics(c, params, part, words), parts)
+    size = next(iter(batch.values())).shape[0] // microbatches
+
+    def whole(x: jax.Array) -> jax.Array:  # undoes _split; a part has x.shape[1] / size rows each
+        each = x.shape[1] // size
+        x = x.reshape(microbatches, size, each, *x.shape[2:])
+        return jnp.swapaxes(x, 0, 1).reshape(microbatches * size * each, *x.shape[3:])
+
+    merged = jax.tree.map(_merge_parts, m, is_leaf=_is_meter)
+    return jax.tree.map(whole, out), _numbers(merged)
+
+
+def _is_meter(x: Any) -> bool:
+    return isinstance(x, meters.Mean | meters.Max | meters.Quantile | meters.First)
+
+
+def _merge_parts(m: Any) -> Any:
+    if not _is_meter(m):
+        return m.mean()
+    inner = m.inner if isinstance(m, meters.First) else m
+    return meters.combine(inner)
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
+    return {k: jnp.asarray(meters.read(v), jnp.float32) for k, v in metrics.items()}
+
+
+def train_program(
+    c: Call,
+    tx: optax.GradientTransformation,
+    microbatches: int,
+    model: Model,
+    batch: dict,
+    words: jax.Array,
+):
+    """A train call: epochs x minibatches optimizer updates, `-> (model, metrics)`."""
+    key = key_of(c.name, words)
+    updates = c.epochs * c.minibatches
+    update = functools.partial(_update, c, tx, microbatches, key)
+    if updates == 1:
+        model, seen = update(model, batch)
+        seen = jax.tree.map(lambda x: x[None], seen)
+    else:
+        n = next(iter(batch.values())).shape[0]
+        shuffled = [jax.random.permutation(jax.random.fold_in(key, e), n) for e in range(c.epochs)]
+        index = jnp.stack(shuffled).reshape(updates, n // c.minibatches)
+        model, seen = jax.lax.scan(
+            lambda carry, rows: update(carry, jax.tree.map(lambda x: x[rows], batch)), model, index
+        )
+    out = {k: meters.combine(v) for k, v in seen.items() if k != "finite"}
+    metrics = _numbers(out)
+    metrics["finite"] = seen["finite"].min().astype(jnp.float32)
+    return model, metrics
+
+
+def _update(
+    c: Call,
+    tx: optax.GradientTransformation,
+    microbatches: int,
+    key: jax.Array,
+    model: Model,
+    batch: dict,
+) -> tuple[Model, dict]:
+    """One optimizer update from one minibatch.
+
+    Losses and gradients are summed over microbatches and divided once by the global weight, so
+    that the split cannot change the gradient. An update with a loss or gradient that is not finite
+    is withheld: parameters and optimizer state stay as they were.
+    """
+
+    def total(params, part):
+        loss, weight, m = c.fn(params, part, key)
+        return loss, (weight, m)
+
+    def sums(part):
+        (loss, (weight, m)), grads = jax.value_and_grad(total, has_aux=True)(model.params, part)
+        return loss, weight, m, grads
+
+    if microbatches == 1:
+        loss, weight, m, grads = sums(batch)
+    else:
+        parts = _split(batch, microbatches)
+        first = jax.tree.map(lambda x: x[0], parts)
+
+        def body(carry, part):
+            loss, weight, m, grads = sums(part)
+            return (
+                carry[0] + loss,
+                carry[1] + weight,
+                {k: meters.add(carry[2][k], m[k]) for k in m},
+                jax.tree.map(lambda a, g: a + g.astype(a.dtype), carry[3], grads),
+            ), None
+
+        shape = jax.eval_shape(sums, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape[:3])
+        zero_grads = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shape[3]
+        )
+        zeros[2].update({k: _lowest(v) for k, v in zeros[2].items()})
+        (loss, weight, m, grads), _ = jax.lax.scan(body, (*zeros, zero_grads), parts)
+
+    scale = 1.0 / jnp.maximum(weight, 1e-8)
+    grads = jax.tree.map(
+        lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), grads, model.params
+    )
+    norm = tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+        changes, opt = tx.update(grads, model.opt, model.params)
+    updated = Model(optax.apply_updates(model.params, changes), opt)
+    # A select joins the optimizer's own pass over the parameters; a cond would copy them.
+    model = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, model)
+    one = jnp.float32(1)
+    m = dict(m)
+    m["loss"] = meters.Mean(loss.astype(jnp.float32), weight.astype(jnp.float32))
+    m["grad_norm"] = meters.Mean(norm, one)
+    m["finite"] = finite
+    return model, m
+
+
+def _lowest(meter: Any) -> Any:
+    """The neutral element of `meters.add` in the shape of a zeroed meter."""
+    inner = meter.inner if isinstance(meter, meters.First) else meter
+    if not isinstance(inner, meters.Max):
+        return meter
+    low = meters.Max(jnp.full_like(inner.value, -jnp.inf))
+    return meters.First(low) if isinstance(meter, meters.First) else low

@@ -1,0 +1,286 @@
+"""The law: a plan changes where and how fast, never what. On a toy model with all six calls."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_eff import dataflow, meters
+from jaxrl_eff.dataflow import Graph, Placement, Spec
+
+V, D, T, B = 16, 8, 6, 16
+AXES = {"emb": ("vocab", "embed"), "out": ("embed", "vocab")}
+HEAD_AXES = {"emb": ("vocab", "embed"), "out": ("embed", None)}
+
+
+def _init(seed, out):
+    a, b = jax.random.split(jax.random.key(seed))
+    return {"emb": jax.random.normal(a, (V, D)), "out": 0.3 * jax.random.normal(b, (D, out))}
+
+
+def _forward(p, t):
+    counts = jnp.arange(1, t.shape[1] + 1, dtype=jnp.float32)[None, :, None]
+    return (jnp.cumsum(p["emb"][t], 1) / counts) @ p["out"]
+
+
+def _logp(p, t):
+    logits = jax.nn.log_softmax(_forward(p, t))[:, :-1]
+    picked = jnp.take_along_axis(logits, t[:, 1:, None], -1)[..., 0]
+    return jnp.pad(picked, ((0, 0), (1, 0)))
+
+
+def _generate(p, b, key):
+    n = b["prompt"].shape[0]
+    row = b.get("prompt_row", jnp.arange(n, dtype=jnp.int32))
+    t = b["prompt"]
+    for i in range(T - 2):
+        keys = jax.vmap(lambda r, i=i: jax.random.fold_in(jax.random.fold_in(key, r), i))(row)
+        new = jax.vmap(jax.random.categorical)(keys, _forward(p, t)[:, -1])
+        t = jnp.concatenate([t, new[:, None].astype(jnp.int32)], 1)
+    steps = jnp.arange(T, dtype=jnp.int32)[None, :]
+    mask = ((steps >= 2) & (steps < 3 + t[:, :1] % 4)).astype(jnp.float32)
+    return {"tokens": t, "mask": mask, "logp": _logp(p, t)}
+
+
+def _advantage(b, key):
+    r = (-0.1 * (b["logp"] - b["ref_logp"])).at[:, -1].add(b["score"])
+    ret = jnp.cumsum(r[:, ::-1], 1)[:, ::-1]
+    return {"ret": ret, "adv": ret - b["value"], "metrics": {"reward": r.mean()}}
+
+
+def _policy_loss(p, b, key):
+    ratio = jnp.exp(_logp(p, b["tokens"]) - b["logp"])
+    loss = -jnp.minimum(ratio * b["adv"], jnp.clip(ratio, 0.8, 1.2) * b["adv"])
+    n = b["mask"].sum()
+    gap = meters.Max(jnp.abs((ratio - 1) * b["mask"]).max())
+    seen = {"ratio": meters.Mean((ratio * b["mask"]).sum(), n), "gap": gap}
+    return (loss * b["mask"]).sum(), n, seen
+
+
+def _value_loss(p, b, key):
+    e = _forward(p, b["tokens"])[..., 0] - b["ret"]
+    return (e * e * b["mask"]).sum(), b["mask"].sum(), {}
+
+
+def _ref(p, b, key):
+    return {"ref_logp": _logp(p, b["tokens"])}
+
+
+def _value(p, b, key):
+    return {"value": _forward(p, b["tokens"])[..., 0]}
+
+
+def ppo(epochs=1, minibatches=1, host=False):
+    def score(p, b, key):
+        return {"score": _forward(p, b["tokens"])[:, -1, 0]}
+
+    reward = dataflow.infer("rew_inf", of="reward", fn=score, reads="tokens", writes="score")
+    if host:
+        reward = dataflow.local(
+            "rew",
+            fn=lambda b, key: {"score": (b["tokens"] == 3).mean(1, dtype=np.float32)},
+            reads="tokens",
+            writes="score",
+            host=True,
+        )
+    updates = {"epochs": epochs, "minibatches": minibatches}
+    return Graph(
+        inputs="prompt",
+        calls=(
+            dataflow.generate(
+                "actor_gen", of="actor", fn=_generate, reads="prompt", writes="tokens mask logp"
+            ),
+            reward,
+            dataflow.infer("ref_inf", of="ref", fn=_ref, reads="tokens", writes="ref_logp"),
+            dataflow.infer("critic_inf", of="critic", fn=_value, reads="tokens", writes="value"),
+            dataflow.local(
+                "advantage", fn=_advantage, reads="logp ref_logp score value", writes="adv ret"
+            ),
+            dataflow.train(
+                "actor_train",
+                of="actor",
+                fn=_policy_loss,
+                reads="tokens mask logp adv",
+                **updates,
+            ),
+            dataflow.train(
+                "critic_train", of="critic", fn=_value_loss, reads="tokens mask ret", **updates
+            ),
+        ),
+    )
+
+
+def _place(devices, **axes):
+    return Placement(tuple(devices), **axes)
+
+
+def _everywhere(graph, place):
+    return {c.name: place for c in graph.calls}
+
+
+ONE = _place([0])
+MIXED = {
+    "actor_gen": _place(range(4)),
+    "rew_inf": _place([2, 3], tensor=2),
+    "ref_inf": _place([4, 5]),
+    "critic_inf": _place(range(8), fsdp=2, tensor=4),
+    "actor_train": _place([0, 1], tensor=2),
+    "critic_train": _place([2, 3, 6, 7], fsdp=2, tensor=2),
+}
+PLANS = {
+    "colocated": lambda g: _everywhere(g, _place(range(4), data=2, tensor=2)),
+    "fsdp": lambda g: _everywhere(g, _place(range(8), fsdp=8)),
+    "seq": lambda g: _everywhere(g, _place(range(6), data=2, seq=3)),
+    "mixed": lambda g: MIXED,
+    "microbatches": lambda g: _everywhere(g, dataclasses.replace(ONE, microbatches=4)),
+    "reversed": lambda g: _everywhere(g, _place([3, 2, 1, 0], data=2, tensor=2)),
+}
+
+
+def _run(graph, plan, steps=2, batch=None, nan_at=None):
+    specs, params = {}, {}
+    heads = {"actor": V, "critic": 1, "ref": V, "reward": 1}
+    for i, name in enumerate(graph.models):
+        params[name] = _init(i, heads[name])
+        axes = AXES if heads[name] == V else HEAD_AXES
+        tx = optax.adam(0.01) if name in ("actor", "critic") else None
+        specs[name] = Spec(jax.eval_shape(lambda p=params[name]: p), axes, tx)
+    step = dataflow.compile(graph, plan, specs, keep="tokens score")
+    models = {}
+    for name, p in params.items():
+        where = jax.tree.map(lambda x: x.sharding, step.home(name).params)
+        models[name] = step.init(name, jax.device_put(p, where))
+    batch = batch or {"prompt": (np.arange(2 * B).reshape(B, 2) % V).astype(np.int32)}
+    for i in range(steps):
+        models, data, metrics = step(models, batch, np.array([7, i], np.uint32))
+    return step, models, data, metrics
+
+
+@pytest.fixture(scope="module", params=[(1, 1), (2, 2)], ids=["once", "epochs"])
+def reference(request):
+    graph = ppo(*request.param)
+    return graph, _run(graph, _everywhere(graph, ONE))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_plan_changes_where_never_what(plan, reference):
+    graph, (_, want_models, want_data, want_metrics) = reference
+    step, models, data, metrics = _run(graph, PLANS[plan](graph))
+    np.testing.assert_array_equal(data["tokens"], want_data["tokens"])
+    for name in ("actor", "critic"):
+        for a, b in zip(
+            jax.tree.leaves(models[name]), jax.tree.leaves(want_models[name]), strict=True
+        ):
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
+    for k, v in want_metrics.items():
+        np.testing.assert_allclose(metrics[k], v, rtol=1e-4, atol=1e-6, err_msg=k)
+    assert set(step.traces.values()) == {1}
+
+
+def test_a_host_call_may_compute_the_reward():
+    graph = ppo(host=True)
+    plan = {k: v for k, v in MIXED.items() if k != "rew_inf"}
+    _, _, data, _ = _run(graph, plan)
+    _, _, want, _ = _run(graph, dict.fromkeys(plan, ONE))
+    np.testing.assert_array_equal(data["score"], want["score"])
+
+
+def test_optimizer_state_lies_where_its_parameter_lies():
+    graph = ppo()
+    step, models, _, _ = _run(graph, MIXED, steps=1)
+    mu = models["critic"].opt[0].mu
+    assert mu["emb"].sharding == models["critic"].params["emb"].sharding
+    assert len(models["critic"].params["emb"].sharding.device_set) == 4
+    assert step.reallocated()["critic_inf"] > 0 and step.reallocated()["critic_train"] == 0
+
+
+def test_the_timeline_has_every_call_in_order():
+    graph = ppo()
+    step, *_ = _run(graph, MIXED)
+    spans = {s.call: s for s in step.timeline.last()}
+    assert set(spans) == {c.name for c in graph.calls}
+    assert all(s.end >= s.start >= 0 for s in spans.values())
+    assert spans["advantage"].start >= spans["ref_inf"].end
+
+
+def test_an_update_that_is_not_finite_is_withheld():
+    def bad(p, b, key):
+        rows = {**b, "ret": jnp.zeros((B, T)), "mask": jnp.ones((B, T))}
+        loss, weight, m = _value_loss(p, rows, key)
+        return jnp.where(b["tokens"].sum() > 0, jnp.nan, 1.0) * loss, weight, m
+
+    graph = Graph("tokens", (dataflow.train("critic_train", of="critic", fn=bad, reads="tokens"),))
+    batch = {"tokens": np.ones((B, T), np.int32)}
+    spec = Spec(jax.eval_shape(lambda: _init(0, 1)), HEAD_AXES, optax.adam(0.1))
+    step = dataflow.compile(graph, {"critic_train": ONE}, {"critic": spec})
+    where = jax.tree.map(lambda x: x.sharding, step.home("critic").params)
+    models = {"critic": step.init("critic", jax.device_put(_init(0, 1), where))}
+    models, _, metrics = step(models, batch, np.zeros(2, np.uint32))
+    assert metrics["critic_train/finite"] == 0 and not np.isfinite(metrics["critic_train/loss"])
+    np.testing.assert_array_equal(models["critic"].params["emb"], _init(0, 1)["emb"])
+    assert models["critic"].opt[0].count == 0
+
+
+def test_weights_are_read_before_they_are_trained():
+    calls = ppo().calls
+    names = [c.name for c in dataflow.order(Graph("prompt", calls[::-1]))]
+    assert names.index("critic_inf") < names.index("critic_train")
+    assert names.index("actor_gen") < names.index("actor_train")
+
+
+def test_host_calls_wait_for_nothing_on_the_device():
+    names = [c.name for c in dataflow.order(ppo(host=True))]
+    assert names.index("rew") > names.index("ref_inf")
+
+
+def test_the_figure_shows_data_and_weights():
+    text = dataflow.draw(ppo())
+    assert "actor_gen -- tokens, mask, logp --> actor_train" in text
+    assert "actor_train -. actor .-> actor_gen" in text
+
+
+def _twin(**change):
+    return dataclasses.replace(ppo().calls[0], **change)
+
+
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        (lambda: ppo().calls[1:2], "rew_inf reads 'tokens', which nothing writes"),
+        (lambda: (*ppo().calls, _twin(name="twin")), "written by actor_gen and again by twin"),
+        (lambda: (*ppo().calls, _twin(writes=())), "two calls are named 'actor_gen'"),
+        (
+            lambda: (
+                dataflow.local("a", fn=dict, reads="y", writes="x"),
+                dataflow.local("b", fn=dict, reads="x", writes="y"),
+            ),
+            "wait for each other: ",
+        ),
+    ],
+)
+def test_a_bad_graph_is_refused_by_name(calls, message):
+    with pytest.raises(ValueError, match=message):
+        Graph("prompt", calls())
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"actor_gen": ONE}, "no placement for"),
+        ({**MIXED, "actr": ONE}, r"places \['actr'\]"),
+        ({**MIXED, "actor_gen": _place([9])}, "names device 9, but there are 8"),
+    ],
+)
+def test_a_bad_plan_is_refused_by_name(plan, message):
+    graph = ppo()
+    with pytest.raises(ValueError, match=message):
+        dataflow.check_plan(graph, plan)
+
+
+def test_rows_that_do_not_divide_are_refused_before_anything_runs():
+    graph = ppo()
+    with pytest.raises(ValueError, match="reads 'prompt' with 6 rows, which do not divide by 4"):
+        _run(graph, MIXED, batch={"prompt": np.zeros((6, 2), np.int32)})
