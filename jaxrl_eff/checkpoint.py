@@ -93,7 +93,7 @@ class Checkpoints:
         return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
 
     def save(
-        self, step: int, state: Any, record: dict[str, Any], *, score: float | None = None
+        self, step: int, state: Any, record: dict[str, Any], *, score: float | int | None = None
     ) -> None:
         """Starts to save; returns once the arrays are safe from donation.
 

@@ -111,6 +111,11 @@ class Step:
             if name in graph.models
         }
 
+    @property
+    def built(self) -> bool:
+        """Whether the calls are compiled."""
+        return bool(self._programs)
+
     # Layouts
 
     def _call_rules(self, c: Call) -> Rules:
@@ -419,7 +424,7 @@ class Step:
     def _run_on_host(
         self, c: Call, args: dict[str, jax.Array], words: np.ndarray
     ) -> dict[str, jax.Array]:
-        out = c.fn({k: _local_rows(v) for k, v in args.items()}, words)
+        out = c.fn({k: local_rows(v) for k, v in args.items()}, words)
         self._check_outputs(c, out)
         return {
             k: jax.make_array_from_process_local_data(self._where[k], v) for k, v in out.items()
@@ -439,7 +444,7 @@ def _words(key: Any) -> np.ndarray:
     return words
 
 
-def _local_rows(array: jax.Array) -> np.ndarray:
+def local_rows(array: jax.Array) -> np.ndarray:
     """This process's rows of an array, in order, each once."""
     if array.is_fully_addressable:
         return np.asarray(jax.device_get(array))

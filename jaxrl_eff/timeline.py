@@ -55,14 +55,24 @@ class StepTimes:
             jax.block_until_ready(token)
         return self.now()
 
-    def spans(self) -> list[Span]:
-        """Waits until the step is over and returns its calls in dispatch order."""
+    @property
+    def origin(self) -> float:
+        """When the step began, on `time.perf_counter`."""
+        return self._origin
+
+    def spans(self, *, after: float = 0.0) -> list[Span]:
+        """Waits until the step is over and returns its calls in dispatch order.
+
+        Args:
+            after: seconds from the step's begin until which the devices were still busy with
+                an earlier step.
+        """
         out: list[Span] = []
         done: dict[str, float] = {}
         for call, devices, reads, writes, dispatched, future in self._pending:
             end = future.result()
             busy = [s.end for s in out if set(s.devices) & set(devices)]
-            start = max([dispatched, *(done.get(k, 0.0) for k in reads), *busy])
+            start = max([after, dispatched, *(done.get(k, 0.0) for k in reads), *busy])
             out.append(Span(call, devices, min(start, end), end))
             done |= dict.fromkeys(writes, end)
         return out
@@ -83,6 +93,11 @@ class Timeline:
             step = StepTimes(self._pool)
             self._steps.append(step)
         return step
+
+    @property
+    def newest(self) -> StepTimes:
+        """The step that was dispatched last."""
+        return self._steps[-1]
 
     def last(self) -> list[Span]:
         """The calls of the newest step; waits for it to end."""

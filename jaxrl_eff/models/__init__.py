@@ -1,1 +1,26 @@
-""""""
+"""A decoder-only language model as functions of (parameters, arrays).
+
+`LMConfig` says what it is, `init` makes its parameters, `apply` runs it, and the functions of
+`heads` turn it into what the calls of a graph need: log-probabilities, values, scores.
+"""
+
+from jaxrl_eff.models.config import LMConfig, Rope
+from jaxrl_eff.models.heads import logprobs, scalar_head, score, token_logprobs, token_values, values
+from jaxrl_eff.models.logits import Warp, warp
+from jaxrl_eff.models.params import abstract, count, flops_per_token, init, logical_axes
+from jaxrl_eff.models.transformer import Cache, LanguageModel, apply, unembed, unstack
+
+__all__ = [
+    "Cache", "LMConfig", "LanguageModel", "Rope", "Warp", "abstract", "apply", "count",
+    "flops_per_token", "init", "load_hf", "logical_axes", "logprobs", "save_hf", "scalar_head",
+    "score", "token_logprobs", "token_values", "unembed", "unstack", "values", "warp",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    # Checkpoints need safetensors, which running a model does not.
+    if name in ("load_hf", "save_hf"):
+        from jaxrl_eff.models import hf
+
+        return getattr(hf, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,1 @@
-""""""
+"""Rewards that need no model: text in, number out."""

@@ -1,0 +1,73 @@
+r"""RLHF in three stages on a plain CPU: SFT, a reward model, PPO with its six calls.
+
+  make quickstart
+  python -m jaxrl_eff.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+The task is to write four digits backwards ("1234>" -> "4321"), so the truth is known, but nobody
+tells PPO: it learns from a reward model that was trained on pairs of right and wrong answers. Half
+of the SFT labels are wrong. The two simulated devices are used as one mesh by some calls and apart
+by others, so the actor's and critic's weights are really reallocated in each step.
+
+Expected: held-out accuracy rises by at least 0.3 from SFT to PPO.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config():
+    c = ConfigDict()
+    c.seed = 0
+    c.simulate_devices = 2
+    c.tokenizer = "chars:0123456789>"
+    c.model = dict(
+        shape=dict(
+            layers=3, width=128, heads=4, kv_heads=2, head_dim=32, ffn=384, tie=True,
+            max_length=32,
+        ),
+    )  # fmt: skip
+    c.stages = ("sft", "rm", "ppo")
+    both = dict(devices=[0, 1])
+
+    task = dict(source="reverse", length=64, prompt_length=6, options=dict(digits=4))
+    measure = dict(problems=512, max_tokens=6, reward=dict(name="gold"))
+    c.sft = dict(
+        algorithm="sft",
+        steps=150,
+        batch=24,
+        data=dict(task, format="completion", options=dict(digits=4, wrong=0.5)),
+        optim=dict(actor=dict(lr=2e-3, schedule="cosine", warmup=10)),
+        evaluate=measure,
+    )
+    c.rm = dict(
+        algorithm="reward_model",
+        steps=100,
+        batch=24,
+        data=dict(task, format="preference"),
+        models=dict(reward="sft"),
+        optim=dict(reward=dict(lr=1e-3, schedule="cosine", warmup=10)),
+    )
+    c.ppo = dict(
+        algorithm="ppo",
+        steps=60,
+        batch=128,
+        data=dict(task, format="prompt"),
+        models=dict(actor="sft", critic="rm", reward="rm"),
+        optim=dict(
+            actor=dict(lr=5e-4, schedule="constant", warmup=3),
+            critic=dict(lr=1e-3, schedule="constant"),
+        ),
+        loss=dict(kl_coef=0.02, lam=1.0, minibatches=2, epochs=2),
+        sampling=dict(max_tokens=6),
+        plan=dict(
+            actor_gen=both,
+            rew_inf=dict(devices=[1]),
+            ref_inf=dict(devices=[0]),
+            critic_inf=dict(devices=[0, 1]),
+            actor_train=dict(devices=[0, 1], tensor=2),
+            critic_train=dict(devices=[0, 1], fsdp=2),
+        ),
+        evaluate=measure,
+        samples_every=20,
+    )
+    c.expect = dict(metric="ppo/eval", rises_over="sft/eval", rise=0.3)
+    return c

@@ -1,0 +1,151 @@
+"""RAFT: of several answers keep the best, and fine-tune on it. Generate, score, select, SFT.
+
+    y* = argmax_i score(x, y_i)        L = -sum_t log pi(y*_t | x, y*_<t) / tokens
+
+Dong et al. 2023, arXiv:2304.06767, Algorithm 1 (best of each prompt's answers). A response that was
+cut off never wins: its score says nothing of how it would have gone on, and imitating it teaches
+not to stop. Left out: the KL-penalised score and the global top share of the paper's appendix.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_eff import meters
+from jaxrl_eff.algorithms import advantages, sft
+from jaxrl_eff.algorithms.check import require, require_one_of
+from jaxrl_eff.algorithms.policy import (
+    PROMPTS,
+    HostReward,
+    ends,
+    group_meters,
+    require_samples,
+    reward_call,
+    rollout_call,
+)
+from jaxrl_eff.dataflow import Graph, local, train
+from jaxrl_eff.models.config import LMConfig
+from jaxrl_eff.models.heads import token_logprobs
+from jaxrl_eff.rollout import Sampling
+from jaxrl_eff.shapes import Array, Float, Int, PyTree
+
+ROW = "tokens segment position mask"
+WINNERS = " ".join(f"best_{name}" for name in ROW.split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RAFTConfig:
+    """How winners are chosen and imitated.
+
+    Attributes:
+        drop_ties: prompts whose candidates all score the same teach nothing; False keeps the first.
+        loss_agg: "token_mean" or "sequence_mean", as in SFT.
+        epochs, minibatches: passes over the winners, updates a pass.
+    """
+
+    drop_ties: bool = True
+    loss_agg: str = "token_mean"
+    epochs: int = 1
+    minibatches: int = 1
+
+    def __post_init__(self):
+        require_one_of(self, "loss_agg", ("token_mean", "sequence_mean"))
+        require(self, "epochs", self.epochs >= 1, "at least 1")
+        require(self, "minibatches", self.minibatches >= 1, "at least 1")
+
+
+def graph(
+    cfg: RAFTConfig,
+    actor: LMConfig,
+    *,
+    reward: LMConfig | HostReward,
+    sampling: Sampling,
+    attend: Callable | None = None,
+) -> Graph:
+    """RAFT's calls. The models are actor and reward (if it is one).
+
+    Raises:
+        ValueError: fewer than two samples a prompt, or no token ends a response.
+    """
+    require_samples("RAFT", sampling)
+    stop = ends(actor, sampling)
+    if not stop:
+        raise ValueError(
+            "RAFT keeps responses that ended by themselves, but neither the model's eos nor "
+            "sampling.stop names a token that ends one."
+        )
+    select = partial(best_of, cfg, stop, sampling.samples)
+    # Its own warp is left out: what is imitated is the whole distribution, not the truncated one.
+    loss = partial(
+        winner_loss,
+        sft.SFTConfig(loss_agg=cfg.loss_agg),
+        partial(token_logprobs, actor, attend=attend, with_entropy=False),
+    )
+    return Graph(inputs=PROMPTS, calls=(
+        rollout_call(actor, sampling, attend=attend),
+        reward_call(reward, attend=attend),
+        local("best_of",                 fn=select, reads=f"{ROW} score group", writes=WINNERS),
+        train("actor_train", of="actor", fn=loss,   reads=WINNERS,
+                                         epochs=cfg.epochs, minibatches=cfg.minibatches),
+    ))  # fmt: skip
+
+
+def best_of(
+    cfg: RAFTConfig, stop: tuple[int, ...], samples: int, batch: dict[str, Array], key: Array
+) -> dict[str, Any]:
+    """The winning row of each group, `[P, T]`; an empty mask where nobody won.
+
+    Meters: those of `policy.group_meters`, `kept` (share of prompts with a winner) and
+    `best_score` (mean score of the winners).
+    """
+    del key
+    score, group, mask = batch["score"], batch["group"], batch["mask"]
+    may = advantages.ended(batch["tokens"], mask, batch["segment"], ends=stop).max(axis=1) > 0
+    row, won = winners(score, group, may, prompts=score.shape[0] // samples, ties=not cfg.drop_ties)
+    out = {f"best_{name}": batch[name][row] for name in ROW.split()}
+    won = won.astype(jnp.float32)
+    out["best_mask"] = out["best_mask"] * won[:, None]
+    out["metrics"] = group_meters(batch) | {
+        "kept": meters.Mean(won.sum(), jnp.float32(won.shape[0])),
+        "best_score": meters.Mean((score[row] * won).sum(), won.sum()),
+    }
+    return out
+
+
+def winners(
+    score: Float[Array, "B"],
+    group: Int[Array, "B"],
+    may: Array,
+    *,
+    prompts: int,
+    ties: bool,
+) -> tuple[Int[Array, "P"], Array]:
+    """The best row of each group among those that may win, the first of equals.
+
+    Args:
+        may: bool `[B]`.
+        prompts: number of groups; ids are below it.
+        ties: whether a group may win all of whose candidates score the same.
+
+    Returns:
+        Its index in the batch (0 where there is none), and whether there is one.
+    """
+    rows = score.shape[0]
+    best = jax.ops.segment_max(jnp.where(may, score, -jnp.inf), group, num_segments=prompts)
+    worst = jax.ops.segment_min(jnp.where(may, score, jnp.inf), group, num_segments=prompts)
+    index = jnp.where(may & (score == best[group]), jnp.arange(rows), rows)
+    first = jax.ops.segment_min(index, group, num_segments=prompts)
+    won = (first < rows) & (ties | (best > worst))
+    return jnp.where(won, first, 0).astype(jnp.int32), won
+
+
+def winner_loss(
+    cfg: sft.SFTConfig, forward: Callable, params: PyTree, batch: dict[str, Array], key: Array
+) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
+    """SFT's loss on the winners."""
+    row = {name.removeprefix("best_"): x for name, x in batch.items()}
+    return sft.likelihood_loss(cfg, forward, params, row, key)

@@ -1,0 +1,92 @@
+"""Reward modelling from pairs (Bradley-Terry). One call.
+
+    L = -log sigmoid(r(x, y_chosen) - r(x, y_rejected) - m)  +  c (r_chosen + r_rejected)^2
+
+Ouyang et al. 2022, arXiv:2203.02155, Eq. 1. The second term (Eisenstein et al. 2023,
+arXiv:2312.09244) centres the scores, which the first leaves free up to a constant a prompt.
+r is read at the response's last token, where the whole of it has been seen. Both responses of a
+pair lie in one row as segments 2k + 1 and 2k + 2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax.numpy as jnp
+
+from jaxrl_eff import masked, meters
+from jaxrl_eff.algorithms import advantages, losses
+from jaxrl_eff.algorithms.check import require
+from jaxrl_eff.dataflow import Graph, train
+from jaxrl_eff.models.config import LMConfig
+from jaxrl_eff.models.heads import scalar_head
+from jaxrl_eff.shapes import Array, Float, PyTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig:
+    """A reward model's loss.
+
+    Attributes:
+        margin: m, by how much the chosen response should win.
+        center: c, 0 for none; 0.01 is usual.
+    """
+
+    margin: float = 0.0
+    center: float = 0.0
+
+    def __post_init__(self):
+        require(self, "margin", self.margin >= 0, "at least 0")
+        require(self, "center", self.center >= 0, "at least 0")
+
+
+def graph(cfg: RewardModelConfig, lm: LMConfig, *, attend: Callable | None = None) -> Graph:
+    """One train call over packed pairs.
+
+    Raises:
+        ValueError: the model has no value head.
+    """
+    if lm.head != "value":
+        raise ValueError(f"the reward model's head is {lm.head!r}; it must be 'value'.")
+    loss = partial(pair_loss, cfg, partial(scalar_head, lm, attend=attend))
+    row = "tokens segment position mask"
+    return Graph(inputs=row, calls=(train("reward_train", of="reward", fn=loss, reads=row),))
+
+
+def pair_loss(
+    cfg: RewardModelConfig, forward: Callable, params: PyTree, batch: dict[str, Array], key: Array
+) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
+    """Bradley-Terry loss of the pairs: sum, number of pairs, meters.
+
+    Meters: `accuracy` (ties count half), `margin` = r_chosen - r_rejected, and `score`, the mean
+    of both, which centring holds at 0.
+    """
+    del key
+    segment, mask = batch["segment"], batch["mask"]
+    each = forward(params, batch["tokens"], batch["position"], segment)
+    last = advantages.last_chosen(mask, segment)
+    chosen, rejected = losses.pairs(masked.segment_sum(each * last, segment))
+    there = pairs_there(mask, segment)
+    loss = losses.bradley_terry(chosen, rejected, margin=cfg.margin)
+    loss = loss + cfg.center * jnp.square(chosen + rejected)
+    count = there.sum()
+    return (
+        (loss * there).sum(),
+        count,
+        {
+            "accuracy": meters.Mean((wins(chosen, rejected) * there).sum(), count),
+            "margin": meters.Mean(((chosen - rejected) * there).sum(), count),
+            "score": meters.Mean((0.5 * (chosen + rejected) * there).sum(), count),
+        },
+    )
+
+
+def pairs_there(mask: Float[Array, "B T"], segment: Array) -> Float[Array, "B K"]:
+    """1 for the pairs that a row really holds: both responses have a masked token."""
+    chosen, rejected = losses.pairs(masked.segment_sum(mask, segment))
+    return ((chosen > 0) & (rejected > 0)).astype(jnp.float32)
+
+
+def wins(chosen: Float[Array, "B K"], rejected: Float[Array, "B K"]) -> Float[Array, "B K"]:
+    """1 where the chosen response scores higher, 1/2 for a tie."""
+    return 0.5 * (jnp.sign(chosen - rejected) + 1)

@@ -1,0 +1,68 @@
+"""Supervised fine-tuning: maximum likelihood of the masked tokens. One call.
+
+    L = -sum_t m_t log pi(y_t | y_<t) / sum_t m_t
+
+Masked tokens are the assistant's (or all, for continued pretraining). The weight is their number
+over the whole batch, so rows, packing and microbatches do not change what a token counts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax.numpy as jnp
+
+from jaxrl_eff import meters
+from jaxrl_eff.algorithms import losses
+from jaxrl_eff.algorithms.check import require_one_of
+from jaxrl_eff.dataflow import Graph, train
+from jaxrl_eff.models.config import LMConfig
+from jaxrl_eff.models.heads import token_logprobs
+from jaxrl_eff.shapes import Array, Float, PyTree
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig:
+    """What to learn by imitation.
+
+    Attributes:
+        loss_agg: "token_mean", or "sequence_mean" so that short answers count as much as long ones.
+    """
+
+    loss_agg: str = "token_mean"
+
+    def __post_init__(self):
+        require_one_of(self, "loss_agg", ("token_mean", "sequence_mean"))
+
+
+def graph(cfg: SFTConfig, lm: LMConfig, *, attend: Callable | None = None) -> Graph:
+    """One train call over packed rows."""
+    logprob = partial(token_logprobs, lm, attend=attend, with_entropy=False)
+    loss = partial(likelihood_loss, cfg, logprob)
+    row = "tokens segment position mask"
+    return Graph(inputs=row, calls=(train("actor_train", of="actor", fn=loss, reads=row),))
+
+
+def likelihood_loss(
+    cfg: SFTConfig, forward: Callable, params: PyTree, batch: dict[str, Array], key: Array
+) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
+    """Negative log-likelihood: sum, weight and meters.
+
+    A segment's first token is never learned, since nothing stands before it, whatever its mask.
+    Meters: `nll` (nats a token, of which the perplexity is the exponential) and `token_prob`, the
+    mean probability of the right token.
+    """
+    del key
+    tokens, position, segment = batch["tokens"], batch["position"], batch["segment"]
+    logp, _ = forward(params, tokens, position, segment)
+    mask = batch["mask"] * (position > 0).astype(jnp.float32)
+    total, weight = losses.aggregate(-logp, mask, segment, cfg.loss_agg)
+    count = mask.sum()
+    return (
+        total,
+        weight,
+        {
+            "nll": meters.Mean(-(logp * mask).sum(), count),
+            "token_prob": meters.Mean((jnp.exp(logp) * mask).sum(), count),
+        },
+    )

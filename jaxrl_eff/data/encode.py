@@ -1,0 +1,141 @@
+"""From an example to token ids and a mask: what the loader's `encode` may be.
+
+Each function here takes a tokenizer and field names and returns a pure function of an example.
+Nothing is added silently: `bos` has no default, since a prompt must begin the same way in
+fine-tuning, in generation and in evaluation, and checkpoints differ. Prompt and response are
+tokenized apart and joined, as they are when the response is generated.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jaxrl_eff.data.chat import encode_chat
+from jaxrl_eff.data.packing import Pair, Segment
+from jaxrl_eff.data.tokenizer import Tokenizer
+
+Example = dict[str, Any]
+
+
+def encode_text(
+    tokenizer: Tokenizer, *, bos: bool, eos: bool = True, field: str = "text"
+) -> Callable[[Example], Segment]:
+    """[bos] text [eos]; everything is learned but the first token, which nothing precedes."""
+    begin, end = _specials(tokenizer, bos, eos)
+
+    def encode(example: Example) -> Segment:
+        ids = begin + tokenizer.encode(read(example, field)) + end
+        return _segment(ids[:1], ids[1:])
+
+    return encode
+
+
+def encode_prompt_completion(
+    tokenizer: Tokenizer,
+    *,
+    bos: bool,
+    eos: bool = True,
+    prompt: str = "prompt",
+    completion: str = "completion",
+) -> Callable[[Example], Segment]:
+    """[bos] prompt completion [eos]; completion and eos are learned."""
+    begin, end = _specials(tokenizer, bos, eos)
+
+    def encode(example: Example) -> Segment:
+        return _segment(
+            begin + tokenizer.encode(read(example, prompt)),
+            tokenizer.encode(read(example, completion)) + end,
+        )
+
+    return encode
+
+
+def encode_messages(
+    tokenizer: Tokenizer, *, field: str = "messages"
+) -> Callable[[Example], Segment]:
+    """A conversation by the tokenizer's chat template, which writes bos and ends of turns itself.
+
+    Learned is what the assistant said, the token that ends its turn included.
+    """
+
+    def encode(example: Example) -> Segment:
+        ids, mask = encode_chat(tokenizer, read(example, field, list))
+        mask[:1] = [0] * len(mask[:1])  # nothing precedes the first token
+        return np.array(ids, np.int32), np.array(mask, np.float32)
+
+    return encode
+
+
+def encode_preference(
+    tokenizer: Tokenizer,
+    *,
+    bos: bool,
+    eos: bool = True,
+    prompt: str = "prompt",
+    chosen: str = "chosen",
+    rejected: str = "rejected",
+) -> Callable[[Example], Pair]:
+    """The chosen and the rejected response to a prompt, each as `encode_prompt_completion`."""
+    good, bad = (
+        encode_prompt_completion(tokenizer, bos=bos, eos=eos, prompt=prompt, completion=side)
+        for side in (chosen, rejected)
+    )
+    return lambda example: (good(example), bad(example))
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, *, bos: bool, field: str = "prompt"
+) -> Callable[[Example], np.ndarray]:
+    """[bos] prompt, as ids int32 [n]."""
+    begin, _ = _specials(tokenizer, bos, False)
+    return lambda example: np.array(begin + tokenizer.encode(read(example, field)), np.int32)
+
+
+def encode_chat_prompt(
+    tokenizer: Tokenizer, *, field: str = "messages"
+) -> Callable[[Example], np.ndarray]:
+    """A conversation up to the opening of the assistant's next turn, as ids int32 [n].
+
+    A string in the field counts as one message of the user.
+    """
+
+    def encode(example: Example) -> np.ndarray:
+        messages = read(example, field, (list, str))
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return np.array(encode_chat(tokenizer, messages, add_generation_prompt=True)[0], np.int32)
+
+    return encode
+
+
+def read(example: Example, field: str, kind: type | tuple[type, ...] = str) -> Any:
+    """The field of an example.
+
+    Raises:
+        ValueError: it is missing or of another type; says what is there.
+    """
+    if field not in example:
+        raise ValueError(f"there is no field {field!r}; there is {sorted(map(str, example))}.")
+    value = example[field]
+    if not isinstance(value, kind):
+        wanted = kind if isinstance(kind, tuple) else (kind,)
+        raise ValueError(
+            f"field {field!r} is {value!r:.60}, a {type(value).__name__} instead of "
+            f"{' or '.join(k.__name__ for k in wanted)}."
+        )
+    return value
+
+
+def _specials(tokenizer: Tokenizer, bos: bool, eos: bool) -> tuple[list[int], list[int]]:
+    for name, wanted in (("bos", bos), ("eos", eos)):
+        if wanted and getattr(tokenizer, name) is None:
+            raise ValueError(f"{name}=True, but the tokenizer has no {name} token.")
+    return [tokenizer.bos] if bos else [], [tokenizer.eos] if eos else []
+
+
+def _segment(given: list[int], learned: list[int]) -> Segment:
+    """Ids and mask. Without anything given, the first token has nothing to be predicted from."""
+    mask = np.zeros(len(given) + len(learned), np.float32)
+    mask[max(len(given), 1) :] = 1
+    return np.array(given + learned, np.int32), mask

@@ -1,0 +1,339 @@
+"""Text <-> token ids.
+
+Two tokenizers with the same attributes: `CharTokenizer`, one id a character, for toys; and
+`FileTokenizer`, a checkpoint's own `tokenizer.json` run by the `tokenizers` library. Both save
+themselves as files that transformers reads, and `load_tokenizer` reads both back, the first without
+that library.
+
+Left out: sentencepiece's `tokenizer.model` and the old `vocab.json` + `merges.txt`; transformers
+turns either into a `tokenizer.json`.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+_SPECIAL = ("<pad>", "<bos>", "<eos>")
+_CONTEXT = 16  # tokens of the past that may change how the next one looks
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the rest of the package asks of a tokenizer.
+
+    Attributes:
+        vocab: number of ids, special ones included.
+        bos, eos, pad: special ids, None where the tokenizer has none.
+        stop: every id that ends a response; holds `eos`.
+        chat_template: Jinja source, or None.
+        special: text of the special tokens by role (`bos_token`, `eos_token`, ...).
+        origin: where it came from, for messages.
+    """
+
+    vocab: int
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    stop: tuple[int, ...]
+    chat_template: str | None
+    special: Mapping[str, str]
+    origin: str
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of the text; `special` adds what the model expects around it, such as bos."""
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids without additions, and the characters [start, end) that each covers."""
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Text of the ids; special tokens are shown only if `special`."""
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Writes the files that transformers and `load_tokenizer` read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CharTokenizer:
+    """Ids 0, 1, 2 are <pad>, <bos>, <eos>; then one for each character of the alphabet.
+
+    Raises:
+        ValueError: a character stands twice in the alphabet.
+    """
+
+    alphabet: str
+    chat_template: str | None = None
+
+    bos = 1
+    eos = 2
+    pad = 0
+    stop = (2,)
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    origin = "CharTokenizer"
+
+    def __post_init__(self) -> None:
+        twice = sorted({c for c in self.alphabet if self.alphabet.count(c) > 1})
+        if twice:
+            raise ValueError(f"the alphabet has {twice} more than once.")
+
+    @property
+    def vocab(self) -> int:
+        return len(_SPECIAL) + len(self.alphabet)
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {token: i for i, token in enumerate((*_SPECIAL, *self.alphabet))}
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of the characters, after <bos> if `special`.
+
+        Raises:
+            ValueError: a character is not in the alphabet.
+        """
+        return [self.bos] * special + self.encode_spans(text)[0]
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the characters [start, end) each covers; `<eos>` and its like are one id."""
+        ids, spans = [], []
+        for found in re.finditer(r"<(?:pad|bos|eos)>|.", text, re.DOTALL):
+            if found.group() not in self._ids:
+                raise ValueError(
+                    f"{found.group()!r} at {found.start()} of {text[:40]!r} is not in the "
+                    f"alphabet {self.alphabet!r}."
+                )
+            ids.append(self._ids[found.group()])
+            spans.append(found.span())
+        return ids, spans
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """The characters; ids outside the vocabulary are an error."""
+        text = []
+        for i in map(int, ids):
+            if not 0 <= i < self.vocab:
+                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab}.")
+            if i >= len(_SPECIAL):
+                text.append(self.alphabet[i - len(_SPECIAL)])
+            elif special:
+                text.append(_SPECIAL[i])
+        return "".join(text)
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`."""
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        bos = {"SpecialToken": {"id": "<bos>", "type_id": 0}}
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        more = {"Sequence": {"id": "B", "type_id": 0}}
+        model = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": i, "content": token, **flags, "special": True}
+                for i, token in enumerate(_SPECIAL)
+            ],
+            "normalizer": None,
+            "pre_tokenizer": None,
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [bos, text],
+                "pair": [bos, text, more],
+                "special_tokens": {
+                    "<bos>": {"id": "<bos>", "ids": [self.bos], "tokens": ["<bos>"]}
+                },
+            },
+            "decoder": {"type": "Fuse"},
+            # Byte-pair encoding without merges is one token a character.
+            "model": {"type": "BPE", "vocab": self._ids, "merges": []},
+        }
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "alphabet": self.alphabet,
+            **self.special,
+        }
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        _write_json(Path(directory) / "tokenizer.json", model)
+        _write_json(Path(directory) / "tokenizer_config.json", settings)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FileTokenizer:
+    """A `tokenizer.json` and the settings beside it. Made by `load_tokenizer`.
+
+    Attributes:
+        inner: the `tokenizers.Tokenizer`.
+        settings: the content of `tokenizer_config.json`, written back by `save`.
+        add_bos: the settings ask for a bos that `tokenizer.json` may not add itself.
+    """
+
+    inner: Any
+    bos: int | None
+    eos: int | None
+    pad: int | None
+    stop: tuple[int, ...]
+    chat_template: str | None
+    special: Mapping[str, str]
+    origin: str
+    settings: Mapping[str, Any]
+    add_bos: bool = False
+
+    @property
+    def vocab(self) -> int:
+        return self.inner.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of the text, with bos and what else the model expects if `special`."""
+        ids = self.inner.encode(text, add_special_tokens=special).ids
+        if special and self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
+            ids = [self.bos, *ids]
+        return ids
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the characters [start, end) of the text that each covers."""
+        encoding = self.inner.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """Text of the ids; bytes that are not yet a character come out as U+FFFD."""
+        return self.inner.decode([int(i) for i in ids], skip_special_tokens=not special)
+
+    def save(self, directory: str | PathLike[str]) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, the chat template in the latter."""
+        settings = dict(self.settings)
+        if self.chat_template is not None:
+            settings["chat_template"] = self.chat_template
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self.inner.save(str(Path(directory) / "tokenizer.json"))
+        _write_json(Path(directory) / "tokenizer_config.json", settings)
+
+
+def load_tokenizer(directory: str | PathLike[str]) -> CharTokenizer | FileTokenizer:
+    """The tokenizer of a Hugging Face directory.
+
+    `tokenizer_config.json` names the special tokens, `config.json` stands in where it does not;
+    `stop` also holds what `generation_config.json` (or else `config.json`) ends on.
+
+    Raises:
+        FileNotFoundError: there is no `tokenizer.json`.
+        ValueError: a file that cannot be read; a special token that is not in the vocabulary.
+        ImportError: the `tokenizers` library is missing and needed.
+    """
+    directory = Path(directory)
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        others = [n for n in ("tokenizer.model", "vocab.json") if (directory / n).exists()]
+        hint = f" (only {', '.join(others)}, which is not read)" if others else ""
+        raise FileNotFoundError(f"there is no tokenizer.json in {directory}{hint}.")
+    settings = _read_json(directory / "tokenizer_config.json")
+    template = _chat_template(directory, settings)
+    if isinstance(settings.get("alphabet"), str):
+        return CharTokenizer(settings["alphabet"], template)
+    inner = _library().Tokenizer
+    try:
+        inner = inner.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    # Settings of a training run; they would cut or pad what is encoded here.
+    inner.no_truncation()
+    inner.no_padding()
+    model, generation = (
+        _read_json(directory / n) for n in ("config.json", "generation_config.json")
+    )
+    special = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name.endswith("_token") and isinstance(value, str | dict)
+    }
+    ids = {}
+    for role in ("bos", "eos", "pad"):
+        text = special.get(f"{role}_token")
+        ids[role] = inner.token_to_id(text) if text is not None else None
+        if text is not None and ids[role] is None:
+            raise ValueError(f"{role}_token={text!r} of {directory} is not in its vocabulary.")
+        if text is None and (known := _listed(model.get(f"{role}_token_id"))):
+            ids[role] = known[0]
+    ends = _listed(generation.get("eos_token_id")) or _listed(model.get("eos_token_id"))
+    if ids["eos"] is not None:
+        ends = [*ends, ids["eos"]]
+    return FileTokenizer(
+        inner=inner,
+        **ids,
+        stop=tuple(dict.fromkeys(ends)),
+        chat_template=template,
+        special=special,
+        origin=str(directory),
+        settings=settings,
+        add_bos=settings.get("add_bos_token") is True,
+    )
+
+
+def decode_stream(
+    tokenizer: Tokenizer, ids: Iterable[int], *, after: Sequence[int] = ()
+) -> Iterator[str]:
+    """Pieces of text as ids arrive; joined, they are what `ids` add to the text of `after`.
+
+    A piece is held back while it ends inside a character: its bytes may be spread over several
+    tokens. Each step decodes a window of a few tokens, since what a token looks like depends on
+    the one before it (a leading space), so that the cost does not grow with the length.
+    """
+    seen = [int(i) for i in after[-_CONTEXT:]]
+    start, done = 0, len(seen)  # seen[start:done] is the left context, already shown
+    for i in ids:
+        seen.append(int(i))
+        shown, text = tokenizer.decode(seen[start:done]), tokenizer.decode(seen[start:])
+        if len(text) > len(shown) and not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            start, done = done, len(seen)
+    rest = tokenizer.decode(seen[start:])[len(tokenizer.decode(seen[start:done])) :]
+    if rest:
+        yield rest
+
+
+def _library() -> Any:
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ImportError(
+            "reading tokenizer.json needs the tokenizers library: pip install 'jaxrl_eff[hf]'."
+        ) from error
+    return tokenizers
+
+
+def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
+    """The template: its own file first, then the settings; of a named list, "default"."""
+    if (path := directory / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if template is None:
+        template = _read_json(directory / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        if "default" not in named:
+            raise ValueError(f"{directory} has chat templates {sorted(named)}, but no 'default'.")
+        template = named["default"]
+    return template
+
+
+def _listed(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return [i for i in ([value] if isinstance(value, int) else value) if i >= 0]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,190 @@
+"""Tasks on digits whose truth can be computed, to watch every algorithm learn in minutes.
+
+A task shows some digits and ">" and wants them reversed, or sorted: "1234>" -> "4321". Its numbers
+are split once into train and held-out, so that what is measured was never seen. Supervised
+examples may be wrong in a given share, which leaves something for reinforcement to find;
+preferences set the truth against a corrupted answer.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxrl_eff.data.sources import Example, Examples
+
+ALPHABET = "0123456789>"
+TASKS = {"reverse": lambda digits: digits[::-1], "sort": lambda digits: "".join(sorted(digits))}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, and which numbers it uses. Made by `reverse_digits` or `sort_digits`.
+
+    Raises:
+        ValueError: an unknown name, or more numbers than there are.
+    """
+
+    name: str
+    digits: int
+    train: int
+    held_out: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.name not in TASKS:
+            raise ValueError(f"the task is {self.name!r}, not one of {', '.join(TASKS)}.")
+        if not 1 <= self.digits <= 18:
+            raise ValueError(f"digits is {self.digits}; it may be 1 to 18.")
+        if min(self.train, self.held_out) < 0 or self.train + self.held_out > 10**self.digits:
+            raise ValueError(
+                f"{self.train} numbers for training and {self.held_out} held out do not split the "
+                f"{10**self.digits} numbers of {self.digits} digits."
+            )
+
+    def truth(self, digits: str) -> str:
+        """The right answer."""
+        return TASKS[self.name](digits)
+
+
+def reverse_digits(
+    digits: int = 4, *, train: int | None = None, held_out: int | None = None, seed: int = 0
+) -> Task:
+    """Write the digits backwards: "1234>" -> "4321".
+
+    Args:
+        digits: of each number, leading zeros included.
+        train: numbers to train on; by default 4096, or all that are not held out if fewer.
+        held_out: numbers to measure on; by default 512, or an eighth of all if fewer.
+        seed: of the choice of numbers.
+    """
+    return _task("reverse", digits, train, held_out, seed)
+
+
+def sort_digits(
+    digits: int = 4, *, train: int | None = None, held_out: int | None = None, seed: int = 0
+) -> Task:
+    """Write the digits in ascending order: "3142>" -> "1234". Arguments as `reverse_digits`."""
+    return _task("sort", digits, train, held_out, seed)
+
+
+def prompts(task: Task, split: str = "train") -> Examples:
+    """{"prompt": "1234>", "truth": "4321"} for every number of the split.
+
+    Args:
+        task: the task.
+        split: "train" or "held_out".
+    """
+    numbers = _numbers(task, split)
+
+    def read(index: int) -> Example:
+        shown = f"{numbers[index]:0{task.digits}d}"
+        return {"prompt": f"{shown}>", "truth": task.truth(shown)}
+
+    return Examples(len(numbers), read, f"{task.name}_digits, {split}")
+
+
+def completions(
+    task: Task, split: str = "train", *, wrong: float | int = 0.0, seed: int = 0
+) -> Examples:
+    """Adds {"completion": answer} for supervised learning.
+
+    Args:
+        task: the task.
+        split: "train" or "held_out".
+        wrong: share of examples, rounded to a whole number of them, whose completion is
+            corrupted. The same ones are wrong in every epoch.
+        seed: of which are wrong, and how.
+    """
+    if not 0 <= wrong <= 1:
+        raise ValueError(f"wrong is {wrong}; a share lies between 0 and 1.")
+    base = prompts(task, split)
+    corrupted = np.random.default_rng(seed).permutation(base.size) < round(wrong * base.size)
+
+    def read(index: int) -> Example:
+        example = base[index]
+        right = example["truth"]
+        answer = corrupt(right, np.random.default_rng((seed, index))) if corrupted[index] else right
+        return {**example, "completion": answer}
+
+    return Examples(base.size, read, base.name)
+
+
+def preferences(
+    task: Task, split: str = "train", *, keep_length: bool = True, seed: int = 0
+) -> Examples:
+    """Adds {"chosen": the truth, "rejected": a corrupted answer}.
+
+    Args:
+        task: the task.
+        split: "train" or "held_out".
+        keep_length: False lets rejected answers lack a digit or repeat one too.
+        seed: of the corruptions.
+    """
+    base = prompts(task, split)
+
+    def read(index: int) -> Example:
+        example = base[index]
+        bad = corrupt(
+            example["truth"], np.random.default_rng((seed, index)), keep_length=keep_length
+        )
+        return {**example, "chosen": example["truth"], "rejected": bad}
+
+    return Examples(base.size, read, base.name)
+
+
+def corrupt(answer: str, rng: np.random.Generator, *, keep_length: bool = True) -> str:
+    """Another answer than the given one: digits changed, two swapped, one lost or doubled."""
+    ways = ["change", "swap"] + ([] if keep_length else ["lose", "double"])
+    while True:
+        digits = list(answer)
+        way, at = ways[rng.integers(len(ways))], int(rng.integers(len(digits)))
+        if way == "change":
+            for i in rng.choice(len(digits), rng.integers(1, len(digits) + 1), replace=False):
+                digits[i] = str(rng.integers(10))
+        elif way == "swap":
+            other = int(rng.integers(len(digits)))
+            digits[at], digits[other] = digits[other], digits[at]
+        elif way == "lose":
+            del digits[at]
+        else:
+            digits.insert(at, digits[at])
+        if "".join(digits) != answer:
+            return "".join(digits)
+
+
+def gold(example: Example, response: str) -> bool:
+    """Whether the response is exactly the truth."""
+    return response == example["truth"]
+
+
+def digit_share(example: Example, response: str) -> float:
+    """Share of positions that are right, 0..1; what is too much counts as wrong positions.
+
+    A smoother reward than `gold`: 1 exactly where that is true.
+    """
+    truth = example["truth"]
+    right = sum(a == b for a, b in zip(truth, response, strict=False))
+    return right / max(len(truth), len(response))
+
+
+def _task(name: str, digits: int, train: int | None, held_out: int | None, seed: int) -> Task:
+    if held_out is None:
+        held_out = min(512, 10**digits // 8)
+    if train is None:
+        train = min(4096, 10**digits - held_out)
+    return Task(name, digits, train, held_out, seed)
+
+
+@functools.lru_cache(maxsize=32)
+def _numbers(task: Task, split: str) -> np.ndarray:
+    if split not in ("train", "held_out"):
+        raise ValueError(f"split is {split!r}, not 'train' or 'held_out'.")
+    # Held-out numbers depend on the seed alone, so that they stay the same for any `train`.
+    every = 10**task.digits
+    held = np.random.default_rng((task.seed, 0)).choice(every, task.held_out, replace=False)
+    if split == "held_out":
+        return held
+    more = task.train + task.held_out
+    drawn = np.random.default_rng((task.seed, 1)).choice(every, more, replace=False)
+    return drawn[~np.isin(drawn, held)][: task.train]

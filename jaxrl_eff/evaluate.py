@@ -1,0 +1,141 @@
+"""Held-out generation and scoring: the same graph machinery, with one call."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_eff import dataflow
+from jaxrl_eff.algorithms.policy import PROMPTS, ROLLOUT
+from jaxrl_eff.data import loader
+from jaxrl_eff.data.tokenizer import Tokenizer
+from jaxrl_eff.dataflow import Graph, Model, Placement, Spec, Step
+from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.rollout import Sampling, sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Answers to held-out problems, scored by a function of the text. Made by `of`."""
+
+    step: Step
+    loader: loader.Loader
+    source: Any
+    reward: Callable[[Mapping[str, Any], str], float]
+    tokenizer: Tokenizer
+    problems: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        lm: LMConfig,
+        sampling: Sampling,
+        placement: Placement,
+        source: Any,
+        encode: Callable,
+        problems: int,
+        prompt_length: int,
+        reward: Callable,
+        tokenizer: Tokenizer,
+        seed: int,
+    ) -> "Evaluation":
+        """Checks shapes; compiles on first use.
+
+        Args:
+            lm: the model that answers.
+            sampling: how; temperature 0 is greedy.
+            placement: where; its microbatches do not matter.
+            source: held-out examples; the first `problems` are used.
+            encode: example -> prompt ids.
+            problems: how many.
+            prompt_length: tokens of the longest prompt.
+            reward: (example, response) -> number.
+            tokenizer: for the response's text.
+            seed: of sampling at a temperature.
+        """
+        placement = dataclasses.replace(placement, microbatches=1)
+        call = dataflow.generate(
+            "actor_gen", of="actor", fn=sample(lm, sampling), reads=PROMPTS, writes=ROLLOUT
+        )
+        step = dataflow.compile(
+            Graph(PROMPTS, (call,)),
+            {"actor_gen": placement},
+            {"actor": Spec(params.abstract(lm), params.logical_axes(lm))},
+            keep="tokens mask example",
+        )
+        rows = -(-problems // placement.row_shards) * placement.row_shards
+        batches = loader.batches(
+            source,
+            encode=encode,
+            batch=rows,
+            kind="prompts",
+            seed=seed % 2**32,
+            prompt_length=prompt_length,
+            shuffle=False,
+            epochs=1,
+            remainder="pad",
+            process=(jax.process_index(), jax.process_count()),
+            threads=0,
+        )
+        return cls(step, batches, source, reward, tokenizer, problems, seed)
+
+    def __call__(self, params_: Any) -> tuple[float, list[dict[str, Any]]]:
+        """Mean reward over the problems, and one dict a problem of this process.
+
+        Args:
+            params_: the actor's parameters on the placement.
+
+        Returns:
+            Mean over all processes; rows of prompt, completion and reward.
+        """
+        self.loader.restore({**self.loader.state(), "drawn": 0, "waiting": []})
+        batch = next(self.loader)
+        if not self.step.built:
+            count = jax.process_count()
+            self.step.build(
+                {
+                    k: jax.ShapeDtypeStruct((v.shape[0] * count, *v.shape[1:]), v.dtype)
+                    for k, v in batch.items()
+                }
+            )
+        key = np.array([self.seed % 2**32, 0], np.uint32)
+        _, data, _ = self.step({"actor": Model(params_)}, batch, key)
+        rows = responses(data, self.source, self.tokenizer)
+        rows = [r for r in rows if 0 <= r["example"] < self.problems]
+        for row in rows:
+            row["reward"] = float(self.reward(self.source[row["example"]], row["completion"]))
+        total = np.array([sum(r["reward"] for r in rows), len(rows)], np.float64)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            total = np.asarray(multihost_utils.process_allgather(total)).sum(0)
+        return float(total[0] / max(total[1], 1)), rows
+
+
+def responses(
+    data: Mapping[str, jax.Array], source: Any, tokenizer: Tokenizer, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Prompt, completion, example (and reward, if scored) of this process's rows as text."""
+    arrays = {k: dataflow.local_rows(v) for k, v in data.items()}
+    out = []
+    for i in range(len(arrays["tokens"]))[:limit]:
+        tokens, chosen = arrays["tokens"][i], arrays["mask"][i] > 0
+        start = int(chosen.argmax()) if chosen.any() else len(tokens)
+        row = {
+            "example": int(arrays["example"][i]),
+            "prompt": tokenizer.decode(_text(tokens[:start], tokenizer)),
+            "completion": tokenizer.decode(_text(tokens[chosen], tokenizer)),
+        }
+        if "score" in arrays:
+            row["reward"] = float(arrays["score"][i])
+        out.append(row)
+    return out
+
+
+def _text(tokens: np.ndarray, tokenizer: Tokenizer) -> list[int]:
+    hidden = {tokenizer.bos, tokenizer.pad, *tokenizer.stop}
+    return [int(t) for t in tokens if int(t) not in hidden]

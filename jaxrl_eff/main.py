@@ -1,0 +1,322 @@
+r"""Trains a language model as a config says.
+
+  python -m jaxrl_eff.main --config=configs/quickstart.py --workdir=runs/quickstart
+  python -m jaxrl_eff.main --config=configs/grpo_gsm8k.py:model=DIR,data=DIR --config.grpo.steps=50
+
+A config is a Python file in configs/ with a docstring that says what it does; any of its values
+can be changed on the command line (--config.a.b=c). A run resumes by itself from its workdir.
+Clusters that JAX knows (SLURM, TPU pods, ...) start several processes by themselves; elsewhere
+give --coordinator, --processes and --process.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jaxrl_eff import settings
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, FILE[:argument].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; resumes what is there.")
+_QUIET = flags.DEFINE_bool("quiet", False, "Print only the final table and verdict.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+# What may differ between a run and its continuation: where it runs, and how often it reports.
+_FREE = ("plan", "evaluate", "samples_every", "path", "simulate_devices", "checkpoint", "expect",
+         "wandb", "export", "nonfinite")  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # libraries say a lot at the level below
+    if len(argv) > 1:
+        _fail(f"unknown arguments {argv[1:]}; flags begin with --, see --help.")
+    try:
+        run = settings.run(_CONFIG.value.to_dict())
+        prepare(run)
+        passed = train(run, Path(_WORKDIR.value), quiet=_QUIET.value)
+    except (ValueError, FileNotFoundError, NotADirectoryError, ImportError) as error:
+        if os.environ.get("JAXRL_EFF_TRACEBACK"):
+            raise
+        _fail(str(error))
+    sys.exit(0 if passed else 1)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def prepare(run: settings.Run) -> None:
+    """Sets what must be set before JAX starts: devices, processes, compilation cache."""
+    if run.simulate_devices:
+        simulate(run.simulate_devices)
+    import jax
+
+    if _flag(_COORDINATOR) or _flag(_PROCESSES):
+        if jax.config.jax_platforms == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(_flag(_COORDINATOR), _flag(_PROCESSES), _flag(_PROCESS))
+    elif _on_cluster():
+        jax.distributed.initialize()
+    cache()
+
+
+def _flag(holder: Any) -> Any:
+    return holder.value if flags.FLAGS.is_parsed() else None
+
+
+def _on_cluster() -> bool:
+    """Whether a scheduler that JAX can ask started several processes."""
+    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    return several or len(hosts.split(",")) > 1 or "OMPI_COMM_WORLD_SIZE" in os.environ
+
+
+def simulate(devices: int) -> None:
+    """Makes the CPU look like several devices. Works only before JAX starts."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # JAX 0.10.2 sizes its thread pool by the cores, and collectives over more simulated devices
+    # than cores then deadlock; NPROC, read when jax is imported, sizes the pool instead.
+    os.environ.setdefault("NPROC", str(max(32, 4 * devices)))
+    known = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in known:
+        os.environ["XLA_FLAGS"] = f"{known} --xla_force_host_platform_device_count={devices}"
+
+
+def cache() -> Path:
+    """Turns the persistent compilation cache on; JAX_COMPILATION_CACHE_DIR moves it."""
+    import jax
+
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    where = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", home / "jaxrl_eff" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(where))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    return where
+
+
+def train(run: settings.Run, workdir: Path, *, quiet: bool = False) -> bool:
+    """Runs the whole of it; returns whether the expectation was met.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: found before anything long starts.
+    """
+    import jax
+
+    from jaxrl_eff import stages
+    from jaxrl_eff import train as loop
+    from jaxrl_eff.checkpoint import Checkpoints
+    from jaxrl_eff.console import Console
+    from jaxrl_eff.metrics import Writer
+
+    began = time.perf_counter()
+    assembled = stages.assemble(run)
+    first = jax.process_index() == 0
+    if first:
+        _prepare_workdir(workdir)
+    checkpoints = Checkpoints(
+        workdir / "checkpoints", keep=run.checkpoint.keep, fingerprint=fingerprint(run)
+    )
+    record = checkpoints.peek()
+    resume_step = 0
+    if record is not None:
+        names = [s.name for s in assembled.stages]
+        before = assembled.stages[: names.index(record["stage"])]
+        resume_step = sum(s.settings.steps for s in before) + record["step"]
+    writer = Writer(workdir, resume_step=resume_step, wandb=run.wandb or None, enabled=first)
+    writer.document("config", dataclasses.asdict(run))
+    writer.document("plan", _plans(assembled))
+    with Console(quiet=quiet or not first) as console:
+        console.header(f"jaxrl_eff: {' → '.join(run.stages)}", _facts(assembled, workdir))
+        out = loop.Outlets(console, writer, checkpoints, run.checkpoint.every)
+        try:
+            done = loop.fit(assembled, out)
+        except loop.Stopped as stop:
+            console.final(f"stopped at {stop}; the same command continues")
+            return True
+        except loop.NonFinite as error:
+            console.end_stage()
+            console.final(f"error: {error}")
+            return False
+        finally:
+            checkpoints.close()
+        passed = _conclude(assembled, done, workdir, writer, console, time.perf_counter() - began)
+        writer.close()
+        if first:
+            from jaxrl_eff import report
+
+            console.final(f"report: {report.write(workdir)}")
+            _verdict(run, done, console, passed)
+    return passed
+
+
+def _prepare_workdir(workdir: Path) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise NotADirectoryError(f"--workdir={workdir} is a file, but must be a directory.")
+    workdir.mkdir(parents=True, exist_ok=True)
+
+
+def fingerprint(run: settings.Run) -> str:
+    """What must agree for a checkpoint to be this run's: all that changes what is computed."""
+
+    def essence(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: essence(v) for k, v in value.items() if k not in _FREE}
+        return value
+
+    text = json.dumps(essence(dataclasses.asdict(run)), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
+    """The header: devices, meshes, parameters, cache, workdir."""
+    import jax
+
+    from jaxrl_eff.models import count
+    from jaxrl_eff.tree import nbytes
+
+    kind, n = jax.devices()[0].device_kind, jax.device_count()
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    facts = {"devices": f"{n} x {kind}{processes} (jax {jax.__version__})"}
+    facts["model"] = f"{count(assembled.base):,} parameters, {assembled.base.family}"
+    for stage in assembled.stages:
+        held: dict[int, float] = {}
+        for role in stage.step.graph.models:
+            home = stage.step.home(role)
+            place = stage.step.plan[stage.step.graph.home(role).name]
+            for device in place.devices:
+                held[device] = held.get(device, 0.0) + nbytes((home.params, home.opt)) / (
+                    place.fsdp * place.tensor
+                )
+        meshes: dict[str, list[str]] = {}
+        for c in stage.step.calls:
+            if c.of is not None:
+                meshes.setdefault(str(stage.step.plan[c.name]), []).append(c.name)
+        text = "; ".join(f"{', '.join(calls)} on {place}" for place, calls in meshes.items())
+        memory = max(held.values()) / 1e6
+        facts[stage.name] = f"{text}; models and optimizers about {memory:,.1f} MB a device"
+    directory = Path(jax.config.jax_compilation_cache_dir or "")
+    warm = directory.is_dir() and any(directory.iterdir())
+    facts["compile cache"] = f"{directory} ({'in use' if warm else 'empty: first compilation'})"
+    facts["workdir"] = str(workdir)
+    return facts
+
+
+def _plans(assembled: Any) -> dict[str, Any]:
+    return {
+        stage.name: {
+            c.name: {
+                **stage.step.plan[c.name].to_json(),
+                "of": c.of,
+                "kind": "host" if c.host else c.kind,
+                "reallocated_bytes": stage.step.reallocated().get(c.name, 0),
+            }
+            for c in stage.step.calls
+        }
+        for stage in assembled.stages
+    }
+
+
+def _conclude(
+    assembled: Any, done: Any, workdir: Path, writer: Any, console: Any, seconds: float
+) -> bool:
+    """Exports, prints the table, writes what the report needs."""
+    from jaxrl_eff.models import save_hf
+
+    run, stage = assembled.run, done.stage
+    rows: list[list[Any]] = []
+    for key, value in done.results.items():
+        name, _, when = key.partition("/")
+        rows.append([f"held-out reward {'before' if 'before' in when else 'after'} {name}", value])
+    for name, values in done.summary.items():
+        for metric, label in (
+            ("ref_kl", "KL to the reference, nats a response"),
+            ("logp_gap_max", "sampler - trainer log-prob, max"),
+            ("accuracy", "accuracy on training pairs"),
+        ):
+            found = [v for k, v in values.items() if k.split("/")[-1] == metric]
+            if found:
+                rows.append([f"{label}, {name}", found[0]])
+    rows.append(["seconds in all", round(seconds, 1)])
+    console.table("result", ["", "value"], rows)
+    _show_change(done, console)
+    passed = expectation(run, done.results)
+    export = workdir / "export"
+    if run.export:
+        role = stage.trained
+        save_hf(export, stage.lms[role], done.models[role].params)
+        if _first():
+            assembled.tokenizer.save(export)
+        console.final(f"exported: {export}")
+    writer.document("timeline", done.timelines)
+    writer.document(
+        "result",
+        {
+            "results": done.results,
+            "expected": dataclasses.asdict(run.expect),
+            "passed": passed,
+            "seconds": seconds,
+            "export": str(export) if run.export else None,
+        },
+    )
+    return passed
+
+
+def _first() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+def _show_change(done: Any, console: Any) -> None:
+    """The same held-out prompts, answered after the first and the last evaluation."""
+    keys = list(done.samples)
+    if not keys:
+        return
+    before = {r["example"]: r for r in done.samples[keys[0]]}
+    rows = []
+    for row in done.samples[keys[-1]][:4]:
+        old = before.get(row["example"], {})
+        cells = [row["prompt"], old.get("completion", ""), row["completion"]]
+        rows.append([c[-60:] for c in cells] if len(keys) > 1 else [cells[0][-60:], cells[2][-60:]])
+    columns = ["prompt", keys[0], keys[-1]] if len(keys) > 1 else ["prompt", keys[0]]
+    console.table("held-out samples", columns, rows)
+
+
+def expectation(run: settings.Run, results: dict[str, float]) -> bool:
+    """Whether the results are what the config promised."""
+    e = run.expect
+    if not e.metric:
+        return True
+    value = results[e.metric]
+    rise = value - results[e.rises_over] >= e.rise if e.rises_over else True
+    return value >= e.at_least and rise
+
+
+def _verdict(run: settings.Run, done: Any, console: Any, passed: bool) -> None:
+    e = run.expect
+    if not e.metric:
+        console.verdict(True, f"{len(run.stages)} stages done")
+        return
+    text = f"{e.metric} {done.results[e.metric]:.3f}"
+    wanted = []
+    if e.at_least > float("-inf"):
+        wanted.append(f"at least {e.at_least:g}")
+    if e.rises_over:
+        text += f", {e.rises_over} {done.results[e.rises_over]:.3f}"
+        wanted.append(f"a rise of at least {e.rise:g} over {e.rises_over}")
+    console.verdict(passed, f"{text}; expected {' and '.join(wanted)}")
+
+
+if __name__ == "__main__":
+    app.run(main)

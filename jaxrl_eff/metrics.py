@@ -1,0 +1,210 @@
+"""The numbers of a run, one line a step, in a form that outlives the run.
+
+`metrics.jsonl` and `samples.jsonl` are the truth; TensorBoard and Weights & Biases are copies for
+those who look there. Every line is flushed, so a killed run loses at most the line it was writing,
+and a run that resumes drops the lines after the step it resumes from: the curve is what one run
+that never stopped would have drawn.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping
+from io import TextIOBase
+from pathlib import Path
+from typing import Any
+
+
+class Writer:
+    """Appends to the files of one run directory. Used by process 0; elsewhere `enabled=False`."""
+
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = True,
+        wandb: Mapping[str, Any] | None = None,
+        enabled: bool = True,
+    ):
+        """Opens, or creates, the run directory.
+
+        Args:
+            workdir: holds metrics.jsonl, samples.jsonl and tensorboard/.
+            resume_step: the last step that counts (0: none does). Lines of later steps, and a
+                line cut short by a kill, are removed. None: append.
+            wandb: arguments of `wandb.init` (project, name, ...); None: no W&B.
+            enabled: False writes nothing at all.
+
+        Raises:
+            ImportError: W&B is asked for and not installed.
+        """
+        self._workdir = Path(workdir)
+        self._enabled = enabled
+        self._resume_step = resume_step
+        self._tensorboard = tensorboard
+        self._events: Any = None
+        self._wandb: Any = None
+        if not enabled:
+            return
+        if wandb is not None:
+            self._wandb = _wandb_run(self._workdir, wandb)
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        self._metrics = _open(self._workdir / "metrics.jsonl", resume_step)
+        self._samples = _open(self._workdir / "samples.jsonl", resume_step)
+
+    def step(
+        self,
+        step: int,
+        stage: str,
+        values: Mapping[str, Any],
+        *,
+        seconds: Mapping[str, float | int] | None = None,
+        tokens_per_s: float | int | None = None,
+        flops_per_s: float | int | None = None,
+        mfu: float | int | None = None,
+    ) -> None:
+        """Writes one step.
+
+        Args:
+            step: steps taken in the whole run, this one included, over all stages.
+            values: metrics by name (`actor_train/kl`): anything `float` understands.
+            seconds: by call.
+            mfu: share of the peak in [0, 1], where the peak is known.
+        """
+        if not self._enabled:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        rates = {"tokens_per_s": tokens_per_s, "flops_per_s": flops_per_s, "mfu": mfu}
+        rates = {name: float(rate) for name, rate in rates.items() if rate is not None}
+        seconds = {name: float(s) for name, s in (seconds or {}).items()}
+        line = {"step": step, "stage": stage, "time": round(time.time(), 3), "values": values}
+        _append(self._metrics, {**line, "seconds": seconds, **rates})
+        flat = {**values, **{f"seconds/{name}": s for name, s in seconds.items()}, **rates}
+        flat = {f"{stage}/{name}": value for name, value in flat.items()}
+        if self._tensorboard:
+            events = self._open_events()
+            for name, value in flat.items():
+                events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(flat, step=step)
+
+    def samples(self, step: int, stage: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Writes one line a row: prompt, completion, reward and whatever else is in it."""
+        if not self._enabled:
+            return
+        for row in rows:
+            _append(self._samples, {"step": step, "stage": stage, **row})
+
+    def document(self, name: str, value: Any) -> None:
+        """Writes `NAME.json` (config, plan, timeline, result) into the run directory, whole."""
+        if not self._enabled:
+            return
+        _replace(self._workdir / f"{name}.json", json.dumps(encodable(value), indent=1) + "\n")
+
+    def close(self) -> None:
+        """Flushes and closes what is open. May be called twice."""
+        if not self._enabled:
+            return
+        self._metrics.close()
+        self._samples.close()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def _open_events(self) -> Any:
+        if self._events is None:
+            from tensorboardX import SummaryWriter  # slow to import: after the first step only
+
+            purge = None if self._resume_step is None else self._resume_step + 1
+            directory = str(self._workdir / "tensorboard")
+            self._events = SummaryWriter(directory, purge_step=purge, flush_secs=10)
+        return self._events
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; none if it is missing. A line cut short is left out.
+
+    NaN and infinities, which JSON doesn't know, stand in the file as strings; in `values`,
+    `seconds` and the rates they come back as floats.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    rows = (
+        _parse(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+    )
+    return [row for row in rows if row is not None]
+
+
+def encodable(value: Any) -> Any:
+    """The same value as strict JSON can hold it: NaN and infinities as strings, arrays as lists."""
+    if isinstance(value, Mapping):
+        return {str(name): encodable(v) for name, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [encodable(v) for v in value]
+    if hasattr(value, "tolist"):  # numpy and jax arrays and scalars
+        return encodable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _decoded(v) for name, v in value.items()}
+    return float(value) if value in ("NaN", "Infinity", "-Infinity") else value
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict):
+        return None
+    numeric = ("values", "seconds", "tokens_per_s", "flops_per_s", "mfu", "reward")
+    return {name: _decoded(v) if name in numeric else v for name, v in row.items()}
+
+
+def _append(file: TextIOBase, row: Mapping[str, Any]) -> None:
+    file.write(json.dumps(encodable(row), allow_nan=False) + "\n")
+    file.flush()
+
+
+def _open(path: Path, resume_step: int | None) -> TextIOBase:
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if (row := _parse(line)) and _counts(row, resume_step)]
+        if kept != lines or not path.read_bytes().endswith(b"\n"):
+            _replace(path, "".join(line + "\n" for line in kept))
+    return path.open("a", encoding="utf-8")
+
+
+def _counts(row: Mapping[str, Any], resume_step: int | None) -> bool:
+    return resume_step is None or row.get("step", 0) <= resume_step
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _wandb_run(workdir: Path, arguments: Mapping[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "the config asks for Weights & Biases, which isn't installed: "
+            "pip install 'jaxrl_eff[wandb]'"
+        ) from error
+    workdir.mkdir(parents=True, exist_ok=True)
+    remembered = workdir / "wandb_id.txt"
+    name = remembered.read_text().strip() if remembered.is_file() else wandb.util.generate_id()
+    remembered.write_text(name + "\n")
+    return wandb.init(**{"id": name, "resume": "allow", "dir": str(workdir), **arguments})

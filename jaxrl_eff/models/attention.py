@@ -1,0 +1,113 @@
+"""Attention over packed rows.
+
+A query sees a key iff both belong to the same packed sequence, the key does not come later, and it
+is not farther back than the layer's window. `plain` is the definition that every other attention
+(fused kernels, ring attention) is tested against; all share its signature, so a model takes any of
+them as its `attend`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_eff.models.config import LMConfig
+from jaxrl_eff.shapes import Array, Bool, Float, Int
+
+Attend = Callable[..., Array]
+
+
+def allowed(
+    q_position: Int[Array, "B T"],
+    k_position: Int[Array, "B S"],
+    q_segment: Int[Array, "B T"],
+    k_segment: Int[Array, "B S"],
+    window: int | Int[Array, ""] | None = None,
+) -> Bool[Array, "B T S"]:
+    """Which keys each query sees. Padding (segment 0) sees nothing and is seen by nothing."""
+    behind = q_position[:, :, None] - k_position[:, None, :]
+    same = (q_segment[:, :, None] == k_segment[:, None, :]) & (k_segment > 0)[:, None, :]
+    seen = same & (behind >= 0)
+    return seen if window is None else seen & (behind < window)
+
+
+def plain(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_position: Int[Array, "B T"],
+    k_position: Int[Array, "B S"],
+    q_segment: Int[Array, "B T"],
+    k_segment: Int[Array, "B S"],
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """softmax(c tanh(scale q.k / c)) v over the allowed keys; 0 for a query that sees none.
+
+    Scores and softmax are float32. Query head n reads key/value head n // (N/K).
+
+    Args:
+        window: keys at least this many positions back are not seen; None: no limit.
+        softcap: c; None: scores are not capped.
+        scale: factor on q.k.
+    """
+    rows, length, heads, dim = q.shape
+    groups = heads // k.shape[2]
+    # Heads move before time, so that every matrix product is over contiguous matrices; the
+    # queries that share a key head become rows of one product.
+    q = jnp.swapaxes(q * jnp.asarray(scale, q.dtype), 1, 2)
+    q = q.reshape(rows, k.shape[2], groups * length, dim)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    score = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        score = softcap * jnp.tanh(score / softcap)
+    seen = allowed(q_position, k_position, q_segment, k_segment, window)[:, None, None, :, :]
+    score = jnp.where(seen, score.reshape(rows, k.shape[1], groups, length, -1), -1e30)
+    # The floor makes every weight of a query that sees nothing vanish, instead of all being equal.
+    top = jax.lax.stop_gradient(jnp.maximum(score.max(axis=-1, keepdims=True), -1e29))
+    weight = jnp.exp(score - top)
+    total = jnp.maximum(weight.sum(axis=-1, keepdims=True), 1e-30)
+    weight = weight.reshape(rows, k.shape[1], groups * length, -1).astype(v.dtype)
+    out = jnp.einsum("bkts,bksh->bkth", weight, v, preferred_element_type=jnp.float32)
+    out = out / total.reshape(rows, k.shape[1], groups * length, 1)
+    return jnp.swapaxes(out.reshape(rows, heads, length, dim), 1, 2).astype(v.dtype)
+
+
+def fused(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    *,
+    q_position: Int[Array, "B T"],
+    k_position: Int[Array, "B S"],
+    q_segment: Int[Array, "B T"],
+    k_segment: Int[Array, "B S"],
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    scale: float,
+) -> Float[Array, "B T N H"]:
+    """`plain` by cuDNN's flash attention: the weights never reach memory. GPU, half precision.
+
+    Raises:
+        ValueError: `softcap` is set, which the kernel does not know.
+    """
+    if softcap is not None:
+        raise ValueError(f"fused attention has no soft-cap, but softcap={softcap}; use plain.")
+    seen = allowed(q_position, k_position, q_segment, k_segment, window)
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=seen[:, None, :, :], scale=scale, implementation="cudnn"
+    )
+    return jnp.where((q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
+
+
+def choose(cfg: LMConfig, platform: str | None = None) -> Attend:
+    """The fastest attention for this model here: `fused` where it applies, otherwise `plain`.
+
+    Its `__name__` is what to log. `platform` is "cpu", "gpu" or "tpu"; None: the default device's.
+    """
+    platform = platform or jax.default_backend()
+    half = cfg.dtype in ("bfloat16", "float16")
+    fits = cfg.attn_softcap is None and half and cfg.head_dim <= 128 and cfg.head_dim % 8 == 0
+    return fused if platform in ("gpu", "cuda") and fits else plain

@@ -1,0 +1,181 @@
+"""The shape of a decoder-only language model, as data.
+
+One `LMConfig` describes Llama 2/3, Mistral, Qwen 2/2.5/3, Gemma 2 and Gemma 3 (text): what differs
+between them is a field here, and the modules read fields, never a family's name. Only `hf.py`
+knows which fields a family's checkpoint means.
+
+Left out: mixtures of experts, encoders, partial rotary dimensions, and rotary scalings that depend
+on the length at run time ("dynamic", "longrope").
+"""
+
+import dataclasses
+from os import PathLike
+from typing import Any
+
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+ACTIVATIONS = ("silu", "gelu_tanh")
+REMATS = ("none", "full", "dots", "attention")
+HEADS = ("lm", "value")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}, but it should be one of {', '.join(allowed)}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding: angular frequencies theta^(-2i/H), then a scaling.
+
+    Attributes:
+        theta: base of the frequencies.
+        kind: "default"; "linear" divides every frequency by `factor`; "llama3" divides the slow
+            ones, blending between two wavelengths; "yarn" (Peng et al. 2023, arXiv:2309.00071).
+        factor: by how much the context was stretched. Unused by "default".
+        original_length: context in tokens before stretching ("llama3" and "yarn").
+        low_freq_factor, high_freq_factor: "llama3": the blend lies between the wavelengths
+            original_length / low and original_length / high.
+        beta_fast, beta_slow, truncate: "yarn": rotations over the original context that bound the
+            blend, and whether the bounds are rounded outwards to whole dimensions.
+        attention_factor: "yarn": cos and sin are multiplied by it; None: 0.1 ln(factor) + 1, or
+            the ratio of that with `mscale` and with `mscale_all_dim` where both are given.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_length: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    def __post_init__(self) -> None:
+        _check("Rope.kind", self.kind, ROPE_KINDS)
+        if self.kind in ("llama3", "yarn") and self.original_length is None:
+            raise ValueError(f"Rope(kind={self.kind!r}) needs original_length, which is None.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LMConfig:
+    """Sizes and choices of a decoder-only transformer. Hashable, so it can be static under jit.
+
+    Attributes:
+        vocab, layers, width, heads, kv_heads, head_dim, ffn: V, L, D, N, K, H, F.
+        family: the checkpoint format's name; read by `hf.py` alone.
+        norm_eps: added to the mean square in RMSNorm.
+        norm_offset: the norm's weight is stored as w - 1, and the product is taken in float32.
+        post_norms: norm the output of attention and of the MLP before it joins the residual.
+        qk_norm: norm every query and key head before the rotation.
+        qkv_bias, o_bias, mlp_bias: biases on those projections.
+        act: "silu" or "gelu_tanh".
+        rope: rotation of the global layers; `rope_local` that of windowed ones, None: the same.
+        tie: the unembedding is the embedding's transpose.
+        embed_scale: multiply embeddings by sqrt(width), rounded to the compute dtype first.
+        query_scale: factor on q.k; None: head_dim ** -0.5.
+        attn_softcap, final_softcap: c tanh(x / c) on scores or logits; None: no cap.
+        window: a windowed layer sees keys fewer than `window` positions back, itself included.
+        windowed: for every layer, whether it is; () means all of them if `window` is set.
+        max_length: longest sequence in tokens that the positions were trained for.
+        bos, eos, pad: token ids; `eos` are all that end a response.
+        dtype, param_dtype: of the arithmetic, and of the parameters at initialisation. Norms,
+            softmax and logits are float32 whatever these are.
+        remat: what the backward pass recomputes: "none"; "dots" all but matrix products without
+            batch dimensions; "attention" the attention scores alone; "full" whole layers.
+        unroll: layers per iteration of the loop over layers; 0 unrolls up to eight layers whole,
+            which is faster and still quick to compile, and loops over deeper stacks.
+        head: "lm" ends in the vocabulary, "value" in one number a token.
+        init_std: of the normal distribution that embeddings and projections start from.
+    """
+
+    vocab: int
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    family: str = "llama"
+    norm_eps: float = 1e-6
+    norm_offset: bool = False
+    post_norms: bool = False
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    act: str = "silu"
+    rope: Rope = Rope()
+    rope_local: Rope | None = None
+    tie: bool = False
+    embed_scale: bool = False
+    query_scale: float | None = None
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+    window: int | None = None
+    windowed: tuple[bool, ...] = ()
+    max_length: int = 4096
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    unroll: int = 0
+    head: str = "lm"
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _check("act", self.act, ACTIVATIONS)
+        _check("remat", self.remat, REMATS)
+        _check("head", self.head, HEADS)
+        _check("dtype", self.dtype, DTYPES)
+        _check("param_dtype", self.param_dtype, DTYPES)
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}.")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotation needs pairs.")
+        if not self.windowed:
+            object.__setattr__(self, "windowed", (self.window is not None,) * self.layers)
+        if len(self.windowed) != self.layers:
+            raise ValueError(
+                f"windowed has {len(self.windowed)} entries, but there are {self.layers} layers."
+            )
+        if any(self.windowed) and self.window is None:
+            raise ValueError(f"windowed={self.windowed} needs a window, which is None.")
+
+    @property
+    def score_scale(self) -> float:
+        """The factor on q.k."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    @property
+    def loop_unroll(self) -> int:
+        """Layers per iteration of the loop over layers, `unroll=0` resolved."""
+        return self.unroll or (self.layers if self.layers <= 8 else 1)
+
+    def replace(self, **changes: Any) -> "LMConfig":
+        """This configuration with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_hf(cls, source: dict[str, Any] | str | PathLike[str]) -> "LMConfig":
+        """Reads a Hugging Face `config.json`, given as a dict, its path or its directory.
+
+        Raises:
+            ValueError: the architecture or the value of a field is not supported.
+        """
+        from jaxrl_eff.models import hf
+
+        return hf.config_from_hf(source)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The Hugging Face configuration of this model, ready for `json.dump`."""
+        from jaxrl_eff.models import hf
+
+        return hf.config_to_hf(self)
+

@@ -1,0 +1,173 @@
+"""What the calls of a graph ask of a language model: log-probabilities, values, scores.
+
+Index t describes the choice of token t, so everything here is shifted by one against the hidden
+states: position t reads the hidden state of t - 1, and a segment's first token gets 0.
+
+The vocabulary is wide, so logits are made for a chunk of tokens at a time and made again in the
+backward pass; logits of the whole batch never exist, unless one chunk holds them all.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_eff.models.attention import Attend
+from jaxrl_eff.models.config import LMConfig
+from jaxrl_eff.models.logits import Warp, entropy, log_softmax_at
+from jaxrl_eff.models.logits import warp as warp_logits
+from jaxrl_eff.models.transformer import apply, scalar, unembed
+from jaxrl_eff.shapes import Array, Float, Int, PyTree
+
+CHUNK_LOGITS = 2**25  # 128 MiB of float32 at a time, whatever the vocabulary
+
+CallFn = Callable[[PyTree, dict[str, Array], Array], dict[str, Array]]
+
+
+def token_logprobs(
+    cfg: LMConfig,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    position: Int[Array, "B T"],
+    segment: Int[Array, "B T"],
+    *,
+    warp: Warp = Warp(),
+    chunk: int | None = None,
+    attend: Attend | None = None,
+    with_entropy: bool = True,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """log pi(token t | tokens before t) and the entropy of that choice, both in nats.
+
+    Both are 0 at a segment's first token and at padding. The distribution is the warped one, and
+    both carry gradients.
+
+    Args:
+        warp: temperature and truncation, as when the tokens were sampled.
+        chunk: tokens whose logits exist at once; None: as many as fit 128 MiB; 0: all.
+        attend: the attention; None: `attention.choose(cfg)`.
+        with_entropy: False leaves the entropy out and returns zeros in its place.
+    """
+    hidden, _ = apply(cfg, params, tokens, position, segment, attend=attend)
+    following = jnp.roll(tokens, -1, axis=1)
+    fn = functools.partial(_of_hidden, cfg, params, warp, with_entropy)
+    logp, spread = _in_chunks(fn, hidden, following, _pieces(cfg, tokens.shape, chunk))
+    chosen = (position > 0) & (segment > 0)
+    return _shift(logp, chosen), _shift(spread, chosen)
+
+
+def _of_hidden(cfg, params, warp, with_entropy, hidden, following):
+    logits = unembed(cfg, params, hidden)
+    logits = warp_logits(logits, warp, keep=following)
+    logp = log_softmax_at(logits, following)
+    return logp, entropy(logits) if with_entropy else jnp.zeros_like(logp)
+
+
+def _pieces(cfg: LMConfig, shape: tuple[int, ...], chunk: int | None) -> int:
+    """Into how many pieces the time axis is cut."""
+    rows, length = shape
+    chunk = CHUNK_LOGITS // cfg.vocab if chunk is None else chunk or rows * length
+    return math.ceil(length / max(1, chunk // rows))
+
+
+def _in_chunks(fn, hidden, following, pieces: int):
+    """`fn(hidden, following)` piece by piece, each recomputed in the backward pass.
+
+    Piece j is every pieces-th position from j, so that each piece has its share of every device's
+    rows and positions, however the batch is sharded.
+    """
+    if pieces == 1:
+        return fn(hidden, following)
+    rows, length, width = hidden.shape
+    each = math.ceil(length / pieces)
+    extra = each * pieces - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, extra), (0, 0))).reshape(rows, each, pieces, width)
+    following = jnp.pad(following, ((0, 0), (0, extra))).reshape(rows, each, pieces)
+    swapped = jnp.moveaxis(hidden, 2, 0), jnp.moveaxis(following, 2, 0)
+    outs = jax.lax.map(jax.checkpoint(lambda piece: fn(*piece)), swapped)
+    back = lambda x: jnp.moveaxis(x, 0, 2).reshape(rows, each * pieces)[:, :length]  # noqa: E731
+    return jax.tree.map(back, outs)
+
+
+def _shift(x: Float[Array, "B T"], chosen: Array) -> Float[Array, "B T"]:
+    """From "about the token after t" to "about token t"."""
+    return jnp.where(chosen, jnp.roll(x, 1, axis=1), 0.0)
+
+
+def scalar_head(
+    cfg: LMConfig,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    position: Int[Array, "B T"],
+    segment: Int[Array, "B T"],
+    *,
+    attend: Attend | None = None,
+) -> Float[Array, "B T"]:
+    """The value head's number after reading token t (not shifted); 0 at padding."""
+    hidden, _ = apply(cfg, params, tokens, position, segment, attend=attend)
+    return jnp.where(segment > 0, scalar(cfg, params, hidden), 0.0)
+
+
+def token_values(
+    cfg: LMConfig,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    position: Int[Array, "B T"],
+    segment: Int[Array, "B T"],
+    *,
+    attend: Attend | None = None,
+) -> Float[Array, "B T"]:
+    """The value head's estimate before token t is chosen; 0 where a segment begins, at padding."""
+    after = scalar_head(cfg, params, tokens, position, segment, attend=attend)
+    return _shift(after, (position > 0) & (segment > 0))
+
+
+def logprobs(
+    cfg: LMConfig,
+    *,
+    warp: Warp = Warp(),
+    chunk: int | None = None,
+    attend: Attend | None = None,
+    name: str = "logp",
+    entropy: bool = False,
+) -> CallFn:
+    """An infer call: reads tokens, position, segment; writes `name` and, if asked, `entropy`."""
+
+    def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
+        del key
+        logp, spread = token_logprobs(
+            cfg, params, batch["tokens"], batch["position"], batch["segment"],
+            warp=warp, chunk=chunk, attend=attend, with_entropy=entropy,
+        )  # fmt: skip
+        return {name: logp, "entropy": spread} if entropy else {name: logp}
+
+    return call
+
+
+def values(cfg: LMConfig, *, attend: Attend | None = None) -> CallFn:
+    """An infer call: reads tokens, position, segment; writes `value`."""
+
+    def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
+        del key
+        where = batch["tokens"], batch["position"], batch["segment"]
+        return {"value": token_values(cfg, params, *where, attend=attend)}
+
+    return call
+
+
+def score(cfg: LMConfig, *, attend: Attend | None = None) -> CallFn:
+    """An infer call: reads tokens, position, segment (one sequence a row); writes `score`.
+
+    The score is the value head's number at the row's last token.
+    """
+
+    def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
+        del key
+        tokens, segment = batch["tokens"], batch["segment"]
+        after = scalar_head(cfg, params, tokens, batch["position"], segment, attend=attend)
+        at = jnp.arange(tokens.shape[1])[None, :]
+        last = jnp.where(segment > 0, at, -1).max(axis=1, keepdims=True)
+        return {"score": jnp.where(at == last, after, 0.0).sum(axis=1)}
+
+    return call

@@ -1,0 +1,430 @@
+"""A decoder-only transformer: tokens in, hidden states out.
+
+Pre-norm residual blocks of grouped-query attention and a gated MLP. The layers are one module
+scanned over parameters stacked on a leading axis, `layers/...[L, ...]`, so compile time does not
+grow with depth; what differs between layers (window, rotation) is a scanned input. For decoding a
+small model the same blocks run over parameters that were taken apart beforehand (`unstack`).
+
+The KV cache is an argument and a result. The module knows parameters and arrays, nothing of meshes:
+parameters and activations carry logical axis names, which mean nothing until rules are given.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxrl_eff.models import attention, rope
+from jaxrl_eff.models.config import LMConfig
+from jaxrl_eff.shapes import Array, Float, Int, PyTree
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of what was read so far. All rows write the same slots.
+
+    Attributes:
+        k, v: `[L, B, K, S, H]`, or for unstacked parameters a tuple of L arrays `[B, K, S, H]`.
+            Heads stand before slots, as the products over them want it.
+        position, segment: `[B, S]` of each slot; segment 0 where nothing was written.
+        slot: where the next tokens are written, the same for all rows.
+    """
+
+    k: Any
+    v: Any
+    position: Int[Array, "B S"]
+    segment: Int[Array, "B S"]
+    slot: Int[Array, ""] | int
+
+
+class _Context(NamedTuple):
+    """What every layer reads: positions, segments, rotations, and how to attend."""
+
+    q_position: Array
+    k_position: Array
+    q_segment: Array
+    k_segment: Array
+    rotation: tuple[Array, Array]
+    rotation_local: tuple[Array, Array] | None
+    slot: Array | int | None
+
+
+def _normal(cfg: LMConfig, scale: float = 1.0):
+    return nn.initializers.normal(cfg.init_std * scale)
+
+
+def _act(name: str, x: Array) -> Array:
+    return jax.nn.silu(x) if name == "silu" else jax.nn.gelu(x, approximate=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated(name: str, gate: Array, up: Array) -> Array:
+    """act(gate) * up. The backward pass reads these two again rather than what lies between."""
+    return _act(name, gate) * up
+
+
+def _gated_forward(name: str, gate: Array, up: Array):
+    return _gated(name, gate, up), (gate, up)
+
+
+def _gated_backward(name: str, saved, g: Array):
+    gate, up = saved
+    value, slope = jax.jvp(functools.partial(_act, name), (gate,), (jnp.ones_like(gate),))
+    return g * up * slope, g * value
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
+
+
+class Norm(nn.Module):
+    """x / rms(x) * w in float32. With `norm_offset` the stored weight is w - 1."""
+
+    cfg: LMConfig
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        cfg = self.cfg
+        start = nn.initializers.zeros if cfg.norm_offset else nn.initializers.ones
+        box = nn.with_logical_partitioning(start, (self.axis,))
+        w = self.param("scale", box, (x.shape[-1],), jnp.dtype(cfg.param_dtype))
+        w = w.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.norm_eps)
+        # Rounding before the product is Llama's order, after it Gemma's.
+        return (y * (1 + w)).astype(x.dtype) if cfg.norm_offset else y.astype(x.dtype) * w.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """Contracts the last axes of x with a kernel of named axes; the bias covers the new axes."""
+
+    cfg: LMConfig
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    bias: bool = False
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        dtype, stored = jnp.dtype(self.cfg.dtype), jnp.dtype(self.cfg.param_dtype)
+        box = nn.with_logical_partitioning(_normal(self.cfg, self.scale), self.axes)
+        kernel = self.param("kernel", box, self.inputs + self.outputs, stored).astype(dtype)
+        matrix = kernel.reshape(math.prod(self.inputs), math.prod(self.outputs))
+        lead = x.shape[: x.ndim - len(self.inputs)]
+        y = _product(x.reshape(*lead, -1), matrix).reshape(*lead, *self.outputs)
+        if not self.bias:
+            return y
+        axes = self.axes[len(self.inputs) :]
+        box = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+        bias = self.param("bias", box, self.outputs, stored).astype(dtype)
+        return y + bias.reshape((1,) * len(lead) + bias.shape)
+
+
+def _product(x: Float[Array, "... D"], matrix: Float[Array, "D F"], dtype=None) -> Array:
+    """x @ matrix. Rows and time become one axis where they can.
+
+    With two axes to sum over, the gradient of the matrix would first transpose both operands (on
+    CPUs, half as slow again). But an axis that is sharded must stay what it is.
+    """
+    lead = x.shape[:-1]
+    if not _sharded("length"):
+        x = x.reshape(-1, x.shape[-1])
+    y = jnp.einsum("...d,df->...f", x, matrix, preferred_element_type=dtype)
+    return y.reshape(*lead, -1)
+
+
+def _sharded(name: str) -> bool:
+    """Whether the rules in force spread this logical axis over several devices."""
+    axes = dict(nn.get_logical_axis_rules()).get(name)
+    sizes = dict(jax.sharding.get_abstract_mesh().shape)
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return any(sizes.get(axis, 2) > 1 for axis in axes)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotation, over the tokens given or over the cache."""
+
+    cfg: LMConfig
+    attend: attention.Attend
+
+    @nn.compact
+    def __call__(self, x, local, ctx: _Context, kv, layer):
+        cfg = self.cfg
+        q = self._project("q", "heads", cfg.heads)(x)
+        k = self._project("k", "kv_heads", cfg.kv_heads)(x)
+        v = self._project("v", "kv_heads", cfg.kv_heads)(x)
+        if cfg.qk_norm:
+            q = Norm(cfg, axis="head_dim", name="q_norm")(q)
+            k = Norm(cfg, axis="head_dim", name="k_norm")(k)
+        cos, sin = ctx.rotation
+        if ctx.rotation_local is not None:
+            cos = jnp.where(local, ctx.rotation_local[0], cos)
+            sin = jnp.where(local, ctx.rotation_local[1], sin)
+        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        q = nn.with_logical_constraint(q, ("batch", "length", "act_heads", None))
+        k = nn.with_logical_constraint(k, ("batch", "length", "act_kv_heads", None))
+        v = nn.with_logical_constraint(v, ("batch", "length", "act_kv_heads", None))
+        if kv is not None:
+            k, v, kv = _remember(kv, k, v, ctx.slot, layer)
+        attend = jax.checkpoint(self._attend) if cfg.remat == "attention" else self._attend
+        out = attend(q, k, v, local, ctx)
+        out = Linear(
+            cfg, (cfg.heads, cfg.head_dim), (cfg.width,), ("heads", "head_dim", "embed"),
+            cfg.o_bias, (2 * cfg.layers) ** -0.5, name="o",
+        )(out)  # fmt: skip
+        return out, kv
+
+    def _project(self, name: str, axis: str, heads: int) -> Linear:
+        cfg = self.cfg
+        return Linear(
+            cfg, (cfg.width,), (heads, cfg.head_dim), ("embed", axis, "head_dim"),
+            cfg.qkv_bias, name=name,
+        )  # fmt: skip
+
+    def _attend(self, q, k, v, local, ctx: _Context):
+        cfg = self.cfg
+        # Positions are int32, so this window has no effect where the layer is global.
+        window = None if cfg.window is None else jnp.where(local, cfg.window, 2**30)
+        return self.attend(
+            q, k, v, q_position=ctx.q_position, k_position=ctx.k_position, q_segment=ctx.q_segment,
+            k_segment=ctx.k_segment, window=window, softcap=cfg.attn_softcap, scale=cfg.score_scale,
+        )  # fmt: skip
+
+
+def _remember(kv, k, v, slot, layer):
+    """Writes the new keys and values; returns all of this layer's, and the cache to hand on."""
+
+    def write(all_, new):
+        new = jnp.swapaxes(new, 1, 2)
+        if layer is None:
+            all_ = one = jax.lax.dynamic_update_slice(all_, new, (0, 0, slot, 0))
+        else:
+            # One array carried through the loop over layers is updated in place; a scanned input
+            # and output would be copied whole at every token.
+            all_ = jax.lax.dynamic_update_slice(all_, new[None], (layer, 0, 0, slot, 0))
+            one = jax.lax.dynamic_index_in_dim(all_, layer, keepdims=False)
+        return all_, jnp.swapaxes(one, 1, 2)
+
+    (all_k, k), (all_v, v) = write(kv[0], k), write(kv[1], v)
+    return k, v, (all_k, all_v)
+
+
+class Mlp(nn.Module):
+    """down(act(gate x) * up x)."""
+
+    cfg: LMConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        cfg = self.cfg
+        wide = functools.partial(
+            Linear, cfg, (cfg.width,), (cfg.ffn,), ("embed", "ffn"), cfg.mlp_bias
+        )
+        y = _gated(cfg.act, wide(name="gate")(x), wide(name="up")(x))
+        y = nn.with_logical_constraint(y, ("batch", "length", "act_ffn"))
+        return Linear(
+            cfg, (cfg.ffn,), (cfg.width,), ("ffn", "embed"),
+            cfg.mlp_bias, (2 * cfg.layers) ** -0.5, name="down",
+        )(y)  # fmt: skip
+
+
+class Block(nn.Module):
+    """One layer. The carry is (hidden, keys and values or None)."""
+
+    cfg: LMConfig
+    attend: attention.Attend
+
+    @nn.compact
+    def __call__(self, carry, local, layer, ctx: _Context):
+        cfg, (x, kv) = self.cfg, carry
+        y = Norm(cfg, name="attn_norm")(x)
+        y, kv = Attention(cfg, self.attend, name="attn")(y, local, ctx, kv, layer)
+        x = x + (Norm(cfg, name="post_attn_norm")(y) if cfg.post_norms else y)
+        y = Mlp(cfg, name="mlp")(Norm(cfg, name="mlp_norm")(x))
+        x = x + (Norm(cfg, name="post_mlp_norm")(y) if cfg.post_norms else y)
+        return (nn.with_logical_constraint(x, ("batch", "length", "act_embed")), kv), None
+
+
+class LanguageModel(nn.Module):
+    """Embedding, layers, final norm, and the head (`unembed` or `scalar`).
+
+    Attributes:
+        cfg: sizes and choices.
+        attend: the attention, with the signature of `attention.plain`.
+        stacked: parameters of the layers are stacked under `layers`; otherwise `layers_0` ...
+    """
+
+    cfg: LMConfig
+    attend: attention.Attend = attention.plain
+    stacked: bool = True
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        self.embed = _Embed(cfg)
+        block = _remat(cfg)
+        if self.stacked:
+            scan = nn.scan(
+                block, variable_axes={"params": 0}, split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast), length=cfg.layers, unroll=cfg.loop_unroll,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )  # fmt: skip
+            self.layers = scan(cfg, self.attend)
+        else:
+            self.layers = [block(cfg, self.attend) for _ in range(cfg.layers)]
+        self.final_norm = Norm(cfg)
+        if cfg.head == "value":
+            self.value = Linear(cfg, (cfg.width,), (1,), ("embed", None))
+        elif not cfg.tie:
+            self.unembed_ = _Unembed(cfg, name="unembed")
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        position: Int[Array, "B T"],
+        segment: Int[Array, "B T"],
+        *,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """Hidden states after the final norm, and the cache with these tokens in it.
+
+        Args:
+            tokens, position, segment: see the glossary in `edges`.
+            cache: keys and values read before; the tokens given are written at its slot and
+                attend to everything in it. None: they attend to each other.
+        """
+        cfg = self.cfg
+        cache = _advance(cache, position, segment)
+        ctx = _Context(
+            position, position if cache is None else cache.position,
+            segment, segment if cache is None else cache.segment,
+            rope.table(cfg.rope, cfg.head_dim, position),
+            cfg.rope_local and rope.table(cfg.rope_local, cfg.head_dim, position),
+            None if cache is None else cache.slot,
+        )  # fmt: skip
+        x = nn.with_logical_constraint(self.embed(tokens), ("batch", "length", "act_embed"))
+        local = jnp.asarray(cfg.windowed)
+        if self.stacked:
+            kv = None if cache is None else (cache.k, cache.v)
+            (x, kv), _ = self.layers((x, kv), local, jnp.arange(cfg.layers), ctx)
+        else:
+            kv = []
+            for i, block in enumerate(self.layers):
+                mine = None if cache is None else (cache.k[i], cache.v[i])
+                (x, mine), _ = block((x, mine), local[i], None, ctx)
+                kv.append(mine)
+            kv = None if cache is None else tuple(zip(*kv, strict=True))
+        hidden = self.final_norm(x)
+        if self.is_initializing():
+            self.scalar(hidden) if cfg.head == "value" else self.unembed(hidden)
+        if cache is not None:
+            cache = cache.replace(k=kv[0], v=kv[1], slot=cache.slot + tokens.shape[1])
+        return hidden, cache
+
+    def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Logits, float32, soft-capped if the model is."""
+        cfg = self.cfg
+        logits = self.embed.attend(hidden) if cfg.tie else self.unembed_(hidden)
+        if cfg.final_softcap is not None:
+            logits = cfg.final_softcap * jnp.tanh(logits / cfg.final_softcap)
+        return logits
+
+    def scalar(self, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
+        """One number a position, float32 (head="value")."""
+        return self.value(hidden).astype(jnp.float32)[..., 0]
+
+
+class _Embed(nn.Module):
+    cfg: LMConfig
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        box = nn.with_logical_partitioning(_normal(cfg), ("vocab", "embed"))
+        self.table = self.param("table", box, (cfg.vocab, cfg.width), jnp.dtype(cfg.param_dtype))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        dtype = jnp.dtype(self.cfg.dtype)
+        x = jnp.take(self.table, tokens, axis=0, mode="clip").astype(dtype)
+        return x * jnp.asarray(math.sqrt(self.cfg.width), dtype) if self.cfg.embed_scale else x
+
+    def attend(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        table = self.table.astype(hidden.dtype)
+        return _product(hidden, table.T, jnp.float32)
+
+
+class _Unembed(nn.Module):
+    cfg: LMConfig
+
+    @nn.compact
+    def __call__(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        cfg = self.cfg
+        box = nn.with_logical_partitioning(_normal(cfg), ("embed", "vocab"))
+        kernel = self.param("kernel", box, (cfg.width, cfg.vocab), jnp.dtype(cfg.param_dtype))
+        kernel = kernel.astype(hidden.dtype)
+        return _product(hidden, kernel, jnp.float32)
+
+
+def _remat(cfg: LMConfig):
+    """`Block`, recomputed in the backward pass as `cfg.remat` says."""
+    if cfg.remat in ("none", "attention"):
+        return Block
+    policies = jax.checkpoint_policies
+    policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    # Inside a loop nothing can be merged with the forward pass; unrolled it could, and would.
+    return nn.remat(Block, policy=policy, prevent_cse=cfg.loop_unroll > 1)
+
+
+def _advance(cache: Cache | None, position: Array, segment: Array) -> Cache | None:
+    """The cache with the positions and segments of the new tokens written at its slot."""
+    if cache is None:
+        return None
+    at = (0, cache.slot)
+    return cache.replace(
+        position=jax.lax.dynamic_update_slice(cache.position, position, at),
+        segment=jax.lax.dynamic_update_slice(cache.segment, segment, at),
+    )
+
+
+def apply(
+    cfg: LMConfig,
+    params: PyTree,
+    tokens: Int[Array, "B T"],
+    position: Int[Array, "B T"],
+    segment: Int[Array, "B T"],
+    *,
+    attend: attention.Attend | None = None,
+    cache: Cache | None = None,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """`LanguageModel.__call__` on a plain parameter tree, stacked or taken apart by `unstack`.
+
+    Args:
+        attend: the attention; None: `attention.choose(cfg)`.
+    """
+    model = LanguageModel(cfg, attend or attention.choose(cfg), stacked="layers" in params)
+    return model.apply({"params": params}, tokens, position, segment, cache=cache)
+
+
+def unembed(cfg: LMConfig, params: PyTree, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Logits, float32, soft-capped if the model is."""
+    return _head(cfg, params, hidden, "unembed")
+
+
+def scalar(cfg: LMConfig, params: PyTree, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """The value head's number at every position, float32."""
+    return _head(cfg, params, hidden, "scalar")
+
+
+def _head(cfg: LMConfig, params: PyTree, hidden: Array, method: str) -> Array:
+    kept = {name: params[name] for name in ("embed", "unembed", "value") if name in params}
+    return LanguageModel(cfg).apply({"params": kept}, hidden, method=method)
+
+
+def unstack(cfg: LMConfig, params: PyTree) -> PyTree:
+    """The same parameters with one entry a layer, `layers_0` ..., instead of stacked ones."""
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    split = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.layers)]
+    return rest | {f"layers_{i}": layer for i, layer in enumerate(split)}

@@ -1,0 +1,67 @@
+"""Plans from simple rules or from a config's table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrl_eff.graph import Graph, order
+from jaxrl_eff.parallel import Placement
+
+RULES = ("all", "halves")
+_KEYS = ("devices", "data", "fsdp", "seq", "tensor", "stage", "microbatches")
+
+
+def plan(rule: str | Mapping[str, Mapping[str, Any]], graph: Graph, devices: int) -> dict:
+    """A placement for every call of the graph that has a model.
+
+    Args:
+        rule: "all": every call on all devices, rows split over them; "halves": the actor's calls
+            on the first half of the devices, the others' on the second; or a table call ->
+            `Placement`'s fields. There `devices` may be a list, or a number n for the first n;
+            left out, it is all of them. The row "default" serves calls without their own.
+        graph: the calls.
+        devices: how many there are.
+
+    Raises:
+        ValueError: an unknown rule, call or field, or axes that do not fit the devices.
+    """
+    calls = [c for c in order(graph) if c.of is not None]
+    everywhere = Placement(tuple(range(devices)))
+    if rule == "all":
+        return {c.name: everywhere for c in calls}
+    if rule == "halves":
+        if devices < 2:
+            raise ValueError("the plan 'halves' needs at least 2 devices; there is 1.")
+        half = devices // 2
+        first, second = Placement(tuple(range(half))), Placement(tuple(range(half, 2 * half)))
+        return {c.name: first if c.of == "actor" else second for c in calls}
+    if not isinstance(rule, Mapping):
+        raise ValueError(f"the plan is {rule!r}; it must be one of {list(RULES)} or a table.")
+    names = {c.name for c in graph.calls}
+    if unknown := sorted(set(rule) - names - {"default"}):
+        raise ValueError(f"the plan places {unknown}, but the calls are {sorted(names)}.")
+    table = {}
+    for c in graph.calls:
+        row = rule.get(c.name, rule.get("default") if c.of is not None else None)
+        if row is not None:
+            table[c.name] = _placement(c.name, row, devices)
+        elif c.of is not None:
+            raise ValueError(f"the plan has no row for {c.name}, and no row 'default'.")
+    return table
+
+
+def _placement(call: str, row: Mapping[str, Any], devices: int) -> Placement:
+    if unknown := sorted(set(row) - set(_KEYS)):
+        raise ValueError(f"the plan of {call} has unknown fields {unknown}; there are {[*_KEYS]}.")
+    row = dict(row)
+    chosen = row.pop("devices", devices)
+    if isinstance(chosen, int):
+        chosen = range(chosen)
+    bad = [d for d in chosen if not isinstance(d, int) or not 0 <= d < devices]
+    if bad:
+        raise ValueError(
+            f"the plan of {call} names devices {bad}; there are {devices}, 0 to {devices - 1}."
+        )
+    try:
+        return Placement(tuple(chosen), **row)
+    except ValueError as error:
+        raise ValueError(f"the plan of {call}: {error}") from None

@@ -1,0 +1,530 @@
+"""`python -m jaxrl_eff.report DIR`: a run directory as one page, DIR/report.html.
+
+The page holds everything it shows: curves, plan, the calls of a step over time, samples, config.
+It reads what a run writes (metrics.jsonl, samples.jsonl, and result, plan, timeline and config as
+.json), and says what is absent, so a run that was cut short has a report as well.
+"""
+
+import argparse
+import html
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrl_eff import charts, metrics
+from jaxrl_eff.console import clock, number
+
+FILES = (
+    "metrics.jsonl", "samples.jsonl", "result.json", "plan.json", "timeline.json", "config.json",
+)  # fmt: skip
+# The last part of a metric's name decides how early its curve stands; others are folded away.
+_FIRST = (
+    "loss", "reward", "score", "accuracy", "correct", "kl", "gap", "entropy", "length", "margin",
+    "clip_fraction", "grad_norm", "lr",
+)  # fmt: skip
+_SUFFIXES = ("mean", "p50", "p95", "p99", "max", "min", "std")
+_LONGEST_TEXT = 1200
+
+Colors = Mapping[str, int]
+
+
+def write(workdir: str | Path) -> Path:
+    """Draws the report of a run and returns its path.
+
+    Raises:
+        FileNotFoundError: no such directory.
+        ValueError: the directory holds nothing that a run writes.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"{workdir} is no directory; a run's --workdir is expected.")
+    if not any((workdir / name).is_file() for name in FILES):
+        raise ValueError(f"{workdir} holds no run: none of {', '.join(FILES)} is in it.")
+    notes: list[str] = []
+    steps = [r for r in metrics.read(workdir / "metrics.jsonl") if _is_step(r)]
+    samples = [r for r in metrics.read(workdir / "samples.jsonl") if isinstance(r.get("step"), int)]
+    plan = _document(workdir, "plan.json", notes)
+    timeline = _document(workdir, "timeline.json", notes)
+    result = _document(workdir, "result.json", notes)
+    config = _document(workdir, "config.json", notes)
+    if not steps:
+        notes.append("metrics.jsonl holds no step yet: no curves")
+    if not samples:
+        notes.append("samples.jsonl holds no sample: none is shown")
+    colors = _colors(plan, timeline, steps)
+    body = [
+        _head(workdir, result, steps),
+        _summary(result, steps),
+        _curves(steps, colors),
+        _plan(plan, colors),
+        _timeline(timeline, colors),
+        _samples(samples),
+        _config(config),
+        _notes(notes),
+    ]
+    page = _PAGE.format(title=_text(workdir.resolve().name), style=_STYLE, script=_SCRIPT)
+    path = workdir / "report.html"
+    path.write_text(page.replace("<!--body-->", "\n".join(filter(None, body))), encoding="utf-8")
+    return path
+
+
+# Reading --------------------------------------------------------------------------------------
+
+
+def _document(workdir: Path, name: str, notes: list[str]) -> dict[str, Any]:
+    path = workdir / name
+    if not path.is_file():
+        notes.append(f"{name} is absent")
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        notes.append(f"{name} cannot be read ({error})")
+        return {}
+    if not isinstance(value, dict):
+        notes.append(f"{name} holds a {type(value).__name__} where an object is expected")
+        return {}
+    return value
+
+
+def _is_step(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("step"), int) and isinstance(row.get("values"), dict)
+
+
+def _by_stage(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    stages: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        stages.setdefault(str(row.get("stage", "")), []).append(row)
+    return stages
+
+
+def _calls(plan: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """stage -> call -> placement, what isn't one left out."""
+    stages = {s: calls for s, calls in plan.items() if isinstance(calls, Mapping)}
+    return {
+        stage: {call: p for call, p in calls.items() if isinstance(p, Mapping)}
+        for stage, calls in stages.items()
+    }
+
+
+def _spans(timeline: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    stages = {s: spans for s, spans in timeline.items() if isinstance(spans, list)}
+    found = {
+        stage: [s for s in spans if isinstance(s, Mapping) and {"call", "start", "end"} <= set(s)]
+        for stage, spans in stages.items()
+    }
+    return {stage: spans for stage, spans in found.items() if spans}
+
+
+def _colors(plan: Any, timeline: Any, steps: Sequence[Mapping[str, Any]]) -> dict[str, Colors]:
+    """Palette indices, stage -> call -> index: a call looks the same in every part of the page."""
+    names: dict[str, list[str]] = {}
+    for stage, calls in _calls(plan).items():
+        names.setdefault(stage, []).extend(calls)
+    for stage, spans in _spans(timeline).items():
+        names.setdefault(stage, []).extend(str(s["call"]) for s in spans)
+    for stage, rows in _by_stage(steps).items():
+        names.setdefault(stage, []).extend(call for r in rows for call in r.get("seconds") or {})
+    return {
+        stage: {name: i for i, name in enumerate(dict.fromkeys(calls))}
+        for stage, calls in names.items()
+    }
+
+
+# Parts of the page ----------------------------------------------------------------------------
+
+
+def _head(workdir: Path, result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
+    title = result.get("title") or workdir.resolve().name
+    passed = result.get("passed")
+    verdict = ""
+    if isinstance(passed, bool):
+        verdict = (
+            f'<span class="{"pass" if passed else "fail"}">{"PASS" if passed else "FAIL"}</span>'
+        )
+    expected = result.get("expected") or result.get("expectation") or ""
+    lead = f"<p class=lead>{_text(expected)}</p>" if expected else ""
+    where = f"<p class=dim>{_text(workdir.resolve())}</p>"
+    return f"<header><h1>{_text(title)} {verdict}</h1>{lead}{where}{_facts(steps)}</header>"
+
+
+def _facts(steps: Sequence[Mapping[str, Any]]) -> str:
+    if not steps:
+        return ""
+    facts = []
+    for stage, rows in _by_stage(steps).items():
+        facts.append((stage or "steps", f"{len(rows)} steps", _outcome(rows)))
+    times = [r["time"] for r in steps if isinstance(r.get("time"), int | float)]
+    if len(times) > 1:
+        facts.append(("time", clock(times[-1] - times[0]), "from first to last step"))
+    mfu = [r["mfu"] for r in steps if isinstance(r.get("mfu"), float)]
+    if mfu:
+        facts.append(("utilisation", f"{statistics.median(mfu):.0%}", "of the peak, median"))
+    cells = "".join(
+        f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd><p>{_text(more)}</p></div>"
+        for name, value, more in facts
+    )
+    return f"<dl class=facts>{cells}</dl>"
+
+
+def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How the stage's first-named curve began and ended."""
+    names = sorted({name for row in rows for name in row["values"]}, key=_rank)
+    if not names or _rank(names[0])[0] >= len(_FIRST):
+        return ""
+    rewarded = [n for n in names if n.rsplit("/", 1)[-1] in ("reward", "score")]
+    name = rewarded[0] if rewarded else names[0]
+    values = [row["values"][name] for row in rows if name in row["values"]]
+    tenth = max(1, len(values) // 10)
+    first, last = statistics.fmean(values[:tenth]), statistics.fmean(values[-tenth:])
+    return f"{name.rsplit('/', 1)[-1]} {number(first)} → {number(last)}"
+
+
+def _summary(result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
+    del steps
+    rows, columns = result.get("rows") or [], result.get("columns")
+    if rows and all(isinstance(row, Mapping) for row in rows):
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        rows = [[row.get(key, "") for key in columns] for row in rows]
+    rows = [row for row in rows if isinstance(row, list | tuple)]
+    table = _table(columns or [], rows) if rows else ""
+    named = {"title", "passed", "expected", "expectation", "rows", "columns"}
+    rest = [[key, _plain(value)] for key, value in result.items() if key not in named]
+    more = _table([], rest, kind="pairs") if rest else ""
+    return f"<section><h2>Result</h2>{table}{more}</section>" if table or more else ""
+
+
+def _curves(steps: Sequence[Mapping[str, Any]], colors: Mapping[str, Colors]) -> str:
+    sections = []
+    for stage, rows in _by_stage(steps).items():
+        figures = sorted(_figures(rows, colors.get(stage, {})), key=lambda figure: figure[0])
+        ahead = [figure for rank, figure in figures if rank[0] < len(_FIRST)]
+        behind = [figure for rank, figure in figures if rank[0] >= len(_FIRST)]
+        if len(ahead) < 3 or len(behind) < 3:
+            ahead, behind = ahead + behind[:6], behind[6:]
+        fold = ""
+        if behind:
+            fold = (
+                f"<details><summary>{len(behind)} more curves</summary>"
+                f"<div class=charts>{''.join(behind)}</div></details>"
+            )
+        grid = f"<div class=charts>{''.join(ahead)}</div>"
+        sections.append(f"<section><h2>{_text(stage or 'Curves')}</h2>{grid}{fold}</section>")
+    return "\n".join(sections)
+
+
+def _figures(
+    rows: Sequence[Mapping[str, Any]], colors: Colors
+) -> Iterable[tuple[tuple[int, str], str]]:
+    """(rank, figure) of every curve of one stage; `gap_mean`, `gap_max`, ... share a figure."""
+    groups: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        for name, value in row["values"].items():
+            if isinstance(value, int | float):
+                base, label = _split(name)
+                groups.setdefault(base, {}).setdefault(label, []).append((row["step"], value))
+    for base, series in groups.items():
+        order = sorted(series, key=lambda k: _SUFFIXES.index(k) if k in _SUFFIXES else -1)
+        yield _rank(base), _figure(base, {name: series[name] for name in order})
+    seconds: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        for call, value in (row.get("seconds") or {}).items():
+            seconds.setdefault(call, []).append((row["step"], value))
+    last = len(_FIRST) - 1
+    for name in ("tokens_per_s", "mfu", "flops_per_s"):
+        points = [
+            (row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)
+        ]
+        if points:
+            rank = (last + (name == "flops_per_s"), f"~{name}")
+            yield rank, _figure(name.replace("_per_s", "/s"), {"": points}, percent=name == "mfu")
+    if seconds:
+        yield (last, "~~seconds"), _figure("seconds by call", seconds, colors=colors)
+
+
+def _split(name: str) -> tuple[str, str]:
+    for separator in ("_", "/"):
+        base, _, suffix = name.rpartition(separator)
+        if base and suffix in _SUFFIXES:
+            return base, suffix
+    return name, ""
+
+
+def _rank(name: str) -> tuple[int, str]:
+    last = _split(name)[0].rsplit("/", 1)[-1]
+    for i, word in enumerate(_FIRST):
+        if last == word or last.endswith(f"_{word}") or last.startswith(f"{word}_"):
+            return i, name
+    return len(_FIRST), name
+
+
+def _figure(
+    title: str, series: Mapping[str, Any], *, percent: bool = False, colors: Colors | None = None
+) -> str:
+    svg = charts.curves(series, percent=percent, colors=colors)
+    names = _keys({name: (colors or {}).get(name, i) for i, name in enumerate(series) if name})
+    final = [points[-1][1] for points in series.values()]
+    shown = ""
+    if len(final) == 1:
+        shown = (
+            f"{final[0]:.0%}"
+            if percent and math.isfinite(final[0])
+            else number(final[0], short=True)
+        )
+    head = f"<figcaption><b>{_text(title)}</b><output>{shown}</output></figcaption>"
+    return f"<figure>{head}{svg}{names}</figure>"
+
+
+def _keys(colors: Colors) -> str:
+    spans = (f"<span class=key>{_dot(i)}{_text(name)}</span>" for name, i in colors.items())
+    return f"<div class=keys>{''.join(spans)}</div>"
+
+
+def _dot(index: int) -> str:
+    return f'<i class=dot style="background:{charts.color(index)}"></i>'
+
+
+def _plan(plan: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
+    rows = []
+    for stage, calls in _calls(plan).items():
+        for i, (call, p) in enumerate(calls.items()):
+            axes = {k: v for k, v in (p.get("axes") or {}).items() if v != 1}
+            mesh = " × ".join(f"{name} {size}" for name, size in axes.items()) or "one device"
+            devices = charts.device_range(p.get("devices") or []) or "host"
+            dot = _dot(colors.get(stage, {}).get(call, 7))
+            mesh = mesh if p.get("devices") else "–"
+            first = f"<td class=stage>{_text(stage) if i == 0 else ''}</td>"
+            tail = "".join(
+                f"<td>{_text(x)}</td>"
+                for x in (p.get("kind") or "", p.get("of") or "–", devices, mesh)
+            )
+            parts = _text(p.get("microbatches", ""))
+            rows.append(
+                f"<tr>{first}<td>{dot}{_text(call)}</td>{tail}<td class=n>{parts}</td></tr>"
+            )
+    if not rows:
+        return ""
+    heads = "".join(f"<th>{h}</th>" for h in ("stage", "call", "kind", "model", "devices", "mesh"))
+    table = f"<table><tr>{heads}<th class=n>microbatches</th></tr>{''.join(rows)}</table>"
+    return f"<section><h2>Plan</h2><div class=wide>{table}</div></section>"
+
+
+def _timeline(timeline: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
+    parts = []
+    for stage, spans in _spans(timeline).items():
+        own = colors.get(stage, {})
+        keys = _keys({str(s["call"]): own.get(str(s["call"]), 7) for s in spans})
+        svg = charts.timeline(spans, own)
+        parts.append(f"<h3>{_text(stage)}</h3><div class=wide>{svg}</div>{keys}")
+    if not parts:
+        return ""
+    lead = "<p class=dim>The calls of one step, by device.</p>"
+    return f"<section><h2>Timeline</h2>{lead}{''.join(parts)}</section>"
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    for stage, rows in _by_stage(samples).items():
+        first, last = min(r["step"] for r in rows), max(r["step"] for r in rows)
+        early = {str(r.get("prompt", "")): r for r in rows if r["step"] == first}
+        late = {str(r.get("prompt", "")): r for r in rows if r["step"] == last}
+        both = [prompt for prompt in early if prompt in late]
+        if first != last and both:
+            heads = ["prompt", f"step {first}", "reward", f"step {last}", "reward"]
+            lines = [[_said(p), *_answer(early[p]), *_answer(late[p])] for p in both[:8]]
+            table = _sample_table(heads, lines)
+        else:
+            lines = []
+            for step, group in {first: early, last: late}.items():
+                lines += [[str(step), _said(p), *_answer(r)] for p, r in list(group.items())[:6]]
+            table = _sample_table(["step", "prompt", "completion", "reward"], lines)
+        parts.append(f"<h3>{_text(stage)}</h3>{table}")
+    return f"<section><h2>Samples</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _answer(row: Mapping[str, Any]) -> list[str]:
+    reward = row.get("reward")
+    shown = number(reward) if isinstance(reward, int | float) else ""
+    named = ("step", "stage", "prompt", "completion", "reward")
+    rest = [f"{key}: {_plain(value)}" for key, value in row.items() if key not in named]
+    more = f"<p class=dim>{_text(', '.join(rest))}</p>" if rest else ""
+    return [_said(row.get("completion", "")) + more, f"<span class=reward>{_text(shown)}</span>"]
+
+
+def _said(value: Any) -> str:
+    text = str(value)
+    cut = text[:_LONGEST_TEXT] + (" […]" if len(text) > _LONGEST_TEXT else "")
+    return f"<div class=said>{_text(cut)}</div>"
+
+
+def _sample_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{_text(h)}</th>" for h in heads)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class=wide><table class=samples><tr>{head}</tr>{body}</table></div>"
+
+
+def _config(config: Mapping[str, Any]) -> str:
+    if not config:
+        return ""
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    return (
+        "<section><h2>Config</h2><details><summary>the resolved config</summary>"
+        f"<pre>{_text(text)}</pre></details></section>"
+    )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    lines = "".join(f"<li>{_text(note)}</li>" for note in notes)
+    return f"<section><h2>Not here</h2><ul class=dim>{lines}</ul></section>" if notes else ""
+
+
+def _table(columns: Sequence[Any], rows: Sequence[Sequence[Any]], kind: str = "") -> str:
+    def cell(x: Any, tag: str = "td") -> str:
+        figure = isinstance(x, int | float) and not isinstance(x, bool)
+        shown = number(x) if isinstance(x, float) else _plain(x)
+        return f"<{tag}{' class=n' if figure else ''}>{_text(shown)}</{tag}>"
+
+    numeric = [
+        any(isinstance(row[i], int | float) for row in rows if i < len(row))
+        for i in range(len(columns))
+    ]
+    heads = "".join(
+        f"<th{' class=n' if n else ''}>{_text(c)}</th>"
+        for c, n in zip(columns, numeric, strict=True)
+    )
+    head = f"<tr>{heads}</tr>" if columns else ""
+    body = "".join("<tr>" + "".join(cell(x) for x in row) + "</tr>" for row in rows)
+    return f'<div class=wide><table class="{kind}">{head}{body}</table></div>'
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body><main>
+<!--body-->
+</main><script>{script}</script></body></html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --bg: #fbfaf8; --fg: #23262b; --dim: #6d727a; --rule: #e4e1dc;
+  --card: #ffffff; --good: #2f7d4f; --bad: #b3383f;
+  --c0: #3d6fa5; --c1: #c47a3f; --c2: #4c8f63; --c3: #8a66a6; --c4: #b4565f; --c5: #4e8d98;
+  --c6: #94802f; --c7: #73777e; }
+@media (prefers-color-scheme: dark) { :root { --bg: #17191c; --fg: #e3e4e6; --dim: #979ca5;
+  --rule: #2d3136; --card: #1d2024; --good: #64b487; --bad: #e0757b;
+  --c0: #7aa7d9; --c1: #dd9f6a; --c2: #7dbd92; --c3: #b695d0; --c4: #dd8890; --c5: #79b8c3;
+  --c6: #c3ae5c; --c7: #9a9ea5; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--fg);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 44px 28px 72px; }
+h1 { font-size: 27px; line-height: 1.25; font-weight: 600; margin: 0 0 6px;
+  overflow-wrap: anywhere; }
+h2 { font-size: 18px; font-weight: 600; margin: 0 0 14px; }
+h3 { font-size: 14px; font-weight: 600; margin: 20px 0 8px; }
+section { margin-top: 44px; }
+.lead { font-size: 16px; margin: 0 0 4px; }
+.dim, .dim li { color: var(--dim); font-size: 13px; margin: 2px 0 8px; overflow-wrap: anywhere; }
+.pass, .fail { display: inline-block; font-size: 13px; letter-spacing: .06em; color: var(--bg);
+  border-radius: 4px; padding: 2px 9px; margin-left: 6px; vertical-align: 4px; }
+.pass { background: var(--good); } .fail { background: var(--bad); }
+.facts { display: flex; flex-wrap: wrap; gap: 10px 44px; margin: 22px 0 0; }
+.facts dt { color: var(--dim); font-size: 13px; }
+.facts dd { margin: 0; font-size: 19px; font-variant-numeric: tabular-nums; }
+.facts p { margin: 0; color: var(--dim); font-size: 13px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th { text-align: left; color: var(--dim); font-weight: 500; font-size: 13px; }
+th, td { padding: 6px 22px 6px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
+th.n, td.n { text-align: right; }
+.pairs td:first-child { color: var(--dim); }
+.pairs td { overflow-wrap: anywhere; }
+.stage { font-weight: 600; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr));
+  gap: 18px; }
+figure { margin: 0; padding: 12px 14px 8px; background: var(--card);
+  border: 1px solid var(--rule); border-radius: 8px; min-width: 0; }
+figcaption { display: flex; justify-content: space-between; gap: 12px; font-size: 13px; }
+figcaption b { font-weight: 600; overflow-wrap: anywhere; }
+figcaption output { color: var(--dim); white-space: nowrap; font-variant-numeric: tabular-nums; }
+svg { display: block; width: 100%; height: auto; }
+svg.timeline { min-width: 640px; }
+svg text { font-size: 11px; fill: var(--dim); font-variant-numeric: tabular-nums; }
+svg text.on { fill: var(--bg); }
+.grid { stroke: var(--rule); fill: none; }
+.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+.raw { fill: none; stroke-width: 1; opacity: .28; }
+.band { opacity: .13; }
+.alarm { stroke: var(--bad); stroke-width: 2; }
+.cursor { stroke: var(--dim); stroke-dasharray: 2 3; }
+.keys { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12px; color: var(--dim); }
+.key { white-space: nowrap; }
+.dot { display: inline-block; width: 9px; height: 9px; border-radius: 2px;
+  margin-right: 6px; }
+.samples { width: 100%; } .samples td { font-size: 13px; }
+.samples td:last-child, .samples th:last-child { padding-right: 0; }
+.said { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 12.5px;
+  white-space: pre-wrap; overflow-wrap: anywhere; max-height: 22em; overflow-y: auto; }
+.reward { color: var(--dim); white-space: nowrap; }
+details { margin-top: 16px; } summary { cursor: pointer; color: var(--dim); font-size: 13px;
+  margin-bottom: 12px; }
+pre { font: 12.5px/1.55 ui-monospace, "SF Mono", Menlo, Consolas, monospace; padding: 14px 16px;
+  background: var(--card); border: 1px solid var(--rule); border-radius: 8px; overflow-x: auto; }
+"""
+
+# Values under the pointer, in the caption of the chart.
+_SCRIPT = """
+for (const svg of document.querySelectorAll("svg.chart")) {
+  const series = JSON.parse(svg.dataset.series), left = +svg.dataset.left, right = 310;
+  const out = svg.parentNode.querySelector("output"), rest = out.textContent;
+  const all = series.flatMap(s => s[1].map(p => p[0]));
+  const low = Math.min(...all), high = Math.max(...all);
+  const cursor = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  cursor.setAttribute("class", "cursor"); svg.append(cursor);
+  svg.addEventListener("pointermove", e => {
+    const x = (e.clientX - svg.getBoundingClientRect().left) * 320 / svg.clientWidth;
+    const want = low + (x - left) / (right - left) * (high - low);
+    const near = p => p.reduce((a, b) => Math.abs(b[0] - want) < Math.abs(a[0] - want) ? b : a);
+    const at = series.filter(s => s[1].length).map(s => [s[0], near(s[1])]);
+    const px = left + (at[0][1][0] - low) / ((high - low) || 1) * (right - left);
+    cursor.setAttribute("d", `M${px} 8V158`);
+    const few = at.slice(0, 3).map(([name, p]) => (name && at.length > 1 ? name + " " : "") + p[1]);
+    out.textContent = few.join("  ") + "  at " + at[0][1][0];
+  });
+  svg.addEventListener("pointerleave", () => {
+    out.textContent = rest; cursor.removeAttribute("d");
+  });
+}
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the report; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jaxrl_eff.report", description=__doc__)
+    parser.add_argument("workdir", help="directory of a run")
+    arguments = parser.parse_args(argv)
+    try:
+        print(write(arguments.workdir))
+    except (OSError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Sampling responses: one compiled program that reads the prompts and then loops over tokens.
+
+Prompts of unequal length stand left-aligned. Each is read once and its cache repeated for the R
+samples. While decoding, all rows write the same slot Tp + s, one slice for the whole batch, and
+the gap between a prompt's end and slot Tp is masked like any padding. At the end the rows are
+closed up. The loop stops when every row has ended; with `compactions` the unfinished rows move to
+a smaller batch first.
+
+Left out: admitting new prompts where others finished, which needs a loop on the host.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_eff import tree
+from jaxrl_eff.models import attention, params as params_
+from jaxrl_eff.models.config import LMConfig
+from jaxrl_eff.models.transformer import Cache, apply, unembed, unstack
+from jaxrl_eff.rollout import cache as kv
+from jaxrl_eff.rollout.sampling import Sampling, draw, ends
+from jaxrl_eff.shapes import Array, Float, Int, Key, PyTree
+
+UNSTACK_BYTES = 2**28
+
+GenerateFn = Callable[[PyTree, dict[str, Array], Array], dict[str, Array]]
+
+
+class _State(NamedTuple):
+    """The rows being decoded; after a compaction fewer than the batch has.
+
+    `token` was drawn at step - 1 and is in `tokens` already, but not in the cache.
+    """
+
+    step: Array  # []
+    row: Array  # [b] which row of the batch this is
+    key: Array  # [b]
+    position: Array  # [b] of `token`
+    token: Array  # [b]
+    done: Array  # [b]
+    tokens: Array  # [b, max_tokens]
+    logp: Array  # [b, max_tokens]
+    count: Array  # [b] tokens of the response
+    cache: Cache
+
+
+def sample(
+    cfg: LMConfig, sampling: Sampling, *, attend: attention.Attend | None = None
+) -> GenerateFn:
+    """The function of a generate call: reads prompt, prompt_length and, if there, prompt_example.
+
+    It writes tokens, segment, position, mask, logp, group and, if it can, example, for B = P * R
+    rows of Tp + max_tokens: prompt, response and padding, the samples of a prompt adjacent. The
+    token that ends a response belongs to it. `logp` is that of the warped distribution.
+
+    Args:
+        attend: the attention; None: `attention.choose(cfg)`.
+    """
+    attend = attend or attention.choose(cfg)
+    small = tree.nbytes(params_.abstract(cfg)) <= UNSTACK_BYTES
+    unstacked = small if sampling.unstack is None else sampling.unstack
+    stops = (*cfg.eos, *sampling.stop)
+
+    def advance(params: PyTree, state: _State) -> _State:
+        """Reads the last token, draws the next."""
+        segment = jnp.ones_like(state.token)[:, None]
+        hidden, cache = apply(
+            cfg, params, state.token[:, None], state.position[:, None], segment,
+            attend=attend, cache=state.cache,
+        )  # fmt: skip
+        logits = unembed(cfg, params, hidden[:, 0])
+        return _record(sampling, stops, state._replace(cache=cache), logits)
+
+    def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
+        prompt, length = batch["prompt"], batch["prompt_length"]
+        hidden, cache = _read(cfg, params, prompt, length, attend)
+        if unstacked:
+            params, cache = unstack(cfg, params), kv.unstack(cache)
+        cache = kv.grow(kv.repeat(cache, sampling.samples), sampling.max_tokens)
+        logits = jnp.repeat(unembed(cfg, params, hidden), sampling.samples, axis=0)
+        state = _begin(sampling, key, jnp.repeat(length, sampling.samples), cache)
+        state = _record(sampling, stops, state, logits)
+        tokens, logp, count = _decode(sampling, lambda s: advance(params, s), state)
+        out = _close_up(sampling, prompt, length, tokens, logp, count)
+        if "prompt_example" in batch:
+            out["example"] = jnp.repeat(batch["prompt_example"], sampling.samples)
+        return out
+
+    return call
+
+
+def _read(
+    cfg: LMConfig,
+    params: PyTree,
+    prompt: Int[Array, "P T"],
+    length: Int[Array, "P"],
+    attend: attention.Attend,
+) -> tuple[Float[Array, "P D"], Cache]:
+    """The hidden state at each prompt's last token, and the cache of the prompts."""
+    at = jnp.broadcast_to(jnp.arange(prompt.shape[1]), prompt.shape)
+    segment = (at < length[:, None]).astype(jnp.int32)
+    cache = kv.empty(cfg, *prompt.shape)
+    hidden, cache = apply(cfg, params, prompt, at, segment, attend=attend, cache=cache)
+    last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)[:, 0]
+    return last, cache
+
+
+def _begin(
+    sampling: Sampling, key: Key[Array, ""], length: Int[Array, "B"], cache: Cache
+) -> _State:
+    rows, shape = length.shape[0], (length.shape[0], sampling.max_tokens)
+    row = jnp.arange(rows, dtype=jnp.int32)
+    return _State(
+        step=jnp.int32(0),
+        row=row,
+        key=jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row),
+        position=length - 1,
+        token=jnp.zeros(rows, jnp.int32),
+        done=jnp.zeros(rows, bool),
+        tokens=jnp.full(shape, sampling.pad, jnp.int32),
+        logp=jnp.zeros(shape, jnp.float32),
+        count=jnp.zeros(rows, jnp.int32),
+        cache=cache.replace(slot=jnp.int32(cache.slot)),
+    )
+
+
+def _record(
+    sampling: Sampling, stops: tuple[int, ...], state: _State, logits: Float[Array, "B V"]
+) -> _State:
+    """Draws a token for every row and writes it down for those that have not ended."""
+    token, logp = draw(logits, sampling.warp, state.key, state.step)
+    token = jnp.where(state.done, sampling.pad, token)
+    at = (0, state.step)
+    return state._replace(
+        step=state.step + 1,
+        position=state.position + 1,
+        token=token,
+        done=state.done | ends(token, stops),
+        tokens=jax.lax.dynamic_update_slice(state.tokens, token[:, None], at),
+        logp=jax.lax.dynamic_update_slice(
+            state.logp, jnp.where(state.done, 0.0, logp)[:, None], at
+        ),
+        count=state.count + (~state.done).astype(jnp.int32),
+    )
+
+
+def _decode(
+    sampling: Sampling, advance: Callable[[_State], _State], state: _State
+) -> tuple[Int[Array, "B R"], Float[Array, "B R"], Int[Array, "B"]]:
+    """Runs `advance` until every row has ended: tokens, logp and count of the whole batch."""
+    full = state.tokens, state.logp, state.count
+    for left in range(sampling.compactions, -1, -1):
+        rows = state.token.shape[0]
+        enough = (rows + 1) // 2 if left and rows > 1 else 0
+
+        def unfinished(state: _State, enough: int = enough):
+            return (state.step < sampling.max_tokens) & ((~state.done).sum() > enough)
+
+        state = jax.lax.while_loop(unfinished, advance, state)
+        mine = state.tokens, state.logp, state.count
+        full = jax.tree.map(lambda all_, some: all_.at[state.row].set(some), full, mine)
+        if enough:
+            state = _compact(state, enough)
+    return full
+
+
+def _compact(state: _State, rows: int) -> _State:
+    """The unfinished rows first, cut to `rows`. What is cut has ended, or time is up."""
+    order = jnp.argsort(state.done, stable=True)[:rows]
+    kept = {
+        name: jnp.take(getattr(state, name), order, axis=0)
+        for name in ("row", "key", "position", "token", "done", "tokens", "logp", "count")
+    }
+    return state._replace(**kept, cache=kv.take(state.cache, order))
+
+
+def _close_up(
+    sampling: Sampling,
+    prompt: Int[Array, "P T"],
+    length: Int[Array, "P"],
+    tokens: Int[Array, "B R"],
+    logp: Float[Array, "B R"],
+    count: Int[Array, "B"],
+) -> dict[str, Array]:
+    """Moves every response to the end of its prompt."""
+    width, rows = prompt.shape[1], tokens.shape[0]
+    prompt = jnp.repeat(prompt, sampling.samples, axis=0)
+    length = jnp.repeat(length, sampling.samples)[:, None]
+    at = jnp.broadcast_to(jnp.arange(width + sampling.max_tokens), (rows, width + tokens.shape[1]))
+    inside = at < length + count[:, None]
+    answer = inside & (at >= length)
+    source = jnp.where(at < length, at, at - length + width)
+    source = jnp.where(inside, source, 0)
+    gathered = jnp.take_along_axis(jnp.concatenate([prompt, tokens], axis=1), source, axis=1)
+    shifted = jnp.concatenate([jnp.zeros(prompt.shape, jnp.float32), logp], axis=1)
+    return {
+        "tokens": jnp.where(inside, gathered, sampling.pad),
+        "segment": inside.astype(jnp.int32),
+        "position": jnp.where(inside, at, 0),
+        "mask": answer.astype(jnp.float32),
+        "logp": jnp.where(answer, jnp.take_along_axis(shifted, source, axis=1), 0.0),
+        "group": jnp.arange(rows, dtype=jnp.int32) // sampling.samples,
+    }

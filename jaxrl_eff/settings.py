@@ -1,0 +1,315 @@
+"""The schema of a config: frozen dataclasses, and the one function that fills them.
+
+A config file returns an `ml_collections.ConfigDict`; `build` turns it into a `Run`, naming every
+unknown key and every value of the wrong type with its full path, before anything is loaded. What
+needs files, devices or the model to be checked is checked in `stages`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The base model of a run.
+
+    Attributes:
+        path: a Hugging Face directory (config.json and safetensors); "" starts from scratch.
+        shape: fields of `models.LMConfig`, for a model from scratch.
+        dtype, param_dtype: of compute and of parameters; "" keeps the shape's or float32.
+        remat: recomputation policy of `models.LMConfig`; "" keeps the shape's.
+    """
+
+    path: str = ""
+    shape: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: str = ""
+    param_dtype: str = ""
+    remat: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where examples come from and how they become tokens.
+
+    Attributes:
+        source: "jsonl", "parquet", or a toy: "reverse", "sort".
+        path: the file, for jsonl and parquet.
+        format: "text", "completion", "messages", "preference", "prompt" or "chat_prompt".
+        fields: the encoder's argument -> the example's field, e.g. {"prompt": "question"}.
+        template: for "prompt" and "completion": text around the prompt, with {prompt} in it.
+        bos, eos: whether sequences begin and end with the tokenizer's special tokens.
+        length: tokens of a packed row; prompt_length: the longest prompt kept.
+        packed: False puts one example into a row.
+        overlong: "drop", "truncate" or "error".
+        held_out: examples set apart for evaluation (files only; toys have their own split).
+        options: arguments of a toy: digits, train, held_out, wrong, keep_length.
+    """
+
+    source: str = "jsonl"
+    path: str = ""
+    format: str = "completion"
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
+    template: str = "{prompt}"
+    bos: bool = True
+    eos: bool = True
+    length: int = 0
+    prompt_length: int = 0
+    packed: bool = True
+    overlong: str = "drop"
+    held_out: int = 0
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """An optimizer. See `optim.optimizer` and `optim.warmup_then`."""
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    schedule: str = "constant"
+    warmup: int = 0
+    final: float = 0.0
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    frozen: tuple[str, ...] = ()
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardSettings:
+    """What a response is worth.
+
+    Attributes:
+        name: "model" (a reward model of this run or a directory), or a function of the text:
+            "gold", "digit_share", "exact", "numeric", "matches", "tagged", "contains",
+            "word_share", "length_penalty".
+        options: the function's arguments.
+    """
+
+    name: str = "model"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """Held-out generation, greedy unless said otherwise, scored by a function of the text.
+
+    Attributes:
+        problems: how many held-out examples; 0 switches evaluation off.
+        every: steps between evaluations; 0 evaluates only after the stage's last step.
+        before: also evaluate before the first step.
+        reward: a function of the text, as in `RewardSettings`.
+        max_tokens: of a response; 0 takes the stage's sampling.
+        temperature: 0 is greedy.
+        data: a file of its own with held-out examples; "" uses the stage's held-out part.
+    """
+
+    problems: int = 0
+    every: int = 0
+    before: bool = False
+    reward: RewardSettings = RewardSettings(name="gold")
+    max_tokens: int = 0
+    temperature: float = 0.0
+    data: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """One stage of training: an algorithm, its data, its models, its plan.
+
+    Attributes:
+        algorithm: "sft", "reward_model", "dpo", "ppo", "grpo", "rloo", "remax" or "raft".
+        steps: of the graph.
+        batch: rows (sft, reward_model, dpo) or prompts a step, over all devices.
+        data: the examples.
+        models: role -> where its parameters come from: "base"; the name of an earlier stage, for
+            what that stage trained; "stage/role"; or a Hugging Face directory.
+        optim: role -> optimizer, for every role that is trained.
+        loss: fields of the algorithm's config, e.g. `PPOConfig`.
+        sampling: fields of `rollout.Sampling`.
+        reward: for algorithms that sample.
+        plan: "all" (every call on all devices), "halves" (the actor's calls on the first half,
+            the others on the second), or call -> dict(devices=[...], tensor=..., ...).
+        evaluate: held-out measurement.
+        samples_every: steps between samples written to samples.jsonl; 0 for none.
+    """
+
+    algorithm: str
+    steps: int
+    batch: int
+    data: DataSettings
+    models: dict[str, str] = dataclasses.field(default_factory=dict)
+    optim: dict[str, OptimSettings] = dataclasses.field(default_factory=dict)
+    loss: dict[str, Any] = dataclasses.field(default_factory=dict)
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reward: RewardSettings = RewardSettings()
+    plan: str | dict[str, dict[str, Any]] = "all"
+    evaluate: EvalSettings = EvalSettings()
+    samples_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """Attributes:
+    every: steps between checkpoints; 0 saves only at the end of a stage.
+    keep: newest checkpoints kept.
+    """
+
+    every: int = 0
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpectSettings:
+    """What the last line of a run is checked against; an empty metric expects nothing.
+
+    Attributes:
+        metric: "stage/eval" result to look at.
+        at_least: its smallest value.
+        rises_over: another result that it must exceed, by `rise`; "" for none.
+        rise: absolute.
+    """
+
+    metric: str = ""
+    at_least: float = float("-inf")
+    rises_over: str = ""
+    rise: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A whole run.
+
+    Attributes:
+        seed: of parameters, data order and sampling.
+        simulate_devices: CPU devices to simulate; 0 uses the real ones.
+        model: the base model.
+        tokenizer: "model" (beside the checkpoint), or "chars:" and an alphabet.
+        stages: names, in order.
+        stage: name -> settings.
+        nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that update.
+        checkpoint, expect: see there.
+        wandb: arguments of `wandb.init`; empty for no W&B.
+        export: write the last trained model as a Hugging Face directory.
+    """
+
+    seed: int = 0
+    simulate_devices: int = 0
+    model: ModelSettings
+    tokenizer: str = "model"
+    stages: tuple[str, ...]
+    stage: dict[str, StageSettings] = dataclasses.field(default_factory=dict)
+    nonfinite: str = "stop"
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    expect: ExpectSettings = ExpectSettings()
+    wandb: dict[str, Any] = dataclasses.field(default_factory=dict)
+    export: bool = True
+
+    def __post_init__(self):
+        if not self.stages:
+            raise ValueError("config.stages is empty; it must name at least one stage.")
+        if missing := [s for s in self.stages if s not in self.stage]:
+            raise ValueError(f"config.stages names {missing}, but there is {sorted(self.stage)}.")
+        if self.nonfinite not in ("stop", "skip"):
+            raise ValueError(f"config.nonfinite is {self.nonfinite!r}, not 'stop' or 'skip'.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"config.seed is {self.seed}; it must be at least 0, below 2**32.")
+
+
+def run(config: Mapping[str, Any]) -> Run:
+    """The settings of a config: stages are the sections that `stages` names.
+
+    Raises:
+        ValueError: an unknown key or a value of the wrong type, with its path.
+    """
+    config = dict(config)
+    names = config.get("stages", ())
+    if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"config.stages is {names!r}, but it must be a tuple of names.")
+    stages = {n: build(StageSettings, config.pop(n), f"config.{n}") for n in names if n in config}
+    return build(Run, {**config, "stage": stages}, "config")
+
+
+def build(cls: type, section: Mapping[str, Any], path: str) -> Any:
+    """Fills a dataclass from a config section.
+
+    Raises:
+        ValueError: a key that the class does not have, a missing one, or a value of another type.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in section:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{path} has no field {key!r}; it has {sorted(fields)}.{hint}")
+    for name, f in fields.items():
+        no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if no_default and name not in section:
+            raise ValueError(f"{path}.{name} is missing.")
+    hints = typing.get_type_hints(cls)
+    values = {k: _convert(hints[k], v, f"{path}.{k}") for k, v in section.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(
+            message if message.startswith("config") else f"{path}: {message}"
+        ) from None
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """`value` as `hint` wants it; integers pass as floats, lists as tuples."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return _plain(value)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            if isinstance(value, Mapping) and typing.get_origin(option) is not dict:
+                continue
+            with contextlib.suppress(_WrongType):
+                return _convert(option, value, path)
+        raise _wrong(hint, value, path)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping):
+            raise _wrong(hint, value, path)
+        return build(hint, value, path)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong(hint, value, path)
+        return {str(k): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise _wrong(hint, value, path)
+        return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool) and type(value) is hint:
+        return value
+    if hint is type(None) and value is None:
+        return None
+    raise _wrong(hint, value, path)
+
+
+def _plain(value: Any) -> Any:
+    """Containers of the standard library in place of ml_collections'."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_plain(v) for v in value)
+    return value
+
+
+class _WrongType(ValueError):
+    """A value that is of no allowed type."""
+
+
+def _wrong(hint: Any, value: Any, path: str) -> _WrongType:
+    name = hint.__name__ if isinstance(hint, type) else str(hint)
+    return _WrongType(f"{path} is {value!r} ({type(value).__name__}), but it must be {name}.")

@@ -1,0 +1,535 @@
+"""From settings to what a stage needs: models, data, graph, plan, step, evaluation.
+
+Everything that can be wrong with a config is found here, in milliseconds to seconds, before
+weights are read or a program is compiled: files, formats, plans, sizes that do not divide.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_eff import algorithms, dataflow, plans
+from jaxrl_eff.algorithms import ppo
+from jaxrl_eff.data import encode, loader, sources, toys
+from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from jaxrl_eff.dataflow import Graph, Placement, Spec, Step
+from jaxrl_eff.evaluate import Evaluation
+from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.optim import optimizer, warmup_then
+from jaxrl_eff.rewards import verify
+from jaxrl_eff.rollout import Sampling
+from jaxrl_eff.settings import DataSettings, RewardSettings, Run, StageSettings, build
+
+# Algorithm -> its config, and the kind of batch that it reads.
+ALGORITHMS: dict[str, tuple[Any, type, str]] = {
+    "sft": (algorithms.sft, algorithms.sft.SFTConfig, "sft"),
+    "reward_model": (
+        algorithms.reward_model,
+        algorithms.reward_model.RewardModelConfig,
+        "preference",
+    ),
+    "dpo": (algorithms.dpo, algorithms.dpo.DPOConfig, "preference"),
+    "ppo": (algorithms.ppo, algorithms.ppo.PPOConfig, "prompts"),
+    "grpo": (algorithms.grpo, algorithms.grpo.GRPOConfig, "prompts"),
+    "rloo": (algorithms.rloo, algorithms.rloo.RLOOConfig, "prompts"),
+    "remax": (algorithms.remax, algorithms.remax.ReMaxConfig, "prompts"),
+    "raft": (algorithms.raft, algorithms.raft.RAFTConfig, "prompts"),
+}
+
+# Format -> kind of batch and encoder. Chat formats write their own special tokens.
+FORMATS: dict[str, tuple[str, Callable]] = {
+    "text": ("sft", encode.encode_text),
+    "completion": ("sft", encode.encode_prompt_completion),
+    "messages": ("sft", encode.encode_messages),
+    "preference": ("preference", encode.encode_preference),
+    "prompt": ("prompts", encode.encode_prompt),
+    "chat_prompt": ("prompts", encode.encode_chat_prompt),
+}
+
+REWARDS: dict[str, Callable[..., Callable]] = {
+    "exact": verify.exact,
+    "numeric": verify.numeric,
+    "matches": verify.matches,
+    "tagged": lambda names: verify.tagged(*names),
+    "contains": verify.contains,
+    "word_share": verify.word_share,
+    "length_penalty": verify.length_penalty,
+    "gold": lambda: toys.gold,
+    "digit_share": lambda: toys.digit_share,
+}
+
+VALUE_ROLES = ("critic", "reward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage, assembled and checked, with nothing compiled or loaded yet.
+
+    Attributes:
+        name, settings: as in the config.
+        lms: role -> shape of its model.
+        origins: role -> where its first parameters come from, as (kind, name): ("base", ""),
+            ("stage", "sft/actor"), ("directory", path) or ("kl", "").
+        step: the compiled graph's executor, checked for the stage's batches.
+        loader: batches, this process's rows.
+        batch: name -> global shape and dtype.
+        evaluation: held-out measurement, if any.
+        schedules: trained role -> learning rate by optimizer update.
+        source: the examples, for samples.
+    """
+
+    name: str
+    settings: StageSettings
+    lms: dict[str, LMConfig]
+    origins: dict[str, tuple[str, str]]
+    step: Step
+    loader: loader.Loader
+    batch: dict[str, jax.ShapeDtypeStruct]
+    evaluation: Evaluation | None
+    schedules: dict[str, Any]
+    source: Any
+    sampling: Sampling | None
+
+    @property
+    def trained(self) -> str:
+        """The role that a later stage means by this stage's name: the first one trained."""
+        return next(c.of for c in self.step.graph.calls if c.kind == "train")
+
+    def updates(self, role: str) -> int:
+        """Optimizer updates of a role a step."""
+        return sum(c.epochs * c.minibatches for c in self.step.graph.of(role) if c.kind == "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """A run, assembled and checked."""
+
+    run: Run
+    tokenizer: Tokenizer
+    base: LMConfig
+    stages: tuple[Stage, ...]
+
+    def needed_after(self, index: int) -> list[str]:
+        """ "stage/role" of models of stages up to `index` that stages after it start from."""
+        earlier = {s.name for s in self.stages[: index + 1]}
+        wanted = [
+            name
+            for later in self.stages[index + 1 :]
+            for kind, name in later.origins.values()
+            if kind == "stage" and name.split("/")[0] in earlier
+        ]
+        return list(dict.fromkeys(wanted))
+
+
+def assemble(run: Run) -> Assembled:
+    """Checks a run's settings against files and devices and builds its stages.
+
+    Raises:
+        ValueError, FileNotFoundError: with the config's path of what is wrong.
+    """
+    with _at("config.tokenizer"):
+        tokenizer = _tokenizer(run)
+    with _at("config.model"):
+        base = _base(run, tokenizer)
+    stages: list[Stage] = []
+    for name in run.stages:
+        with _at(f"config.{name}"):
+            stages.append(_stage(run, name, tokenizer, base, stages))
+    out = Assembled(run, tokenizer, base, tuple(stages))
+    _check_expectation(out)
+    return out
+
+
+class _at:
+    """Puts the config's path before an error's message."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, ValueError | FileNotFoundError | ImportError):
+            message = str(error)
+            if not message.startswith("config"):
+                message = f"{self._path}: {message}"
+            raise type(error)(message) from (None if isinstance(error, ValueError) else error)
+
+
+def _tokenizer(run: Run) -> Tokenizer:
+    if run.tokenizer.startswith("chars:"):
+        return CharTokenizer(run.tokenizer.removeprefix("chars:"))
+    directory = run.model.path if run.tokenizer == "model" else run.tokenizer
+    if not directory:
+        raise ValueError("is 'model', but config.model.path is empty; use 'chars:' and characters.")
+    return load_tokenizer(directory)
+
+
+def _base(run: Run, tokenizer: Tokenizer) -> LMConfig:
+    m = run.model
+    if m.path and m.shape:
+        raise ValueError("has both path and shape; a checkpoint brings its own shape.")
+    if m.path:
+        lm = LMConfig.from_hf(m.path)
+    else:
+        special = {
+            "vocab": tokenizer.vocab,
+            "bos": tokenizer.bos,
+            "eos": tuple(tokenizer.stop),
+            "pad": tokenizer.pad,
+        }
+        lm = build(LMConfig, {**special, **m.shape}, "config.model.shape")
+    chosen = {k: getattr(m, k) for k in ("dtype", "param_dtype", "remat") if getattr(m, k)}
+    if m.path and tokenizer.stop:
+        chosen["eos"] = tuple(dict.fromkeys((*lm.eos, *tokenizer.stop)))
+    return dataclasses.replace(lm, **chosen)
+
+
+def _stage(
+    run: Run, name: str, tokenizer: Tokenizer, base: LMConfig, earlier: list[Stage]
+) -> Stage:
+    s = run.stage[name]
+    if s.algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm is {s.algorithm!r}; there are {list(ALGORITHMS)}.")
+    for field in ("steps", "batch"):
+        if getattr(s, field) < 1:
+            raise ValueError(f"{field} is {getattr(s, field)}, but must be at least 1.")
+    room, config, kind = ALGORITHMS[s.algorithm]
+    cfg = build(config, s.loss, f"config.{name}.loss")
+    seed = (run.seed + zlib.crc32(name.encode())) % 2**32
+    source, held_out = _source(s.data, seed)
+    encoder = _encoder(s, kind, tokenizer)
+
+    sampling, reward = None, None
+    if kind == "prompts":
+        pad = tokenizer.pad if tokenizer.pad is not None else 0
+        sampling = build(Sampling, {"pad": pad, **s.sampling}, f"config.{name}.sampling")
+    origins, lms = _models(s, base, earlier)
+    if kind == "prompts":
+        if s.reward.name == "model":
+            reward = lms["reward"]
+        else:
+            with _at(f"config.{name}.reward"):
+                reward = verify.host_reward(reward_fn(s.reward), source, tokenizer)
+    graph = _graph(s.algorithm, room, cfg, lms, reward, sampling)
+    lms = {r: lm for r, lm in lms.items() if r in graph.models}
+    origins = {r: o for r, o in origins.items() if r in graph.models}
+    if "kl" in graph.models:
+        origins["kl"] = ("kl", "")
+    if missing := [r for r in graph.models if r not in origins]:
+        raise ValueError(f"models lacks the roles {missing}; say where each comes from.")
+
+    with _at(f"config.{name}.plan"):
+        plan = plans.plan(s.plan, graph, jax.device_count())
+    specs, schedules = _specs(s, graph, lms, name)
+    keep = "tokens segment mask score example" if kind == "prompts" else ""
+    step = dataflow.compile(graph, plan, specs, keep=keep)
+    shapes = _shapes(s, kind)
+    step.check(shapes)
+    batches = loader.batches(
+        source,
+        encode=encoder,
+        batch=s.batch,
+        kind=kind,
+        seed=seed,
+        length=s.data.length or None,
+        prompt_length=s.data.prompt_length or None,
+        overlong=s.data.overlong,
+        packed=s.data.packed,
+        pad=tokenizer.pad or 0,
+        process=(jax.process_index(), jax.process_count()),
+    )
+    evaluation = _evaluation(run, name, tokenizer, lms, plan, graph, held_out, sampling)
+    return Stage(
+        name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling
+    )
+
+
+def _source(data: DataSettings, seed: int) -> tuple[Any, Any]:
+    """Training and held-out examples."""
+    if data.source in toys.TASKS:
+        options = dict(data.options)
+        wrong = {k: options.pop(k) for k in ("wrong",) if k in options}
+        keep_length = {k: options.pop(k) for k in ("keep_length",) if k in options}
+        known = ("digits", "train", "held_out", "seed")
+        if unknown := sorted(set(options) - set(known)):
+            raise ValueError(
+                f"data.options has unknown {unknown}; a toy has {[*known, 'wrong', 'keep_length']}."
+            )
+        make = {"reverse": toys.reverse_digits, "sort": toys.sort_digits}[data.source]
+        task = make(**options)
+        held_out = toys.prompts(task, "held_out")
+        if data.format == "preference":
+            return toys.preferences(task, seed=seed, **keep_length), held_out
+        if data.format == "completion":
+            return toys.completions(task, seed=seed, **wrong), held_out
+        return toys.prompts(task), held_out
+    readers = {"jsonl": sources.jsonl, "parquet": sources.parquet}
+    if data.source not in readers:
+        raise ValueError(f"data.source is {data.source!r}; there are {[*readers, *toys.TASKS]}.")
+    if not data.path:
+        raise ValueError(f"data.path is empty; {data.source} needs a file.")
+    source = _templated(readers[data.source](data.path), data)
+    if data.held_out:
+        return sources.holdout(source, data.held_out, seed=seed)
+    return source, None
+
+
+def _templated(source: Any, data: DataSettings) -> Any:
+    if "{prompt}" not in data.template:
+        raise ValueError(f"data.template {data.template!r} has no {{prompt}} in it.")
+    if data.template == "{prompt}":
+        return source
+    field = data.fields.get("prompt") or data.fields.get("field") or "prompt"
+
+    def wrap(example: Mapping[str, Any]) -> dict[str, Any]:
+        text = encode.read(dict(example), field)
+        return {**example, field: data.template.replace("{prompt}", text)}
+
+    return sources.mapped(source, wrap)
+
+
+def _encoder(s: StageSettings, kind: str, tokenizer: Tokenizer) -> Callable:
+    data = s.data
+    if data.format not in FORMATS:
+        raise ValueError(f"data.format is {data.format!r}; there are {list(FORMATS)}.")
+    gives, make = FORMATS[data.format]
+    if gives != kind:
+        fit = [f for f, (k, _) in FORMATS.items() if k == kind]
+        raise ValueError(f"data.format is {data.format!r}; {s.algorithm} needs one of {fit}.")
+    options: dict[str, Any] = dict(data.fields)
+    if data.format in ("text", "completion", "preference"):
+        options |= {"bos": data.bos, "eos": data.eos}
+    elif data.format == "prompt":
+        options |= {"bos": data.bos}
+    try:
+        return make(tokenizer, **options)
+    except TypeError as error:
+        raise ValueError(f"data.fields {data.fields}: {error}.") from None
+
+
+def reward_fn(reward: RewardSettings) -> Callable:
+    """The function of the text that a reward's settings name.
+
+    Raises:
+        ValueError: an unknown name or option.
+    """
+    if reward.name not in REWARDS:
+        raise ValueError(f"the reward is {reward.name!r}; there are {['model', *REWARDS]}.")
+    try:
+        return REWARDS[reward.name](**reward.options)
+    except TypeError as error:
+        raise ValueError(f"options of the reward {reward.name!r}: {error}.") from None
+
+
+def _models(
+    s: StageSettings, base: LMConfig, earlier: list[Stage]
+) -> tuple[dict[str, tuple[str, str]], dict[str, LMConfig]]:
+    """Where each role's parameters come from, and the shape of its model."""
+    given = {"actor": "base", **s.models}
+    given.setdefault("ref", given["actor"])
+    roles = ("actor", "ref", "critic", "reward")
+    if unknown := sorted(set(given) - set(roles)):
+        raise ValueError(f"models has unknown roles {unknown}; there are {[*roles]}.")
+    if s.algorithm == "reward_model":
+        given.setdefault("reward", "base")
+    origins, lms = {}, {}
+    by_name = {e.name: e for e in earlier}
+    for role, where in given.items():
+        stage, _, of = where.partition("/")
+        if where == "base":
+            origins[role], lm = ("base", ""), base
+        elif stage in by_name:
+            source = by_name[stage]
+            of = of or source.trained
+            if of not in source.lms:
+                raise ValueError(
+                    f"models.{role} is {where!r}, but stage {stage!r} has {sorted(source.lms)}."
+                )
+            origins[role], lm = ("stage", f"{stage}/{of}"), source.lms[of]
+        elif Path(where).is_dir():
+            lm = LMConfig.from_hf(where)
+            lm = dataclasses.replace(
+                lm, dtype=base.dtype, param_dtype=base.param_dtype, remat=base.remat, eos=base.eos
+            )
+            origins[role] = ("directory", where)
+        else:
+            raise ValueError(
+                f"models.{role} is {where!r}: neither 'base', nor an earlier stage "
+                f"({sorted(by_name)}), nor a directory."
+            )
+        head = "value" if role in VALUE_ROLES else "lm"
+        if lm.head == "value" and head == "lm":
+            raise ValueError(f"models.{role} is {where!r}, a value model without a vocabulary.")
+        if lm.vocab != base.vocab:
+            raise ValueError(
+                f"models.{role} is {where!r} with a vocabulary of {lm.vocab}, but the base model's "
+                f"is {base.vocab}: every model of a run reads the same tokens."
+            )
+        lms[role] = dataclasses.replace(lm, head=head)
+    return origins, lms
+
+
+def _graph(
+    algorithm: str, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
+) -> Graph:
+    def need(role: str) -> LMConfig:
+        if role not in lms:
+            raise ValueError(f"models lacks {role!r}; say where it comes from.")
+        return lms[role]
+
+    if algorithm == "reward_model":
+        return room.graph(cfg, need("reward"))
+    if algorithm in ("sft", "dpo"):
+        return room.graph(cfg, lms["actor"])
+    if reward is None:
+        need("reward")
+    if algorithm == "ppo":
+        return room.graph(cfg, lms["actor"], need("critic"), reward=reward, sampling=sampling)
+    return room.graph(cfg, lms["actor"], reward=reward, sampling=sampling)
+
+
+def _specs(
+    s: StageSettings, graph: Graph, lms: dict[str, LMConfig], name: str
+) -> tuple[dict[str, Spec], dict[str, Any]]:
+    trained = {c.of: c for c in graph.calls if c.kind == "train"}
+    if unknown := sorted(set(s.optim) - set(trained)):
+        raise ValueError(f"optim names {unknown}, but the stage trains {sorted(trained)}.")
+    specs, schedules = {}, {}
+    for role in graph.models:
+        if role == "kl":
+            specs[role] = ppo.kl_spec()
+            continue
+        shapes, axes, tx = params.abstract(lms[role]), params.logical_axes(lms[role]), None
+        if role in trained:
+            if role not in s.optim:
+                raise ValueError(f"optim lacks {role!r}, which the stage trains.")
+            o, c = s.optim[role], trained[role]
+            with _at(f"config.{name}.optim.{role}"):
+                schedules[role] = warmup_then(
+                    o.schedule,
+                    peak=o.lr,
+                    updates=s.steps * c.epochs * c.minibatches,
+                    warmup=o.warmup,
+                    final=o.final,
+                )
+                tx = optimizer(
+                    o.name,
+                    schedules[role],
+                    clip_norm=o.clip_norm,
+                    weight_decay=o.weight_decay,
+                    frozen=o.frozen,
+                    options=o.options,
+                )
+                _check_patterns(shapes, o.frozen)
+        specs[role] = Spec(shapes, axes, tx)
+    return specs, schedules
+
+
+def _check_patterns(shapes: Any, patterns: tuple[str, ...]) -> None:
+    from jaxrl_eff import tree
+
+    if patterns:
+        tree.match(shapes, patterns)
+
+
+def _shapes(s: StageSettings, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    b, length, prompt = s.batch, s.data.length, s.data.prompt_length
+    if kind == "prompts":
+        if prompt < 1:
+            raise ValueError(f"data.prompt_length is {prompt}; {s.algorithm} needs at least 1.")
+        return {
+            "prompt": array(b, prompt),
+            "prompt_length": array(b),
+            "prompt_example": array(b),
+        }
+    if length < 2:
+        raise ValueError(f"data.length is {length}; {s.algorithm} needs at least 2.")
+    whole = array(b, length)
+    mask = array(b, length, dtype=jnp.float32)
+    return {"tokens": whole, "segment": whole, "position": whole, "mask": mask}
+
+
+def _evaluation(
+    run: Run,
+    name: str,
+    tokenizer: Tokenizer,
+    lms: dict[str, LMConfig],
+    plan: dict[str, Placement],
+    graph: Graph,
+    held_out: Any,
+    sampling: Sampling | None,
+) -> Evaluation | None:
+    e, s = run.stage[name].evaluate, run.stage[name]
+    if not e.problems:
+        return None
+    with _at(f"config.{name}.evaluate"):
+        if "actor" not in graph.models:
+            raise ValueError(f"{s.algorithm} trains no model that generates.")
+        if e.data:
+            held_out = _templated(sources.jsonl(e.data), s.data)
+        if held_out is None:
+            raise ValueError("there is nothing held out; set data.held_out or evaluate.data.")
+        if e.problems > len(held_out):
+            raise ValueError(f"problems is {e.problems}, but {len(held_out)} are held out.")
+        tokens = e.max_tokens or (sampling.max_tokens if sampling else 0)
+        if not tokens:
+            raise ValueError("max_tokens is 0, and the stage has no sampling to take it from.")
+        if s.data.prompt_length < 1:
+            raise ValueError("data.prompt_length is needed to evaluate.")
+        prompt_format = "chat_prompt" if s.data.format in ("messages", "chat_prompt") else "prompt"
+        field = s.data.fields.get("prompt") or s.data.fields.get("field")
+        fields = {"field": field} if field else {}
+        if prompt_format == "prompt":
+            encoder = encode.encode_prompt(tokenizer, bos=s.data.bos, **fields)
+        else:
+            encoder = encode.encode_chat_prompt(tokenizer, **fields)
+        home = "actor_gen" if "actor_gen" in plan else graph.home("actor").name
+        stop = sampling.stop if sampling else ()
+        return Evaluation.of(
+            lm=lms["actor"],
+            sampling=Sampling(
+                max_tokens=tokens,
+                temperature=e.temperature,
+                stop=stop,
+                pad=tokenizer.pad or 0,
+            ),
+            placement=plan[home],
+            source=held_out,
+            encode=encoder,
+            problems=e.problems,
+            prompt_length=s.data.prompt_length,
+            reward=reward_fn(e.reward),
+            tokenizer=tokenizer,
+            seed=run.seed,
+        )
+
+
+def _check_expectation(out: Assembled) -> None:
+    e = out.run.expect
+    for field in ("metric", "rises_over"):
+        wanted = getattr(e, field)
+        stages = {s.name: s for s in out.stages}
+        stage, _, rest = wanted.partition("/")
+        if wanted and (stage not in stages or rest not in ("eval", "eval_before")):
+            raise ValueError(
+                f"config.expect.{field} is {wanted!r}; it must be STAGE/eval or "
+                f"STAGE/eval_before with a stage of {list(stages)}."
+            )
+        if wanted and stages[stage].evaluation is None:
+            raise ValueError(f"config.expect.{field} is {wanted!r}, but {stage!r} has no evaluate.")
+
+
+def words(seed: int, stage: str, step: int) -> np.ndarray:
+    """The two words of a step's key."""
+    return np.array([(seed + zlib.crc32(stage.encode())) % 2**32, step], np.uint32)

@@ -1,0 +1,87 @@
+"""What a run must remember: the models of the stage under way, and those that later stages need.
+
+Model parameters come from scratch, from a Hugging Face directory, or from an earlier stage. Random
+ones depend on the run's seed and the shape alone, never on the mesh.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_eff.dataflow import Model
+from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.parallel import Route
+from jaxrl_eff.stages import Assembled, Stage
+
+Models = dict[str, Model]
+Shelf = dict[str, Any]  # "stage/role" -> parameters, at home in that stage
+
+
+def initial(assembled: Assembled, stage: Stage, shelf: Shelf) -> Models:
+    """First models of a stage, at home. Takes copies: training donates what it starts from."""
+    return {
+        role: stage.step.init(role, _params(assembled, stage, role, shelf))
+        for role in stage.step.graph.models
+    }
+
+
+def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
+    where = jax.tree.map(lambda x: x.sharding, stage.step.home(role).params)
+    kind, name = stage.origins[role]
+    if kind == "kl":
+        beta = stage.settings.loss.get("kl_coef", 0.05)
+        return jax.device_put({"beta": jnp.float32(beta)}, where)
+    lm = stage.lms[role]
+    if kind == "stage":
+        source = _stage(assembled, name.split("/")[0])
+        return _adapted(shelf[name], source.lms[name.split("/")[1]], lm, where)
+    directory = assembled.run.model.path if kind == "base" else name
+    if directory:
+        from jaxrl_eff.models import load_hf
+
+        return load_hf(directory, lm, where, dtype=lm.param_dtype)
+    key = jax.random.key(assembled.run.seed)
+    return jax.jit(lambda k: params.init(lm, k), out_shardings=where)(key)
+
+
+def _stage(assembled: Assembled, name: str) -> Stage:
+    return next(s for s in assembled.stages if s.name == name)
+
+
+def _adapted(tree: Any, source: LMConfig, target: LMConfig, where: Any) -> Any:
+    """Parameters of one stage for a role of another: moved, copied, and with another head.
+
+    A new value head starts at 0, so that a fresh critic or reward model says 0 everywhere.
+    """
+    tree = dict(tree)
+    if source.head != target.head:
+        tree.pop("unembed", None)
+        tree["value"] = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), params.abstract(target)["value"]
+        )
+    shared = {k: v for k, v in tree.items() if k != "value" or source.head == target.head}
+    moved = Route(jax.tree.map(lambda x: x.sharding, shared), {k: where[k] for k in shared})(shared)
+    fresh = {k: jax.device_put(tree[k], where[k]) for k in tree if k not in shared}
+    copy = jax.jit(lambda t: jax.tree.map(jnp.copy, t), out_shardings=where)
+    return copy({**moved, **fresh})
+
+
+def abstract(assembled: Assembled, index: int) -> dict[str, Any]:
+    """Shapes and shardings of the state of stage `index`."""
+    stage = assembled.stages[index]
+    shelf = {}
+    for name in assembled.needed_after(index):
+        owner, role = name.split("/")
+        if owner != stage.name:
+            shelf[name] = _stage(assembled, owner).step.home(role).params
+    return {
+        "models": {r: stage.step.home(r) for r in stage.step.graph.models},
+        "shelf": shelf,
+    }
+
+
+def shelve(assembled: Assembled, index: int, models: Models, shelf: Shelf) -> Shelf:
+    """After stage `index`: what later stages start from, and nothing else."""
+    mine = {f"{assembled.stages[index].name}/{r}": m.params for r, m in models.items()}
+    return {name: {**shelf, **mine}[name] for name in assembled.needed_after(index)}

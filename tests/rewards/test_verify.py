@@ -1,0 +1,200 @@
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxrl_eff import edges
+from jaxrl_eff.data import sources, toys
+from jaxrl_eff.data.tokenizer import CharTokenizer
+from jaxrl_eff.rewards import verify
+
+SHARED = Path(__file__).parents[2] / "../shared/data"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("#### 42", 42),
+        ("so 3 and\n#### 1,234", 1234),
+        ("#### $1,234,567.50", Fraction("1234567.5")),
+        ("#### -7.", -7),
+        ("#### −7", -7),
+        ("-$3.50", Fraction("-3.5")),
+        ("$-3.50", Fraction("-3.5")),
+        ("#### 18 dollars, not 20", 18),
+        ("She has 5. Then she has 42.", 42),
+        ("12 - 3 = 9", 9),
+        ("It is 12-3", 3),
+        ("3,4", 4),
+        ("1,2345", 2345),
+        (r"thus $\boxed{42}$, from 7", 42),
+        (r"\boxed{1} and \boxed{\text{it is } 2}", 2),
+        (r"\boxed{\frac{1}{2}}", Fraction(1, 2)),
+        (r"\boxed{-\dfrac{3}{6}}", Fraction(-1, 2)),
+        (r"\boxed{\$5}", 5),
+        (r"\boxed{5", 5),
+        ("a half is 1/2.", Fraction(1, 2)),
+        ("50%", 50),
+        (".5", Fraction(1, 2)),
+        ("+3", 3),
+        ("version 2.5.3 of 2024-10-12", 12),
+        ("1/0", None),
+        ("", None),
+        ("none", None),
+        ("####", None),
+        ("x5", None),
+        ("9" * 5000, None),
+        ("1" + ",111" * 3000, None),
+    ],
+)
+def test_the_number_of_a_text(text, value):
+    assert verify.number(text) == value
+
+
+def test_without_a_mark_there_is_no_strict_answer():
+    assert verify.number("it is 42", anywhere=False) is None
+    assert verify.number("#### 42", anywhere=False) == 42
+    assert verify.number(r"\boxed{42}", anywhere=False) == 42
+
+
+def test_boxes_nest_and_must_close():
+    assert verify.boxed(r"\boxed{a{b}c} \boxed{d") == "a{b}c"
+    assert verify.boxed(r"\boxed{\boxed{5}}") == r"\boxed{5}"
+    assert verify.boxed(r"} \boxed{\{1\}}") == r"\{1\}"
+    assert verify.boxed("boxed{1}") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [r"\boxed{" * 20000, "1," * 20000, "-$" * 20000, "1/" * 20000, "<a>" * 20000, "{" * 40000],
+)
+def test_hostile_text_takes_no_time(text):
+    reward = verify.weighted(
+        (1, verify.numeric()), (1, verify.tagged("a")), (1, verify.word_share(["a"]))
+    )
+    assert np.isfinite(reward({"answer": "7"}, text))
+
+
+def test_numeric_compares_numbers_not_text():
+    reward = verify.numeric()
+    assert reward({"answer": "steps <<1+1=2>>2\n#### 1,000"}, "it is $1000.00.") == 1.0
+    assert reward({"answer": 0.1}, "0.10") == 1.0
+    assert reward({"answer": 3}, "3.0001") == 0.0
+    assert reward({"answer": "3"}, "no idea") == 0.0
+    assert verify.numeric(field="y", anywhere=False)({"y": "3"}, "3") == 0.0
+    with pytest.raises(ValueError, match="field 'answer' holds no number: 'none'"):
+        reward({"answer": "none"}, "3")
+
+
+def test_exact():
+    assert verify.exact()({"answer": "Paris"}, " Paris\n") == 1.0
+    assert verify.exact(strip=False)({"answer": "Paris"}, " Paris") == 0.0
+    assert verify.exact(field="truth")({"truth": "a"}, "b") == 0.0
+    with pytest.raises(ValueError, match=r"no field 'answer'; there is \['truth'\]"):
+        verify.exact()({"truth": "a"}, "b")
+
+
+def test_format():
+    assert verify.matches(r"<think>.*</think>\d+")({}, "<think>a\nb</think>7") == 1.0
+    assert verify.matches(r"\d+")({}, "7 ") == 0.0
+    reward = verify.tagged("think", "answer")
+    good = "<think>\na\n</think>\n<answer>7</answer>\n"
+    assert reward({}, good) == 1.0
+    for bad in (
+        good + "more",
+        "first " + good,
+        good.replace("</think>\n", "</think> then "),
+        good.replace("</answer>", ""),
+        good + "<think>",
+        "<answer>7</answer><think>a</think>",
+        "<think>a<answer>7</think></answer>",
+        "",
+    ):
+        assert reward({}, bad) == 0.0, bad
+
+
+def test_words():
+    share = verify.word_share(["happy", "Don't"])
+    assert share({}, "Happy, HAPPY! unhappy don't") == 0.75
+    assert share({}, "...") == 0.0
+    assert verify.contains(["cat", "dog"])({}, "A dog.") == 1.0
+    assert verify.contains(["cat", "dog"], every=True)({}, "A dog.") == 0.0
+    assert verify.contains(["cat"])({}, "concatenate") == 0.0
+    with pytest.raises(ValueError, match="'ice cream' is not one word"):
+        verify.word_share(["ice cream"])
+    with pytest.raises(ValueError, match="words is the text 'cat'"):
+        verify.contains("cat")
+
+
+def test_length_penalty_by_hand():
+    penalty = verify.length_penalty(soft=4, hard=8)
+    assert [penalty({}, "x" * n) for n in (0, 4, 5, 6, 8, 50)] == [0, 0, -0.25, -0.5, -1, -1]
+    assert verify.length_penalty(soft=1, hard=3, unit="words")({}, "two words") == -0.5
+    with pytest.raises(ValueError, match="soft is 8 and hard 8"):
+        verify.length_penalty(soft=8, hard=8)
+
+
+def test_weighted_is_the_weighted_sum():
+    reward = verify.weighted(
+        (2.0, verify.exact()), (0.5, verify.length_penalty(soft=0, hard=4)), (1, toys.digit_share)
+    )
+    assert reward({"answer": "12", "truth": "13"}, "12") == 2.0 - 0.25 + 0.5
+
+
+def batch_of(tokenizer, responses, examples, prompt="1>"):
+    """Rows as a generate call writes them: prompt, response, padding."""
+    width = 16
+    tokens = np.zeros((len(responses), width), np.int32)
+    mask = np.zeros((len(responses), width), np.float32)
+    for row, ids in enumerate(responses):
+        shown = tokenizer.encode(prompt)
+        tokens[row, : len(shown) + len(ids)] = shown + ids
+        mask[row, len(shown) : len(shown) + len(ids)] = 1
+    return {"tokens": tokens, "mask": mask, "example": np.array(examples, np.int32)}
+
+
+def test_host_reward_decodes_what_the_policy_chose():
+    tokenizer = CharTokenizer(toys.ALPHABET)
+    source = toys.prompts(toys.reverse_digits(train=8))
+    right = tokenizer.encode(source[5]["truth"])
+    heard = []
+
+    def reward(example, response):
+        heard.append(response)
+        return toys.gold(example, response)
+
+    call = verify.host_reward(reward, source, tokenizer)
+    responses = [[*right, tokenizer.eos], right, right[:-1], [tokenizer.eos], right]
+    batch = batch_of(tokenizer, responses, [5, 5, 5, 5, -1])
+    out = call(batch, None)
+    np.testing.assert_array_equal(out["score"], np.array([1, 1, 0, 0, 0], np.float32))
+    truth = source[5]["truth"]
+    assert heard == [truth, truth, truth[:-1], ""]
+    edges.check("rew", {**out, "tokens": batch["tokens"]})
+    greedy = verify.host_reward(reward, source, tokenizer, prefix="greedy_", writes="baseline")
+    renamed = greedy({f"greedy_{k}": v for k, v in batch.items()}, None)
+    np.testing.assert_array_equal(renamed["baseline"], out["score"])
+
+
+def test_a_failing_reward_names_example_and_response():
+    tokenizer = CharTokenizer(toys.ALPHABET)
+    batch = batch_of(tokenizer, [tokenizer.encode("42")], [1])
+    fails = verify.host_reward(lambda e, r: e["none"], [{}, {}], tokenizer)
+    with pytest.raises(ValueError, match=r"reward of example 1 for the response '42' raised Key"):
+        fails(batch, None)
+    infinite = verify.host_reward(lambda e, r: float("nan"), [{}, {}], tokenizer)
+    with pytest.raises(ValueError, match="'42' is nan, not a finite number"):
+        infinite(batch, None)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data that lies beside the repository")
+def test_every_real_solution_answers_itself():
+    reward = verify.numeric()
+    for split in ("test", "train"):
+        for example in sources.jsonl(SHARED / f"gsm8k/{split}.jsonl"):
+            final = example["answer"].rpartition("####")[2].strip()
+            assert reward(example, example["answer"]) == 1.0
+            assert reward(example, rf"so it is \boxed{{{final}}}.") == 1.0
+            assert reward(example, f"The answer is ${final}.") == 1.0
+            assert reward(example, f"{final}1") == 0.0
