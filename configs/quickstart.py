@@ -21,49 +21,56 @@ def get_config():
     c.tokenizer = "chars:0123456789>"
     c.model = dict(
         shape=dict(
-            layers=3, width=128, heads=4, kv_heads=2, head_dim=32, ffn=384, tie=True,
+            layers=3,
+            width=64,
+            heads=4,
+            kv_heads=2,
+            head_dim=16,
+            ffn=256,
+            tie=True,
             max_length=32,
         ),
-    )  # fmt: skip
+    )
     c.stages = ("sft", "rm", "ppo")
-    both = dict(devices=[0, 1])
 
-    task = dict(source="reverse", length=64, prompt_length=6, options=dict(digits=4))
+    digits = dict(digits=4, train=9000, held_out=512)
+    task = dict(source="reverse", length=66, prompt_length=6)
     measure = dict(problems=512, max_tokens=6, reward=dict(name="gold"))
     c.sft = dict(
         algorithm="sft",
-        steps=150,
+        steps=100,
         batch=24,
-        data=dict(task, format="completion", options=dict(digits=4, wrong=0.5)),
+        data=dict(task, format="completion", options=dict(digits, wrong=0.5)),
         optim=dict(actor=dict(lr=2e-3, schedule="cosine", warmup=10)),
         evaluate=measure,
     )
     c.rm = dict(
         algorithm="reward_model",
-        steps=100,
-        batch=24,
-        data=dict(task, format="preference"),
+        steps=250,
+        batch=64,
+        data=dict(task, format="preference", options=dict(digits, keep_length=False)),
         models=dict(reward="sft"),
-        optim=dict(reward=dict(lr=1e-3, schedule="cosine", warmup=10)),
+        optim=dict(reward=dict(lr=3e-3, schedule="cosine", warmup=10)),
+        loss=dict(center=0.01),
     )
     c.ppo = dict(
         algorithm="ppo",
         steps=60,
-        batch=128,
-        data=dict(task, format="prompt"),
+        batch=256,
+        data=dict(task, format="prompt", options=digits),
         models=dict(actor="sft", critic="rm", reward="rm"),
         optim=dict(
-            actor=dict(lr=5e-4, schedule="constant", warmup=3),
-            critic=dict(lr=1e-3, schedule="constant"),
+            actor=dict(lr=1e-3, warmup=3),
+            critic=dict(lr=1e-3),
         ),
-        loss=dict(kl_coef=0.02, lam=1.0, minibatches=2, epochs=2),
+        loss=dict(kl_coef=0.02, lam=1.0, minibatches=4, epochs=1, missing_eos_penalty=1.0),
         sampling=dict(max_tokens=6),
         plan=dict(
-            actor_gen=both,
-            rew_inf=dict(devices=[1]),
-            ref_inf=dict(devices=[0]),
+            actor_gen=dict(devices=[0, 1]),
+            rew_inf=dict(devices=[0]),
+            ref_inf=dict(devices=[1]),
             critic_inf=dict(devices=[0, 1]),
-            actor_train=dict(devices=[0, 1], tensor=2),
+            actor_train=dict(devices=[0, 1], fsdp=2),
             critic_train=dict(devices=[0, 1], fsdp=2),
         ),
         evaluate=measure,

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Points = Sequence[tuple[float | int, float | int]]
+Number = float | int
+Points = Sequence[tuple[Number, Number]]
 
 _WIDTH, _HEIGHT = 320, 178
 _CHARACTER = 6.4  # width of an 11 px digit, in fonts that run wide
@@ -42,10 +43,10 @@ def curves(
     x_low, x_high = min(xs), max(xs)
     x_ticks = [t for t in ticks(x_low, x_high, 5) if float(t).is_integer()] or [x_low]
 
-    def at_x(x: float) -> float:
+    def at_x(x: Number) -> Number:
         return left + (x - x_low) / ((x_high - x_low) or 1) * (_WIDTH - left - 10)
 
-    def at_y(y: float) -> float:
+    def at_y(y: Number) -> Number:
         return _HEIGHT - 20 - (y - low) / (high - low) * (_HEIGHT - 32)
 
     parts = []
@@ -65,7 +66,7 @@ def curves(
 
 
 def _curve(points: Points, index: int, at_x: Any, at_y: Any) -> list[str]:
-    def path(pairs: Sequence[tuple[float, float]]) -> str:
+    def path(pairs: Sequence[tuple[Number, Number]]) -> str:
         return "M" + "L".join(f"{at_x(x):.1f} {at_y(y):.1f}" for x, y in pairs)
 
     stroke = f'style="stroke:{color(index)}"'
@@ -86,7 +87,7 @@ def _curve(points: Points, index: int, at_x: Any, at_y: Any) -> list[str]:
     return [*parts, f'<path class="line" {stroke} d="{path(_smooth(line))}"/>']
 
 
-def _binned(points: Points, most: int) -> list[tuple[float, float, float, float]]:
+def _binned(points: Points, most: int) -> list[tuple[Number, Number, Number, Number]]:
     """(step, mean, least, largest) of at most `most` bins."""
     size = math.ceil(len(points) / most)
     bins = [points[i : i + size] for i in range(0, len(points), size)]
@@ -101,7 +102,7 @@ def _binned(points: Points, most: int) -> list[tuple[float, float, float, float]
     ]
 
 
-def _smooth(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _smooth(line: Sequence[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
     """At every point the straight line through its neighbours, a twelfth of the curve.
 
     Unlike a moving average it neither lags at the ends of a falling curve nor follows their noise.
@@ -117,7 +118,7 @@ def _smooth(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return out
 
 
-def _hover(series: Mapping[str, Points], left: float) -> str:
+def _hover(series: Mapping[str, Points], left: Number) -> str:
     """What the page's script needs to show values under the pointer."""
     table = [[name, [[x, f"{y:.4g}"] for x, y in _thin(p)]] for name, p in series.items()]
     return f'data-left="{left:.1f}" data-series="{html.escape(json.dumps(table))}"'
@@ -131,9 +132,11 @@ def timeline(spans: Sequence[Mapping[str, Any]], colors: Mapping[str, int]) -> s
     """An SVG of the calls of one step: a row for every group of devices that did the same.
 
     Args:
-        spans: of `call`, `start`, `end` (seconds from the start of the step) and `devices`.
+        spans: of `call`, `start`, `end` (seconds) and `devices`; drawn from the first start on.
         colors: palette index by call.
     """
+    origin = min((float(s["start"]) for s in spans), default=0.0)
+    spans = [{**s, "start": s["start"] - origin, "end": s["end"] - origin} for s in spans]
     rows = _rows(spans)
     end = max((float(s["end"]) for s in spans), default=0.0) or 1.0
     width = 1000
@@ -161,7 +164,7 @@ def timeline(spans: Sequence[Mapping[str, Any]], colors: Mapping[str, int]) -> s
 
 
 def _bar(
-    span: Mapping[str, Any], colors: Mapping[str, int], x: float, y: float, scale: float
+    span: Mapping[str, Any], colors: Mapping[str, int], x: Number, y: Number, scale: float
 ) -> str:
     call, start, end = str(span["call"]), float(span["start"]), float(span["end"])
     wide = max((end - start) * scale, 1.0)
@@ -201,19 +204,19 @@ def device_range(devices: Sequence[Any]) -> str:
     return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
 
 
-def ticks(low: float | int, high: float | int, about: int) -> list[float]:
+def ticks(low: Number, high: Number, about: int) -> list[Number]:
     """Round numbers in [low, high], about so many."""
     if high <= low:
         return [low]
     rough = (high - low) / max(about, 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = power * min((m for m in (1, 2, 5, 10) if m * power >= rough * 0.999), default=10)
+    step = power * min((1, 2, 5, 10), key=lambda m: abs(math.log(m * power / rough)))
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 
-def _axis(ys: Sequence[float]) -> tuple[list[float], float, float]:
+def _axis(ys: Sequence[Number]) -> tuple[list[Number], Number, Number]:
     """Ticks and range of the values, with a little air; from 0 where that is near."""
     low, high = (min(ys), max(ys)) if ys else (0.0, 1.0)
     if 0 < low < 0.35 * high:
@@ -225,7 +228,7 @@ def _axis(ys: Sequence[float]) -> tuple[list[float], float, float]:
     return ticks(low, high, 5), low, high
 
 
-def _labels(values: Sequence[float], percent: bool = False) -> list[str]:
+def _labels(values: Sequence[Number], percent: bool = False) -> list[str]:
     """Short labels of ticks, all with the decimals that their distance needs."""
     factor, unit = (100.0, "%") if percent else (1.0, "")
     largest = max(map(abs, values), default=0.0)
@@ -242,7 +245,7 @@ def _labels(values: Sequence[float], percent: bool = False) -> list[str]:
 
 
 def _svg(
-    kind: str, height: float, parts: Sequence[str], more: str = "", width: int = _WIDTH
+    kind: str, height: Number, parts: Sequence[str], more: str = "", width: int = _WIDTH
 ) -> str:
     return (
         f'<svg class="{kind}" viewBox="0 0 {width} {height:.0f}" role="img" {more}>'

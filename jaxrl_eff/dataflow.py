@@ -205,6 +205,7 @@ class Step:
         for k in self.graph.inputs.split():
             reader = next((c for c in self.calls if k in c.reads), None)
             if reader is not None:
+                _check_own_rows(reader.name, self.plan[reader.name])
                 self._where[k] = self._args[reader.name][k].sharding
         self._signature = {k: (tuple(v.shape), str(v.dtype)) for k, v in batch.items()}
         return self
@@ -333,7 +334,7 @@ class Step:
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch, as global arrays where their first reader wants them."""
         return {
-            k: jax.make_array_from_process_local_data(self._where[k], np.asarray(batch[k]))
+            k: _joined(self._where[k], np.asarray(batch[k]))
             for k in self.graph.inputs.split()
             if k in self._where
         }
@@ -389,7 +390,7 @@ class Step:
             raise ValueError("with several processes call build(...) with global shapes first.")
 
     def _key(self, place: Placement, words: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(replicated(place), words, words.shape)
+        return _joined(replicated(place), words)
 
     def _move(self, array: jax.Array, name: str, c: Call) -> jax.Array:
         if (name, c.name) not in self._routes:
@@ -426,9 +427,7 @@ class Step:
     ) -> dict[str, jax.Array]:
         out = c.fn({k: local_rows(v) for k, v in args.items()}, words)
         self._check_outputs(c, out)
-        return {
-            k: jax.make_array_from_process_local_data(self._where[k], v) for k, v in out.items()
-        }
+        return {k: _joined(self._where[k], v) for k, v in out.items()}
 
 
 _KEY = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -444,6 +443,14 @@ def _words(key: Any) -> np.ndarray:
     return words
 
 
+def _check_own_rows(call: str, place: Placement) -> None:
+    if place.row_shards % jax.process_count():
+        raise ValueError(
+            f"{call} reads the batch in {place.row_shards} = data x fsdp parts, which are not a "
+            f"multiple of the {jax.process_count()} processes that bring the rows."
+        )
+
+
 def local_rows(array: jax.Array) -> np.ndarray:
     """This process's rows of an array, in order, each once."""
     if array.is_fully_addressable:
@@ -452,6 +459,12 @@ def local_rows(array: jax.Array) -> np.ndarray:
     for shard in array.addressable_shards:
         starts.setdefault(shard.index[0].start or 0, shard.data)
     return np.concatenate([np.asarray(jax.device_get(starts[s])) for s in sorted(starts)])
+
+
+def _joined(sharding: jax.sharding.Sharding, local: np.ndarray) -> jax.Array:
+    """The array of which every process has its part. Meant, so no guard against accidents sees it."""
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_process_local_data(sharding, local)
 
 
 class _Placed:

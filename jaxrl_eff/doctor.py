@@ -102,12 +102,10 @@ def device_facts(devices: list[Any]) -> dict[str, str]:
     }
 
 
-def cache_fact(directory: str | Path | None) -> str:
+def cache_fact(directory: str | Path) -> str:
     """Where compiled programs are kept, how many and how large."""
-    if not directory:
-        return "off; JAX_COMPILATION_CACHE_DIR=DIR keeps compiled programs between runs"
     if not Path(directory).is_dir():
-        return f"{directory} (not there yet)"
+        return f"{directory} (not there yet; JAX_COMPILATION_CACHE_DIR moves it)"
     sizes = [p.stat().st_size for p in Path(directory).rglob("*") if p.is_file()]
     return f"{directory} ({len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB)"
 
@@ -157,7 +155,6 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the findings; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jaxrl_eff.doctor", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="don't measure rates")
-    parser.add_argument("--cache", default=None, help="compile cache directory to look at")
     arguments = parser.parse_args(argv)
     console = Console(terminal=False, width=shutil.get_terminal_size((100, 24)).columns)
     versions = {name: version(name) for name in REQUIRED}
@@ -178,12 +175,14 @@ def main(argv: list[str] | None = None) -> int:
             import flax.linen  # noqa: F401
             import jax
 
+            from jaxrl_eff.hardware import cache_directory
+
             devices = jax.devices()
         except Exception as error:  # whatever it is, saying it is this program's task
             broken.append(f"{type(error).__name__} while starting JAX: {error}")
     if devices:
-        cache = arguments.cache or jax.config.jax_compilation_cache_dir
-        console.header("devices", {**device_facts(devices), "compile cache": cache_fact(cache)})
+        cache = cache_fact(cache_directory())
+        console.header("devices", {**device_facts(devices), "compile cache": cache})
         remarks += notes(devices)
         if not arguments.quick:
             console.table("measured", ["", "rate", ""], rates(jax.local_devices()[0]))

@@ -11,6 +11,7 @@ Left out: several devices, and keeping the cache between the turns of a conversa
 """
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Sequence
@@ -29,11 +30,12 @@ from jaxrl_eff.models.logits import Warp
 from jaxrl_eff.models.transformer import Cache
 from jaxrl_eff.rollout import cache as kv
 from jaxrl_eff.rollout.generate import UNSTACK_BYTES
-from jaxrl_eff.rollout.sampling import Sampling, draw
+from jaxrl_eff.rollout.sampling import Sampling, draw, uniforms
 from jaxrl_eff.shapes import Array, Float, Int, Key, PyTree
 
 # Prompts are padded to multiples of this, so that a conversation compiles few programs.
 _BLOCK = 64
+_DEFAULT_TOKENS = 256
 
 
 def stream(
@@ -46,19 +48,19 @@ def stream(
         prompt: at least one token id.
     """
     width = -(-len(prompt) // _BLOCK) * _BLOCK
-    slots = width + -(-sampling.max_tokens // _BLOCK) * _BLOCK
+    steps = -(-sampling.max_tokens // _BLOCK) * _BLOCK
     padded = jnp.zeros((1, width), jnp.int32).at[0, : len(prompt)].set(jnp.asarray(prompt))
-    keys = jax.random.fold_in(key, 0)[None]
+    uniform = _uniforms(key, steps)
     stops = {*cfg.eos, *sampling.stop}
-    logits, cache = _read(cfg, slots, params, padded, jnp.int32(len(prompt)))
-    token = draw(logits, sampling.warp, keys, jnp.int32(0))[0]
+    logits, cache = _read(cfg, width + steps, params, padded, jnp.int32(len(prompt)))
+    token = draw(logits, sampling.warp, uniform[:, 0])[0]
     for step in range(1, sampling.max_tokens + 1):
         shown = token
         if step < sampling.max_tokens:
             # Dispatched before the last token is fetched: the device works while text is printed.
             at = jnp.int32([[len(prompt) + step - 1]])
             token, cache = _step(
-                cfg, sampling.warp, params, cache, token[:, None], at, keys, jnp.int32(step)
+                cfg, sampling.warp, params, cache, token[:, None], at, uniform, jnp.int32(step)
             )
         if int(shown[0]) in stops:
             return
@@ -87,12 +89,19 @@ def _step(
     cache: Cache,
     token: Int[Array, "B 1"],
     position: Int[Array, "B 1"],
-    keys: Key[Array, "B"],
+    uniform: Float[Array, "B steps"],
     step: Int[Array, ""],
 ) -> tuple[Int[Array, "B"], Cache]:
     """Reads a token and draws the next."""
     hidden, cache = apply(cfg, params, token, position, jnp.ones_like(token), cache=cache)
-    return draw(unembed(cfg, params, hidden[:, 0]), warp, keys, step)[0], cache
+    now = jax.lax.dynamic_index_in_dim(uniform, step, axis=1, keepdims=False)
+    return draw(unembed(cfg, params, hidden[:, 0]), warp, now)[0], cache
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _uniforms(key: Key[Array, ""], steps: int) -> Float[Array, "1 steps"]:
+    """The random numbers that `rollout.sample` gives to its first row."""
+    return uniforms(key, jnp.zeros(1, jnp.int32), steps)
 
 
 def find(directory: str) -> Path:
@@ -112,17 +121,23 @@ def find(directory: str) -> Path:
     )
 
 
-def _room(cfg: LMConfig, prompt: Sequence[int], max_tokens: int) -> None:
-    """Raises unless the prompt and the response fit the model."""
+def _room(cfg: LMConfig, prompt: Sequence[int], asked: int | None) -> int:
+    """How many tokens the response may have: `asked`, or what fits up to `_DEFAULT_TOKENS`.
+
+    Raises:
+        ValueError: the prompt is empty, not of this model's vocabulary, or too long with `asked`.
+    """
     if not prompt:
-        raise ValueError("--prompt is empty, and the tokenizer has no token that begins a text.")
+        raise ValueError("the prompt is empty, and the tokenizer has no token that begins a text.")
     if max(prompt) >= cfg.vocab:
         raise ValueError(f"the tokenizer gives id {max(prompt)}, but the model has {cfg.vocab}.")
-    if len(prompt) + max_tokens > cfg.max_length:
+    left = cfg.max_length - len(prompt)
+    if left < (asked or 1):
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens and --max_tokens={max_tokens}, together more "
+            f"the prompt has {len(prompt)} tokens and --max_tokens={asked or 1}, together more "
             f"than the {cfg.max_length} that the model was made for."
         )
+    return asked or min(left, _DEFAULT_TOKENS)
 
 
 def _load(directory: Path, cfg: LMConfig) -> PyTree:
@@ -151,7 +166,12 @@ def _say(
 
 
 def _chat(
-    cfg: LMConfig, params: PyTree, sampling: Sampling, tokenizer: Tokenizer, key: Key[Array, ""]
+    cfg: LMConfig,
+    params: PyTree,
+    sampling: Sampling,
+    tokenizer: Tokenizer,
+    asked: int | None,
+    key: Key[Array, ""],
 ) -> None:
     """Answers every line of standard input until it ends."""
     messages: list[dict[str, str]] = []
@@ -166,7 +186,7 @@ def _chat(
         messages.append({"role": "user", "content": line.rstrip("\n")})
         text = render_chat(tokenizer, messages, add_generation_prompt=True)
         prompt = tokenizer.encode(text)
-        _room(cfg, prompt, sampling.max_tokens)
+        sampling = dataclasses.replace(sampling, max_tokens=_room(cfg, prompt, asked))
         answer_key = jax.random.fold_in(key, len(messages))
         answer = _say(cfg, params, sampling, tokenizer, prompt, answer_key)
         messages.append({"role": "assistant", "content": answer})
@@ -187,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="a Hugging Face directory, or the workdir of a run")
     add("--prompt", help="text to continue; only the continuation is printed")
     add("--chat", action="store_true", help="answer lines of standard input as a conversation")
-    add("--max_tokens", type=int, default=256, help="longest response (default 256)")
+    add("--max_tokens", type=int, help=f"longest response (default {_DEFAULT_TOKENS}, if it fits)")
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest that sum to this")
@@ -221,18 +241,22 @@ def _run(args: argparse.Namespace) -> None:
     if cfg.head != "lm":
         raise ValueError(f"{directory} holds a value model, which says nothing.")
     tokenizer = load_tokenizer(directory)
+    asked = args.max_tokens
     sampling = Sampling(
-        max_tokens=args.max_tokens, temperature=args.temperature, top_k=args.top_k,
-        top_p=args.top_p, stop=tokenizer.stop,
-    )  # fmt: skip
+        max_tokens=_DEFAULT_TOKENS if asked is None else asked,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        stop=tokenizer.stop,
+    )
     key = jax.random.key(args.seed)
     if args.chat:
         render_chat(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True)
-        _room(cfg, [0], sampling.max_tokens)
-        _chat(cfg, _load(directory, cfg), sampling, tokenizer, key)
+        _room(cfg, [0], asked)
+        _chat(cfg, _load(directory, cfg), sampling, tokenizer, asked, key)
         return
     prompt = tokenizer.encode(args.prompt, special=True)
-    _room(cfg, prompt, sampling.max_tokens)
+    sampling = dataclasses.replace(sampling, max_tokens=_room(cfg, prompt, asked))
     _say(cfg, _load(directory, cfg), sampling, tokenizer, prompt, key)
 
 

@@ -44,6 +44,12 @@ def peak_flops_per_s(device_kind: str, dtype: Any) -> float | None:
     return None
 
 
+def cache_directory() -> Path:
+    """Where runs keep compiled programs: JAX_COMPILATION_CACHE_DIR, or in the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home / "jaxrl_eff" / "xla")
+
+
 def memory_bytes(device: jax.Device) -> int | None:
     """Memory that programs may use on a device; of a CPU, the host's, shared by its devices."""
     limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None

@@ -4,9 +4,12 @@ r"""Trains a language model as a config says.
   python -m jaxrl_eff.main --config=configs/grpo_gsm8k.py:model=DIR,data=DIR --config.grpo.steps=50
 
 A config is a Python file in configs/ with a docstring that says what it does; any of its values
-can be changed on the command line (--config.a.b=c). A run resumes by itself from its workdir.
-Clusters that JAX knows (SLURM, TPU pods, ...) start several processes by themselves; elsewhere
-give --coordinator, --processes and --process.
+can be changed on the command line (--config.a.b=c), and --help with a config shows them all. A run
+resumes by itself from its workdir. Clusters that JAX knows (SLURM, TPU pods, ...) start several
+processes by themselves; elsewhere give --coordinator, --processes and --process.
+
+Exit codes: 0 done, and the config's expectation met, or stopped by SIGTERM with everything saved;
+1 the expectation was missed, or a number was not finite; 2 something in the command is wrong.
 """
 
 import dataclasses
@@ -19,17 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from jaxrl_eff import settings
+from jaxrl_eff import arguments, settings
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, FILE[:argument].")
+_CONFIG = flags.DEFINE_string("config", None, "A file of configs/, FILE[:argument].")
+_CHANGES = flags.DEFINE_multi_string(arguments.FLAG, [], "--config.a.b=c sets a value of it.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; resumes what is there.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print only the final table and verdict.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
-flags.mark_flags_as_required(["config", "workdir"])
 
 # What may differ between a run and its continuation: where it runs, and how often it reports.
 _FREE = ("plan", "evaluate", "samples_every", "path", "simulate_devices", "checkpoint", "expect",
@@ -40,11 +42,15 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # libraries say a lot at the level below
     if len(argv) > 1:
         _fail(f"unknown arguments {argv[1:]}; flags begin with --, see --help.")
+    for flag, example in ((_CONFIG, "configs/quickstart.py"), (_WORKDIR, "runs/first")):
+        if not flag.value:
+            _fail(f"--{flag.name} is missing, e.g. --{flag.name}={example}; see --help.")
     try:
-        run = settings.run(_CONFIG.value.to_dict())
+        run = settings.run(arguments.load(_CONFIG.value, _CHANGES.value))
+        check_workdir(Path(_WORKDIR.value))
         prepare(run)
         passed = train(run, Path(_WORKDIR.value), quiet=_QUIET.value)
-    except (ValueError, FileNotFoundError, NotADirectoryError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if os.environ.get("JAXRL_EFF_TRACEBACK"):
             raise
         _fail(str(error))
@@ -56,16 +62,46 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
+def _parse(argv: list[str]) -> list[str]:
+    """Absl's parsing, after the config's own flags are made readable for it; and --help."""
+    try:
+        argv = arguments.rewrite(argv)
+        if {"--help", "-help", "-h"} & set(argv):
+            print(_help(argv))
+            sys.exit(0)
+    except ValueError as error:
+        _fail(str(error))
+    return app.parse_flags_with_usage(argv)
+
+
+def _help(argv: list[str]) -> str:
+    """What the command does, its flags, and the configs at hand or the values of the one given."""
+    lines = [__doc__ or "", "Flags:"]
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+        shown = f"--{flag.name}" if flag.name != arguments.FLAG else "--config.NAME"
+        lines.append(f"  {shown:15} {flag.help}")
+    spec = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
+    if spec:
+        run = dataclasses.asdict(settings.run(arguments.load(spec)))
+        run |= run.pop("stage")
+        return "\n".join([*lines, "", f"Values of {spec}:", *map("  --{}".format, arguments.flat(run))])
+    return "\n".join([*lines, "", "Configs:", arguments.describe()])
+
+
 def prepare(run: settings.Run) -> None:
     """Sets what must be set before JAX starts: devices, processes, compilation cache."""
     if run.simulate_devices:
         simulate(run.simulate_devices)
     import jax
 
-    if _flag(_COORDINATOR) or _flag(_PROCESSES):
-        if jax.config.jax_platforms == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu":
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(_flag(_COORDINATOR), _flag(_PROCESSES), _flag(_PROCESS))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # between processes
+    given = {f.name: _flag(f) for f in (_COORDINATOR, _PROCESSES, _PROCESS)}
+    if any(v is not None for v in given.values()):
+        if missing := [f"--{name}" for name, v in given.items() if v is None]:
+            raise ValueError(f"--coordinator, --processes, --process belong together; no {missing}.")
+        if not 0 <= given["process"] < given["processes"]:
+            raise ValueError(f"--process={given['process']} is not below {given['processes']}.")
+        jax.distributed.initialize(*given.values())
     elif _on_cluster():
         jax.distributed.initialize()
     cache()
@@ -120,13 +156,13 @@ def train(run: settings.Run, workdir: Path, *, quiet: bool = False) -> bool:
     from jaxrl_eff.metrics import Writer
 
     began = time.perf_counter()
+    check_workdir(workdir)
     assembled = stages.assemble(run)
     first = jax.process_index() == 0
-    if first:
-        _prepare_workdir(workdir)
     checkpoints = Checkpoints(
         workdir / "checkpoints", keep=run.checkpoint.keep, fingerprint=fingerprint(run)
     )
+    _check_same_run(run, workdir)
     record = checkpoints.peek()
     resume_step = 0
     if record is not None:
@@ -160,22 +196,54 @@ def train(run: settings.Run, workdir: Path, *, quiet: bool = False) -> bool:
     return passed
 
 
-def _prepare_workdir(workdir: Path) -> None:
-    if workdir.exists() and not workdir.is_dir():
-        raise NotADirectoryError(f"--workdir={workdir} is a file, but must be a directory.")
-    workdir.mkdir(parents=True, exist_ok=True)
+def check_workdir(workdir: Path) -> None:
+    """Makes the directory. Every process does, so that all of them fail where one would."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(f"--workdir={workdir}: there is a file of that name.") from None
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise PermissionError(f"--workdir={workdir} cannot be written to.")
 
 
 def fingerprint(run: settings.Run) -> str:
     """What must agree for a checkpoint to be this run's: all that changes what is computed."""
-
-    def essence(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: essence(v) for k, v in value.items() if k not in _FREE}
-        return value
-
-    text = json.dumps(essence(dataclasses.asdict(run)), sort_keys=True, default=str)
+    text = json.dumps(_essence(dataclasses.asdict(run)), sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _essence(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _essence(v) for k, v in value.items() if k not in _FREE}
+    return value
+
+
+def _check_same_run(run: settings.Run, workdir: Path) -> None:
+    """A run of another config in the workdir must not be overwritten by mistake.
+
+    Raises:
+        ValueError: naming the first values that differ.
+    """
+    from jaxrl_eff.metrics import encodable
+
+    metrics = workdir / "metrics.jsonl"
+    if not metrics.is_file() or not metrics.stat().st_size:
+        return
+    try:
+        before = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    now = _essence(encodable(dataclasses.asdict(run)))
+    was, now = (
+        dict(line.split(" = ", 1) for line in arguments.flat(v)) for v in (_essence(before), now)
+    )
+    names = [k for k in sorted(was | now) if was.get(k) != now.get(k)]
+    if names:
+        told = [f"{k} was {was.get(k, 'unset')}, is {now.get(k, 'unset')}" for k in names[:3]]
+        raise ValueError(
+            f"--workdir={workdir} holds a run of another config ({'; '.join(told)}). Give this one "
+            "its own directory, or delete that one."
+        )
 
 
 def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
@@ -319,4 +387,4 @@ def _verdict(run: settings.Run, done: Any, console: Any, passed: bool) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse)

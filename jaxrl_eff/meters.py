@@ -58,8 +58,8 @@ class Quantile:
         return cls(counts, q)
 
     def read(self) -> Float[Array, "..."]:
-        below = jnp.cumsum(self.counts, axis=-1)
-        total = below[..., -1:].astype(jnp.float32)
+        below = jnp.cumsum(self.counts, axis=-1).astype(jnp.float32)
+        total = below[..., -1:]
         index = jnp.argmax((below >= self.q * total) & (below > 0), axis=-1)
         edge = 10.0 ** (index.astype(jnp.float32) / self._PER_DECADE + self._LOW)
         return jnp.where(index > 0, edge, 0.0)

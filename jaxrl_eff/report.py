@@ -23,10 +23,10 @@ FILES = (
 )  # fmt: skip
 # The last part of a metric's name decides how early its curve stands; others are folded away.
 _FIRST = (
-    "loss", "reward", "score", "accuracy", "correct", "kl", "gap", "entropy", "length", "margin",
-    "clip_fraction", "grad_norm", "lr",
+    "eval", "loss", "reward", "score", "accuracy", "correct", "kl", "gap", "entropy", "length",
+    "margin", "clip_fraction", "grad_norm", "lr",
 )  # fmt: skip
-_SUFFIXES = ("mean", "p50", "p95", "p99", "max", "min", "std")
+_SUFFIXES = ("before", "mean", "p50", "p95", "p99", "max", "min", "std")  # share a figure
 _LONGEST_TEXT = 1200
 
 Colors = Mapping[str, int]
@@ -58,7 +58,7 @@ def write(workdir: str | Path) -> Path:
     colors = _colors(plan, timeline, steps)
     body = [
         _head(workdir, result, steps),
-        _summary(result, steps),
+        _summary(result),
         _curves(steps, colors),
         _plan(plan, colors),
         _timeline(timeline, colors),
@@ -143,13 +143,30 @@ def _head(workdir: Path, result: Mapping[str, Any], steps: Sequence[Mapping[str,
     passed = result.get("passed")
     verdict = ""
     if isinstance(passed, bool):
-        verdict = (
-            f'<span class="{"pass" if passed else "fail"}">{"PASS" if passed else "FAIL"}</span>'
-        )
-    expected = result.get("expected") or result.get("expectation") or ""
+        word = "PASS" if passed else "FAIL"
+        verdict = f'<span class="{word.lower()}">{word}</span>'
+    expected = _expected(result)
     lead = f"<p class=lead>{_text(expected)}</p>" if expected else ""
     where = f"<p class=dim>{_text(workdir.resolve())}</p>"
     return f"<header><h1>{_text(title)} {verdict}</h1>{lead}{where}{_facts(steps)}</header>"
+
+
+def _expected(result: Mapping[str, Any]) -> str:
+    """What was expected, as a sentence: given as one, or as the conditions on a metric."""
+    expected = result.get("expected")
+    if not isinstance(expected, Mapping):
+        return str(expected or "")
+    metric, results = expected.get("metric"), result.get("results")
+    if not metric:
+        return ""
+    value = results.get(metric) if isinstance(results, Mapping) else None
+    wanted = []
+    if isinstance(expected.get("at_least"), int | float):
+        wanted.append(f"at least {expected['at_least']:g}")
+    if expected.get("rises_over"):
+        wanted.append(f"a rise of {expected.get('rise', 0):g} over {expected['rises_over']}")
+    shown = f" {number(value)}" if isinstance(value, int | float) else ""
+    return f"{metric}{shown}; expected {' and '.join(wanted) or 'nothing of it'}"
 
 
 def _facts(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -157,7 +174,9 @@ def _facts(steps: Sequence[Mapping[str, Any]]) -> str:
         return ""
     facts = []
     for stage, rows in _by_stage(steps).items():
-        facts.append((stage or "steps", f"{len(rows)} steps", _outcome(rows)))
+        trained = [row for row in rows if row.get("seconds")] or rows  # not mere evaluations
+        count = len({row["step"] for row in trained})
+        facts.append((stage or "steps", f"{count} step{'s' * (count != 1)}", _outcome(rows)))
     times = [r["time"] for r in steps if isinstance(r.get("time"), int | float)]
     if len(times) > 1:
         facts.append(("time", clock(times[-1] - times[0]), "from first to last step"))
@@ -173,8 +192,9 @@ def _facts(steps: Sequence[Mapping[str, Any]]) -> str:
 
 def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
     """How the stage's first-named curve began and ended."""
-    names = sorted({name for row in rows for name in row["values"]}, key=_rank)
-    if not names or _rank(names[0])[0] >= len(_FIRST):
+    names = {name for row in rows for name in row["values"] if 0 < _rank(name)[0] < len(_FIRST)}
+    names = sorted(names, key=_rank)
+    if not names:
         return ""
     rewarded = [n for n in names if n.rsplit("/", 1)[-1] in ("reward", "score")]
     name = rewarded[0] if rewarded else names[0]
@@ -184,17 +204,18 @@ def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{name.rsplit('/', 1)[-1]} {number(first)} → {number(last)}"
 
 
-def _summary(result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
-    del steps
+def _summary(result: Mapping[str, Any]) -> str:
     rows, columns = result.get("rows") or [], result.get("columns")
     if rows and all(isinstance(row, Mapping) for row in rows):
         columns = list(dict.fromkeys(key for row in rows for key in row))
         rows = [[row.get(key, "") for key in columns] for row in rows]
     rows = [row for row in rows if isinstance(row, list | tuple)]
     table = _table(columns or [], rows) if rows else ""
-    named = {"title", "passed", "expected", "expectation", "rows", "columns"}
-    rest = [[key, _plain(value)] for key, value in result.items() if key not in named]
-    more = _table([], rest, kind="pairs") if rest else ""
+    results = result.get("results")
+    pairs = list(results.items()) if isinstance(results, Mapping) else []
+    named = {"title", "passed", "expected", "rows", "columns", "results"}
+    pairs += [(k, v) for k, v in result.items() if k not in named and v is not None]
+    more = _table([], pairs, kind="pairs") if pairs else ""
     return f"<section><h2>Result</h2>{table}{more}</section>" if table or more else ""
 
 
@@ -221,7 +242,7 @@ def _figures(
     rows: Sequence[Mapping[str, Any]], colors: Colors
 ) -> Iterable[tuple[tuple[int, str], str]]:
     """(rank, figure) of every curve of one stage; `gap_mean`, `gap_max`, ... share a figure."""
-    groups: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    groups: dict[str, dict[str, list[tuple[int, float | int]]]] = {}
     for row in rows:
         for name, value in row["values"].items():
             if isinstance(value, int | float):
@@ -230,7 +251,7 @@ def _figures(
     for base, series in groups.items():
         order = sorted(series, key=lambda k: _SUFFIXES.index(k) if k in _SUFFIXES else -1)
         yield _rank(base), _figure(base, {name: series[name] for name in order})
-    seconds: dict[str, list[tuple[int, float]]] = {}
+    seconds: dict[str, list[tuple[int, float | int]]] = {}
     for row in rows:
         for call, value in (row.get("seconds") or {}).items():
             seconds.setdefault(call, []).append((row["step"], value))
@@ -266,7 +287,9 @@ def _figure(
     title: str, series: Mapping[str, Any], *, percent: bool = False, colors: Colors | None = None
 ) -> str:
     svg = charts.curves(series, percent=percent, colors=colors)
-    names = _keys({name: (colors or {}).get(name, i) for i, name in enumerate(series) if name})
+    own = title.rsplit("/", 1)[-1]
+    palette = {name or own: (colors or {}).get(name, i) for i, name in enumerate(series)}
+    names = _keys(palette) if palette and (len(series) > 1 or "" not in series) else ""
     final = [points[-1][1] for points in series.values()]
     shown = ""
     if len(final) == 1:
@@ -289,28 +312,41 @@ def _dot(index: int) -> str:
 
 
 def _plan(plan: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
-    rows = []
-    for stage, calls in _calls(plan).items():
+    rows, stages = [], _calls(plan)
+    moves = any(p.get("reallocated_bytes") for calls in stages.values() for p in calls.values())
+    for stage, calls in stages.items():
         for i, (call, p) in enumerate(calls.items()):
-            axes = {k: v for k, v in (p.get("axes") or {}).items() if v != 1}
-            mesh = " × ".join(f"{name} {size}" for name, size in axes.items()) or "one device"
-            devices = charts.device_range(p.get("devices") or []) or "host"
-            dot = _dot(colors.get(stage, {}).get(call, 7))
-            mesh = mesh if p.get("devices") else "–"
             first = f"<td class=stage>{_text(stage) if i == 0 else ''}</td>"
-            tail = "".join(
-                f"<td>{_text(x)}</td>"
-                for x in (p.get("kind") or "", p.get("of") or "–", devices, mesh)
-            )
-            parts = _text(p.get("microbatches", ""))
-            rows.append(
-                f"<tr>{first}<td>{dot}{_text(call)}</td>{tail}<td class=n>{parts}</td></tr>"
-            )
+            dot = _dot(colors.get(stage, {}).get(call, 7))
+            words = (p.get("kind") or "", p.get("of") or "–", *_where(p))
+            ends = [_text(p.get("microbatches", ""))]
+            if moves:
+                ends.append(_megabytes(p.get("reallocated_bytes")))
+            cells = "".join(f"<td>{_text(x)}</td>" for x in words)
+            cells += "".join(f"<td class=n>{x}</td>" for x in ends)
+            rows.append(f"<tr>{first}<td>{dot}{_text(call)}</td>{cells}</tr>")
     if not rows:
         return ""
     heads = "".join(f"<th>{h}</th>" for h in ("stage", "call", "kind", "model", "devices", "mesh"))
-    table = f"<table><tr>{heads}<th class=n>microbatches</th></tr>{''.join(rows)}</table>"
+    heads += "".join(f"<th class=n>{h}</th>" for h in ("microbatches", "reallocated")[: 1 + moves])
+    table = f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
     return f"<section><h2>Plan</h2><div class=wide>{table}</div></section>"
+
+
+def _where(placement: Mapping[str, Any]) -> tuple[str, str]:
+    """Devices and mesh, as text."""
+    devices = placement.get("devices")
+    if not isinstance(devices, list) or not devices or placement.get("kind") == "host":
+        return "host", "–"
+    axes = placement.get("axes")
+    sizes = axes.items() if isinstance(axes, Mapping) else ()
+    mesh = " × ".join(f"{name} {size}" for name, size in sizes if size != 1)
+    return charts.device_range(devices), mesh or "one device"
+
+
+def _megabytes(value: Any) -> str:
+    """Bytes as text; nothing for none."""
+    return f"{value / 1e6:,.1f} MB" if isinstance(value, int | float) and value else ""
 
 
 def _timeline(timeline: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
@@ -327,29 +363,40 @@ def _timeline(timeline: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
-    parts = []
-    for stage, rows in _by_stage(samples).items():
-        first, last = min(r["step"] for r in rows), max(r["step"] for r in rows)
-        early = {str(r.get("prompt", "")): r for r in rows if r["step"] == first}
-        late = {str(r.get("prompt", "")): r for r in rows if r["step"] == last}
-        both = [prompt for prompt in early if prompt in late]
-        if first != last and both:
-            heads = ["prompt", f"step {first}", "reward", f"step {last}", "reward"]
-            lines = [[_said(p), *_answer(early[p]), *_answer(late[p])] for p in both[:8]]
-            table = _sample_table(heads, lines)
-        else:
-            lines = []
-            for step, group in {first: early, last: late}.items():
-                lines += [[str(step), _said(p), *_answer(r)] for p, r in list(group.items())[:6]]
-            table = _sample_table(["step", "prompt", "completion", "reward"], lines)
-        parts.append(f"<h3>{_text(stage)}</h3>{table}")
+    """Held-out answers over the whole run, then what each stage sampled."""
+    held = [row for row in samples if row.get("held_out")]
+    groups = {"held out": held} if held else {}
+    groups |= _by_stage(row for row in samples if not row.get("held_out"))
+    parts = [f"<h3>{_text(name)}</h3>{_first_and_last(rows)}" for name, rows in groups.items()]
     return f"<section><h2>Samples</h2>{''.join(parts)}</section>" if parts else ""
+
+
+def _first_and_last(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same prompts side by side at the first and the last step, or else one after the other."""
+    first, last = min(r["step"] for r in rows), max(r["step"] for r in rows)
+    early = {str(r.get("prompt", "")): r for r in rows if r["step"] == first}
+    late = {str(r.get("prompt", "")): r for r in rows if r["step"] == last}
+    both = [prompt for prompt in early if prompt in late]
+    if first != last and both:
+        heads = ["prompt", _moment(early[both[0]]), "reward", _moment(late[both[0]]), "reward"]
+        lines = [[_said(p), *_answer(early[p]), *_answer(late[p])] for p in both[:8]]
+        return _sample_table(heads, lines)
+    lines = [
+        [_text(step), _said(p), *_answer(r)]
+        for step, group in {first: early, last: late}.items()
+        for p, r in list(group.items())[:6]
+    ]
+    return _sample_table(["step", "prompt", "completion", "reward"], lines)
+
+
+def _moment(row: Mapping[str, Any]) -> str:
+    return f"{row.get('stage', '')}, step {row['step']}"
 
 
 def _answer(row: Mapping[str, Any]) -> list[str]:
     reward = row.get("reward")
     shown = number(reward) if isinstance(reward, int | float) else ""
-    named = ("step", "stage", "prompt", "completion", "reward")
+    named = ("step", "stage", "prompt", "completion", "reward", "held_out", "example")
     rest = [f"{key}: {_plain(value)}" for key, value in row.items() if key not in named]
     more = f"<p class=dim>{_text(', '.join(rest))}</p>" if rest else ""
     return [_said(row.get("completion", "")) + more, f"<span class=reward>{_text(shown)}</span>"]
@@ -357,6 +404,8 @@ def _answer(row: Mapping[str, Any]) -> list[str]:
 
 def _said(value: Any) -> str:
     text = str(value)
+    if not text.strip():
+        return "<div class='said dim'>(empty)</div>"
     cut = text[:_LONGEST_TEXT] + (" […]" if len(text) > _LONGEST_TEXT else "")
     return f"<div class=said>{_text(cut)}</div>"
 
@@ -452,6 +501,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--dim); font-weight: 500; font-size: 13px; }
 th, td { padding: 6px 22px 6px 0; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th.n, td.n { text-align: right; }
+.wide + .wide { margin-top: 18px; }
 .pairs td:first-child { color: var(--dim); }
 .pairs td { overflow-wrap: anywhere; }
 .stage { font-weight: 600; }
@@ -479,7 +529,8 @@ svg text.on { fill: var(--bg); }
 .samples { width: 100%; } .samples td { font-size: 13px; }
 .samples td:last-child, .samples th:last-child { padding-right: 0; }
 .said { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: 12.5px;
-  white-space: pre-wrap; overflow-wrap: anywhere; max-height: 22em; overflow-y: auto; }
+  white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.5; max-height: 21em;
+  overflow-y: auto; }
 .reward { color: var(--dim); white-space: nowrap; }
 details { margin-top: 16px; } summary { cursor: pointer; color: var(--dim); font-size: 13px;
   margin-bottom: 12px; }

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -222,7 +222,7 @@ class Run:
 
 
 def run(config: Mapping[str, Any]) -> Run:
-    """The settings of a config: stages are the sections that `stages` names.
+    """The settings of a config: sections with an algorithm are stages, `stages` says which run.
 
     Raises:
         ValueError: an unknown key or a value of the wrong type, with its path.
@@ -231,7 +231,11 @@ def run(config: Mapping[str, Any]) -> Run:
     names = config.get("stages", ())
     if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
         raise ValueError(f"config.stages is {names!r}, but it must be a tuple of names.")
-    stages = {n: build(StageSettings, config.pop(n), f"config.{n}") for n in names if n in config}
+    sections = [k for k, v in config.items() if isinstance(v, Mapping) and "algorithm" in v]
+    stages = {k: build(StageSettings, config.pop(k), f"config.{k}") for k in sections}
+    fields = [f.name for f in dataclasses.fields(Run) if f.name != "stage"]
+    if unknown := next((k for k in config if k not in fields), None):
+        raise ValueError(f"config has no field {_among(unknown, [*fields, *sections])}")
     return build(Run, {**config, "stage": stages}, "config")
 
 
@@ -244,9 +248,7 @@ def build(cls: type, section: Mapping[str, Any], path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in section:
         if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{path} has no field {key!r}; it has {sorted(fields)}.{hint}")
+            raise ValueError(f"{path} has no field {_among(key, fields)}")
     for name, f in fields.items():
         no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if no_default and name not in section:
@@ -260,6 +262,11 @@ def build(cls: type, section: Mapping[str, Any], path: str) -> Any:
         raise ValueError(
             message if message.startswith("config") else f"{path}: {message}"
         ) from None
+
+
+def _among(key: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"{key!r}; it has {sorted(known)}." + (f" Did you mean {close[0]!r}?" if close else "")
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:

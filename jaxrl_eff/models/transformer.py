@@ -140,7 +140,7 @@ def _product(x: Float[Array, "... D"], matrix: Float[Array, "D F"], dtype=None) 
 
 def _sharded(name: str) -> bool:
     """Whether the rules in force spread this logical axis over several devices."""
-    axes = dict(nn.get_logical_axis_rules()).get(name)
+    axes = next((axes for key, axes in nn.get_logical_axis_rules() if key == name), None)
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     axes = (axes,) if isinstance(axes, str) else axes or ()
     return any(sizes.get(axis, 2) > 1 for axis in axes)

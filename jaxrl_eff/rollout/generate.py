@@ -20,7 +20,7 @@ from jaxrl_eff.models import attention, params as params_
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.transformer import Cache, apply, unembed, unstack
 from jaxrl_eff.rollout import cache as kv
-from jaxrl_eff.rollout.sampling import Sampling, draw, ends
+from jaxrl_eff.rollout.sampling import Sampling, draw, ends, uniforms
 from jaxrl_eff.shapes import Array, Float, Int, Key, PyTree
 
 UNSTACK_BYTES = 2**28
@@ -36,7 +36,7 @@ class _State(NamedTuple):
 
     step: Array  # []
     row: Array  # [b] which row of the batch this is
-    key: Array  # [b]
+    uniform: Array  # [b, max_tokens] random numbers
     position: Array  # [b] of `token`
     token: Array  # [b]
     done: Array  # [b]
@@ -115,7 +115,7 @@ def _begin(
     return _State(
         step=jnp.int32(0),
         row=row,
-        key=jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row),
+        uniform=uniforms(key, row, sampling.max_tokens),
         position=length - 1,
         token=jnp.zeros(rows, jnp.int32),
         done=jnp.zeros(rows, bool),
@@ -130,7 +130,8 @@ def _record(
     sampling: Sampling, stops: tuple[int, ...], state: _State, logits: Float[Array, "B V"]
 ) -> _State:
     """Draws a token for every row and writes it down for those that have not ended."""
-    token, logp = draw(logits, sampling.warp, state.key, state.step)
+    uniform = jax.lax.dynamic_index_in_dim(state.uniform, state.step, axis=1, keepdims=False)
+    token, logp = draw(logits, sampling.warp, uniform)
     token = jnp.where(state.done, sampling.pad, token)
     at = (0, state.step)
     return state._replace(
@@ -171,7 +172,7 @@ def _compact(state: _State, rows: int) -> _State:
     order = jnp.argsort(state.done, stable=True)[:rows]
     kept = {
         name: jnp.take(getattr(state, name), order, axis=0)
-        for name in ("row", "key", "position", "token", "done", "tokens", "logp", "count")
+        for name in ("row", "uniform", "position", "token", "done", "tokens", "logp", "count")
     }
     return state._replace(**kept, cache=kv.take(state.cache, order))
 

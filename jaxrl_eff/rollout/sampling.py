@@ -1,11 +1,12 @@
 """How the next token is drawn, and what its log-probability was."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.models.logits import Warp, log_softmax_at, warp
+from jaxrl_eff.models.logits import Warp, warp
 from jaxrl_eff.shapes import Array, Bool, Float, Int, Key
 
 
@@ -53,21 +54,73 @@ class Sampling:
 
 
 def draw(
-    logits: Float[Array, "B V"], warp_: Warp, keys: Key[Array, "B"], step: Int[Array, ""]
+    logits: Float[Array, "B V"], warp_: Warp, uniform: Float[Array, "B"]
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """One token a row and its log-probability in nats under the warped distribution.
 
-    Every row has its own key, so that what it draws depends on neither the other rows nor on how
-    the batch is sharded. argmax(logits + Gumbel noise) is a sample of the softmax.
+    The token is the inverse of the distribution function at `uniform`, in [0, 1): one random number
+    a row, while adding Gumbel noise would take one for every entry of the vocabulary. At
+    temperature 0 it is the likeliest token and `uniform` is not used.
     """
     logits = warp(logits, warp_)
-    noisy = logits
+    top = logits.max(axis=-1, keepdims=True)
+    weight = jnp.exp(logits - top)
+    total = weight.sum(axis=-1)
     if warp_.temperature > 0:
-        vocab = logits.shape[-1]
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), (vocab,)))
-        noisy = logits + noise(keys)
-    token = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
-    return token, log_softmax_at(logits, token)
+        token = _invert(weight, uniform)
+    else:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)
+    return token, (chosen - top)[:, 0] - jnp.log(total)
+
+
+def _invert(weight: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The first index at which the running sum of weight exceeds uniform * sum(weight).
+
+    Two levels of about sqrt(V), so that each running sum is a small triangular product.
+    """
+    rows, vocab = weight.shape
+    size = math.isqrt(vocab - 1) + 1
+    blocks = -(-vocab // size)
+    weight = jnp.pad(weight, ((0, 0), (0, blocks * size - vocab))).reshape(rows, blocks, size)
+    mass = weight.sum(axis=-1)
+    block, before = _first_above(mass, uniform * mass.sum(axis=-1))
+    inside = jnp.take_along_axis(weight, block[:, None, None], axis=1)[:, 0]
+    index, _ = _first_above(inside, before)
+    return block * size + index
+
+
+def _first_above(
+    weight: Float[Array, "B n"], target: Float[Array, "B"]
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    """The first entry whose running sum exceeds target, and what of target is left before it.
+
+    Never an entry of weight 0; where rounding leaves target above every sum, the last other one.
+    """
+    n = weight.shape[1]
+    running = jnp.einsum(
+        "bi,ij->bj", weight, jnp.triu(jnp.ones((n, n), weight.dtype)), precision="highest"
+    )
+    at = jnp.arange(n, dtype=jnp.int32)[None, :]
+    positive = weight > 0
+    last = jnp.where(positive, at, 0).max(axis=1)
+    first = jnp.where(positive & (running > target[:, None]), at, n).min(axis=1)
+    index = jnp.minimum(first, last)
+    before = jnp.where(at < index[:, None], weight, 0.0).sum(axis=1)
+    return index, target - before
+
+
+def uniforms(key: Key[Array, ""], row: Int[Array, "B"], steps: int) -> Float[Array, "B T"]:
+    """The random numbers of all steps for the given rows of the batch, in [0, 1).
+
+    Each comes from its own key, of the row and then the step, so what a row draws depends neither
+    on the other rows nor on how many steps there are or how the batch is sharded.
+    """
+
+    def one(row: Array, step: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), step))
+
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))(row, jnp.arange(steps))
 
 
 def ends(token: Int[Array, "B"], stops: tuple[int, ...]) -> Bool[Array, "B"]:

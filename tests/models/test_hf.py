@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from jaxrl_eff.models import LMConfig, abstract, apply, init, params, unembed
-from jaxrl_eff.models.hf import load_hf, save_hf, tensors
+from jaxrl_eff.models.hf import load_hf, save_hf
+from jaxrl_eff.models.hf_table import tensors
 
 DATA = Path(os.environ.get("JAXRL_EFF_DATA", Path(__file__).parents[3] / "shared" / "data"))
 

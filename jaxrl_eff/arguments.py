@@ -1,0 +1,166 @@
+"""The command line's part of a config: the file, its argument, and values changed one by one.
+
+    --config=configs/grpo.py:model=DIR --config.grpo.steps=50 --config.seed=1
+
+A config file is Python with `get_config()`, or `get_config(arg)` for what stands behind the colon.
+Any field of `settings` can be set, whether the file mentions it or not; a value is read as Python
+("50", "1e-4", "(1, 2)", "true"), and as text where the file's own value is text or it is no Python.
+"""
+
+import ast
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FLAG = "config."  # absl collects the overrides under this name
+
+
+class ConfigError(ValueError):
+    """A config file or an override that cannot be used."""
+
+
+def rewrite(argv: Sequence[str]) -> list[str]:
+    """`--config.a.b=c` or `--config.a.b c` becomes `--config.=a.b=c`, which absl can collect."""
+    out, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        name, given, value = word.partition("=")
+        name = "--" + name.lstrip("-")
+        if word.startswith("-") and name.startswith("--config.") and name != "--config.":
+            if not given:
+                if not rest or rest[0].startswith("--"):
+                    raise ConfigError(f"{word} needs a value: {word}=...")
+                value = rest.pop(0)
+            word = f"--{FLAG}={name.removeprefix('--config.')}={value}"
+        out.append(word)
+    return out
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The config of a file as plain dicts, with overrides `"a.b=c"` applied.
+
+    Raises:
+        ConfigError: the file is missing, fails, or does not give a config.
+    """
+    name, _, arg = spec.partition(":")
+    path = Path(name)
+    if not path.is_file():
+        known = ", ".join(str(p) for p in files()) or "none here"
+        raise ConfigError(f"--config={name} is no file. There are: {known}.")
+    config = _get(path, arg)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"get_config of {path} gave {type(config).__name__}, but no config.")
+    config = dict(config)
+    for text in overrides:
+        where, _, value = text.partition("=")
+        override(config, where, value)
+    return config
+
+
+def _get(path: Path, arg: str) -> Any:
+    # So that a config may import configs.common, wherever the command was started.
+    for place in (str(Path.cwd()), str(path.resolve().parent.parent)):
+        if place not in sys.path:
+            sys.path.append(place)
+    try:
+        spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be read: {_told(error, path)}") from error
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no function get_config.")
+    takes = bool(inspect.signature(module.get_config).parameters)
+    if arg and not takes:
+        raise ConfigError(f"{path} takes no argument, but got {arg!r} behind the colon.")
+    try:
+        return module.get_config(arg) if takes and arg else module.get_config()
+    except Exception as error:
+        raise ConfigError(f"{path}: {_told(error, path)}") from error
+
+
+def _told(error: Exception, path: Path) -> str:
+    """One line: a ValueError speaks for itself, others with their type and place."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next((f.lineno for f in reversed(frames) if Path(f.filename) == path), None)
+    text = str(error) or "no message"
+    return f"{f'line {line}: ' if line else ''}{type(error).__name__}: {text}"
+
+
+def override(config: dict[str, Any], where: str, text: str) -> None:
+    """Sets the value at `"a.b"`, making sections on the way; what they may hold is checked later.
+
+    Raises:
+        ConfigError: a name on the way is empty, or holds a value rather than a section.
+    """
+    *way, last = where.split(".")
+    section = config
+    for i, name in enumerate([*way, last]):
+        if not name:
+            raise ConfigError(f"--config.{where} has an empty name in it.")
+        if i < len(way):
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                path = ".".join(way[: i + 1])
+                raise ConfigError(
+                    f"--config.{where}: config.{path} is {section!r}, which has no fields."
+                )
+    section[last] = _value(text, section.get(last))
+
+
+def _value(text: str, now: Any) -> Any:
+    if isinstance(now, str) and not isinstance(now, bool):
+        return _unquoted(text)
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        pass
+    if isinstance(now, tuple | list):
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    return text
+
+
+def _unquoted(text: str) -> str:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+def files() -> list[Path]:
+    """The configs at hand: of the current directory, else of the package's repository."""
+    for folder in (Path("configs"), Path(__file__).resolve().parent.parent / "configs"):
+        found = sorted(p for p in folder.glob("*.py") if p.stem not in ("__init__", "common"))
+        if found:
+            return found
+    return []
+
+
+def describe() -> str:
+    """A line for every config at hand: its path and the first line of its docstring."""
+    rows = []
+    for path in files():
+        try:
+            said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        except (OSError, SyntaxError):
+            said = ""
+        rows.append((str(path), said.partition("\n")[0]))
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"  {name:{width}}  {said}" for name, said in rows)
+
+
+def flat(value: Any, path: str = "config") -> list[str]:
+    """`config.a.b = c` for every value of nested dicts."""
+    if isinstance(value, Mapping) and value:
+        return [line for k, v in value.items() for line in flat(v, f"{path}.{k}")]
+    return [f"{path} = {value!r}"]

@@ -1,0 +1,71 @@
+"""Which tensor of a checkpoint each parameter is, and how its axes are folded.
+
+Reading (`hf.py`) and writing (`hf_save.py`) both follow this one table.
+"""
+
+import dataclasses
+import math
+
+from jaxrl_eff.models.config import LMConfig
+
+CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names of dtypes
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """How one parameter is stored.
+
+    Attributes:
+        path: of the parameter; those under `layers/` have a leading axis L.
+        name: of the tensor, behind the decoder's prefix; `{}` is the layer. A leading "/" means
+            no prefix.
+        axes: axis i of the tensor is the parameter's axes `axes[i]` (L not counted), flattened.
+    """
+
+    path: str
+    name: str
+    axes: tuple[tuple[int, ...], ...]
+
+    @property
+    def stacked(self) -> bool:
+        return self.path.startswith("layers/")
+
+    def shape(self, param: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape, from the parameter's shape without L."""
+        return tuple(math.prod(param[a] for a in group) for group in self.axes)
+
+
+def tensors(cfg: LMConfig) -> tuple[Tensor, ...]:
+    """The table of a model's parameters. Matrices are stored [out, in], so most are transposed."""
+    flip, heads, merge = ((1,), (0,)), ((1, 2), (0,)), ((2,), (0, 1))
+    rows = [("embed/table", "embed_tokens.weight", ((0,), (1,)))]
+    for x, axes, bias in (
+        ("q", heads, cfg.qkv_bias),
+        ("k", heads, cfg.qkv_bias),
+        ("v", heads, cfg.qkv_bias),
+        ("o", merge, cfg.o_bias),
+    ):
+        rows.append((f"layers/attn/{x}/kernel", f"layers.{{}}.self_attn.{x}_proj.weight", axes))
+        if bias:
+            flat = ((0,),) if x == "o" else ((0, 1),)
+            rows.append((f"layers/attn/{x}/bias", f"layers.{{}}.self_attn.{x}_proj.bias", flat))
+    for x in ("gate", "up", "down"):
+        rows.append((f"layers/mlp/{x}/kernel", f"layers.{{}}.mlp.{x}_proj.weight", flip))
+        if cfg.mlp_bias:
+            rows.append((f"layers/mlp/{x}/bias", f"layers.{{}}.mlp.{x}_proj.bias", ((0,),)))
+    norms = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    if cfg.post_norms:
+        norms |= {
+            "post_attn_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "post_mlp_norm": "post_feedforward_layernorm",
+        }
+    if cfg.qk_norm:
+        norms |= {"attn/q_norm": "self_attn.q_norm", "attn/k_norm": "self_attn.k_norm"}
+    rows += [(f"layers/{a}/scale", f"layers.{{}}.{b}.weight", ((0,),)) for a, b in norms.items()]
+    rows.append(("final_norm/scale", "norm.weight", ((0,),)))
+    if cfg.head == "value":
+        rows.append(("value/kernel", "/score.weight", flip))
+    elif not cfg.tie:
+        rows.append(("unembed/kernel", "/lm_head.weight", flip))
+    return tuple(Tensor(*row) for row in rows)
