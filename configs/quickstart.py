@@ -3,7 +3,7 @@ r"""RLHF in three stages on a plain CPU: SFT, a reward model, PPO with its six c
   make quickstart
   python -m jaxrl_eff.main --config=configs/quickstart.py --workdir=runs/quickstart
 
-The task is to write four digits backwards ("1234>" -> "4321"), so the truth is known, but nobody
+The task is to write three digits backwards ("123>" -> "321"), so the truth is known, but nobody
 tells PPO: it learns from a reward model that was trained on pairs of right and wrong answers. Half
 of the SFT labels are wrong. The two simulated devices are used as one mesh by some calls and apart
 by others, so the actor's and critic's weights are really reallocated in each step.
@@ -33,9 +33,9 @@ def get_config():
     )
     c.stages = ("sft", "rm", "ppo")
 
-    digits = dict(digits=4, train=9000, held_out=512)
-    task = dict(source="reverse", length=66, prompt_length=6)
-    measure = dict(problems=512, max_tokens=6, reward=dict(name="gold"))
+    digits = dict(digits=3, train=800, held_out=200)
+    task = dict(source="reverse", length=72, prompt_length=5)
+    measure = dict(problems=200, max_tokens=5, temperature=1.0, reward=dict(name="gold"))
     c.sft = dict(
         algorithm="sft",
         steps=100,
@@ -46,16 +46,16 @@ def get_config():
     )
     c.rm = dict(
         algorithm="reward_model",
-        steps=250,
-        batch=64,
-        data=dict(task, format="preference", options=dict(digits, keep_length=False)),
+        steps=300,
+        batch=48,
+        data=dict(task, format="preference", options=digits),
         models=dict(reward="sft"),
         optim=dict(reward=dict(lr=3e-3, schedule="cosine", warmup=10)),
         loss=dict(center=0.01),
     )
     c.ppo = dict(
         algorithm="ppo",
-        steps=60,
+        steps=50,
         batch=256,
         data=dict(task, format="prompt", options=digits),
         models=dict(actor="sft", critic="rm", reward="rm"),
@@ -63,8 +63,8 @@ def get_config():
             actor=dict(lr=1e-3, warmup=3),
             critic=dict(lr=1e-3),
         ),
-        loss=dict(kl_coef=0.02, lam=1.0, minibatches=4, epochs=1, missing_eos_penalty=1.0),
-        sampling=dict(max_tokens=6),
+        loss=dict(kl_coef=0.1, lam=1.0, minibatches=4, epochs=1, missing_eos_penalty=1.0),
+        sampling=dict(max_tokens=5),
         plan=dict(
             actor_gen=dict(devices=[0, 1]),
             rew_inf=dict(devices=[0]),

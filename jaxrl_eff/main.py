@@ -12,6 +12,7 @@ Exit codes: 0 done, and the config's expectation met, or stopped by SIGTERM with
 1 the expectation was missed, or a number was not finite; 2 something in the command is wrong.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -84,7 +85,9 @@ def _help(argv: list[str]) -> str:
     if spec:
         run = dataclasses.asdict(settings.run(arguments.load(spec)))
         run |= run.pop("stage")
-        return "\n".join([*lines, "", f"Values of {spec}:", *map("  --{}".format, arguments.flat(run))])
+        return "\n".join(
+            [*lines, "", f"Values of {spec}:", *map("  --{}".format, arguments.flat(run))]
+        )
     return "\n".join([*lines, "", "Configs:", arguments.describe()])
 
 
@@ -98,7 +101,9 @@ def prepare(run: settings.Run) -> None:
     given = {f.name: _flag(f) for f in (_COORDINATOR, _PROCESSES, _PROCESS)}
     if any(v is not None for v in given.values()):
         if missing := [f"--{name}" for name, v in given.items() if v is None]:
-            raise ValueError(f"--coordinator, --processes, --process belong together; no {missing}.")
+            raise ValueError(
+                f"--coordinator, --processes, --process belong together; no {missing}."
+            )
         if not 0 <= given["process"] < given["processes"]:
             raise ValueError(f"--process={given['process']} is not below {given['processes']}.")
         jax.distributed.initialize(*given.values())
@@ -133,8 +138,9 @@ def cache() -> Path:
     """Turns the persistent compilation cache on; JAX_COMPILATION_CACHE_DIR moves it."""
     import jax
 
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    where = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", home / "jaxrl_eff" / "xla"))
+    from jaxrl_eff.hardware import cache_directory
+
+    where = cache_directory()
     jax.config.update("jax_compilation_cache_dir", str(where))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -164,15 +170,29 @@ def train(run: settings.Run, workdir: Path, *, quiet: bool = False) -> bool:
     )
     _check_same_run(run, workdir)
     record = checkpoints.peek()
-    resume_step = 0
+    resume_step, resume_stage = 0, ""
     if record is not None:
         names = [s.name for s in assembled.stages]
         before = assembled.stages[: names.index(record["stage"])]
+        resume_stage = record["stage"]
         resume_step = sum(s.settings.steps for s in before) + record["step"]
-    writer = Writer(workdir, resume_step=resume_step, wandb=run.wandb or None, enabled=first)
-    writer.document("config", dataclasses.asdict(run))
-    writer.document("plan", _plans(assembled))
-    with Console(quiet=quiet or not first) as console:
+    writer = Writer(
+        workdir,
+        resume_step=resume_step,
+        resume_stage=resume_stage,
+        wandb=run.wandb or None,
+        enabled=first,
+    )
+    # Only the first process speaks.
+    stream = None if first else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    with contextlib.ExitStack() as closing:
+        if stream is not None:
+            closing.enter_context(stream)
+        closing.callback(writer.close)
+        closing.callback(checkpoints.close)
+        console = closing.enter_context(Console(quiet=quiet or not first, stream=stream))
+        writer.document("config", dataclasses.asdict(run))
+        writer.document("plan", _plans(assembled))
         console.header(f"jaxrl_eff: {' → '.join(run.stages)}", _facts(assembled, workdir))
         out = loop.Outlets(console, writer, checkpoints, run.checkpoint.every)
         try:
@@ -184,13 +204,11 @@ def train(run: settings.Run, workdir: Path, *, quiet: bool = False) -> bool:
             console.end_stage()
             console.final(f"error: {error}")
             return False
-        finally:
-            checkpoints.close()
         passed = _conclude(assembled, done, workdir, writer, console, time.perf_counter() - began)
-        writer.close()
         if first:
             from jaxrl_eff import report
 
+            writer.close()
             console.final(f"report: {report.write(workdir)}")
             _verdict(run, done, console, passed)
     return passed

@@ -24,6 +24,7 @@ class Writer:
         workdir: str | Path,
         *,
         resume_step: int | None = None,
+        resume_stage: str | None = None,
         tensorboard: bool = True,
         wandb: Mapping[str, Any] | None = None,
         enabled: bool = True,
@@ -34,6 +35,8 @@ class Writer:
             workdir: holds metrics.jsonl, samples.jsonl and tensorboard/.
             resume_step: the last step that counts (0: none does). Lines of later steps, and a
                 line cut short by a kill, are removed. None: append.
+            resume_stage: the stage of that step. What the next stage measured before its first
+                step has the same number and will be measured again.
             wandb: arguments of `wandb.init` (project, name, ...); None: no W&B.
             enabled: False writes nothing at all.
 
@@ -51,8 +54,9 @@ class Writer:
         if wandb is not None:
             self._wandb = _wandb_run(self._workdir, wandb)
         self._workdir.mkdir(parents=True, exist_ok=True)
-        self._metrics = _open(self._workdir / "metrics.jsonl", resume_step)
-        self._samples = _open(self._workdir / "samples.jsonl", resume_step)
+        last = (resume_step, resume_stage)
+        self._metrics = _open(self._workdir / "metrics.jsonl", *last)
+        self._samples = _open(self._workdir / "samples.jsonl", *last)
 
     def step(
         self,
@@ -86,7 +90,8 @@ class Writer:
         if self._tensorboard:
             events = self._open_events()
             for name, value in flat.items():
-                events.add_scalar(name, value, step)
+                if math.isfinite(value):  # others cannot be drawn
+                    events.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(flat, step=step)
 
@@ -176,17 +181,19 @@ def _append(file: TextIOBase, row: Mapping[str, Any]) -> None:
     file.flush()
 
 
-def _open(path: Path, resume_step: int | None) -> TextIOBase:
+def _open(path: Path, step: int | None, stage: str | None) -> TextIOBase:
     if path.is_file():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if (row := _parse(line)) and _counts(row, resume_step)]
+        kept = [line for line in lines if (row := _parse(line)) and _counts(row, step, stage)]
         if kept != lines or not path.read_bytes().endswith(b"\n"):
             _replace(path, "".join(line + "\n" for line in kept))
     return path.open("a", encoding="utf-8")
 
 
-def _counts(row: Mapping[str, Any], resume_step: int | None) -> bool:
-    return resume_step is None or row.get("step", 0) <= resume_step
+def _counts(row: Mapping[str, Any], step: int | None, stage: str | None) -> bool:
+    if step is None or row.get("step", 0) < step:
+        return True
+    return row["step"] == step and stage in (None, row.get("stage"))
 
 
 def _replace(path: Path, text: str) -> None:

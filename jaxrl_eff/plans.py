@@ -6,7 +6,7 @@ from typing import Any
 from jaxrl_eff.graph import Graph, order
 from jaxrl_eff.parallel import Placement
 
-RULES = ("all", "halves")
+RULES = ("all", "fsdp", "halves")
 _KEYS = ("devices", "data", "fsdp", "seq", "tensor", "stage", "microbatches")
 
 
@@ -14,7 +14,9 @@ def plan(rule: str | Mapping[str, Mapping[str, Any]], graph: Graph, devices: int
     """A placement for every call of the graph that has a model.
 
     Args:
-        rule: "all": every call on all devices, rows split over them; "halves": the actor's calls
+        rule: "all": every call on all devices, rows split over them, parameters whole on each;
+            "fsdp": the same with parameters and optimizer state split too;
+            "halves": the actor's calls
             on the first half of the devices, the others' on the second; or a table call ->
             `Placement`'s fields. There `devices` may be a list, or a number n for the first n;
             left out, it is all of them. The row "default" serves calls without their own.
@@ -28,6 +30,9 @@ def plan(rule: str | Mapping[str, Mapping[str, Any]], graph: Graph, devices: int
     everywhere = Placement(tuple(range(devices)))
     if rule == "all":
         return {c.name: everywhere for c in calls}
+    if rule == "fsdp":
+        sharded = Placement(tuple(range(devices)), fsdp=devices)
+        return {c.name: sharded for c in calls}
     if rule == "halves":
         if devices < 2:
             raise ValueError("the plan 'halves' needs at least 2 devices; there is 1.")

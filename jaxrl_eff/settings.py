@@ -37,7 +37,7 @@ class DataSettings:
     """Where examples come from and how they become tokens.
 
     Attributes:
-        source: "jsonl", "parquet", or a toy: "reverse", "sort".
+        source: "jsonl", "parquet", "inline", or a toy: "reverse", "sort".
         path: the file, for jsonl and parquet.
         format: "text", "completion", "messages", "preference", "prompt" or "chat_prompt".
         fields: the encoder's argument -> the example's field, e.g. {"prompt": "question"}.
@@ -47,7 +47,8 @@ class DataSettings:
         packed: False puts one example into a row.
         overlong: "drop", "truncate" or "error".
         held_out: examples set apart for evaluation (files only; toys have their own split).
-        options: arguments of a toy: digits, train, held_out, wrong, keep_length.
+        options: arguments of a toy: digits, train, held_out, wrong, keep_length; or of "inline":
+            examples, a tuple of dicts.
     """
 
     source: str = "jsonl"
@@ -133,8 +134,9 @@ class StageSettings:
         loss: fields of the algorithm's config, e.g. `PPOConfig`.
         sampling: fields of `rollout.Sampling`.
         reward: for algorithms that sample.
-        plan: "all" (every call on all devices), "halves" (the actor's calls on the first half,
-            the others on the second), or call -> dict(devices=[...], tensor=..., ...).
+        plan: "all" (every call on all devices), "fsdp" (the same, parameters sharded), "halves"
+            (the actor's calls on the first half, the others on the second), or a table
+            call -> dict(devices=[...], tensor=..., ...); see `plans.plan`.
         evaluate: held-out measurement.
         samples_every: steps between samples written to samples.jsonl; 0 for none.
     """

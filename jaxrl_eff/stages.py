@@ -271,9 +271,19 @@ def _source(data: DataSettings, seed: int) -> tuple[Any, Any]:
         if data.format == "completion":
             return toys.completions(task, seed=seed, **wrong), held_out
         return toys.prompts(task), held_out
+    if data.source == "inline":
+        examples = data.options.get("examples", ())
+        if set(data.options) - {"examples"} or not all(isinstance(e, dict) for e in examples):
+            raise ValueError("data.options of an inline source is examples, a tuple of dicts.")
+        source = _templated(sources.python_source(list(examples)), data)
+        if data.held_out:
+            return sources.holdout(source, data.held_out, seed=seed)
+        return source, None
     readers = {"jsonl": sources.jsonl, "parquet": sources.parquet}
     if data.source not in readers:
-        raise ValueError(f"data.source is {data.source!r}; there are {[*readers, *toys.TASKS]}.")
+        raise ValueError(
+            f"data.source is {data.source!r}; there are {[*readers, 'inline', *toys.TASKS]}."
+        )
     if not data.path:
         raise ValueError(f"data.path is empty; {data.source} needs a file.")
     source = _templated(readers[data.source](data.path), data)

@@ -71,8 +71,10 @@ class StepTimes:
         done: dict[str, float] = {}
         for call, devices, reads, writes, dispatched, future in self._pending:
             end = future.result()
-            busy = [s.end for s in out if set(s.devices) & set(devices)]
-            start = max([after, dispatched, *(done.get(k, 0.0) for k in reads), *busy])
+            start = max([after, dispatched, *(done.get(k, 0.0) for k in reads)])
+            # An accelerator runs one program at a time; simulated devices share the cores.
+            free = max((s.end for s in out if set(s.devices) & set(devices)), default=0.0)
+            start = free if start < free < end else start
             out.append(Span(call, devices, min(start, end), end))
             done |= dict.fromkeys(writes, end)
         return out

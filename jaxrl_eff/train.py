@@ -163,6 +163,7 @@ def _run_stage(
     out.console.stage(name, total, start=at.step)
     log = _Log(stage, out, at.offset, run.nonfinite, run.seed)
     every = stage.settings.evaluate.every if stage.evaluation is not None else 0
+    last = at.index + 1 == len(assembled.stages)
     pending = None
     while at.step < total:
         batch = next(stage.loader)
@@ -193,7 +194,7 @@ def _run_stage(
                 pending = None
             save(score)
             log.pause()
-        if stop and at.step < total:
+        if stop and (at.step < total or not last):
             out.checkpoints.wait()
             raise Stopped(f"stage {name}, step {at.step} of {total}")
     out.console.end_stage()

@@ -29,8 +29,8 @@ def get_config(arg=None):
     c.stages = names
     for name in names:
         c[name] = stage(name, a["steps"], rows, three=len(names) > 1)
-        if a["evaluate"] and name != "rm":
-            c[name].evaluate = dict(MEASURE, before=name == "ppo")
+        if a["evaluate"] and name == names[-1]:
+            c[name].evaluate = dict(MEASURE, before=True)
     return c
 
 

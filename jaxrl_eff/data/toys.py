@@ -134,23 +134,29 @@ def preferences(
 
 
 def corrupt(answer: str, rng: np.random.Generator, *, keep_length: bool = True) -> str:
-    """Another answer than the given one: digits changed, two swapped, one lost or doubled."""
-    ways = ["change", "swap"] + ([] if keep_length else ["lose", "double"])
+    """Another answer than the given one.
+
+    Some digits are changed, to any digit or to others of the answer (which look right at a
+    glance), or all are shuffled; without `keep_length` one may be lost or doubled instead.
+    """
+    ways = ["change", "mix", "shuffle"] + ([] if keep_length else ["lose", "double"])
     while True:
         digits = list(answer)
         way, at = ways[rng.integers(len(ways))], int(rng.integers(len(digits)))
-        if way == "change":
+        if way in ("change", "mix"):
+            pool = "0123456789" if way == "change" else answer
             for i in rng.choice(len(digits), rng.integers(1, len(digits) + 1), replace=False):
-                digits[i] = str(rng.integers(10))
-        elif way == "swap":
-            other = int(rng.integers(len(digits)))
-            digits[at], digits[other] = digits[other], digits[at]
+                digits[i] = pool[rng.integers(len(pool))]
+        elif way == "shuffle":
+            rng.shuffle(digits)
         elif way == "lose":
             del digits[at]
         else:
             digits.insert(at, digits[at])
         if "".join(digits) != answer:
             return "".join(digits)
+        if len(set(answer)) == 1:  # only another digit can differ from 7777
+            ways = ["change"]
 
 
 def gold(example: Example, response: str) -> bool:

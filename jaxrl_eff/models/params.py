@@ -53,7 +53,7 @@ def count(cfg: LMConfig) -> int:
     return tree.size(abstract(cfg))
 
 
-def flops_per_token(cfg: LMConfig, context: float) -> float:
+def flops_per_token(cfg: LMConfig, context: float | int) -> float:
     """Forward FLOPs for one token that sees `context` keys (a multiply-add counts 2).
 
     A backward pass costs twice as much again. Norms and other elementwise work are left out.

@@ -75,15 +75,20 @@ def sample(
 
     def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         prompt, length = batch["prompt"], batch["prompt_length"]
+        # A microbatch says which prompts of the batch it holds: their samples stay the same.
+        group = batch.get("prompt_row", jnp.arange(len(prompt), dtype=jnp.int32))
+        group = jnp.repeat(group, sampling.samples)
+        sample_ = jnp.tile(jnp.arange(sampling.samples, dtype=jnp.int32), len(prompt))
+        uniform = uniforms(key, group * sampling.samples + sample_, sampling.max_tokens)
         hidden, cache = _read(cfg, params, prompt, length, attend)
         if unstacked:
             params, cache = unstack(cfg, params), kv.unstack(cache)
-        cache = kv.grow(kv.repeat(cache, sampling.samples), sampling.max_tokens)
+        cache = kv.repeat(cache, sampling.samples)
         logits = jnp.repeat(unembed(cfg, params, hidden), sampling.samples, axis=0)
-        state = _begin(sampling, key, jnp.repeat(length, sampling.samples), cache)
+        state = _begin(sampling, uniform, jnp.repeat(length, sampling.samples), cache)
         state = _record(sampling, stops, state, logits)
-        tokens, logp, count = _decode(sampling, lambda s: advance(params, s), state)
-        out = _close_up(sampling, prompt, length, tokens, logp, count)
+        tokens, logp, count = _decode(sampling, prompt.shape[1], lambda s: advance(params, s), state)
+        out = _close_up(sampling, prompt, length, tokens, logp, count) | {"group": group}
         if "prompt_example" in batch:
             out["example"] = jnp.repeat(batch["prompt_example"], sampling.samples)
         return out
@@ -108,14 +113,14 @@ def _read(
 
 
 def _begin(
-    sampling: Sampling, key: Key[Array, ""], length: Int[Array, "B"], cache: Cache
+    sampling: Sampling, uniform: Float[Array, "B R"], length: Int[Array, "B"], cache: Cache
 ) -> _State:
     rows, shape = length.shape[0], (length.shape[0], sampling.max_tokens)
     row = jnp.arange(rows, dtype=jnp.int32)
     return _State(
         step=jnp.int32(0),
         row=row,
-        uniform=uniforms(key, row, sampling.max_tokens),
+        uniform=uniform,
         position=length - 1,
         token=jnp.zeros(rows, jnp.int32),
         done=jnp.zeros(rows, bool),
@@ -148,18 +153,28 @@ def _record(
 
 
 def _decode(
-    sampling: Sampling, advance: Callable[[_State], _State], state: _State
+    sampling: Sampling, width: int, advance: Callable[[_State], _State], state: _State
 ) -> tuple[Int[Array, "B R"], Float[Array, "B R"], Int[Array, "B"]]:
     """Runs `advance` until every row has ended: tokens, logp and count of the whole batch."""
     full = state.tokens, state.logp, state.count
+
+    def run(state: _State, enough: int, steps: int) -> _State:
+        """Until `steps` tokens were drawn or at most `enough` rows are unfinished."""
+        return jax.lax.while_loop(
+            lambda s: (s.step < steps) & ((~s.done).sum() > enough), advance, state
+        )
+
     for left in range(sampling.compactions, -1, -1):
         rows = state.token.shape[0]
         enough = (rows + 1) // 2 if left and rows > 1 else 0
-
-        def unfinished(state: _State, enough: int = enough):
-            return (state.step < sampling.max_tokens) & ((~state.done).sum() > enough)
-
-        state = jax.lax.while_loop(unfinished, advance, state)
+        # Only the whole batch meets a growing cache: a smaller one starts when it is known that
+        # rows ended, and that is not known when the program is compiled.
+        growths = sampling.growths if left == sampling.compactions else 1
+        room = state.cache.segment.shape[1] - width
+        for i in range(growths):
+            steps = -(-sampling.max_tokens * (i + 1) // growths)
+            state = state._replace(cache=kv.grow(state.cache, steps - room))
+            state, room = run(state, enough, steps), steps
         mine = state.tokens, state.logp, state.count
         full = jax.tree.map(lambda all_, some: all_.at[state.row].set(some), full, mine)
         if enough:
@@ -202,5 +217,4 @@ def _close_up(
         "position": jnp.where(inside, at, 0),
         "mask": answer.astype(jnp.float32),
         "logp": jnp.where(answer, jnp.take_along_axis(shifted, source, axis=1), 0.0),
-        "group": jnp.arange(rows, dtype=jnp.int32) // sampling.samples,
     }

@@ -23,6 +23,9 @@ class Sampling:
         compactions: how often, once at most half of the rows are unfinished, these are gathered
             into a batch of half the size. Bounds the work for rows that finished; never changes
             a token.
+        growths: the cache has room for max_tokens / growths tokens at first, and grows that often
+            less one. Every token reads the whole cache, so this saves up to half of the reading,
+            at the price of compiling the loop so many times; never changes a token.
         unstack: take the parameters of the layers apart before decoding. Faster, but it copies
             them once and compile time grows with depth. None: if they are below 256 MiB.
     """
@@ -36,12 +39,13 @@ class Sampling:
     stop: tuple[int, ...] = ()
     pad: int = 0
     compactions: int = 0
+    growths: int = 1
     unstack: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.samples < 1 or self.compactions < 0:
+        if self.max_tokens < 1 or self.samples < 1 or self.growths < 1 or self.compactions < 0:
             raise ValueError(
-                f"{self}: needs max_tokens >= 1, samples >= 1 and compactions >= 0."
+                f"{self}: needs max_tokens, samples and growths >= 1 and compactions >= 0."
             )
         _ = self.warp  # refuses impossible values now, not when tracing
 

@@ -31,6 +31,12 @@ def rows(cfg, batch=2, length=10, seed=1):
     return tokens, position, jnp.ones_like(tokens)
 
 
+apply = functools.partial(jax.jit, static_argnums=0)(
+    lambda cfg, params, data, memory=None: models.apply(cfg, params, *data, cache=memory)
+)
+logprobs = jax.jit(lambda params, data: models.token_logprobs(FULL, params, *data))
+
+
 def loss(cfg, params, data):
     logp, spread = models.token_logprobs(cfg, params, *data)
     return logp.sum() + 0.1 * spread.sum()
@@ -45,18 +51,18 @@ def test_packed_sequences_do_not_see_each_other(full):
     a, b = rows(FULL, 1, 6), rows(FULL, 1, 4, seed=2)
     packed = [jnp.concatenate([x, y], axis=1) for x, y in zip(a, b, strict=True)]
     packed[2] = packed[2].at[0, 6:].set(2)
-    together = models.token_logprobs(FULL, full, *packed)[0]
-    apart = [models.token_logprobs(FULL, full, *x)[0] for x in (a, b)]
+    together = logprobs(full, packed)[0]
+    apart = [logprobs(full, x)[0] for x in (a, b)]
     np.testing.assert_allclose(together, jnp.concatenate(apart, axis=1), atol=1e-5)
     assert together[0, 0] == together[0, 6] == 0
 
 
 def test_padding_changes_nothing(full):
     tokens, position, segment = rows(FULL, 1, 6)
-    short = models.token_logprobs(FULL, full, tokens, position, segment)
+    short = logprobs(full, (tokens, position, segment))
     padded = [jnp.pad(x, ((0, 0), (0, 3))) for x in (tokens, position, segment)]
     padded[0] = padded[0].at[0, 6:].set(7)
-    long = models.token_logprobs(FULL, full, *padded)
+    long = logprobs(full, padded)
     for x, y in zip(short, long, strict=True):
         np.testing.assert_allclose(x, y[:, :6], atol=1e-5)
         assert (y[:, 6:] == 0).all()
@@ -64,9 +70,9 @@ def test_padding_changes_nothing(full):
 
 def test_unrolled_and_unstacked_layers_are_the_scanned_ones(full):
     data = rows(FULL)
-    scanned, _ = models.apply(FULL.replace(unroll=1), full, *data)
-    unrolled, _ = models.apply(FULL.replace(unroll=3), full, *data)
-    unstacked, _ = models.apply(FULL, models.unstack(FULL, full), *data)
+    scanned, _ = apply(FULL.replace(unroll=1), full, data)
+    unrolled, _ = apply(FULL.replace(unroll=3), full, data)
+    unstacked, _ = apply(FULL, models.unstack(FULL, full), data)
     np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
     np.testing.assert_allclose(scanned, unstacked, atol=1e-5)
 
@@ -93,11 +99,11 @@ def test_gated_units_have_the_gradient_of_their_formula(key):
 def test_reading_in_two_pieces_through_the_cache_is_reading_at_once(full, stacked):
     data = rows(FULL)
     params = full if stacked else models.unstack(FULL, full)
-    at_once, _ = models.apply(FULL, full, *data)
+    at_once, _ = apply(FULL, full, data)
     memory = cache.empty(FULL, 2, 12, stacked=stacked)
     pieces = []
     for part in (slice(0, 6), slice(6, 7), slice(7, 10)):
-        piece, memory = models.apply(FULL, params, *(x[:, part] for x in data), cache=memory)
+        piece, memory = apply(FULL, params, [x[:, part] for x in data], memory)
         pieces.append(piece)
     np.testing.assert_allclose(at_once, jnp.concatenate(pieces, axis=1), atol=1e-5)
     assert memory.slot == 10
@@ -106,7 +112,7 @@ def test_reading_in_two_pieces_through_the_cache_is_reading_at_once(full, stacke
 def test_half_precision_keeps_logits_in_float32():
     cfg = PLAIN.replace(dtype="bfloat16", param_dtype="bfloat16")
     params = models.init(cfg, jax.random.key(0))
-    hidden, _ = models.apply(cfg, params, *rows(cfg))
+    hidden, _ = apply(cfg, params, rows(cfg))
     assert hidden.dtype == jnp.bfloat16
     assert models.unembed(cfg, params, hidden).dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}

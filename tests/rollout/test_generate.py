@@ -41,20 +41,21 @@ def run(params, batch, **choices):
     return compiled(**choices)(params, batch, jax.random.key(5))
 
 
-def full_forward(params, tokens):
-    """Log-probabilities of the next token after `tokens`, everything read again."""
-    tokens = jnp.asarray(tokens)[None]
+@jax.jit
+def likeliest(params, tokens):
+    """For one row the likeliest token after each position, everything read again."""
     at = jnp.arange(tokens.shape[1])[None]
     hidden, _ = models.apply(CFG, params, tokens, at, jnp.ones_like(tokens))
-    return models.unembed(CFG, params, hidden)[0, -1]
+    return models.unembed(CFG, params, hidden)[0].argmax(axis=-1)
 
 
 def test_greedy_equals_reading_everything_again_for_every_token(params, batch):
-    out = run(params, batch, temperature=0.0)
+    out = jax.tree.map(np.asarray, run(params, batch, temperature=0.0))
     for b in range(4):
         tokens = list(np.asarray(batch["prompt"][b, : batch["prompt_length"][b]]))
         while len(tokens) < int(batch["prompt_length"][b]) + NEW:
-            tokens.append(int(full_forward(params, tokens).argmax()))
+            row = jnp.asarray([tokens + [0] * (5 + NEW - len(tokens))])
+            tokens.append(int(likeliest(params, row)[len(tokens) - 1]))
             if tokens[-1] in CFG.eos:
                 break
         assert list(out["tokens"][b, : len(tokens)]) == tokens
@@ -79,6 +80,7 @@ def test_the_trainer_agrees_with_the_sampler(params, batch, choices):
 def test_what_is_written_follows_the_glossary(params, batch):
     out = run(params, batch, samples=2)
     edges.check("gen", out)
+    out = jax.tree.map(np.asarray, out)
     length = np.repeat(np.asarray(batch["prompt_length"]), 2)
     np.testing.assert_array_equal(out["group"], [0, 0, 1, 1, 2, 2, 3, 3])
     np.testing.assert_array_equal(out["example"], [9, 9, 8, 8, 7, 7, 6, 6])
@@ -103,7 +105,7 @@ def test_the_samples_of_a_prompt_differ_and_stops_stop(params, batch):
     assert (stopped["mask"].sum(axis=1) == 1).all()
 
 
-@pytest.mark.parametrize("choices", [dict(unstack=False), dict(compactions=2), dict(unstack=False, compactions=1)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("choices", [dict(unstack=False), dict(compactions=2, growths=2), dict(unstack=False, compactions=1, growths=4)], ids=str)  # fmt: skip
 def test_how_it_is_computed_changes_no_token(params, batch, choices):
     common = dict(samples=2, stop=(2, 3, 4))
     expected, got = run(params, batch, **common), run(params, batch, **common, **choices)

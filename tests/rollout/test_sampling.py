@@ -13,7 +13,7 @@ from jaxrl_eff.rollout.sampling import draw, ends, uniforms
 @pytest.mark.parametrize("w", [Warp(), Warp(top_k=3), Warp(temperature=0.5, top_p=0.8)], ids=str)
 def test_a_draw_is_the_inverse_distribution_function(key, vocab, w):
     logits = jnp.broadcast_to(2 * jax.random.normal(key, (1, vocab)), (500, vocab))
-    uniform = (jnp.arange(500) + 0.5) / 500
+    uniform = jnp.asarray((np.arange(500) + 0.5) / 500, jnp.float32)
     token, logp = draw(logits, w, uniform)
     p = np.asarray(jax.nn.softmax(warp(logits[0], w)), np.float64)
     # Over an even grid every token comes as often as its probability says.

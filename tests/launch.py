@@ -1,0 +1,90 @@
+"""Starts runs for the tests: in this process, or as the command that a person types."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxrl_eff import arguments, main, metrics, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = str(ROOT / "tests" / "tiny.py")
+
+
+def config(arg="", *changes):
+    """Settings of tests/tiny.py, e.g. config("algorithm=ppo,steps=4", "seed=1")."""
+    return settings.run(arguments.load(f"{TINY}:{arg}", changes))
+
+
+def train(run, workdir):
+    """The whole of a run in this process, over its eight simulated devices."""
+    return main.train(run, Path(workdir), quiet=True)
+
+
+def environment(cache):
+    """Of a command: its devices are its own, and there is a compilation cache that the tests share."""
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "NPROC")}
+    env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "NPROC": "32"}
+    # Half of the time to compile; what is tested does not depend on it.
+    return env | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+
+
+def start(arguments_, cache, *, kill="", code=main.__name__):
+    """The command, in a process of its own; `kill` is a moment for `tests/killed.py`."""
+    run = ["-m", code] if not kill else [str(ROOT / "tests" / "killed.py"), kill]
+    return subprocess.Popen(
+        [sys.executable, *run, *arguments_],
+        cwd=ROOT,
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def command(*arguments_, cache="/nonexistent", timeout=300, **options):
+    """Exit code, standard output, standard error."""
+    process = start(arguments_, cache, **options)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def numbers(workdir, stage=None):
+    """(step, stage, values) of metrics.jsonl, without times."""
+    rows = metrics.read(Path(workdir) / "metrics.jsonl")
+    return [(r["step"], r["stage"], r["values"]) for r in rows if stage in (None, r["stage"])]
+
+
+def export(workdir):
+    """Bytes of the exported parameters."""
+    return (Path(workdir) / "export" / "model.safetensors").read_bytes()
+
+
+def document(workdir, name):
+    return json.loads((Path(workdir) / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A compilation cache for the commands of this session."""
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Programs that several runs of a module share are compiled once."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()

@@ -1,0 +1,182 @@
+"""Configs: everything unknown or of the wrong type is named with its path and what is allowed."""
+
+import importlib.util
+import re
+import time
+from pathlib import Path
+
+import pytest
+from launch import ROOT, TINY
+
+from jaxrl_eff import arguments, settings
+from jaxrl_eff.algorithms.ppo import PPOConfig
+from jaxrl_eff.arguments import ConfigError
+
+MODEL = {"shape": {"layers": 1}}
+SFT = {"algorithm": "sft", "steps": 1, "batch": 2, "data": {}}
+
+
+def run(**changes):
+    return settings.run({"model": MODEL, "stages": ("sft",), "sft": SFT, **changes})
+
+
+def test_defaults_and_conversions():
+    out = run(sft={**SFT, "steps": 3, "optim": {"actor": {"lr": 1, "frozen": ["embed.*"]}}})
+    stage = out.stage["sft"]
+    assert stage.steps == 3 and out.seed == 0 and stage.plan == "all"
+    assert stage.optim["actor"].lr == 1.0 and isinstance(stage.optim["actor"].lr, float)
+    assert stage.optim["actor"].frozen == ("embed.*",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sedd": 1}, r"config has no field 'sedd'.*Did you mean 'seed'\?"),
+        ({"sftt": {"x": 1}}, r"config has no field 'sftt'.*Did you mean 'sft'\?"),
+        ({"sft": {**SFT, "stps": 1}}, r"config.sft has no field 'stps'.*Did you mean 'steps'\?"),
+        ({"sft": {**SFT, "data": {"pth": ""}}}, r"config.sft.data has no field 'pth'.*'path'\?"),
+        (
+            {"sft": {**SFT, "optim": {"actor": {"learning": 1}}}},
+            r"config.sft.optim.actor has no field 'learning'; it has \[.*'lr'",
+        ),
+        ({"sft": {**SFT, "steps": "3"}}, r"config.sft.steps is '3' \(str\), but it must be int"),
+        ({"sft": {**SFT, "steps": True}}, r"config.sft.steps is True \(bool\), but it must be int"),
+        ({"sft": {**SFT, "data": 3}}, r"config.sft.data is 3 \(int\), but it must be DataSettings"),
+        ({"sft": {**SFT, "plan": 3}}, r"config.sft.plan is 3"),
+        ({"seed": -1}, r"config.seed is -1; it must be at least 0"),
+        ({"seed": 1.5}, r"config.seed is 1.5 \(float\), but it must be int"),
+        ({"nonfinite": "ignore"}, r"config.nonfinite is 'ignore', not 'stop' or 'skip'"),
+        ({"stages": ()}, r"config.stages is empty"),
+        ({"stages": "sft"}, r"config.stages is 'sft', but it must be a tuple"),
+        ({"stages": ("sft", "dpo")}, r"config.stages names \['dpo'\], but there is \['sft'\]"),
+        ({"model": 3}, r"config.model is 3"),
+        ({"sft": {k: v for k, v in SFT.items() if k != "batch"}}, r"config.sft.batch is missing"),
+    ],
+)
+def test_what_is_wrong_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(**changes)
+
+
+def test_a_missing_model_is_named():
+    with pytest.raises(ValueError, match=r"config.model is missing"):
+        settings.run({"stages": ("sft",), "sft": SFT})
+
+
+def test_an_algorithms_own_checks_carry_the_path():
+    with pytest.raises(ValueError, match=r"^config.ppo.loss.*clip.*2"):
+        settings.build(PPOConfig, {"clip": 2.0}, "config.ppo.loss")
+
+
+def test_optional_numbers_may_be_none():
+    assert settings.build(PPOConfig, {"value_clip": None}, "x").value_clip is None
+    assert settings.build(PPOConfig, {"value_clip": 1}, "x").value_clip == 1.0
+    with pytest.raises(ValueError, match=r"x.value_clip is 'no'"):
+        settings.build(PPOConfig, {"value_clip": "no"}, "x")
+
+
+# The command line's part
+
+
+def test_overrides_reach_fields_that_the_file_does_not_mention():
+    config = arguments.load(TINY, ["seed=7", "sft.optim.actor.clip_norm=0.5", "sft.data.eos=false"])
+    out = settings.run(config)
+    assert out.seed == 7
+    assert out.stage["sft"].optim["actor"].clip_norm == 0.5
+    assert out.stage["sft"].data.eos is False
+
+
+@pytest.mark.parametrize(
+    ("now", "text", "value"),
+    [
+        (1, "2", 2),
+        (1.0, "1e-4", 1e-4),
+        (False, "true", True),
+        (None, "False", False),
+        ("a", "123", "123"),
+        ("a", "'quoted'", "quoted"),
+        (("a",), "a,b", ("a", "b")),
+        (("a",), "('a', 'b')", ("a", "b")),
+        (None, "{'default': {'tensor': 2}}", {"default": {"tensor": 2}}),
+        (None, "None", None),
+        (None, "text with = and [", "text with = and ["),
+    ],
+)
+def test_values_are_read_as_python_or_as_text(now, text, value):
+    config = {"a": {"b": now}} if now is not None else {}
+    arguments.override(config, "a.b", text)
+    assert config == {"a": {"b": value}} and type(config["a"]["b"]) is type(value)
+
+
+def test_overrides_are_rewritten_for_absl():
+    argv = ["prog", "--config=x.py:a=b", "--config.a.b=c=d", "-config.s", "1", "--quiet", "file"]
+    wanted = ["prog", "--config=x.py:a=b", "--config.=a.b=c=d", "--config.=s=1", "--quiet", "file"]
+    assert arguments.rewrite(argv) == wanted
+    with pytest.raises(ConfigError, match=r"--config.a needs a value"):
+        arguments.rewrite(["prog", "--config.a", "--quiet"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed.x=1", r"--config.seed.x: config.seed is 0, which has no fields"),
+        ("a..b=1", r"--config.a..b has an empty name"),
+    ],
+)
+def test_overrides_that_lead_nowhere(text, message):
+    with pytest.raises(ConfigError, match=message):
+        where, _, value = text.partition("=")
+        arguments.override({"seed": 0}, where, value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(: 1", r"line 1: SyntaxError"),
+        ("import nothere", r"line 1: ModuleNotFoundError: No module named 'nothere'"),
+        ("x = 1", r"has no function get_config"),
+        ("def get_config():\n  return 1", r"gave int, but no config"),
+        ("def get_config():\n  return {}['x']", r"line 2: KeyError: 'x'"),
+        ("def get_config(arg=None):\n  raise ValueError('no such thing')", r": no such thing"),
+    ],
+)
+def test_config_files_that_cannot_be_used(tmp_path, text, message):
+    file = tmp_path / "broken.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        arguments.load(str(file))
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_config_files_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("nothere.py", str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"is no file. There are: .*configs/quickstart.py"):
+            arguments.load(name)
+    with pytest.raises(ConfigError, match=r"takes no argument, but got 'x=1' behind the colon"):
+        arguments.load("configs/quickstart.py:x=1")
+    with pytest.raises(ConfigError, match=r"no argument 'x'; it has \['algorithm'"):
+        arguments.load(f"{TINY}:x=1")
+
+
+# The configs that come with the package
+
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
+
+
+def argument(path):
+    """Arguments that a config cannot do without: any path will do, nothing is opened."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, "EXAMPLE", "")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_is_accepted_and_documented(path):
+    began = time.monotonic()
+    out = settings.run(arguments.load(f"{path}:{argument(path)}"))
+    assert out.stages and time.monotonic() - began < 5
+    text = Path(path).read_text()
+    assert re.match(r'r?"""', text) and f"configs/{path.name}" in text, "show its command"
+    assert f"configs/{path.name}" in arguments.describe()
