@@ -60,7 +60,7 @@ def digits_sft(**changes: Any) -> dict[str, Any]:
     """Supervised learning of the digits; half of its labels are wrong, so RL has work left."""
     stage = dict(
         algorithm="sft",
-        steps=100,
+        steps=150,
         batch=24,
         data=dict(digits(wrong=0.5), format="completion"),
         optim=dict(actor=dict(lr=3e-3, schedule="cosine", warmup=10)),

@@ -38,15 +38,15 @@ def get_config():
     measure = dict(problems=200, max_tokens=5, temperature=1.0, reward=dict(name="gold"))
     c.sft = dict(
         algorithm="sft",
-        steps=100,
+        steps=150,
         batch=24,
         data=dict(task, format="completion", options=dict(digits, wrong=0.5)),
-        optim=dict(actor=dict(lr=2e-3, schedule="cosine", warmup=10)),
+        optim=dict(actor=dict(lr=3e-3, schedule="cosine", warmup=10)),
         evaluate=measure,
     )
     c.rm = dict(
         algorithm="reward_model",
-        steps=300,
+        steps=280,
         batch=48,
         data=dict(task, format="preference", options=digits),
         models=dict(reward="sft"),
@@ -55,7 +55,7 @@ def get_config():
     )
     c.ppo = dict(
         algorithm="ppo",
-        steps=50,
+        steps=60,
         batch=256,
         data=dict(task, format="prompt", options=digits),
         models=dict(actor="sft", critic="rm", reward="rm"),

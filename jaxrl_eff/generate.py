@@ -111,7 +111,7 @@ def find(directory: str) -> Path:
         FileNotFoundError: neither it nor its `export/` holds a `config.json`.
     """
     path = Path(directory)
-    for candidate in (path, path / "export"):
+    for candidate in (path / "export", path):
         if (candidate / "config.json").is_file():
             return candidate
     if not path.is_dir():

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file
 
 from jaxrl_eff import arguments, main, metrics, settings
 
@@ -66,6 +67,11 @@ def numbers(workdir, stage=None):
 def export(workdir):
     """Bytes of the exported parameters."""
     return (Path(workdir) / "export" / "model.safetensors").read_bytes()
+
+
+def tensors(workdir):
+    """The exported parameters by name."""
+    return load_file(Path(workdir) / "export" / "model.safetensors")
 
 
 def document(workdir, name):

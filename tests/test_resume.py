@@ -9,7 +9,6 @@ import launch
 import numpy as np
 import pytest
 from launch import cache, compiled_once  # noqa: F401 (fixtures)
-from safetensors.numpy import load_file
 
 from jaxrl_eff import metrics
 
@@ -136,10 +135,6 @@ def test_the_loader_left_something_over(sft):
     assert any(waiting)
 
 
-def tensors(workdir):
-    return load_file(workdir / "export" / "model.safetensors")
-
-
 @pytest.mark.parametrize("axes", ["fsdp=2,tensor=2", "data=8", "microbatches=2"])
 def test_onto_another_mesh_it_is_equal_to_rounding(sft, axes, tmp_path, monkeypatch):
     stopped(monkeypatch, launch.config(SFT), tmp_path, after=2)
@@ -148,7 +143,7 @@ def test_onto_another_mesh_it_is_equal_to_rounding(sft, axes, tmp_path, monkeypa
     row |= {k: int(v) for k, v in named.items()}
     run = launch.config(SFT, f"sft.plan={{'default': {row}}}")
     assert launch.train(run, tmp_path)
-    got, want = tensors(tmp_path), tensors(sft)
+    got, want = launch.tensors(tmp_path), launch.tensors(sft)
     assert got.keys() == want.keys()
     for name in want:
         np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-4, err_msg=name)

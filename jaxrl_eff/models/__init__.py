@@ -5,7 +5,14 @@
 """
 
 from jaxrl_eff.models.config import LMConfig, Rope
-from jaxrl_eff.models.heads import logprobs, scalar_head, score, token_logprobs, token_values, values
+from jaxrl_eff.models.heads import (
+    logprobs,
+    scalar_head,
+    score,
+    token_logprobs,
+    token_values,
+    values,
+)
 from jaxrl_eff.models.logits import Warp, warp
 from jaxrl_eff.models.params import abstract, count, flops_per_token, init, logical_axes
 from jaxrl_eff.models.transformer import Cache, LanguageModel, apply, unembed, unstack

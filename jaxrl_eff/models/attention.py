@@ -97,23 +97,22 @@ def blocked(
     there are more keys (a cache) this is `plain`.
     """
     length = q.shape[1]
-    size = next((length // n for n in (8, 4, 2) if length % n == 0 and length // n >= BLOCK), length)
-    if size == length or k.shape[1] != length:
+    blocks = next((n for n in (8, 4, 2) if length % n == 0 and length // n >= BLOCK), 1)
+    common = {"window": window, "softcap": softcap, "scale": scale}
+    if blocks == 1 or k.shape[1] != length:
         return plain(
-            q, k, v, q_position=q_position, k_position=k_position, q_segment=q_segment,
-            k_segment=k_segment, window=window, softcap=softcap, scale=scale,
+            q, k, v, q_position=q_position, k_position=k_position,
+            q_segment=q_segment, k_segment=k_segment, **common,
         )  # fmt: skip
     outs = []
-    for start in range(0, length, size):
-        mine, seen = slice(start, start + size), slice(0, start + size)
-        outs.append(
-            plain(
-                q[:, mine], k[:, seen], v[:, seen],
-                q_position=q_position[:, mine], k_position=k_position[:, seen],
-                q_segment=q_segment[:, mine], k_segment=k_segment[:, seen],
-                window=window, softcap=softcap, scale=scale,
-            )  # fmt: skip
-        )
+    for start in range(0, length, length // blocks):
+        end = start + length // blocks
+        out = plain(
+            q[:, start:end], k[:, :end], v[:, :end],
+            q_position=q_position[:, start:end], k_position=k_position[:, :end],
+            q_segment=q_segment[:, start:end], k_segment=k_segment[:, :end], **common,
+        )  # fmt: skip
+        outs.append(out)
     return jnp.concatenate(outs, axis=1)
 
 

@@ -178,4 +178,3 @@ class LMConfig:
         from jaxrl_eff.models import hf
 
         return hf.config_to_hf(self)
-

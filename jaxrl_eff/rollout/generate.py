@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import tree
-from jaxrl_eff.models import attention, params as params_
+from jaxrl_eff.models import attention
+from jaxrl_eff.models import params as params_
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.transformer import Cache, apply, unembed, unstack
 from jaxrl_eff.rollout import cache as kv
 from jaxrl_eff.rollout.sampling import Sampling, draw, ends, uniforms
-from jaxrl_eff.shapes import Array, Float, Int, Key, PyTree
+from jaxrl_eff.shapes import Array, Float, Int, PyTree
 
 UNSTACK_BYTES = 2**28
 
@@ -87,7 +88,9 @@ def sample(
         logits = jnp.repeat(unembed(cfg, params, hidden), sampling.samples, axis=0)
         state = _begin(sampling, uniform, jnp.repeat(length, sampling.samples), cache)
         state = _record(sampling, stops, state, logits)
-        tokens, logp, count = _decode(sampling, prompt.shape[1], lambda s: advance(params, s), state)
+        tokens, logp, count = _decode(
+            sampling, prompt.shape[1], lambda s: advance(params, s), state
+        )
         out = _close_up(sampling, prompt, length, tokens, logp, count) | {"group": group}
         if "prompt_example" in batch:
             out["example"] = jnp.repeat(batch["prompt_example"], sampling.samples)
@@ -175,8 +178,8 @@ def _decode(
             steps = -(-sampling.max_tokens * (i + 1) // growths)
             state = state._replace(cache=kv.grow(state.cache, steps - room))
             state, room = run(state, enough, steps), steps
-        mine = state.tokens, state.logp, state.count
-        full = jax.tree.map(lambda all_, some: all_.at[state.row].set(some), full, mine)
+        mine, row = (state.tokens, state.logp, state.count), state.row
+        full = tuple(all_.at[row].set(some) for all_, some in zip(full, mine, strict=True))
         if enough:
             state = _compact(state, enough)
     return full

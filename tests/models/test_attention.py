@@ -34,9 +34,7 @@ def test_attention_equals_loops(attend, window, softcap, monkeypatch):
     k, v = rng.normal(size=(2, 2, 8, 2, 6)).astype(np.float32)
     segment = np.asarray([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 0, 0]], np.int32)
     position = np.asarray([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 0, 0]], np.int32)
-    expected = loops(
-        q, k, v, position, position, segment, segment, window, softcap, scale=0.3
-    )
+    expected = loops(q, k, v, position, position, segment, segment, window, softcap, scale=0.3)
     position, segment = jnp.asarray(position), jnp.asarray(segment)
     got = attend(
         *map(jnp.asarray, (q, k, v)), q_position=position, k_position=position, q_segment=segment,

@@ -6,9 +6,7 @@ import pytest
 from jaxrl_eff import models
 from jaxrl_eff.models import LMConfig, Warp
 
-CFG = LMConfig(
-    vocab=12, layers=1, width=8, heads=2, kv_heads=1, head_dim=4, ffn=12, init_std=0.5
-)
+CFG = LMConfig(vocab=12, layers=1, width=8, heads=2, kv_heads=1, head_dim=4, ffn=12, init_std=0.5)
 
 
 def packed():

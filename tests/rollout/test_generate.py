@@ -105,7 +105,13 @@ def test_the_samples_of_a_prompt_differ_and_stops_stop(params, batch):
     assert (stopped["mask"].sum(axis=1) == 1).all()
 
 
-@pytest.mark.parametrize("choices", [dict(unstack=False), dict(compactions=2, growths=2), dict(unstack=False, compactions=1, growths=4)], ids=str)  # fmt: skip
+WAYS = [
+    dict(unstack=False), dict(compactions=2, growths=2),
+    dict(unstack=False, compactions=1, growths=4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("choices", WAYS, ids=str)
 def test_how_it_is_computed_changes_no_token(params, batch, choices):
     common = dict(samples=2, stop=(2, 3, 4))
     expected, got = run(params, batch, **common), run(params, batch, **common, **choices)
@@ -124,9 +130,7 @@ def test_a_row_does_not_depend_on_the_other_rows(params, batch):
 
 def test_sharding_changes_no_token(params, batch):
     expected = run(params, batch, samples=2)
-    mesh = jax.make_mesh(
-        (4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rules = [
         ("batch", "data"), ("heads", "tensor"), ("kv_heads", "tensor"), ("ffn", "tensor"),
         ("vocab", "tensor"), ("act_heads", "tensor"), ("act_kv_heads", "tensor"),

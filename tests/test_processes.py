@@ -1,0 +1,125 @@
+"""Several processes compute what one computes; only the first one speaks."""
+
+import socket
+
+import launch
+import numpy as np
+import pytest
+from launch import cache  # noqa: F401 (fixture)
+
+LOSSES = ("actor_train/loss", "actor_train/grad_norm", "advantage/score")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def together(cache, *arguments, processes=2, timeout=300, kill=""):  # noqa: F811
+    """Output, errors and exit code of every process of one run; `kill` is of the first."""
+    port, started = free_port(), []
+    try:
+        for i in range(processes):
+            mine = (f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={i}")
+            started.append(launch.start([*arguments, *mine], cache, kill=kill if i == 0 else ""))
+        return [(*p.communicate(timeout=timeout), p.returncode) for p in started]
+    finally:
+        for p in started:
+            p.kill()
+
+
+def alone(cache, spec, workdir):  # noqa: F811
+    code, out, err = launch.command(
+        f"--config={spec},devices=8", f"--workdir={workdir}", cache=cache
+    )
+    assert code == 0, out + err
+
+
+SFT = f"{launch.TINY}:algorithm=sft,first=8,every=1,steps=6"
+GRPO = f"{launch.TINY}:algorithm=grpo,first=8,every=1,steps=2"
+
+
+@pytest.fixture(scope="module")
+def sft(cache, tmp_path_factory):  # noqa: F811
+    workdir = tmp_path_factory.mktemp("sft")
+    alone(cache, SFT, workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def grpo(cache, tmp_path_factory):  # noqa: F811
+    workdir = tmp_path_factory.mktemp("grpo")
+    alone(cache, GRPO, workdir)
+    return workdir
+
+
+def check_equal(two, one):
+    ours, theirs = launch.numbers(two), launch.numbers(one)
+    assert [r[:2] for r in ours] == [r[:2] for r in theirs]
+    for (_, _, a), (_, _, b) in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in LOSSES:
+            if name in b:
+                np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    a, b = (launch.tensors(d) for d in (two, one))
+    for name in b:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("spec", [SFT, GRPO], ids=["sft", "grpo"])
+def test_two_processes_of_four_devices_equal_one_of_eight(spec, cache, tmp_path, request):  # noqa: F811
+    one = request.getfixturevalue("sft" if spec == SFT else "grpo")
+    done = together(cache, f"--config={spec},devices=4", f"--workdir={tmp_path}")
+    for out, err, code in done:
+        assert code == 0, out + err
+    check_equal(tmp_path, one)
+    said = "\n".join(line for line in done[1][0].splitlines() if "Gloo" not in line)
+    assert not said.strip() and "PASS" in done[0][0]
+    assert "8 x cpu, 2 processes" in done[0][0]
+
+
+def test_asked_to_stop_two_processes_agree_and_one_may_continue(cache, sft, tmp_path):  # noqa: F811
+    moment = "jaxrl_eff.metrics:Writer.step:after:step=1:TERM"
+    spec = (f"--config={SFT},devices=4", f"--workdir={tmp_path}")
+    done = together(cache, *spec, kill=moment)
+    for out, err, code in done:
+        assert code == 0, out + err
+    assert "the same command continues" in done[0][0]
+    assert 1 < len(launch.numbers(tmp_path)) < 6
+    alone(cache, SFT, tmp_path)
+    check_equal(tmp_path, sft)
+
+
+def test_a_plan_that_splits_the_processes_is_refused(cache, tmp_path):  # noqa: F811
+    spec = f"--config={launch.TINY}:algorithm=sft,first=4,devices=4"
+    done = together(cache, spec, f"--workdir={tmp_path}", timeout=120)
+    for _, err, code in done:
+        assert code == 2 and "Traceback" not in err
+        assert "with several processes every call must use all devices in order" in err
+
+
+def test_rows_that_processes_would_have_to_share_are_refused(cache, tmp_path):  # noqa: F811
+    done = together(
+        cache,
+        f"--config={launch.TINY}:algorithm=sft,devices=1",
+        "--config.sft.plan={'default': {'tensor': 2}}",
+        f"--workdir={tmp_path}",
+        timeout=120,
+    )
+    for _, err, code in done:
+        assert code == 2 and "Traceback" not in err
+        assert "not a multiple of the 2 processes" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--processes=2"], "belong together; no ['--coordinator', '--process']"),
+        (["--coordinator=localhost:1", "--processes=2", "--process=2"], "--process=2 is not below"),
+    ],
+)
+def test_flags_that_do_not_fit_are_named(flags, message, cache, tmp_path):  # noqa: F811
+    run = f"--config={launch.TINY}"
+    code, out, err = launch.command(run, f"--workdir={tmp_path}", *flags, cache=cache)
+    assert code == 2 and message in err and "Traceback" not in out + err
