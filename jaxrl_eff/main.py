@@ -94,7 +94,9 @@ def _help(argv: list[str]) -> str:
 def prepare(run: settings.Run) -> None:
     """Sets what must be set before JAX starts: devices, processes, compilation cache."""
     if run.simulate_devices:
-        simulate(run.simulate_devices)
+        host.simulate(run.simulate_devices)
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        host.keep_memory()
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # between processes
@@ -109,6 +111,8 @@ def prepare(run: settings.Run) -> None:
         jax.distributed.initialize(*given.values())
     elif _on_cluster():
         jax.distributed.initialize()
+    if jax.default_backend() == "cpu":
+        host.keep_memory()
     cache()
 
 
@@ -121,17 +125,6 @@ def _on_cluster() -> bool:
     several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return several or len(hosts.split(",")) > 1 or "OMPI_COMM_WORLD_SIZE" in os.environ
-
-
-def simulate(devices: int) -> None:
-    """Makes the CPU look like several devices. Works only before JAX starts."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # JAX 0.10.2 sizes its thread pool by the cores, and collectives over more simulated devices
-    # than cores then deadlock; NPROC, read when jax is imported, sizes the pool instead.
-    os.environ.setdefault("NPROC", str(max(32, 4 * devices)))
-    known = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in known:
-        os.environ["XLA_FLAGS"] = f"{known} --xla_force_host_platform_device_count={devices}"
 
 
 def cache() -> Path:
@@ -344,7 +337,6 @@ def _conclude(
         if _first():
             assembled.tokenizer.save(export)
         console.final(f"exported: {export}")
-    writer.document("timeline", done.timelines)
     writer.document(
         "result",
         {

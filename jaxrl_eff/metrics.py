@@ -102,11 +102,18 @@ class Writer:
         for row in rows:
             _append(self._samples, {"step": step, "stage": stage, **row})
 
-    def document(self, name: str, value: Any) -> None:
-        """Writes `NAME.json` (config, plan, timeline, result) into the run directory, whole."""
+    def document(self, name: str, value: Any, *, merge: bool = False) -> None:
+        """Writes `NAME.json` (config, plan, timeline, result) into the run directory, whole.
+
+        Args:
+            merge: keep what the file has under other keys, from before the run was resumed.
+        """
         if not self._enabled:
             return
-        _replace(self._workdir / f"{name}.json", json.dumps(encodable(value), indent=1) + "\n")
+        path = self._workdir / f"{name}.json"
+        if merge and path.is_file():
+            value = (_parse(path.read_text(encoding="utf-8")) or {}) | value
+        _replace(path, json.dumps(encodable(value), indent=1) + "\n")
 
     def close(self) -> None:
         """Flushes and closes what is open. May be called twice."""

@@ -62,7 +62,9 @@ def _placement(call: str, row: Mapping[str, Any], devices: int) -> Placement:
     if isinstance(chosen, int):
         chosen = range(chosen)
     if not isinstance(chosen, list | tuple | range):
-        raise ValueError(f"the plan of {call}: devices is {chosen!r}, but must be a list or number.")
+        raise ValueError(
+            f"the plan of {call}: devices is {chosen!r}, but must be a list or number."
+        )
     for name, value in row.items():
         if type(value) is not int:
             raise ValueError(f"the plan of {call}: {name} is {value!r}, but must be an int.")

@@ -80,6 +80,11 @@ class OptimSettings:
     frozen: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        for name in ("lr", "final", "clip_norm", "weight_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be finite and >= 0.")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardSettings:

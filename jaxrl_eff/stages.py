@@ -65,6 +65,7 @@ REWARDS: dict[str, Callable[..., Callable]] = {
 }
 
 VALUE_ROLES = ("critic", "reward")
+_SIZES = ("vocab", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "max_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +178,8 @@ def _base(run: Run, tokenizer: Tokenizer) -> LMConfig:
     if m.path and m.shape:
         raise ValueError("has both path and shape; a checkpoint brings its own shape.")
     if m.path:
+        if not Path(m.path).is_dir():
+            raise FileNotFoundError(f"path is {m.path!r}, which is no directory.")
         lm = LMConfig.from_hf(m.path)
     else:
         special = {
@@ -185,10 +188,18 @@ def _base(run: Run, tokenizer: Tokenizer) -> LMConfig:
             "eos": tuple(tokenizer.stop),
             "pad": tokenizer.pad,
         }
+        for name, size in m.shape.items():
+            if name in _SIZES and isinstance(size, int) and size < 1:
+                raise ValueError(f"config.model.shape.{name} is {size}, but must be at least 1.")
         lm = build(LMConfig, {**special, **m.shape}, "config.model.shape")
     chosen = {k: getattr(m, k) for k in ("dtype", "param_dtype", "remat") if getattr(m, k)}
     if m.path and tokenizer.stop:
         chosen["eos"] = tuple(dict.fromkeys((*lm.eos, *tokenizer.stop)))
+    if lm.vocab < tokenizer.vocab:
+        raise ValueError(
+            f"the model's vocabulary of {lm.vocab} is smaller than the tokenizer's, "
+            f"{tokenizer.vocab}."
+        )
     return dataclasses.replace(lm, **chosen)
 
 
@@ -206,6 +217,7 @@ def _stage(
     seed = (run.seed + zlib.crc32(name.encode())) % 2**32
     source, held_out = _source(s.data, seed)
     encoder = _encoder(s, kind, tokenizer)
+    _try("data", encoder, source)
 
     sampling, reward = None, None
     if kind == "prompts":
@@ -214,10 +226,13 @@ def _stage(
     origins, lms = _models(s, base, earlier)
     if kind == "prompts":
         if s.reward.name == "model":
-            reward = lms["reward"]
+            reward = lms.get("reward")
         else:
             with _at(f"config.{name}.reward"):
-                reward = verify.host_reward(reward_fn(s.reward), source, tokenizer)
+                score = reward_fn(s.reward)
+                _try(s.reward.name, lambda example: score(example, "0"), source)
+                reward = verify.host_reward(score, source, tokenizer)
+    _check_length(s, lms, sampling)
     graph = _graph(s.algorithm, room, cfg, lms, reward, sampling)
     lms = {r: lm for r, lm in lms.items() if r in graph.models}
     origins = {r: o for r, o in origins.items() if r in graph.models}
@@ -252,9 +267,26 @@ def _stage(
     )
 
 
+def _try(what: str, fn: Callable, source: Any) -> None:
+    """Applies a function to the first example, so that one that cannot work is found now."""
+    if not len(source):
+        raise ValueError(f"{what}: there are no examples.")
+    try:
+        fn(source[0])
+    except Exception as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what} fails for the first example: {reason}") from None
+
+
 def _source(data: DataSettings, seed: int) -> tuple[Any, Any]:
     """Training and held-out examples."""
     if data.source in toys.TASKS:
+        for field, unused in (("path", ""), ("held_out", 0), ("template", "{prompt}")):
+            if getattr(data, field) != unused:
+                raise ValueError(
+                    f"data.{field} is {getattr(data, field)!r}, but the toy {data.source!r} makes "
+                    "its own examples; see data.options."
+                )
         options = dict(data.options)
         wrong = {k: options.pop(k) for k in ("wrong",) if k in options}
         keep_length = {k: options.pop(k) for k in ("keep_length",) if k in options}
@@ -387,6 +419,17 @@ def _models(
     return origins, lms
 
 
+def _check_length(s: StageSettings, lms: dict[str, LMConfig], sampling: Sampling | None) -> None:
+    longest = s.data.prompt_length + sampling.max_tokens if sampling else 0
+    for role, lm in lms.items():
+        if longest > lm.max_length:
+            raise ValueError(
+                f"data.prompt_length {s.data.prompt_length} and sampling.max_tokens "
+                f"{sampling.max_tokens} make {longest} tokens, but {role}'s max_length is "
+                f"{lm.max_length}."
+            )
+
+
 def _graph(
     algorithm: str, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
 ) -> Graph:
@@ -504,6 +547,9 @@ def _evaluation(
             encoder = encode.encode_prompt(tokenizer, bos=s.data.bos, **fields)
         else:
             encoder = encode.encode_chat_prompt(tokenizer, **fields)
+        score = reward_fn(e.reward)
+        _try("the prompt", encoder, held_out)
+        _try(f"the reward {e.reward.name!r}", lambda example: score(example, "0"), held_out)
         home = "actor_gen" if "actor_gen" in plan else graph.home("actor").name
         stop = sampling.stop if sampling else ()
         return Evaluation.of(
@@ -519,7 +565,7 @@ def _evaluation(
             encode=encoder,
             problems=e.problems,
             prompt_length=s.data.prompt_length,
-            reward=reward_fn(e.reward),
+            reward=score,
             tokenizer=tokenizer,
             seed=run.seed,
         )
@@ -538,6 +584,10 @@ def _check_expectation(out: Assembled) -> None:
             )
         if wanted and stages[stage].evaluation is None:
             raise ValueError(f"config.expect.{field} is {wanted!r}, but {stage!r} has no evaluate.")
+        if rest == "eval_before" and not stages[stage].settings.evaluate.before:
+            raise ValueError(
+                f"config.expect.{field} is {wanted!r}, but config.{stage}.evaluate.before is False."
+            )
 
 
 def words(seed: int, stage: str, step: int) -> np.ndarray:

@@ -5,6 +5,7 @@ wait for the log. A step is a function of the parameters, the batch and two inte
 step), so a run that is killed and resumed ends where one that was never stopped ends.
 """
 
+import collections
 import contextlib
 import dataclasses
 import math
@@ -30,6 +31,9 @@ from jaxrl_eff.timeline import StepTimes
 WATCHED = (
     ("reward", "score"), ("KL", "ref_kl"), ("accuracy", "accuracy"), ("loss", "loss"),
 )  # fmt: skip
+
+
+RATE_STEPS = 5
 
 
 class NonFinite(ArithmeticError):
@@ -68,7 +72,6 @@ class Finished:
         results: "stage/eval" and "stage/eval_before" -> mean held-out reward.
         samples: the same keys -> rows of prompt, completion, reward.
         models, stage: of the last stage.
-        timelines: stage -> calls of its last step.
         summary: stage -> last metrics.
     """
 
@@ -76,7 +79,6 @@ class Finished:
     samples: dict[str, list[dict[str, Any]]]
     models: state.Models
     stage: Stage
-    timelines: dict[str, list[dict[str, Any]]]
     summary: dict[str, dict[str, float]]
 
 
@@ -103,21 +105,18 @@ def fit(assembled: Assembled, out: Outlets) -> Finished:
         assembled.stages[index].loader.restore(record["data"])
         out.console.line(f"resumed at stage {record['stage']}, step {record['step']}")
     samples: dict[str, list] = {}
-    timelines: dict[str, list] = {}
     summary: dict[str, dict] = {}
     with _stop_signal() as stopping:
         while True:
             stage = assembled.stages[at.index]
-            models = _run_stage(
-                assembled, out, at, models, shelf, stopping, samples, timelines, summary
-            )
+            models = _run_stage(assembled, out, at, models, shelf, stopping, samples, summary)
             if at.index + 1 == len(assembled.stages):
                 break
             shelf = state.shelve(assembled, at.index, models, shelf)
             at.index, at.step, at.offset = at.index + 1, 0, at.offset + stage.settings.steps
             models = None
     out.checkpoints.wait()
-    return Finished(at.results, samples, models, stage, timelines, summary)
+    return Finished(at.results, samples, models, stage, summary)
 
 
 def _index(assembled: Assembled, name: str) -> int:
@@ -132,7 +131,6 @@ def _run_stage(
     shelf: state.Shelf,
     stopping: threading.Event,
     samples: dict[str, list],
-    timelines: dict[str, list],
     summary: dict[str, dict],
 ) -> state.Models:
     stage = assembled.stages[at.index]
@@ -199,7 +197,8 @@ def _run_stage(
             raise Stopped(f"stage {name}, step {at.step} of {total}")
     out.console.end_stage()
     if log.spans:
-        timelines[name] = [dataclasses.asdict(s) for s in log.spans]
+        spans = [dataclasses.asdict(s) for s in log.spans]
+        out.writer.document("timeline", {name: spans}, merge=True)
     summary[name] = log.last
     stage.loader.close()
     return models
@@ -268,7 +267,9 @@ class _Log:
 
     def __init__(self, stage: Stage, out: Outlets, offset: int, nonfinite: str, seed: int):
         self._stage, self._out, self._offset, self._nonfinite = stage, out, offset, nonfinite
-        self._last_end = time.perf_counter()
+        # (end, tokens, FLOPs) of the last steps: rates over a few of them, since the clock of a
+        # single step waits for a thread to be scheduled.
+        self._window = collections.deque([(time.perf_counter(), 0.0, 0.0)], maxlen=RATE_STEPS + 1)
         self._paused = False
         self.spans: list[Any] = []
         self.last: dict[str, float] = {}
@@ -280,34 +281,37 @@ class _Log:
         return next(iter(self._stage.lms.values())).dtype
 
     def pause(self) -> None:
-        """The next step's rate does not count the time spent since the last one."""
-        self._last_end, self._paused = time.perf_counter(), True
+        """What was done since the last step (saving, evaluating) is not part of any rate."""
+        self._window.clear()
+        self._window.append((time.perf_counter(), 0.0, 0.0))
+        self._paused = True
 
     def __call__(self, done: _Dispatched) -> None:
-        busy = max(self._last_end - done.times.origin, 0.0)
+        busy = max(self._window[-1][0] - done.times.origin, 0.0)
         self.spans = done.times.spans(after=0.0 if self._paused else busy)
         values = {k: float(v) for k, v in jax.device_get(done.metrics).items()}
         end = done.times.origin + max(s.end for s in self.spans)
-        elapsed = max(end - self._last_end, 1e-9)
-        self._last_end, self._paused = end, False
+        self._paused = False
         for role, schedule in self._stage.schedules.items():
             update = (done.step - 1) * self._stage.updates(role)
             values[f"{role}/lr"] = float(schedule(update))
         tokens = self._all_tokens(done.tokens, values)
-        flops = self._flops(tokens)
+        self._window.append((max(end, self._window[-1][0]), tokens, self._flops(tokens)))
+        elapsed = max(self._window[-1][0] - self._window[0][0], 1e-6)
+        tokens, flops = (sum(row[i] for row in list(self._window)[1:]) for i in (1, 2))
         seconds = {s.call: s.end - s.start for s in self.spans}
         self._out.writer.step(
             self._offset + done.step,
             self._stage.name,
             values,
             seconds=seconds,
-            tokens_per_s=tokens / elapsed,
-            flops_per_s=flops / elapsed,
-            mfu=flops / elapsed / self._peak if self._peak else None,
+            tokens_per_s=tokens_per_s,
+            flops_per_s=flops_per_s,
+            mfu=flops_per_s / self._peak if self._peak and flops_per_s else None,
         )
         self.last = values
         self._out.console.step(
-            done.step, _watched(values), tokens_per_s=tokens / elapsed, seconds=seconds
+            done.step, _watched(values), tokens_per_s=tokens_per_s, seconds=seconds
         )
         self._check(done.step, values)
 

@@ -86,11 +86,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
-    """Programs that several runs of a module share are compiled once."""
+    """Programs that several runs of a module share are compiled once, and quickly."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_disable_most_optimizations", True)
     compilation_cache.reset_cache()
     yield
     jax.config.update("jax_compilation_cache_dir", before)
+    jax.config.update("jax_disable_most_optimizations", False)
     compilation_cache.reset_cache()

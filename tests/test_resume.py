@@ -55,7 +55,10 @@ def test_killed_at_any_moment_it_ends_bitwise_the_same(whole, cache, tmp_path): 
     for name in ("samples.jsonl", "config.json", "plan.json"):
         assert (tmp_path / name).read_text() == (whole / name).read_text(), name
     ended, unstopped = (launch.document(d, "result") for d in (tmp_path, whole))
-    assert ended["results"] == unstopped["results"] and set(ended["results"]) == {"ppo/eval_before", "ppo/eval"}
+    assert ended["results"] == unstopped["results"] and set(ended["results"]) == {
+        "ppo/eval_before",
+        "ppo/eval",
+    }
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if not p.name.isdigit()]
 
 

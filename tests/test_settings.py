@@ -1,14 +1,14 @@
 """Configs: everything unknown or of the wrong type is named with its path and what is allowed."""
 
-import importlib.util
 import re
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from launch import ROOT, TINY
 
-from jaxrl_eff import arguments, settings
+from jaxrl_eff import arguments, main, settings, stages
 from jaxrl_eff.algorithms.ppo import PPOConfig
 from jaxrl_eff.arguments import ConfigError
 
@@ -164,19 +164,24 @@ def test_config_files_that_are_not_there(tmp_path, monkeypatch):
 CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "common"))
 
 
-def argument(path):
-    """Arguments that a config cannot do without: any path will do, nothing is opened."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, "EXAMPLE", "")
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_is_accepted_and_documented(path):
     began = time.monotonic()
-    out = settings.run(arguments.load(f"{path}:{argument(path)}"))
+    out = settings.run(arguments.load(str(path)))
     assert out.stages and time.monotonic() - began < 5
     text = Path(path).read_text()
     assert re.match(r'r?"""', text) and f"configs/{path.name}" in text, "show its command"
     assert f"configs/{path.name}" in arguments.describe()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_that_needs_no_file_fits_its_devices(path, monkeypatch):
+    out = settings.run(arguments.load(str(path)))
+    needs = [s for s in out.stages if out.stage[s].data.source in ("jsonl", "parquet")]
+    if needs or out.tokenizer == "model":
+        pytest.skip("it takes a model or data by path")
+    monkeypatch.setattr(jax, "device_count", lambda: out.simulate_devices or 1)
+    assembled = stages.assemble(out)
+    assert [s.name for s in assembled.stages] == list(out.stages)
+    if out.expect.metric:
+        assert main.expectation(out, {out.expect.metric: 2.0, out.expect.rises_over: 0.0})

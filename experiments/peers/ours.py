@@ -18,12 +18,21 @@ import sys
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = os.environ.get("CACHE")  # a directory: persistent compilation cache; unset: none
 
+from jaxrl_eff import host
+
+if os.environ.get("KEEP_MEMORY", "1") == "1":  # as `jaxrl_eff.main` does on a CPU
+    host.keep_memory()
+
 import jax
 
 from jaxrl_eff import main, settings, stages, state
 
-STEPS, BATCH, SEQ = (int(os.environ.get(k, d)) for k, d in (("STEPS", 8), ("BATCH", 16), ("SEQ", 128)))
-PROMPT, NEW, SAMPLES = (int(os.environ.get(k, d)) for k, d in (("PROMPT", 32), ("NEW", 96), ("G", 8)))
+STEPS, BATCH, SEQ = (
+    int(os.environ.get(k, d)) for k, d in (("STEPS", 8), ("BATCH", 16), ("SEQ", 128))
+)
+PROMPT, NEW, SAMPLES = (
+    int(os.environ.get(k, d)) for k, d in (("PROMPT", 32), ("NEW", 96), ("G", 8))
+)
 WARM = int(os.environ.get("WARM", 2))
 MODEL = os.environ["MODEL"]
 LETTERS = string.ascii_lowercase + " 0123456789"

@@ -96,11 +96,9 @@ class Norm(nn.Module):
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.norm_eps)
         # Rounding before the product is Llama's order, after it Gemma's.
-        return (
-            (y * (1 + w)).astype(x.dtype)
-            if cfg.norm_offset
-            else y.astype(x.dtype) * w.astype(x.dtype)
-        )
+        if cfg.norm_offset:
+            return (y * (1 + w)).astype(x.dtype)
+        return y.astype(x.dtype) * w.astype(x.dtype)
 
 
 class Linear(nn.Module):
