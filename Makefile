@@ -4,7 +4,7 @@
 # Needs Python >= 3.11 and make. PYTHON=/path/to/python chooses the interpreter.
 
 PYTHON ?=
-CANDIDATES = $(or $(PYTHON),python3.13 python3.12 python3.11 python3 python)
+CANDIDATES = $(or $(PYTHON),python3 python3.12 python3.11 python3.13 python)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 ARGS ?=
