@@ -462,7 +462,7 @@ def local_rows(array: jax.Array) -> np.ndarray:
 
 
 def _joined(sharding: jax.sharding.Sharding, local: np.ndarray) -> jax.Array:
-    """The array of which every process has its part. Meant, so no guard against accidents sees it."""
+    """The array of which every process has its part. Meant, so no guard of accidents sees it."""
     with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_process_local_data(sharding, local)
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from jaxrl_eff import arguments, settings
+from jaxrl_eff import arguments, host, settings
 
 _CONFIG = flags.DEFINE_string("config", None, "A file of configs/, FILE[:argument].")
 _CHANGES = flags.DEFINE_multi_string(arguments.FLAG, [], "--config.a.b=c sets a value of it.")
@@ -261,13 +261,17 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
     """The header: devices, meshes, parameters, cache, workdir."""
     import jax
 
-    from jaxrl_eff.models import count
+    from jaxrl_eff.models import attention, count
     from jaxrl_eff.tree import nbytes
 
     kind, n = jax.devices()[0].device_kind, jax.device_count()
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     facts = {"devices": f"{n} x {kind}{processes} (jax {jax.__version__})"}
-    facts["model"] = f"{count(assembled.base):,} parameters, {assembled.base.family}"
+    base = assembled.base
+    facts["model"] = (
+        f"{count(base):,} parameters, {base.family}, {base.dtype} compute, {base.param_dtype} "
+        f"parameters, {attention.choose(base).__name__} attention"
+    )
     for stage in assembled.stages:
         held: dict[int, float] = {}
         for role in stage.step.graph.models:

@@ -297,8 +297,12 @@ class _Log:
             values[f"{role}/lr"] = float(schedule(update))
         tokens = self._all_tokens(done.tokens, values)
         self._window.append((max(end, self._window[-1][0]), tokens, self._flops(tokens)))
-        elapsed = max(self._window[-1][0] - self._window[0][0], 1e-6)
+        elapsed = self._window[-1][0] - self._window[0][0]
         tokens, flops = (sum(row[i] for row in list(self._window)[1:]) for i in (1, 2))
+        # Steps of microseconds can seem to end together, and have no rate then.
+        tokens_per_s, flops_per_s = (
+            n / elapsed if elapsed > 1e-6 else None for n in (tokens, flops)
+        )
         seconds = {s.call: s.end - s.start for s in self.spans}
         self._out.writer.step(
             self._offset + done.step,

@@ -28,7 +28,7 @@ def train(run, workdir):
 
 
 def environment(cache):
-    """Of a command: its devices are its own, and there is a compilation cache that the tests share."""
+    """Of a command: its devices are its own; the compilation cache is one for all tests."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "NPROC")}
     env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "NPROC": "32"}
     # Half of the time to compile; what is tested does not depend on it.

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "jaxrl_eff"
 
 # Every file may import those of its own line and of the lines above; but optim only itself.
 RANKS = (
-    ("shapes", "tree", "masked", "meters", "edges", "hardware"),
+    ("shapes", "tree", "masked", "meters", "edges", "hardware", "host"),
     ("optim",),
     ("models", "parallel", "data"),
     ("rollout", "graph", "rewards", "timeline"),

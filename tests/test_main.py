@@ -1,4 +1,4 @@
-"""The command as a newcomer meets it: mistakes are named in one line, before anything long starts."""
+"""The command as a newcomer meets it: mistakes are named in one line, before the long work."""
 
 import json
 import time

@@ -110,12 +110,12 @@ def run(work: str) -> dict:
 
 def generate() -> dict:
     """The rollout alone."""
+    import dataclasses
+
     from jaxrl_eff.dataflow import Graph, Model, Placement, Spec, compile
     from jaxrl_eff.dataflow import generate as call
     from jaxrl_eff.models import LMConfig, abstract, load_hf, logical_axes
     from jaxrl_eff.rollout import Sampling, sample
-
-    import dataclasses
 
     lm = dataclasses.replace(LMConfig.from_hf(MODEL), eos=())
     reads = "prompt prompt_length prompt_example"
