@@ -1,4 +1,4 @@
-"""What the host process must be told before JAX starts, or once it is known to compute on the CPU."""
+"""What the host must be told before JAX starts, or once it is known to compute on the CPU."""
 
 import ctypes
 import os

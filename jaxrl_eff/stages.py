@@ -169,7 +169,10 @@ def _tokenizer(run: Run) -> Tokenizer:
         return CharTokenizer(run.tokenizer.removeprefix("chars:"))
     directory = run.model.path if run.tokenizer == "model" else run.tokenizer
     if not directory:
-        raise ValueError("is 'model', but config.model.path is empty; use 'chars:' and characters.")
+        raise ValueError(
+            "config.tokenizer is 'model', but config.model.path is empty: give a model's "
+            "directory, or 'chars:' and an alphabet."
+        )
     return load_tokenizer(directory)
 
 

@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -142,7 +143,7 @@ def _run_stage(
     if at.step < total:
         began = time.perf_counter()
         with _cache_hits() as hits:
-            stage.step.build(stage.batch)
+            make_ready(stage)
         _announce(stage, out, time.perf_counter() - began, hits)
     if not resumed and stage.evaluation is not None and stage.settings.evaluate.before:
         measure(models, "eval_before")
@@ -202,6 +203,14 @@ def _run_stage(
     summary[name] = log.last
     stage.loader.close()
     return models
+
+
+def make_ready(stage: Stage) -> None:
+    """Compiles a stage's calls, and meanwhile opens its data."""
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(stage.loader.prepare)
+        stage.step.build(stage.batch)
+        opened.result()
 
 
 def _announce(stage: Stage, out: Outlets, seconds: float, hits: dict[str, int]) -> None:

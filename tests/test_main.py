@@ -58,7 +58,7 @@ WRONG = [
     (SFT, ["model.shape.vocab=5"], r"config.model: .*vocab.* 5.*14"),
     (SFT, ["model.dtype=float33"], r"config.model: .*float33"),
     (SFT, ["model.remat=some"], r"config.model: .*remat.*some"),
-    (SFT, ["tokenizer=model"], r"config.tokenizer: .*config.model.path is empty"),
+    (SFT, ["tokenizer=model"], r"config.tokenizer is .*config.model.path is empty"),
     (SFT, ["tokenizer=/no/where"], r"config.tokenizer: .*/no/where"),
     (SFT, ["tokenizer=chars:aa"], r"config.tokenizer: .*\['a'\] more than once"),
     # data

@@ -27,7 +27,7 @@ MOMENTS = (
     "jaxrl_eff.state:initial:after:1:KILL",  # models of a stage made, nothing taken
     "jaxrl_eff.console:Console.stage:before:2:KILL",  # evaluated before the first step of a stage
     f"{CHECKPOINTS}.save:after:step=8:KILL",  # while arrays are being written
-    "jaxrl_eff.metrics:Writer.document:before:3:KILL",  # trained, not exported
+    "jaxrl_eff.metrics:Writer.document:before:4:KILL",  # exported, no result written
 )
 
 

@@ -25,7 +25,7 @@ if os.environ.get("KEEP_MEMORY", "1") == "1":  # as `jaxrl_eff.main` does on a C
 
 import jax
 
-from jaxrl_eff import main, settings, stages, state
+from jaxrl_eff import main, settings, stages, state, train
 
 STEPS, BATCH, SEQ = (
     int(os.environ.get(k, d)) for k, d in (("STEPS", 8), ("BATCH", 16), ("SEQ", 128))
@@ -88,7 +88,7 @@ def run(work: str) -> dict:
     imported = time.perf_counter() - START
     stage = assembled.stages[0]
     models = state.initial(assembled, stage, {})
-    stage.step.build(stage.batch)
+    train.make_ready(stage)
     built = time.perf_counter() - START
     seconds, values, split = [], [], {}
     for t in range(STEPS):

@@ -166,6 +166,10 @@ class Loader:
         share = len(rows) // count
         return self._arrays(rows, slice(index * share, (index + 1) * share))
 
+    def prepare(self) -> None:
+        """Imports grain, a second or two, ahead of the first batch."""
+        self._indices()
+
     def state(self) -> dict[str, Any]:
         """Where the loader stands after the batches it has given: JSON-able, and small.
 
