@@ -28,7 +28,6 @@ def keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return
-    m_mmap_max, m_trim_threshold, m_arena_max = -4, -1, -8  # malloc.h
+    m_mmap_max, m_trim_threshold = -4, -1  # malloc.h
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, 2**31 - 1)
-    mallopt(m_arena_max, 1)
