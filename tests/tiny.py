@@ -5,7 +5,6 @@
 `algorithm=three` is SFT, a reward model and PPO with an adaptive KL coefficient.
 """
 
-# ruff: noqa: C408
 from ml_collections import ConfigDict
 
 from configs.common import parse_arg
