@@ -13,24 +13,15 @@ Expected: held-out accuracy rises by at least 0.3 from SFT to PPO.
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config():
     c = ConfigDict()
     c.seed = 0
     c.simulate_devices = 2
     c.tokenizer = "chars:0123456789>"
-    c.model = dict(
-        shape=dict(
-            layers=3,
-            width=64,
-            heads=4,
-            kv_heads=2,
-            head_dim=16,
-            ffn=256,
-            tie=True,
-            max_length=32,
-        ),
-    )
+    c.model = common.tiny_model()
     c.stages = ("sft", "rm", "ppo")
 
     digits = dict(digits=3, train=800, held_out=200)

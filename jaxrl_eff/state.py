@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.dataflow import Model
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.parallel import Route
@@ -30,8 +31,7 @@ def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
     where = jax.tree.map(lambda x: x.sharding, stage.step.home(role).params)
     kind, name = stage.origins[role]
     if kind == "kl":
-        beta = stage.settings.loss.get("kl_coef", 0.05)
-        return jax.device_put({"beta": jnp.float32(beta)}, where)
+        return jax.device_put(ppo.kl_params(ppo.PPOConfig(**stage.settings.loss)), where)
     lm = stage.lms[role]
     if kind == "stage":
         source = _stage(assembled, name.split("/")[0])

@@ -160,7 +160,7 @@ def _run_stage(
         )
 
     out.console.stage(name, total, start=at.step)
-    log = _Log(stage, out, at.offset, run.nonfinite, run.seed)
+    log = _Log(stage, out, at.offset, run.nonfinite)
     every = stage.settings.evaluate.every if stage.evaluation is not None else 0
     last = at.index + 1 == len(assembled.stages)
     pending = None
@@ -274,12 +274,11 @@ def _tokens(batch: dict[str, np.ndarray]) -> int:
 class _Log:
     """Turns finished steps into lines of numbers; stops the run at one that is not finite."""
 
-    def __init__(self, stage: Stage, out: Outlets, offset: int, nonfinite: str, seed: int):
+    def __init__(self, stage: Stage, out: Outlets, offset: int, nonfinite: str):
         self._stage, self._out, self._offset, self._nonfinite = stage, out, offset, nonfinite
         # (end, tokens, FLOPs) of the last steps: rates over a few of them, since the clock of a
         # single step waits for a thread to be scheduled.
         self._window = collections.deque([(time.perf_counter(), 0.0, 0.0)], maxlen=RATE_STEPS + 1)
-        self._paused = False
         self.spans: list[Any] = []
         self.last: dict[str, float] = {}
         kinds = {d.device_kind for d in jax.devices()}
@@ -293,14 +292,12 @@ class _Log:
         """What was done since the last step (saving, evaluating) is not part of any rate."""
         self._window.clear()
         self._window.append((time.perf_counter(), 0.0, 0.0))
-        self._paused = True
 
     def __call__(self, done: _Dispatched) -> None:
         busy = max(self._window[-1][0] - done.times.origin, 0.0)
-        self.spans = done.times.spans(after=0.0 if self._paused else busy)
+        self.spans = done.times.spans(after=busy)
         values = {k: float(v) for k, v in jax.device_get(done.metrics).items()}
         end = done.times.origin + max(s.end for s in self.spans)
-        self._paused = False
         for role, schedule in self._stage.schedules.items():
             update = (done.step - 1) * self._stage.updates(role)
             values[f"{role}/lr"] = float(schedule(update))
