@@ -13,16 +13,17 @@ inputs are there. Left out: pipelining, and plans whose calls split the processe
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxrl_eff import edges, programs, tree
+from jaxrl_eff import edges, host, programs, tree
 from jaxrl_eff.graph import (
     Call,
     Graph,
@@ -193,11 +194,11 @@ class Step:
         """
         self._check_inputs(batch)
         shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
-        self._args, self._outs, self._where = {}, {}, {}
+        self._args, self._where, self._traced = {}, {}, {}
         for c in self.calls:
             edges.check(c.name, {k: shapes[k] for k in c.reads})
             args = self._args[c.name] = self._abstract_batch(c, shapes)
-            out = self._outs[c.name] = self._outputs(c, args)
+            out = self._outputs(c, args)
             self._check_outputs(c, out)
             shapes |= out
             for k, v in out.items():
@@ -218,15 +219,19 @@ class Step:
         """
         if self._signature != {k: (tuple(v.shape), str(v.dtype)) for k, v in batch.items()}:
             self.check(batch)
-        lowered = {
-            c.name: self._lower(c, self._args[c.name], self._outs[c.name])
-            for c in self.calls
-            if not c.host
-        }
-        with ThreadPoolExecutor(max(1, len(lowered))) as pool:
-            done = pool.map(lambda item: (item[0], item[1].compile()), lowered.items())
-            self._programs = dict(done)
+        device = [c for c in self.calls if not c.host]
+        with ThreadPoolExecutor(max(1, len(device))) as pool:
+            # The largest programs first; each compiles while the next is traced.
+            started = {
+                c.name: pool.submit(self._lower(c).compile, self._options(c))
+                for c in sorted(device, key=lambda c: _SLOWEST.index(c.kind))
+            }
+            self._programs = {c.name: started[c.name].result() for c in device}
         return self
+
+    def _options(self, c: Call) -> dict[str, Any]:
+        first = mesh(self.plan[c.name]).devices.flat[0]
+        return host.COMPILER_OPTIONS if first.platform == "cpu" else {}
 
     def _check_inputs(self, batch: Mapping[str, Any]) -> None:
         wanted = set(self.graph.inputs.split())
@@ -255,47 +260,25 @@ class Step:
             return {}
         if c.host:
             return edges.shapes(c.writes, args)
-        with self._context(c):
-            out, _ = jax.eval_shape(
-                functools.partial(programs.outputs_and_metrics, c),
-                self._params_shapes(c),
-                args,
-                _KEY,
-            )
-        return out
+        self._traced[c.name] = self._trace(c, args)
+        return self._traced[c.name].out[0]
 
     def _check_outputs(self, c: Call, out: dict[str, Any]) -> None:
         if set(out) != set(c.writes):
             raise ValueError(f"{c.name} wrote {sorted(out)}, but declares {sorted(c.writes)}.")
         edges.check(c.name, out)
 
-    def _params_shapes(self, c: Call) -> Any:
-        return self.specs[c.of].shapes if c.of is not None else None
-
     def _context(self, c: Call):
         return _Placed(self._rules[c.name])
 
-    def _lower(self, c: Call, args: dict[str, Any], out: dict[str, Any]) -> Any:
+    def _trace(self, c: Call, args: dict[str, Any]) -> "_Traced":
         place = self.plan[c.name]
-        whole = replicated(place)
-        key = jax.ShapeDtypeStruct(_KEY.shape, _KEY.dtype, sharding=whole)
-
-        def counted(*operands):
-            self.traces[c.name] += 1
-            return program(*operands)
-
-        counted.__name__ = c.name
+        key = jax.ShapeDtypeStruct(_KEY.shape, _KEY.dtype, sharding=replicated(place))
         if c.kind == "train":
-            model = self.home(c.of)
-            program = functools.partial(
-                programs.train_program, c, self.specs[c.of].tx, place.microbatches
-            )
-            shardings = jax.tree.map(lambda x: x.sharding, model)
-            jitted = jax.jit(counted, out_shardings=(shardings, whole), donate_argnums=0)
-            operands = (model, args, key)
+            operands = (self.home(c.of), args, key)
+            tx = self.specs[c.of].tx
+            program = functools.partial(programs.train_program, c, tx, place.microbatches)
         else:
-            lengths = c.kind != "generate"
-            where = {k: rows(place, v.shape, lengths=lengths) for k, v in out.items()}
             params = None
             if c.of is not None:
                 params = jax.tree.map(
@@ -303,11 +286,32 @@ class Step:
                     self.specs[c.of].shapes,
                     self.params_sharding(c.name),
                 )
-            program = functools.partial(programs.apply_program, c, place.microbatches)
-            jitted = jax.jit(counted, out_shardings=(where, whole))
             operands = (params, args, key)
+            program = functools.partial(programs.apply_program, c, place.microbatches)
+
+        def counted(*operands):
+            self.traces[c.name] += 1
+            return program(*operands)
+
         with self._context(c):
-            return jitted.lower(*operands)
+            jaxpr, out = jax.make_jaxpr(counted, return_shape=True)(*operands)
+        return _Traced(jaxpr, operands, out)
+
+    def _lower(self, c: Call) -> Any:
+        """The traced call with the layouts of its results, ready to be compiled."""
+        place = self.plan[c.name]
+        whole = replicated(place)
+        traced = self._traced.pop(c.name, None) or self._trace(c, self._args[c.name])
+        if c.kind == "train":
+            where = jax.tree.map(lambda x: x.sharding, traced.operands[0])
+        else:
+            lengths = c.kind != "generate"
+            where = {k: rows(place, v.shape, lengths=lengths) for k, v in traced.out[0].items()}
+        run = traced.function(c.name)
+        donated = (0,) if c.kind == "train" else ()
+        jitted = jax.jit(run, out_shardings=(where, whole), donate_argnums=donated)
+        with self._context(c):
+            return jitted.lower(*traced.operands)
 
     def analysis(self) -> dict[str, dict[str, float]]:
         """What XLA says of every compiled call: `bytes` a device needs and `flops` it executes.
@@ -431,6 +435,25 @@ class Step:
 
 
 _KEY = jax.ShapeDtypeStruct((2,), jnp.uint32)
+_SLOWEST = ("train", "generate", "infer", "local")  # to compile
+
+
+class _Traced(NamedTuple):
+    """A call's jaxpr, so that shapes are checked and the program is made from one trace."""
+
+    jaxpr: jax.extend.core.ClosedJaxpr
+    operands: tuple
+    out: Any
+
+    def function(self, name: str) -> Callable:
+        """The call as a function again. Running a jaxpr is far quicker than tracing the model."""
+        flat, structure = jax.extend.core.jaxpr_as_fun(self.jaxpr), jax.tree.structure(self.out)
+
+        def run(*operands):
+            return jax.tree.unflatten(structure, flat(*jax.tree.leaves(operands)))
+
+        run.__name__ = name
+        return run
 
 
 def _words(key: Any) -> np.ndarray:

@@ -137,14 +137,16 @@ def _run_stage(
     stage = assembled.stages[at.index]
     name, total, run = stage.name, stage.settings.steps, assembled.run
     resumed = models is not None
-    if not resumed:
-        models = state.initial(assembled, stage, shelf)
-    measure = _measure(stage, out, at, samples)
+    began = time.perf_counter()
+    with (
+        _cache_hits() as hits,
+        getting_ready(stage) if at.step < total else contextlib.nullcontext(),
+    ):
+        if not resumed:
+            models = state.initial(assembled, stage, shelf)
     if at.step < total:
-        began = time.perf_counter()
-        with _cache_hits() as hits:
-            make_ready(stage)
         _announce(stage, out, time.perf_counter() - began, hits)
+    measure = _measure(stage, out, at, samples)
     if not resumed and stage.evaluation is not None and stage.settings.evaluate.before:
         measure(models, "eval_before")
 
@@ -205,12 +207,20 @@ def _run_stage(
     return models
 
 
-def make_ready(stage: Stage) -> None:
-    """Compiles a stage's calls, and meanwhile opens its data."""
-    with ThreadPoolExecutor(1) as pool:
-        opened = pool.submit(stage.loader.prepare)
-        stage.step.build(stage.batch)
-        opened.result()
+@contextlib.contextmanager
+def getting_ready(stage: Stage) -> Iterator[None]:
+    """Compiles a stage's calls and opens its data while the body runs; waits for both at its end.
+
+    The body is where the models are read, which takes the disk rather than the cores.
+    """
+    pool = ThreadPoolExecutor(2)
+    try:
+        started = pool.submit(stage.step.build, stage.batch), pool.submit(stage.loader.prepare)
+        yield
+        for one in started:
+            one.result()
+    finally:  # an error in the body is told at once
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _announce(stage: Stage, out: Outlets, seconds: float, hits: dict[str, int]) -> None:

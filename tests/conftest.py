@@ -6,7 +6,10 @@ import os
 # then deadlock on small machines; NPROC, read when jax is imported, sizes it instead.
 os.environ.setdefault("NPROC", "32")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    # The compiler takes most of the tests' time.
+    + " --xla_backend_optimization_level=1"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -87,8 +87,8 @@ def run(work: str) -> dict:
     assembled = stages.assemble(settings.run(config(work)))
     imported = time.perf_counter() - START
     stage = assembled.stages[0]
-    models = state.initial(assembled, stage, {})
-    train.make_ready(stage)
+    with train.getting_ready(stage):
+        models = state.initial(assembled, stage, {})
     built = time.perf_counter() - START
     seconds, values, split = [], [], {}
     for t in range(STEPS):
