@@ -8,10 +8,12 @@ makes the step; between two calls of one model with different placements its par
 
 The law: a plan changes where and how fast, never what, beyond the rounding of reordered sums.
 
-Left to the runtime: dispatch is asynchronous, so calls on disjoint devices overlap once their
-inputs are there. Left out: pipelining, and plans whose calls split the processes of a job.
+A plan becomes one list of operations in a total order (`operations`); every process of a job runs
+the part of it that touches its devices. Dispatch is asynchronous, so operations on disjoint devices
+overlap once their inputs are there. Left out: pipelining.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxrl_eff import edges, host, programs, tree
+from jaxrl_eff import arrays, edges, host, operations, programs, tree
 from jaxrl_eff.graph import (
     Call,
     Graph,
@@ -38,9 +40,10 @@ from jaxrl_eff.graph import (
     order,
     train,
 )
+from jaxrl_eff.operations import Operation
 from jaxrl_eff.parallel import Placement, Route, Rules, mesh, rows, rules
-from jaxrl_eff.parallel.sharding import replicated
-from jaxrl_eff.timeline import Timeline
+from jaxrl_eff.parallel.sharding import in_host, replicated
+from jaxrl_eff.timeline import StepTimes, Timeline
 
 __all__ = [
     "Call", "Graph", "Model", "Placement", "Plan", "Spec", "Step",
@@ -86,6 +89,9 @@ class Step:
         traces: call -> how often its function was traced; stays at one.
         timeline: seconds of the calls of the last steps, measured without waiting.
         notes: what the sharding left whole, by call.
+        operations: everything that a step does, in its order; known once checked.
+        whole_batches: every process must bring whole batches rather than its own rows of them;
+            known once checked.
     """
 
     def __init__(
@@ -101,11 +107,12 @@ class Step:
         self.timeline = Timeline()
         self._rules = {c.name: self._call_rules(c) for c in self.calls}
         self.notes = {c.name: self._rules[c.name].notes for c in self.calls}
-        self._routes: dict[tuple[str, str], Route] = {}  # of data, by array and reader
-        self._reallocs: dict[str, Route] = {}  # of parameters, by call
+        self.operations: tuple[Operation, ...] = ()
+        self.whole_batches = False
+        self._routes: dict[str, Route] = {}  # by operation
         self._programs: dict[str, Any] = {}
         self._signature: Any = None
-        self._last_reader = {k: c.name for c in self.calls for k in c.reads}
+        self._by_name = {c.name: c for c in self.calls}
         self._opt_shapes = {
             name: jax.eval_shape(spec.tx.init, spec.shapes) if self._trained(name) else ()
             for name, spec in specs.items()
@@ -166,7 +173,11 @@ class Step:
         params = jax.tree.map(
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), spec.shapes, shardings
         )
-        return Model(params, tree.map_with_name(of_state, self._opt_shapes[model]))
+        opt = tree.map_with_name(of_state, self._opt_shapes[model])
+        if self.plan[call].offload == "opt":
+            opt = jax.tree.map(_in_host, opt)
+        past = {c.name: (self._borrowed(c),) * c.staleness for c in self.graph.stale(model)}
+        return Model(params, opt, past or ())
 
     def init(self, model: str, params: Any) -> Model:
         """A model at home from parameters already there: adds a fresh optimizer state.
@@ -177,8 +188,28 @@ class Step:
         abstract = self.home(model)
         if not self._trained(model):
             return Model(params, ())
-        shardings = jax.tree.map(lambda x: x.sharding, abstract.opt)
-        return Model(params, jax.jit(self.specs[model].tx.init, out_shardings=shardings)(params))
+        if self._here(self.graph.home(model)):
+            shardings = jax.tree.map(lambda x: x.sharding, abstract.opt)
+            opt = jax.jit(self.specs[model].tx.init, out_shardings=shardings)(params)
+        else:
+            opt = jax.tree.map(arrays.absent, abstract.opt)
+        past = {
+            c.name: tuple(_copied(self._realloc(c)(params)) for _ in range(c.staleness))
+            for c in self.graph.stale(model)
+        }
+        return Model(params, opt, past or ())
+
+    def _borrowed(self, c: Call) -> Any:
+        """Shapes and shardings of a call's model where the call runs."""
+        return jax.tree.map(_placed, self.specs[c.of].shapes, self.params_sharding(c.name))
+
+    def _realloc(self, c: Call) -> Route:
+        """The way of a call's parameters from home."""
+        name = f"{c.of}->{c.name}"
+        if name not in self._routes:
+            home = self._borrowed(self.graph.home(c.of))
+            self._routes[name] = Route(home, self.params_sharding(c.name))
+        return self._routes[name]
 
     # Compilation
 
@@ -194,20 +225,29 @@ class Step:
         """
         self._check_inputs(batch)
         shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
-        self._args, self._where, self._traced = {}, {}, {}
+        self._args, self._where, self._traced, self._routes = {}, {}, {}, {}
+        self._made, self._numbers = {}, {}
         for c in self.calls:
             edges.check(c.name, {k: shapes[k] for k in c.reads})
+            self._check_rows(c, shapes)
             args = self._args[c.name] = self._abstract_batch(c, shapes)
             out = self._outputs(c, args)
             self._check_outputs(c, out)
             shapes |= out
-            for k, v in out.items():
-                self._where[k] = rows(self.plan[c.name], v.shape, lengths=c.kind != "generate")
+            lengths = c.kind != "generate"
+            self._made[c.name] = {
+                k: _placed(v, rows(self.plan[c.name], v.shape, lengths=lengths))
+                for k, v in out.items()
+            }
+            self._where |= {k: v.sharding for k, v in self._made[c.name].items()}
         for k in self.graph.inputs.split():
             reader = next((c for c in self.calls if k in c.reads), None)
             if reader is not None:
-                _check_own_rows(reader.name, self.plan[reader.name])
+                self.whole_batches |= whole_batches(self.plan[reader.name])
                 self._where[k] = self._args[reader.name][k].sharding
+        self._shapes = shapes
+        self.operations = self._in_order()
+        operations.agree(self.operations)
         self._signature = {k: (tuple(v.shape), str(v.dtype)) for k, v in batch.items()}
         return self
 
@@ -219,7 +259,7 @@ class Step:
         """
         if self._signature != {k: (tuple(v.shape), str(v.dtype)) for k, v in batch.items()}:
             self.check(batch)
-        device = [c for c in self.calls if not c.host]
+        device = [c for c in self.calls if not c.host and self._here(c)]
         with ThreadPoolExecutor(max(1, len(device))) as pool:
             # The largest programs first; each compiles while the next is traced.
             started = {
@@ -239,29 +279,31 @@ class Step:
             raise ValueError(f"the batch lacks {sorted(wanted - set(batch))}; it has {[*batch]}.")
 
     def _abstract_batch(self, c: Call, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        place, lengths = self.plan[c.name], c.kind != "generate"
+        return {
+            k: _placed(shapes[k], rows(place, shapes[k].shape, lengths=lengths)) for k in c.reads
+        }
+
+    def _check_rows(self, c: Call, shapes: Mapping[str, Any]) -> None:
         place = self.plan[c.name]
         parts = place.row_shards * place.microbatches * c.minibatches
-        out = {}
         for k in c.reads:
-            shape = shapes[k].shape
-            if c.of is not None and shape[0] % parts:
+            if c.of is not None and shapes[k].shape[0] % parts:
                 raise ValueError(
-                    f"{c.name} reads '{k}' with {shape[0]} rows, which do not divide by "
+                    f"{c.name} reads '{k}' with {shapes[k].shape[0]} rows, which do not divide by "
                     f"{parts} = {place.row_shards} (data x fsdp) x {place.microbatches} "
                     f"(microbatches) x {c.minibatches} (minibatches)."
                 )
-            sharding = rows(place, shape, lengths=c.kind != "generate")
-            out[k] = jax.ShapeDtypeStruct(shape, shapes[k].dtype, sharding=sharding)
-        return out
 
     def _outputs(self, c: Call, args: dict[str, Any]) -> dict[str, Any]:
         """Shapes of what a call writes."""
-        if c.kind == "train":
-            return {}
         if c.host:
             return edges.shapes(c.writes, args)
-        self._traced[c.name] = self._trace(c, args)
-        return self._traced[c.name].out[0]
+        if c.kind == "train" and jax.process_count() == 1:
+            return {}  # traced when it is compiled
+        traced = self._traced[c.name] = self._trace(c, args)
+        self._numbers[c.name] = sorted(f"{c.name}/{k}" for k in traced.out[1])
+        return {} if c.kind == "train" else traced.out[0]
 
     def _check_outputs(self, c: Call, out: dict[str, Any]) -> None:
         if set(out) != set(c.writes):
@@ -275,19 +317,14 @@ class Step:
         place = self.plan[c.name]
         key = jax.ShapeDtypeStruct(_KEY.shape, _KEY.dtype, sharding=replicated(place))
         if c.kind == "train":
-            operands = (self.home(c.of), args, key)
+            operands = (self.home(c.of)._replace(past=()), args, key)
             tx = self.specs[c.of].tx
-            program = functools.partial(programs.train_program, c, tx, place.microbatches)
+            away = place.offload == "opt"
+            program = functools.partial(programs.train_program, c, tx, place.microbatches, away)
         else:
-            params = None
-            if c.of is not None:
-                params = jax.tree.map(
-                    lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p),
-                    self.specs[c.of].shapes,
-                    self.params_sharding(c.name),
-                )
-            operands = (params, args, key)
-            program = functools.partial(programs.apply_program, c, place.microbatches)
+            operands = (None if c.of is None else self._borrowed(c), args, key)
+            axes = self.specs[c.of].axes if place.offload == "params" else None
+            program = functools.partial(programs.apply_program, c, place.microbatches, axes)
 
         def counted(*operands):
             self.traces[c.name] += 1
@@ -333,12 +370,87 @@ class Step:
             out[name] = {"bytes": float(peak), "flops": float(cost.get("flops", 0.0))}
         return out
 
+    # The total order
+
+    def _in_order(self) -> tuple[Operation, ...]:
+        """Everything a step does. Also makes the routes, so that one that cannot be is found now.
+
+        Sets `_slots`: under which name a call finds an array that it reads. An array that was moved
+        for one call serves later ones that want it in the same layout.
+        """
+        out: list[Operation] = []
+        borrowed: set[Any] = set()
+        self._slots, there = {}, {(k, s): k for k, s in self._where.items()}
+        for c in self.calls:
+            for names in self._apart(c, there):
+                op = self._move(names, c)
+                if op is not None:
+                    out.append(op)
+                for k in names:
+                    slot = k if op is None else f"{k} to {c.name}"
+                    there[k, self._args[c.name][k].sharding] = slot
+            for k in c.reads:
+                self._slots[c.name, k] = there[k, self._args[c.name][k].sharding]
+            if c.of is not None and c.kind != "train" and not c.staleness:
+                if not self._realloc(c).alias and self._layout(c) not in borrowed:
+                    out.append(self._weights("realloc", c))
+                borrowed.add(self._layout(c))
+            if c.kind == "train":
+                out += [self._weights("keep", old) for old in self.graph.stale(c.of)]
+                borrowed = {layout for layout in borrowed if layout[0] != c.of}
+            mine = _processes(replicated(self.plan[c.name]))
+            out.append(Operation("call", c.name, c.name, mine))
+            if not c.host and len(mine) < jax.process_count():
+                everyone = tuple(range(jax.process_count()))
+                out.append(Operation("tell", f"metrics of {c.name}", c.name, everyone))
+        turn = {c.name: i for i, c in enumerate(self.calls)}
+        uses = [(slot, call) for (call, _), slot in self._slots.items()]
+        uses += [(k, op.call) for op in out if op.kind == "move" for k in op.arrays]
+        self._last_use = dict(sorted(uses, key=lambda use: turn[use[1]]))
+        return tuple(out)
+
+    def _apart(self, c: Call, there: Mapping[Any, str]) -> list[tuple[str, ...]]:
+        """What a call reads and does not find in its layout, grouped by where it comes from."""
+        groups: dict[Any, list[str]] = {}
+        for k in c.reads:
+            if (k, self._args[c.name][k].sharding) not in there:
+                groups.setdefault(self._where[k].mesh, []).append(k)
+        return [tuple(names) for names in groups.values()]
+
+    def _move(self, names: tuple[str, ...], c: Call) -> Operation | None:
+        """Brings arrays to where a call reads them; None if they are there under another name."""
+        source = {k: _placed(self._shapes[k], self._where[k]) for k in names}
+        target = {k: self._args[c.name][k].sharding for k in names}
+        route = Route(source, target)
+        if route.alias:
+            return None
+        name = f"{' '.join(names)} to {c.name}"
+        self._routes[name] = route
+        touched = _processes(self._where[names[0]], target[names[0]])
+        return Operation("move", name, c.name, touched, names)
+
+    def _weights(self, kind: str, c: Call) -> Operation:
+        home = self.plan[self.graph.home(c.of).name]
+        touched = _processes(replicated(home), replicated(self.plan[c.name]))
+        return Operation(kind, f"{c.of}->{c.name}", c.name, touched)
+
+    def _layout(self, c: Call) -> Any:
+        return c.of, self.plan[c.name], self._rules[c.name].table
+
+    def _here(self, c: Call) -> bool:
+        return arrays.here(replicated(self.plan[c.name]))
+
     # Running
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows of a batch, as global arrays where their first reader wants them."""
+        """A batch as global arrays where their first reader wants them.
+
+        Args:
+            batch: this process's rows, or all rows if `whole_batches`.
+        """
+        from_host = arrays.from_whole if self.whole_batches else arrays.from_local
         return {
-            k: _joined(self._where[k], np.asarray(batch[k]))
+            k: from_host(self._where[k], np.asarray(batch[k]))
             for k in self.graph.inputs.split()
             if k in self._where
         }
@@ -350,7 +462,7 @@ class Step:
 
         Args:
             models: every model, at home. Trained ones are donated: use the returned ones.
-            batch: this process's rows of the graph's inputs, as numpy arrays.
+            batch: the graph's inputs, as numpy arrays; see `put`.
             key: a jax random key, or its two uint32 words.
 
         Returns:
@@ -361,77 +473,149 @@ class Step:
             self._check_single_process()
             self.build(batch)
         words = _words(key)
-        data, models, metrics = self.put(batch), dict(models), {}
-        copies: dict[Any, Any] = {}
-        keys = {p: self._key(p, words) for p in dict.fromkeys(self.plan.values())}
-        timing = self.timeline.begin()
-        for c in self.calls:
-            dispatched = timing.now()
-            args = {k: self._move(data[k], k, c) for k in c.reads}
-            for k in c.reads:
-                if self._last_reader[k] == c.name and k not in self.keep:
-                    data.pop(k, None)
-            if c.host:
-                out, m = self._run_on_host(c, args, words), {}
-            elif c.kind == "train":
-                model, m = self._programs[c.name](models.pop(c.of), args, keys[self.plan[c.name]])
-                models[c.of], out = model, {}
-                copies = {k: v for k, v in copies.items() if k[0] != c.of}
+        run = _Running(dict(models), self.put(batch), {}, {}, self.timeline.begin(), words, {})
+        for op in self.operations:
+            c = self._by_name[op.call]
+            if op.kind == "move":
+                moved = self._routes[op.name]({k: run.data[k] for k in op.arrays})
+                run.data |= {f"{k} to {c.name}": v for k, v in moved.items()}
+            elif op.kind == "realloc":
+                run.borrowed[self._layout(c)] = self._reallocate(op, c, run)
+            elif op.kind == "keep":
+                model, new = run.models[c.of], _copied(self._reallocate(op, c, run))
+                past = {**model.past, c.name: (*model.past[c.name][1:], new)}
+                run.models[c.of] = model._replace(past=past)
+            elif op.kind == "tell":
+                run.metrics |= self._tell(c, run.metrics)
             else:
-                params = self._borrow(models, c, copies)
-                out, m = self._programs[c.name](params, args, keys[self.plan[c.name]])
-            del args
-            token = next(iter([*m.values(), *out.values()]), None)
-            timing.add(c.name, self.plan[c.name].devices, c.reads, c.writes, dispatched, token)
-            for k, v in out.items():
-                if k in self._last_reader or k in self.keep:
-                    data[k] = v
-            metrics |= {f"{c.name}/{k}": v for k, v in m.items()}
-        return models, {k: data[k] for k in self.keep}, metrics
+                self._run(c, run)
+        return run.models, {k: run.data[k] for k in self.keep}, run.metrics
 
     def _check_single_process(self) -> None:
         if jax.process_count() > 1:
             raise ValueError("with several processes call build(...) with global shapes first.")
 
-    def _key(self, place: Placement, words: np.ndarray) -> jax.Array:
-        return _joined(replicated(place), words)
+    def _run(self, c: Call, run: "_Running") -> None:
+        """One call; on a process without its devices only the names of what it makes."""
+        dispatched = run.timing.now()
+        args = {k: run.data[self._slots[c.name, k]] for k in c.reads}
+        for slot in [slot for slot, call in self._last_use.items() if call == c.name]:
+            if slot not in self.keep:
+                run.data.pop(slot, None)
+        if not self._here(c):
+            out, m = {k: arrays.absent(v) for k, v in self._made[c.name].items()}, {}
+        elif c.host:
+            out, m = self._run_on_host(c, args, run.words), {}
+        elif c.kind == "train":
+            model = run.models.pop(c.of)
+            bare, past = model._replace(past=()), model.past
+            del model  # donated: nobody else may hold it
+            trained, m = self._programs[c.name](bare, args, self._key(c, run))
+            run.models[c.of], out = trained._replace(past=past), {}
+        else:
+            out, m = self._programs[c.name](self._params(c, run), args, self._key(c, run))
+        if c.kind == "train":
+            run.borrowed = {k: v for k, v in run.borrowed.items() if k[0] != c.of}
+        del args
+        if self._here(c):
+            token = next(iter([*m.values(), *out.values()]), None)
+            devices = self.plan[c.name].devices
+            run.timing.add(c.name, devices, c.reads, c.writes, dispatched, token)
+        run.data |= {k: v for k, v in out.items() if k in self._last_use or k in self.keep}
+        run.metrics |= {f"{c.name}/{k}": v for k, v in m.items()}
 
-    def _move(self, array: jax.Array, name: str, c: Call) -> jax.Array:
-        if (name, c.name) not in self._routes:
-            self._routes[name, c.name] = Route(self._where[name], self._args[c.name][name].sharding)
-        return self._routes[name, c.name](array)
-
-    def _borrow(self, models: Mapping[str, Model], c: Call, copies: dict[Any, Any]) -> Any:
-        """The call's model where the call runs: reallocated unless it is there already."""
+    def _params(self, c: Call, run: "_Running") -> Any:
+        """The call's model where the call runs."""
         if c.of is None:
             return None
-        where = (c.of, self.plan[c.name], self._rules[c.name].table)
-        if where not in copies:
-            if c.name not in self._reallocs:
-                home = self.graph.home(c.of).name
-                self._reallocs[c.name] = Route(
-                    self.params_sharding(home), self.params_sharding(c.name)
-                )
-            copies[where] = self._reallocs[c.name](models[c.of].params)
-        return copies[where]
+        if c.staleness:
+            return run.models[c.of].past[c.name][0]
+        return run.borrowed.get(self._layout(c), run.models[c.of].params)
+
+    def _key(self, c: Call, run: "_Running") -> jax.Array:
+        place = self.plan[c.name]
+        if place not in run.keys:
+            run.keys[place] = arrays.from_whole(replicated(place), run.words)
+        return run.keys[place]
+
+    def _reallocate(self, op: Operation, c: Call, run: "_Running") -> Any:
+        dispatched, old = run.timing.now(), run.models[c.of].params
+        new = self._realloc(c)(old)
+        moved = [n for n, o in zip(*map(jax.tree.leaves, (new, old)), strict=True) if n is not o]
+        if moved and self._here(c):
+            run.timing.add(op.name, self.plan[c.name].devices, (), (), dispatched, moved[-1])
+        return new
+
+    def _tell(self, c: Call, metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """A call's metrics on every process."""
+        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.plan[c.name]))
+        mine = {
+            k: metrics[k] if k in metrics else arrays.absent(number) for k in self._numbers[c.name]
+        }
+        name = f"metrics of {c.name}"
+        if name not in self._routes:
+            target = dict.fromkeys(mine, replicated(_everywhere()))
+            self._routes[name] = Route(dict.fromkeys(mine, number), target)
+        return self._routes[name](mine)
+
+    def shown(self, data: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Kept arrays, of which the first process has at least a part. Every process must call."""
+        out = dict(data)
+        for k, v in data.items():
+            if 0 not in _processes(v.sharding):
+                name = f"{k} to everybody"
+                if name not in self._routes:
+                    self._routes[name] = Route({k: v}, {k: replicated(_everywhere())})
+                out |= self._routes[name]({k: v})
+        return out
+
+    def plan_table(self) -> dict[str, dict[str, Any]]:
+        """The plan as plain data: call -> placement, kind, and bytes it receives of its model."""
+        received = self.reallocated()
+        return {
+            c.name: {
+                **self.plan[c.name].to_json(),
+                "of": c.of,
+                "kind": "host" if c.host else c.kind,
+                "reallocated_bytes": received.get(c.name, 0),
+            }
+            for c in self.calls
+        }
 
     def reallocated(self) -> dict[str, int]:
-        """Bytes of parameters that each call receives from home; 0 where it shares them."""
-        out = {}
-        for c in self.calls:
-            if c.of is not None:
-                route = Route(
-                    self.params_sharding(self.graph.home(c.of).name), self.params_sharding(c.name)
-                )
-                out[c.name] = 0 if route.alias else tree.nbytes(self.specs[c.of].shapes)
-        return out
+        """Bytes of parameters that all devices of a call receive from home."""
+        return {
+            c.name: 0 if self._realloc(c).alias else int(self._realloc(c).report().received)
+            for c in self.calls
+            if c.of is not None
+        }
 
     def _run_on_host(
         self, c: Call, args: dict[str, jax.Array], words: np.ndarray
     ) -> dict[str, jax.Array]:
-        out = c.fn({k: local_rows(v) for k, v in args.items()}, words)
+        out = c.fn({k: arrays.local_rows(v) for k, v in args.items()}, words)
+        made = self._made[c.name]
         self._check_outputs(c, out)
-        return {k: _joined(self._where[k], v) for k, v in out.items()}
+        return {k: arrays.from_parts(made[k], v) for k, v in out.items()}
+
+
+@dataclasses.dataclass
+class _Running:
+    """One step under way.
+
+    Attributes:
+        data: slot -> array, as long as somebody will read it.
+        borrowed: layout -> parameters that were reallocated to it.
+        keys: placement -> the step's key there.
+    """
+
+    models: dict[str, Model]
+    data: dict[str, jax.Array]
+    borrowed: dict[Any, Any]
+    metrics: dict[str, jax.Array]
+    timing: StepTimes
+    words: np.ndarray
+    keys: dict[Placement, jax.Array]
 
 
 _KEY = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -466,28 +650,34 @@ def _words(key: Any) -> np.ndarray:
     return words
 
 
-def _check_own_rows(call: str, place: Placement) -> None:
-    if place.row_shards % jax.process_count():
-        raise ValueError(
-            f"{call} reads the batch in {place.row_shards} = data x fsdp parts, which are not a "
-            f"multiple of the {jax.process_count()} processes that bring the rows."
-        )
+def whole_batches(place: Placement) -> bool:
+    """Whether every process must bring all rows of what is read here, not just its own."""
+    if jax.process_count() == 1:
+        return False
+    in_order = place.devices == tuple(range(jax.device_count()))
+    return not in_order or place.row_shards % jax.process_count() != 0
 
 
-def local_rows(array: jax.Array) -> np.ndarray:
-    """This process's rows of an array, in order, each once."""
-    if array.is_fully_addressable:
-        return np.asarray(jax.device_get(array))
-    starts = {}
-    for shard in array.addressable_shards:
-        starts.setdefault(shard.index[0].start or 0, shard.data)
-    return np.concatenate([np.asarray(jax.device_get(starts[s])) for s in sorted(starts)])
+def _everywhere() -> Placement:
+    return Placement(tuple(range(jax.device_count())))
 
 
-def _joined(sharding: jax.sharding.Sharding, local: np.ndarray) -> jax.Array:
-    """The array of which every process has its part. Meant, so no guard of accidents sees it."""
-    with jax.transfer_guard_host_to_device("allow"):
-        return jax.make_array_from_process_local_data(sharding, local)
+def _processes(*shardings: jax.sharding.Sharding) -> tuple[int, ...]:
+    return tuple(sorted({d.process_index for s in shardings for d in s.device_set}))
+
+
+def _placed(like: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
+
+
+def _in_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return _placed(x, in_host(x.sharding))
+
+
+@jax.jit
+def _copied(tree_: Any) -> Any:
+    """The same numbers in memory of their own, which no donation can take."""
+    return jax.tree.map(jnp.copy, tree_)
 
 
 class _Placed:

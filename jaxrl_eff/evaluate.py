@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrl_eff import arrays as arrays_
 from jaxrl_eff import dataflow
 from jaxrl_eff.algorithms.policy import PROMPTS, ROLLOUT
 from jaxrl_eff.data import loader
@@ -67,6 +68,7 @@ class Evaluation:
             {"actor": Spec(params.abstract(lm), params.logical_axes(lm))},
             keep="tokens mask example",
         )
+        whole = dataflow.whole_batches(placement)
         rows = -(-problems // placement.row_shards) * placement.row_shards
         batches = loader.batches(
             source,
@@ -78,7 +80,7 @@ class Evaluation:
             shuffle=False,
             epochs=1,
             remainder="pad",
-            process=(jax.process_index(), jax.process_count()),
+            process=(0, 1) if whole else (jax.process_index(), jax.process_count()),
             threads=0,
         )
         return cls(step, batches, source, reward, tokenizer, problems, seed)
@@ -120,7 +122,7 @@ def responses(
     data: Mapping[str, jax.Array], source: Any, tokenizer: Tokenizer, limit: int | None = None
 ) -> list[dict[str, Any]]:
     """Prompt, completion, example (and reward, if scored) of this process's rows as text."""
-    arrays = {k: dataflow.local_rows(v) for k, v in data.items()}
+    arrays = {k: arrays_.local_rows(v) for k, v in data.items()}
     out = []
     for i in range(len(arrays["tokens"]))[:limit]:
         tokens, chosen = arrays["tokens"][i], arrays["mask"][i] > 0

@@ -9,17 +9,24 @@ import graphlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
-import jax
 import optax
 
 from jaxrl_eff.parallel import Placement, mesh
 
 
 class Model(NamedTuple):
-    """One language model: its parameters and, if a call trains it, its optimizer state."""
+    """One language model.
+
+    Attributes:
+        params: its parameters.
+        opt: its optimizer state, if a call trains it.
+        past: for every call that may use old weights, the last versions where the call runs,
+            oldest first: `{call: (params, ...)}`.
+    """
 
     params: Any
     opt: Any = ()
+    past: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +46,9 @@ class Call:
         reads, writes: names of arrays.
         host: a local call on numpy arrays, outside any program, e.g. a reward that needs text.
         epochs, minibatches: of a train call: passes over the rows, optimizer updates a pass.
+        staleness: of a generate call: how many steps old its weights are. 0 is synchronous RL; 1
+            lets it sample on its own devices while the step before still trains. Changes what is
+            computed (the samples are off-policy by as much), so it belongs to the graph.
     """
 
     name: str
@@ -50,11 +60,23 @@ class Call:
     host: bool = False
     epochs: int = 1
     minibatches: int = 1
+    staleness: int = 0
+
+    def __post_init__(self):
+        if self.staleness < 0 or (self.staleness and self.kind != "generate"):
+            raise ValueError(
+                f"{self.name} is a {self.kind} call with staleness {self.staleness}; only a "
+                "generate call may use old weights, by 0 or more steps."
+            )
 
 
-def generate(name: str, *, of: str, fn: Callable, reads: str, writes: str) -> Call:
-    """A call that samples from a model."""
-    return Call(name, "generate", of, fn, tuple(reads.split()), tuple(writes.split()))
+def generate(
+    name: str, *, of: str, fn: Callable, reads: str, writes: str, staleness: int = 0
+) -> Call:
+    """A call that samples from a model, whose weights may be `staleness` steps old."""
+    return Call(
+        name, "generate", of, fn, tuple(reads.split()), tuple(writes.split()), staleness=staleness
+    )
 
 
 def infer(name: str, *, of: str, fn: Callable, reads: str, writes: str) -> Call:
@@ -92,6 +114,10 @@ class Graph:
     def of(self, model: str) -> tuple[Call, ...]:
         """The calls of one model."""
         return tuple(c for c in self.calls if c.of == model)
+
+    def stale(self, model: str) -> tuple[Call, ...]:
+        """The calls that use old weights of a model."""
+        return tuple(c for c in self.of(model) if c.staleness)
 
     def home(self, model: str) -> Call:
         """The call where the model lives: the one that trains it, else its first."""
@@ -145,7 +171,10 @@ def order(graph: Graph) -> tuple[Call, ...]:
                 )
         needs[c.name] = {writer[k] for k in c.reads} - {"the data source"}
         if c.kind == "train":
-            needs[c.name] |= {d.name for d in graph.calls if d.of == c.of and d.kind != "train"}
+            readers = [d for d in graph.of(c.of) if d.kind != "train" and not d.staleness]
+            needs[c.name] |= {d.name for d in readers}
+        elif c.staleness and not any(d.kind == "train" for d in graph.of(c.of)):
+            raise ValueError(f"{c.name} has staleness {c.staleness}, but nothing trains {c.of}.")
     rank = {c.name: (c.host, i) for i, c in enumerate(graph.calls)}
     by_name = {c.name: c for c in graph.calls}
     sorter, out, ready = graphlib.TopologicalSorter(needs), [], []
@@ -181,8 +210,10 @@ def draw(graph: Graph) -> str:
         lines += [f"  {src} -- {', '.join(ks)} --> {c.name}" for src, ks in carried.items()]
     for t in calls:
         if t.kind == "train":
-            users = [c.name for c in calls if c.of == t.of and c is not t]
-            lines += [f"  {t.name} -. {t.of} .-> {user}" for user in users]
+            for c in calls:
+                if c.of == t.of and c is not t:
+                    old = f", {c.staleness} steps old" if c.staleness else ""
+                    lines.append(f"  {t.name} -. {t.of}{old} .-> {c.name}")
     return "\n".join(lines)
 
 
@@ -193,8 +224,8 @@ def check_plan(graph: Graph, plan: Plan) -> dict[str, Placement]:
     call of all.
 
     Raises:
-        ValueError: a call has no placement, a placement no call, a device does not exist, or a
-            placement leaves out some of the job's processes.
+        ValueError: a call has no placement, a placement no call, a device does not exist, or
+            something is offloaded that the call does not have.
     """
     names = {c.name for c in graph.calls}
     if unknown := sorted(set(plan) - names):
@@ -207,11 +238,10 @@ def check_plan(graph: Graph, plan: Plan) -> dict[str, Placement]:
             full.setdefault(c.name, plan[anchor.name])
         if c.name not in full:
             raise ValueError(f"the plan has no placement for {c.name}; it has {sorted(plan)}.")
-        devices = mesh(full[c.name]).devices.flatten().tolist()
-        if jax.process_count() > 1 and devices != jax.devices():
-            raise ValueError(
-                f"{c.name} runs on {full[c.name]}, a part of the {jax.device_count()} devices of "
-                f"{jax.process_count()} processes; with several processes every call must use all "
-                "devices in order."
-            )
+        place = full[c.name]
+        mesh(place)
+        if place.offload and place.offload != ("opt" if c.kind == "train" else "params"):
+            raise ValueError(f"{c.name} is a {c.kind} call and cannot offload {place.offload!r}.")
+        if place.offload == "params" and any(d.kind == "train" for d in graph.of(c.of or "")):
+            raise ValueError(f"{c.name} offloads the parameters of {c.of}, which is trained.")
     return full

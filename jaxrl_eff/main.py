@@ -35,8 +35,10 @@ _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there a
 _PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
 
 # What may differ between a run and its continuation: where it runs, and how often it reports.
-_FREE = ("plan", "evaluate", "samples_every", "path", "simulate_devices", "checkpoint", "expect",
-         "wandb", "export", "nonfinite")  # fmt: skip
+_FREE = (
+    "plan", "search", "evaluate", "samples_every", "path", "simulate_devices", "checkpoint",
+    "expect", "wandb", "export", "nonfinite",
+)  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -185,7 +187,7 @@ def train(run: settings.Run, workdir: Path, *, quiet: bool = False) -> bool:
         closing.callback(checkpoints.close)
         console = closing.enter_context(Console(quiet=quiet or not first, stream=stream))
         writer.document("config", dataclasses.asdict(run))
-        writer.document("plan", _plans(assembled))
+        writer.document("plan", {s.name: s.step.plan_table() for s in assembled.stages})
         console.header(f"jaxrl_eff: {' → '.join(run.stages)}", _facts(assembled, workdir))
         out = loop.Outlets(console, writer, checkpoints, run.checkpoint.every)
         try:
@@ -295,25 +297,11 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
     return facts
 
 
-def _plans(assembled: Any) -> dict[str, Any]:
-    return {
-        stage.name: {
-            c.name: {
-                **stage.step.plan[c.name].to_json(),
-                "of": c.of,
-                "kind": "host" if c.host else c.kind,
-                "reallocated_bytes": stage.step.reallocated().get(c.name, 0),
-            }
-            for c in stage.step.calls
-        }
-        for stage in assembled.stages
-    }
-
-
 def _conclude(
     assembled: Any, done: Any, workdir: Path, writer: Any, console: Any, seconds: float
 ) -> bool:
     """Exports, prints the table, writes what the report needs."""
+    from jaxrl_eff import state
     from jaxrl_eff.models import save_hf
 
     run, stage = assembled.run, done.stage
@@ -337,7 +325,7 @@ def _conclude(
     export = workdir / "export"
     if run.export:
         role = stage.trained
-        save_hf(export, stage.lms[role], done.models[role].params)
+        save_hf(export, stage.lms[role], state.shared(done.models[role].params))
         if _first():
             assembled.tokenizer.save(export)
         console.final(f"exported: {export}")

@@ -7,7 +7,7 @@ from jaxrl_eff.graph import Graph, order
 from jaxrl_eff.parallel import Placement
 
 RULES = ("all", "fsdp", "halves")
-_KEYS = ("devices", "data", "fsdp", "seq", "tensor", "stage", "microbatches")
+_KEYS = ("devices", "data", "fsdp", "seq", "tensor", "stage", "microbatches", "offload")
 
 
 def plan(rule: str | Mapping[str, Mapping[str, Any]], graph: Graph, devices: int) -> dict:
@@ -66,8 +66,8 @@ def _placement(call: str, row: Mapping[str, Any], devices: int) -> Placement:
             f"the plan of {call}: devices is {chosen!r}, but must be a list or number."
         )
     for name, value in row.items():
-        if type(value) is not int:
-            raise ValueError(f"the plan of {call}: {name} is {value!r}, but must be an int.")
+        if type(value) is not (str if name == "offload" else int):
+            raise ValueError(f"the plan of {call}: {name} is {value!r}, of the wrong type.")
     bad = [d for d in chosen if not isinstance(d, int) or not 0 <= d < devices]
     if bad:
         raise ValueError(

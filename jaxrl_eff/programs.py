@@ -39,8 +39,25 @@ def _split(batch: Any, parts: int) -> Any:
     )
 
 
-def apply_program(c: Call, microbatches: int, params: Any, batch: dict, words: jax.Array):
-    """A call that does not train: `-> (outputs, metrics)`."""
+def fetched(params: Any, axes: Any) -> Any:
+    """Parameters out of host memory, but for stacked layers: models fetch these one by one."""
+
+    def fetch(names: tuple, x: jax.Array) -> jax.Array:
+        return x if "layers" in names else jax.device_put(x, jax.memory.Space.Device)
+
+    return jax.tree.map(fetch, axes, params, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def apply_program(
+    c: Call, microbatches: int, in_host: Any, params: Any, batch: dict, words: jax.Array
+):
+    """A call that does not train: `-> (outputs, metrics)`.
+
+    Args:
+        in_host: the logical axes of the parameters, if these wait in host memory; else None.
+    """
+    if in_host is not None:
+        params = fetched(params, in_host)
     if microbatches == 1 or c.kind == "local":
         out, m = outputs_and_metrics(c, params, batch, words)
         return out, _numbers(m)
@@ -79,11 +96,14 @@ def train_program(
     c: Call,
     tx: optax.GradientTransformation,
     microbatches: int,
+    opt_in_host: bool,
     model: Model,
     batch: dict,
     words: jax.Array,
 ):
     """A train call: epochs x minibatches optimizer updates, `-> (model, metrics)`."""
+    if opt_in_host:
+        model = model._replace(opt=jax.device_put(model.opt, jax.memory.Space.Device))
     key = key_of(c.name, words)
     updates = c.epochs * c.minibatches
     update = functools.partial(_update, c, tx, microbatches, key)

@@ -125,6 +125,32 @@ class EvalSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """How a plan is searched, and corrected by what its steps really take.
+
+    Attributes:
+        evaluations: plans to simulate in one search.
+        calibrate: steps after which predicted and measured times are compared, the cost model is
+            corrected and the search repeated; twice as many before the next time, and so on. 0:
+            never.
+        threshold: share of the step's time that a new plan must save to be taken up.
+        cluster: "local" for the devices at hand, or what `planner.hardware.parse` knows.
+    """
+
+    evaluations: int = 3000
+    calibrate: int = 4
+    threshold: float = 0.05
+    cluster: str = "local"
+
+    def __post_init__(self):
+        if self.evaluations < 1 or self.calibrate < 0 or self.threshold < 0:
+            raise ValueError(
+                f"evaluations={self.evaluations}, calibrate={self.calibrate}, threshold="
+                f"{self.threshold}; at least 1, 0 and 0 are needed."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
     """One stage of training: an algorithm, its data, its models, its plan.
 
@@ -140,8 +166,12 @@ class StageSettings:
         sampling: fields of `rollout.Sampling`.
         reward: for algorithms that sample.
         plan: "all" (every call on all devices), "fsdp" (the same, parameters sharded), "halves"
-            (the actor's calls on the first half, the others on the second), or a table
-            call -> dict(devices=[...], tensor=..., ...); see `plans.plan`.
+            (the actor's calls on the first half, the others on the second), "search" (the best
+            that the planner finds), or a table call -> dict(devices=[...], tensor=..., ...); see
+            `plans.plan`.
+        search: how, if the plan is "search".
+        staleness: how many steps old the weights are that sample. 0 is synchronous; 1 lets
+            sampling and training overlap on devices of their own.
         evaluate: held-out measurement.
         samples_every: steps between samples written to samples.jsonl; 0 for none.
     """
@@ -156,6 +186,8 @@ class StageSettings:
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
     reward: RewardSettings = RewardSettings()
     plan: str | dict[str, dict[str, Any]] = "all"
+    search: SearchSettings = SearchSettings()
+    staleness: int = 0
     evaluate: EvalSettings = EvalSettings()
     samples_every: int = 10
 

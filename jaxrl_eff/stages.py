@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import algorithms, dataflow, plans
+from jaxrl_eff import algorithms, calibrate, dataflow, plans
 from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.data import encode, loader, sources, toys
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
@@ -22,6 +22,7 @@ from jaxrl_eff.dataflow import Graph, Placement, Spec, Step
 from jaxrl_eff.evaluate import Evaluation
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.optim import optimizer, warmup_then
+from jaxrl_eff.planner import works
 from jaxrl_eff.rewards import verify
 from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.settings import DataSettings, RewardSettings, Run, StageSettings, build
@@ -83,6 +84,7 @@ class Stage:
         evaluation: held-out measurement, if any.
         schedules: trained role -> learning rate by optimizer update.
         source: the examples, for samples.
+        searched: how the plan was found, if it was searched.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Stage:
     schedules: dict[str, Any]
     source: Any
     sampling: Sampling | None
+    searched: calibrate.Searched | None = None
 
     @property
     def trained(self) -> str:
@@ -236,7 +239,7 @@ def _stage(
                 _try(s.reward.name, lambda example: score(example, "0"), source)
                 reward = verify.host_reward(score, source, tokenizer)
     _check_length(s, lms, sampling)
-    graph = _graph(s.algorithm, room, cfg, lms, reward, sampling)
+    graph = _graph(s, room, cfg, lms, reward, sampling)
     lms = {r: lm for r, lm in lms.items() if r in graph.models}
     origins = {r: o for r, o in origins.items() if r in graph.models}
     if "kl" in graph.models:
@@ -244,12 +247,17 @@ def _stage(
     if missing := [r for r in graph.models if r not in origins]:
         raise ValueError(f"models lacks the roles {missing}; say where each comes from.")
 
-    with _at(f"config.{name}.plan"):
-        plan = plans.plan(s.plan, graph, jax.device_count())
     specs, schedules = _specs(s, graph, lms, name)
+    shapes, searched = _shapes(s, kind), None
+    with _at(f"config.{name}.plan"):
+        if s.plan == "search":
+            problem = works.works(graph, lms, shapes, sampling=sampling, specs=specs)
+            searched = calibrate.search(problem, s.search, seed=run.seed)
+            plan = searched.plan
+        else:
+            plan = plans.plan(s.plan, graph, jax.device_count())
     keep = "tokens segment mask score example" if kind == "prompts" else ""
     step = dataflow.compile(graph, plan, specs, keep=keep)
-    shapes = _shapes(s, kind)
     step.check(shapes)
     batches = loader.batches(
         source,
@@ -262,12 +270,13 @@ def _stage(
         overlong=s.data.overlong,
         packed=s.data.packed,
         pad=tokenizer.pad or 0,
-        process=(jax.process_index(), jax.process_count()),
+        process=(0, 1) if step.whole_batches else (jax.process_index(), jax.process_count()),
     )
     evaluation = _evaluation(run, name, tokenizer, lms, plan, graph, held_out, sampling)
     return Stage(
-        name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling
-    )
+        name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
+        searched,
+    )  # fmt: skip
 
 
 def _try(what: str, fn: Callable, source: Any) -> None:
@@ -434,6 +443,19 @@ def _check_length(s: StageSettings, lms: dict[str, LMConfig], sampling: Sampling
 
 
 def _graph(
+    s: StageSettings, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
+) -> Graph:
+    if s.staleness < 0 or (s.staleness and sampling is None):
+        raise ValueError(f"staleness is {s.staleness}; it is for algorithms that sample, from 0.")
+    graph = _synchronous(s.algorithm, room, cfg, lms, reward, sampling)
+    calls = (
+        dataclasses.replace(c, staleness=s.staleness) if c.kind == "generate" else c
+        for c in graph.calls
+    )
+    return dataclasses.replace(graph, calls=tuple(calls)) if s.staleness else graph
+
+
+def _synchronous(
     algorithm: str, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
 ) -> Graph:
     def need(role: str) -> LMConfig:

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_eff.algorithms import ppo
-from jaxrl_eff.dataflow import Model
+from jaxrl_eff.dataflow import Model, Step
 from jaxrl_eff.models import LMConfig, params
-from jaxrl_eff.parallel import Route
+from jaxrl_eff.parallel import Placement, Route, mesh
 from jaxrl_eff.stages import Assembled, Stage
 
 Models = dict[str, Model]
@@ -43,6 +44,65 @@ def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
         return load_hf(directory, lm, where, dtype=lm.param_dtype)
     key = jax.random.key(assembled.run.seed)
     return jax.jit(lambda k: params.init(lm, k), out_shardings=where)(key)
+
+
+def moved(models: Models, old: Step, new: Step) -> Models:
+    """Models at home in one step's plan, brought home in another's. Consumes them."""
+    out = {}
+    for role in list(models):
+        there = jax.tree.map(lambda x: x.sharding, new.home(role))
+        out[role] = Route(old.home(role), there, donate=True)(models.pop(role))
+    return out
+
+
+def shared(tree: Any) -> Any:
+    """The tree with a part on every process, as writers of files need it.
+
+    Arrays that leave out some processes are spread over all devices. Every process must call.
+
+    Args:
+        tree: arrays; or `jax.ShapeDtypeStruct`s with shardings, for the layouts alone.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    groups: dict[Any, list[int]] = {}
+    for i, x in enumerate(leaves):
+        if len({d.process_index for d in x.sharding.device_set}) < jax.process_count():
+            groups.setdefault(x.sharding.mesh, []).append(i)
+    for members in groups.values():
+        there = [_spread(leaves[i].shape) for i in members]
+        mine = [leaves[i] for i in members]
+        if isinstance(mine[0], jax.Array):
+            new = Route(mine, there)(mine)
+        else:
+            pairs = zip(mine, there, strict=True)
+            new = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in pairs]
+        for i, x in zip(members, new, strict=True):
+            leaves[i] = x
+    return structure.unflatten(leaves)
+
+
+def placed(tree: Any, like: Any) -> Any:
+    """Undoes `shared`: arrays brought to the layouts of `like`. Every process must call."""
+    leaves, structure = jax.tree.flatten(tree)
+    wanted = structure.flatten_up_to(like)
+    groups: dict[Any, list[int]] = {}
+    for i, (x, w) in enumerate(zip(leaves, wanted, strict=True)):
+        if x.sharding != w.sharding:
+            groups.setdefault((x.sharding.mesh, w.sharding.mesh), []).append(i)
+    for members in groups.values():
+        mine = [leaves[i] for i in members]
+        new = Route(mine, [wanted[i].sharding for i in members], donate=True)(mine)
+        for i, x in zip(members, new, strict=True):
+            leaves[i] = x
+    return structure.unflatten(leaves)
+
+
+def _spread(shape: tuple[int, ...]) -> NamedSharding:
+    """Over all devices along the first axis that divides; else whole on each."""
+    every = Placement(tuple(range(jax.device_count())))
+    axis = next((i for i, n in enumerate(shape) if n % jax.device_count() == 0 and n), None)
+    spec = PartitionSpec(*[None] * axis, "data") if axis is not None else PartitionSpec()
+    return NamedSharding(mesh(every), spec)
 
 
 def _stage(assembled: Assembled, name: str) -> Stage:

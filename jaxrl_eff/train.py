@@ -19,12 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl_eff import evaluate, hardware, state
+from jaxrl_eff import dataflow, evaluate, hardware, state
+from jaxrl_eff.calibrate import Calibration
 from jaxrl_eff.checkpoint import Checkpoints
 from jaxrl_eff.console import Console
 from jaxrl_eff.metrics import Writer
 from jaxrl_eff.models import params
 from jaxrl_eff.parallel import Route
+from jaxrl_eff.planner import profile
 from jaxrl_eff.stages import Assembled, Stage, words
 from jaxrl_eff.timeline import StepTimes
 
@@ -90,17 +92,19 @@ def fit(assembled: Assembled, out: Outlets) -> Finished:
         NonFinite: see there, unless the run skips such updates.
         Stopped: after SIGTERM.
     """
-    restored = out.checkpoints.restore(
-        lambda record: state.abstract(assembled, _index(assembled, record["stage"])), partial=True
-    )
+    def saved(record: dict[str, Any]) -> Any:
+        return state.shared(state.abstract(assembled, _index(assembled, record["stage"])))
+
+    restored = out.checkpoints.restore(saved, partial=True)
     for message in out.checkpoints.messages:
         out.console.warn(message)
     models, shelf = None, {}
     at = Position(0, 0, 0, {})
     if restored is not None:
-        models, shelf = restored.state["models"], restored.state["shelf"]
         record = restored.record
         index = _index(assembled, record["stage"])
+        home = state.placed(restored.state, state.abstract(assembled, index))
+        models, shelf = home["models"], home["shelf"]
         offset = sum(s.settings.steps for s in assembled.stages[:index])
         at = Position(index, record["step"], offset, dict(record["results"]))
         assembled.stages[index].loader.restore(record["data"])
@@ -146,9 +150,10 @@ def _run_stage(
             models = state.initial(assembled, stage, shelf)
     if at.step < total:
         _announce(stage, out, time.perf_counter() - began, hits)
-    measure = _measure(stage, out, at, samples)
+    measure = _measure(out, at, samples)
+    calibration = _calibration(stage, at.step)
     if not resumed and stage.evaluation is not None and stage.settings.evaluate.before:
-        measure(models, "eval_before")
+        measure(stage, models, "eval_before")
 
     def save(score: float | None = None) -> None:
         record = {
@@ -157,12 +162,11 @@ def _run_stage(
             "data": data_state,
             "results": at.results,
         }
-        out.checkpoints.save(
-            at.offset + at.step, {"models": models, "shelf": shelf}, record, score=score
-        )
+        whole = state.shared({"models": models, "shelf": shelf})
+        out.checkpoints.save(at.offset + at.step, whole, record, score=score)
 
     out.console.stage(name, total, start=at.step)
-    log = _Log(stage, out, at.offset, run.nonfinite)
+    log = _Log(stage, out, at.offset, run.nonfinite, calibration)
     every = stage.settings.evaluate.every if stage.evaluation is not None else 0
     last = at.index + 1 == len(assembled.stages)
     pending = None
@@ -180,13 +184,14 @@ def _run_stage(
         if data and show and (at.step % show == 0 or at.step == total):
             log(pending)
             pending = None
-            log.samples(at.step, evaluate.responses(data, stage.source, assembled.tokenizer, 16))
+            shown = stage.step.shown(data)
+            log.samples(at.step, evaluate.responses(shown, stage.source, assembled.tokenizer, 16))
         score = None
         if (every and at.step % every == 0) or (at.step == total and stage.evaluation is not None):
             if pending is not None:
                 log(pending)
                 pending = None
-            score = measure(models, "eval")
+            score = measure(stage, models, "eval")
             log.pause()
         stop = _asked_to_stop(stopping, at.step)
         if at.step == total or stop or (out.every and at.step % out.every == 0):
@@ -198,6 +203,12 @@ def _run_stage(
         if stop and (at.step < total or not last):
             out.checkpoints.wait()
             raise Stopped(f"stage {name}, step {at.step} of {total}")
+        if calibration is not None and at.step < total and calibration.due(at.step):
+            if pending is not None:
+                log(pending)
+                pending = None
+            stage, models = _replanned(stage, models, calibration, out)
+            log.restart(stage)
     out.console.end_stage()
     if log.spans:
         spans = [dataclasses.asdict(s) for s in log.spans]
@@ -241,18 +252,46 @@ def _announce(stage: Stage, out: Outlets, seconds: float, hits: dict[str, int]) 
             out.console.line(f"  {call}: {note}")
 
 
-def _measure(stage: Stage, out: Outlets, at: Position, samples: dict[str, list]):
-    """A function that evaluates the actor and notes the result."""
-    route = None
+def _calibration(stage: Stage, step: int) -> Calibration | None:
+    every = stage.settings.search.calibrate
+    return Calibration(stage.searched, step + every) if stage.searched and every else None
 
-    def measure(models: state.Models, kind: str) -> float:
-        nonlocal route
+
+def _replanned(
+    stage: Stage, models: state.Models, calibration: Calibration, out: Outlets
+) -> tuple[Stage, state.Models]:
+    """Corrects the cost model by what was measured; takes up a better plan if there is one."""
+    new = calibration.corrected()
+    gain = calibration.gain(new)
+    out.console.line(f"{stage.name}: predicted and measured seconds")
+    for line in profile.text(calibration.rows).splitlines():
+        out.console.line(f"  {line}")
+    rows = [row._asdict() for row in calibration.rows]
+    out.writer.document("calibration", {stage.name: rows}, merge=True)
+    if gain <= stage.settings.search.threshold:
+        out.console.line(f"{stage.name}: no plan saves more than {max(gain, 0.0):.0%}; it stays")
+        calibration.keep(new)
+        return stage, models
+    out.console.line(f"{stage.name}: {new}; saves {gain:.0%}, taken up")
+    old = stage.step
+    step = dataflow.compile(old.graph, new.plan, old.specs, keep=" ".join(old.keep))
+    step.check(stage.batch)
+    step.build(stage.batch)
+    models = state.moved(models, old, step)
+    calibration.take(new)
+    stage.loader.share((0, 1) if step.whole_batches else (jax.process_index(), jax.process_count()))
+    out.writer.document("plan", {stage.name: step.plan_table()}, merge=True)
+    return dataclasses.replace(stage, step=step, searched=new), models
+
+
+def _measure(out: Outlets, at: Position, samples: dict[str, list]):
+    """A function that evaluates a stage's actor and notes the result."""
+
+    def measure(stage: Stage, models: state.Models, kind: str) -> float:
         held_out = stage.evaluation
-        if route is None:
-            home = jax.tree.map(lambda x: x.sharding, stage.step.home("actor").params)
-            there = jax.tree.map(lambda x: x.sharding, held_out.step.home("actor").params)
-            route = Route(home, there)
-        score, rows = held_out(route(models["actor"].params))
+        home = jax.tree.map(lambda x: x.sharding, stage.step.home("actor").params)
+        there = jax.tree.map(lambda x: x.sharding, held_out.step.home("actor").params)
+        score, rows = held_out(Route(home, there)(models["actor"].params))
         key = f"{stage.name}/{kind}"
         at.results[key], samples[key] = score, rows
         step = at.offset + at.step
@@ -284,8 +323,11 @@ def _tokens(batch: dict[str, np.ndarray]) -> int:
 class _Log:
     """Turns finished steps into lines of numbers; stops the run at one that is not finite."""
 
-    def __init__(self, stage: Stage, out: Outlets, offset: int, nonfinite: str):
+    def __init__(
+        self, stage: Stage, out: Outlets, offset: int, nonfinite: str, seen: Calibration | None
+    ):
         self._stage, self._out, self._offset, self._nonfinite = stage, out, offset, nonfinite
+        self._calibration = seen
         # (end, tokens, FLOPs) of the last steps: rates over a few of them, since the clock of a
         # single step waits for a thread to be scheduled.
         self._window = collections.deque([(time.perf_counter(), 0.0, 0.0)], maxlen=RATE_STEPS + 1)
@@ -297,6 +339,11 @@ class _Log:
 
     def _dtype(self) -> str:
         return next(iter(self._stage.lms.values())).dtype
+
+    def restart(self, stage: Stage) -> None:
+        """Goes on with another plan."""
+        self._stage = stage
+        self.pause()
 
     def pause(self) -> None:
         """What was done since the last step (saving, evaluating) is not part of any rate."""
@@ -320,6 +367,9 @@ class _Log:
             n / elapsed if elapsed > 1e-6 else None for n in (tokens, flops)
         )
         seconds = {s.call: s.end - s.start for s in self.spans}
+        if self._calibration is not None:
+            length = next((v for k, v in values.items() if k.endswith("/length")), None)
+            self._calibration.see(self.spans, length)
         self._out.writer.step(
             self._offset + done.step,
             self._stage.name,
@@ -342,7 +392,8 @@ class _Log:
 
     def _all_tokens(self, tokens: int, values: dict[str, float]) -> float:
         """Tokens of the step over all processes, sampled ones included."""
-        total = float(tokens * jax.process_count())
+        count = 1 if self._stage.step.whole_batches else jax.process_count()
+        total = float(tokens * count)
         if self._stage.sampling is not None:
             samples = self._stage.sampling.samples
             length = values.get("advantage/length", values.get("select/length", 0.0))

@@ -73,7 +73,7 @@ def _value(p, b, key):
     return {"value": _forward(p, b["tokens"])[..., 0]}
 
 
-def ppo(epochs=1, minibatches=1, host=False):
+def ppo(epochs=1, minibatches=1, host=False, staleness=0):
     def score(p, b, key):
         return {"score": _forward(p, b["tokens"])[:, -1, 0]}
 
@@ -91,7 +91,12 @@ def ppo(epochs=1, minibatches=1, host=False):
         inputs="prompt",
         calls=(
             dataflow.generate(
-                "actor_gen", of="actor", fn=_generate, reads="prompt", writes="tokens mask logp"
+                "actor_gen",
+                of="actor",
+                fn=_generate,
+                reads="prompt",
+                writes="tokens mask logp",
+                staleness=staleness,
             ),
             reward,
             dataflow.infer("ref_inf", of="ref", fn=_ref, reads="tokens", writes="ref_logp"),
@@ -130,14 +135,33 @@ MIXED = {
     "actor_train": _place([0, 1], tensor=2),
     "critic_train": _place([2, 3, 6, 7], fsdp=2, tensor=2),
 }
+APART = {
+    "actor_gen": _place([0, 1, 2]),
+    "rew_inf": _place([3]),
+    "ref_inf": _place([3]),
+    "critic_inf": _place([3]),
+    "actor_train": _place([4, 5], fsdp=2),
+    "critic_train": _place([6, 7]),
+}
+HOSTED = {
+    **_everywhere(ppo(), _place(range(4), data=2, fsdp=2)),
+    "ref_inf": _place(range(4), fsdp=4, offload="params"),
+    "actor_train": _place(range(4), data=2, fsdp=2, offload="opt"),
+}
 PLANS = {
     "colocated": lambda g: _everywhere(g, _place(range(4), data=2, tensor=2)),
     "fsdp": lambda g: _everywhere(g, _place(range(8), fsdp=8)),
     "seq": lambda g: _everywhere(g, _place(range(6), data=2, seq=3)),
     "mixed": lambda g: MIXED,
     "microbatches": lambda g: _everywhere(g, dataclasses.replace(ONE, microbatches=4)),
+    "apart": lambda g: {**APART, "actor_gen": _place([0, 1])},
+    "hosted": lambda g: HOSTED,
     "reversed": lambda g: _everywhere(g, _place([3, 2, 1, 0], data=2, tensor=2)),
 }
+
+
+def _prompts():
+    return {"prompt": (np.arange(2 * B).reshape(B, 2) % V).astype(np.int32)}
 
 
 def _run(graph, plan, steps=2, batch=None, nan_at=None):
@@ -153,7 +177,7 @@ def _run(graph, plan, steps=2, batch=None, nan_at=None):
     for name, p in params.items():
         where = jax.tree.map(lambda x: x.sharding, step.home(name).params)
         models[name] = step.init(name, jax.device_put(p, where))
-    batch = batch or {"prompt": (np.arange(2 * B).reshape(B, 2) % V).astype(np.int32)}
+    batch, data, metrics = batch or _prompts(), {}, {}
     for i in range(steps):
         models, data, metrics = step(models, batch, np.array([7, i], np.uint32))
     return step, models, data, metrics
@@ -201,9 +225,77 @@ def test_the_timeline_has_every_call_in_order():
     graph = ppo()
     step, *_ = _run(graph, MIXED)
     spans = {s.call: s for s in step.timeline.last()}
-    assert set(spans) == {c.name for c in graph.calls}
+    moved = {"actor->actor_gen", "critic->critic_inf"}
+    assert set(spans) == {c.name for c in graph.calls} | moved
     assert all(s.end >= s.start >= 0 for s in spans.values())
     assert spans["advantage"].start >= spans["ref_inf"].end
+
+
+def _by_hand(staleness, steps):
+    """PPO with old samples, written out: sample with version t - s, then train version t."""
+    calls = ppo().calls
+    sampler = Graph("prompt", calls[:1])
+    trainer = Graph("tokens mask logp", calls[1:])
+    _, models, *_ = _run(ppo(), _everywhere(ppo(), ONE), steps=0)
+    specs = {
+        name: Spec(
+            jax.eval_shape(lambda p=m.params: p),
+            HEAD_AXES if name in ("critic", "reward") else AXES,
+            optax.adam(0.01) if name in ("actor", "critic") else None,
+        )
+        for name, m in models.items()
+    }
+    place = _everywhere(ppo(), ONE)
+    sample = dataflow.compile(
+        sampler, {"actor_gen": ONE}, {"actor": specs["actor"]}, keep="tokens mask logp"
+    )
+    train = dataflow.compile(trainer, {k: v for k, v in place.items() if k != "actor_gen"}, specs)
+    versions = []
+    for t in range(steps):
+        versions.append(jax.tree.map(np.asarray, models["actor"].params))
+        old = dataflow.Model(versions[max(0, t - staleness)])
+        key = np.array([7, t], np.uint32)
+        _, rollout, _ = sample({"actor": old}, _prompts(), key)
+        models, *_ = train(models, {k: np.asarray(v) for k, v in rollout.items()}, key)
+    return models
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_old_weights_sample_as_many_steps_late_as_said(staleness):
+    graph = ppo(staleness=staleness)
+    want = _by_hand(staleness, 4)
+    for plan in (_everywhere(graph, ONE), {**APART, "actor_gen": _place([0, 1])}):
+        _, models, *_ = _run(graph, plan, steps=4)
+        assert set(models["actor"].past) == {"actor_gen"}
+        assert len(models["actor"].past["actor_gen"]) == staleness
+        for name in ("actor", "critic"):
+            trees = models[name].params, want[name].params
+            for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
+                np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
+
+
+def test_only_sampling_may_be_stale_and_only_of_trained_models():
+    with pytest.raises(ValueError, match="ref_inf is a infer call with staleness 1"):
+        dataclasses.replace(ppo().calls[2], staleness=1)
+    alone = Graph("prompt", ppo().calls[:1])
+    with pytest.raises(ValueError, match="staleness 1, but nothing trains actor"):
+        dataclasses.replace(alone, calls=(_twin(staleness=1),))
+
+
+def test_what_waits_in_host_memory_is_there():
+    _, models, *_ = _run(ppo(), HOSTED, steps=1)
+    kinds = lambda t: {x.sharding.memory_kind for x in jax.tree.leaves(t)}  # noqa: E731
+    assert kinds(models["ref"].params) == {"pinned_host"}
+    assert kinds(models["actor"].opt) == {"pinned_host"}
+    assert "pinned_host" not in kinds(models["actor"].params) | kinds(models["critic"])
+
+
+def test_operations_are_in_one_order_for_all():
+    step, *_ = _run(ppo(staleness=1), {**APART, "actor_gen": _place([0, 1])}, steps=1)
+    names = [op.name for op in step.operations]
+    assert names.index("actor_gen") < names.index("actor->actor_gen") < names.index("actor_train")
+    assert len(names) == len(set(names))
+    assert {op.kind for op in step.operations} == {"call", "move", "realloc", "keep"}
 
 
 def test_an_update_that_is_not_finite_is_withheld():
@@ -272,6 +364,9 @@ def test_a_bad_graph_is_refused_by_name(calls, message):
         ({"actor_gen": ONE}, "no placement for"),
         ({**MIXED, "actr": ONE}, r"places \['actr'\]"),
         ({**MIXED, "actor_gen": _place([9])}, "names device 9, but there are 8"),
+        ({**MIXED, "actor_gen": _place([0, 1], stage=2)}, "pipelining can be priced"),
+        ({**MIXED, "actor_gen": _place([0], offload="opt")}, "cannot offload 'opt'"),
+        ({**MIXED, "actor_gen": _place([0], offload="params")}, "actor, which is trained"),
     ],
 )
 def test_a_bad_plan_is_refused_by_name(plan, message):

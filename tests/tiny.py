@@ -14,7 +14,10 @@ MEASURE = dict(problems=8, max_tokens=4, reward=dict(name="digit_share"))
 
 
 def get_config(arg=None):
-    a = parse_arg(arg, algorithm="sft", steps=2, devices=0, first=2, every=0, evaluate=False)
+    a = parse_arg(
+        arg, algorithm="sft", steps=2, devices=0, first=2, every=0, evaluate=False, plan="first",
+        optim="adamw", staleness=0,
+    )  # fmt: skip
     c = ConfigDict()
     c.simulate_devices = a["devices"]
     c.tokenizer = "chars:0123456789>"
@@ -24,14 +27,37 @@ def get_config(arg=None):
         )
     )
     c.checkpoint = dict(every=a["every"], keep=3)
-    rows = dict(default=dict(devices=list(range(a["first"]))))
+    rows = plan(a["plan"], a["first"], a["algorithm"])
     names = ("sft", "rm", "ppo") if a["algorithm"] == "three" else (a["algorithm"],)
     c.stages = names
     for name in names:
         c[name] = stage(name, a["steps"], rows, three=len(names) > 1)
+        for optim in c[name].optim.values():
+            optim.name = a["optim"]
+        if c[name].algorithm in ("ppo", "grpo", "remax"):
+            c[name].staleness = a["staleness"]
         if a["evaluate"] and name == names[-1]:
             c[name].evaluate = dict(MEASURE, before=True)
     return c
+
+
+def plan(kind, first, algorithm):
+    """Plans for eight devices: the first few, sampling and training apart, ..."""
+    if kind == "first":
+        return dict(default=dict(devices=list(range(first))))
+    if kind in ("search", "all", "fsdp", "halves"):
+        return kind
+    sampling, training, rest = {
+        "apart": (dict(devices=[0, 1, 2, 3]), dict(devices=[4, 5, 6, 7], fsdp=2), [4, 5]),
+        "across": (dict(devices=[0, 1, 4, 5]), dict(devices=[2, 3, 6, 7], fsdp=4), [6, 7]),
+        "overlap": (dict(devices=[2, 3, 4, 5], tensor=2), dict(devices=[0, 1, 2, 3]), [5, 4]),
+        "small": (dict(devices=[0, 1], tensor=2), dict(devices=[7]), [3, 2, 1, 0]),
+    }[kind]
+    rows = dict(default=dict(devices=rest), actor_gen=sampling)
+    rows["actor_train"] = training
+    if algorithm == "remax":
+        rows["greedy_gen"] = dict(devices=rest)
+    return rows
 
 
 def stage(name, steps, plan, *, three=False):

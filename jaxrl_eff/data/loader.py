@@ -166,6 +166,10 @@ class Loader:
         share = len(rows) // count
         return self._arrays(rows, slice(index * share, (index + 1) * share))
 
+    def share(self, process: tuple[int, int]) -> None:
+        """From now on gives the block of process (index, count); (0, 1) is everything."""
+        self._process = process
+
     def prepare(self) -> None:
         """Imports grain, a second or two, ahead of the first batch."""
         self._indices()

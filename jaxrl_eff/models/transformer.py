@@ -80,6 +80,12 @@ def _gated_backward(name: str, saved, g: Array):
 _gated.defvjp(_gated_forward, _gated_backward)
 
 
+def _here(x: Array) -> Array:
+    """A parameter in device memory; inside a loop over layers, fetched one layer at a time."""
+    host = jax.typeof(x).memory_space == jax.memory.Space.Host
+    return jax.device_put(x, jax.memory.Space.Device) if host else x
+
+
 class Norm(nn.Module):
     """x / rms(x) * w in float32. With `norm_offset` the stored weight is w - 1."""
 
@@ -91,7 +97,7 @@ class Norm(nn.Module):
         cfg = self.cfg
         start = nn.initializers.zeros if cfg.norm_offset else nn.initializers.ones
         box = nn.with_logical_partitioning(start, (self.axis,))
-        w = self.param("scale", box, (x.shape[-1],), jnp.dtype(cfg.param_dtype))
+        w = _here(self.param("scale", box, (x.shape[-1],), jnp.dtype(cfg.param_dtype)))
         w = w.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.norm_eps)
@@ -115,7 +121,7 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         dtype, stored = jnp.dtype(self.cfg.dtype), jnp.dtype(self.cfg.param_dtype)
         box = nn.with_logical_partitioning(_normal(self.cfg, self.scale), self.axes)
-        kernel = self.param("kernel", box, self.inputs + self.outputs, stored).astype(dtype)
+        kernel = _here(self.param("kernel", box, self.inputs + self.outputs, stored)).astype(dtype)
         matrix = kernel.reshape(math.prod(self.inputs), math.prod(self.outputs))
         lead = x.shape[: x.ndim - len(self.inputs)]
         y = _product(x.reshape(*lead, -1), matrix).reshape(*lead, *self.outputs)
@@ -123,7 +129,7 @@ class Linear(nn.Module):
             return y
         axes = self.axes[len(self.inputs) :]
         box = nn.with_logical_partitioning(nn.initializers.zeros, axes)
-        bias = self.param("bias", box, self.outputs, stored).astype(dtype)
+        bias = _here(self.param("bias", box, self.outputs, stored)).astype(dtype)
         return y + bias.reshape((1,) * len(lead) + bias.shape)
 
 

@@ -1,8 +1,8 @@
 """Placement: which devices a call uses and how they are meshed, as plain data.
 
 A placement prints, hashes and serialises without touching a device; `mesh` makes it real. The
-axes are those of the paper's plans and more: `stage` (pipelining, reserved: priced by planners,
-not executed), `data`, `fsdp` (parameters sharded, gathered on use), `seq` (sequence positions) and
+axes are those of the paper's plans and more: `stage` (pipelining: priced by the planner, not
+executed), `data`, `fsdp` (parameters sharded, gathered on use), `seq` (sequence positions) and
 `tensor` (heads and feed-forward width).
 """
 
@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 AXES = ("stage", "data", "fsdp", "seq", "tensor")
+OFFLOADS = ("", "params", "opt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Placement:
             devices. `data=0` takes whatever the other axes leave over.
         microbatches: into how many parts the call splits its rows, one after the other, to save
             memory. Never changes a result beyond rounding.
+        offload: what waits in the host's pinned memory: "params", the parameters of a call that
+            does not train, read layer by layer while it runs; "opt", the optimizer state of a
+            train call between its updates; "": nothing.
 
     Raises:
         ValueError: the axes do not fit the devices, or a device is named twice.
@@ -39,6 +43,7 @@ class Placement:
     seq: int = 1
     tensor: int = 1
     microbatches: int = 1
+    offload: str = ""
 
     def __post_init__(self):
         if len(set(self.devices)) != len(self.devices) or not self.devices:
@@ -47,15 +52,16 @@ class Placement:
             low = 0 if axis == "data" else 1
             if getattr(self, axis) < low:
                 raise ValueError(f"{axis} is {getattr(self, axis)}, but must be at least {low}.")
-        if self.stage != 1:
-            raise ValueError(f"stage is {self.stage}; pipelining is reserved, use stage=1.")
-        others = self.fsdp * self.seq * self.tensor
+        if self.offload not in OFFLOADS:
+            raise ValueError(f"offload is {self.offload!r}; it must be one of {list(OFFLOADS)}.")
+        others = self.stage * self.fsdp * self.seq * self.tensor
         data = self.data or len(self.devices) // others
         if data * others != len(self.devices):
             raise ValueError(
                 f"{len(self.devices)} devices {list(self.devices)} cannot be meshed as "
-                f"data={self.data or '(rest)'} fsdp={self.fsdp} seq={self.seq} "
-                f"tensor={self.tensor}: the axes must multiply to the number of devices."
+                f"stage={self.stage} data={self.data or '(rest)'} fsdp={self.fsdp} "
+                f"seq={self.seq} tensor={self.tensor}: the axes must multiply to the number of "
+                "devices."
             )
         object.__setattr__(self, "data", data)
 
@@ -72,7 +78,8 @@ class Placement:
     def __str__(self) -> str:
         shape = " ".join(f"{a}={n}" for a, n in self.axes.items() if n > 1) or "one device"
         parts = f", {self.microbatches} microbatches" if self.microbatches > 1 else ""
-        return f"devices {span(self.devices)}: {shape}{parts}"
+        away = f", {self.offload} in host memory" if self.offload else ""
+        return f"devices {span(self.devices)}: {shape}{parts}{away}"
 
     def to_json(self) -> dict:
         """Plain data for the run's plan.json."""
@@ -80,6 +87,7 @@ class Placement:
             "devices": list(self.devices),
             "axes": self.axes,
             "microbatches": self.microbatches,
+            **({"offload": self.offload} if self.offload else {}),
         }
 
 
@@ -96,9 +104,14 @@ def mesh(placement: Placement) -> Mesh:
     """The placement's mesh over this job's devices.
 
     Raises:
-        ValueError: the placement names a device that does not exist.
+        ValueError: the placement names a device that does not exist, or pipelines.
     """
     devices = jax.devices()
+    if placement.stage != 1:
+        raise ValueError(
+            f"stage is {placement.stage}, but pipelining can be priced and not executed; use "
+            "stage=1."
+        )
     if max(placement.devices) >= len(devices):
         raise ValueError(
             f"the placement names device {max(placement.devices)}, but there are {len(devices)} "

@@ -67,8 +67,9 @@ class Rules:
         return PartitionSpec(*out)
 
     def sharding(self, axes: tuple[str | None, ...]) -> NamedSharding:
-        """As `spec`, on the placement's mesh."""
-        return NamedSharding(mesh(self.placement), self.spec(axes))
+        """As `spec`, on the placement's mesh; in host memory if parameters wait there."""
+        place = NamedSharding(mesh(self.placement), self.spec(axes))
+        return in_host(place) if self.placement.offload == "params" else place
 
     def tree(self, axes: Any) -> Any:
         """Shardings of a tree whose leaves are tuples of logical axes."""
@@ -113,6 +114,11 @@ def rows(placement: Placement, shape: tuple[int, ...], *, lengths: bool = True) 
     if lengths and len(shape) > 1 and placement.seq > 1 and shape[1] % placement.seq == 0:
         spec.append("seq")
     return NamedSharding(mesh(placement), PartitionSpec(*spec))
+
+
+def in_host(sharding: NamedSharding) -> NamedSharding:
+    """The same parts on the same devices' hosts, in pinned memory."""
+    return sharding.with_memory_kind("pinned_host")
 
 
 def replicated(placement: Placement) -> NamedSharding:

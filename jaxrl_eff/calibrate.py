@@ -1,0 +1,197 @@
+"""Plans that correct themselves: predicted against measured times, and a better plan if there is.
+
+A searched plan is as good as the cost model. So after some steps the calls and reallocations that
+were timed are laid beside what was predicted, the model's factors are refitted, and the search is
+repeated from the plan that runs. Response lengths count as measured too: they drift in RL.
+"""
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxrl_eff import timeline
+from jaxrl_eff.parallel import Placement
+from jaxrl_eff.planner import hardware, profile
+from jaxrl_eff.planner.cost import NONE, Corrections
+from jaxrl_eff.planner.hardware import Cluster
+from jaxrl_eff.planner.problem import Lengths, Problem
+from jaxrl_eff.planner.search import search as find
+from jaxrl_eff.planner.simulate import Simulator
+from jaxrl_eff.settings import SearchSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """A plan, and what it was found with.
+
+    Attributes:
+        seconds: predicted, of a step; `gap`: how far above a lower bound.
+        rules: rule -> predicted seconds of the plan that it gives, for those that fit.
+    """
+
+    problem: Problem
+    cluster: Cluster
+    corrections: Corrections
+    settings: SearchSettings
+    seed: int
+    plan: dict[str, Placement]
+    seconds: float
+    gap: float
+    rules: dict[str, float]
+
+    def __str__(self) -> str:
+        best = min(self.rules, key=self.rules.__getitem__, default=None)
+        over = f", {self.rules[best] / self.seconds:.2f} x faster than '{best}'" if best else ""
+        return (
+            f"searched plan: {self.seconds:.3g} s a step predicted{over}, at most "
+            f"{self.gap:.0%} above the lower bound"
+        )
+
+
+def search(
+    problem: Problem,
+    settings: SearchSettings,
+    *,
+    seed: int,
+    corrections: Corrections = NONE,
+    start: Mapping[str, Placement] | None = None,
+) -> Searched:
+    """The best plan found for this job's devices; the same on all its processes.
+
+    Raises:
+        ValueError: nothing fits, or the cluster is unknown or not of this many devices.
+    """
+    import jax
+
+    cluster = hardware.parse(settings.cluster)
+    if cluster.devices != jax.device_count():
+        raise ValueError(
+            f"search.cluster {settings.cluster!r} has {cluster.devices} devices, but there are "
+            f"{jax.device_count()}."
+        )
+    found = find(
+        problem, cluster, evaluations=settings.evaluations, seed=seed,
+        corrections=corrections, start=start,
+    )  # fmt: skip
+    rules = {k: s.seconds for k, s in found.heuristics.items() if not isinstance(s, str)}
+    # Processes measure their hosts each for itself; the first one's plan counts.
+    plan = _from_first(found.plan)
+    return Searched(
+        problem, cluster, corrections, settings, seed, plan,
+        found.schedule.seconds, found.gap, rules,
+    )  # fmt: skip
+
+
+def _from_first(plan: Mapping[str, Placement]) -> dict[str, Placement]:
+    import jax
+
+    if jax.process_count() == 1:
+        return dict(plan)
+    from jax.experimental import multihost_utils
+
+    fields = {k: dataclasses.asdict(p) for k, p in plan.items()}
+    text = np.frombuffer(json.dumps(fields).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    padded = np.zeros(size, np.uint8)
+    padded[: min(size, len(text))] = text[:size]
+    sent = bytes(multihost_utils.broadcast_one_to_all(padded)).decode()
+    return {
+        k: Placement(**{**fields, "devices": tuple(fields["devices"])})
+        for k, fields in json.loads(sent).items()
+    }
+
+
+class Calibration:
+    """Watches the steps of a searched plan.
+
+    Attributes:
+        rows: predicted and measured seconds, as of the last `corrected`.
+    """
+
+    def __init__(self, searched: Searched, first: int):
+        """Args:
+        first: after which step to calibrate first.
+        """
+        self.searched = searched
+        self.rows: tuple[profile.Row, ...] = ()
+        self._next, self._wait = first, searched.settings.calibrate
+        self._measured: dict[str, list[float]] = defaultdict(list)
+        self._lengths: list[float] = []
+
+    def see(self, spans: Iterable[timeline.Span], length: float | None) -> None:
+        """Notes a step's times and its mean response length, if it sampled."""
+        for span in spans:
+            self._measured[span.call].append(span.end - span.start)
+        if length is not None:
+            self._lengths.append(length)
+
+    def due(self, step: int) -> bool:
+        """Whether it is time to calibrate."""
+        return step >= self._next
+
+    def keep(self, new: Searched) -> None:
+        """Goes on with the plan that runs, and with what was learned."""
+        running = Simulator(new.problem, new.cluster, new.corrections).run(self.searched.plan)
+        self.take(dataclasses.replace(new, plan=self.searched.plan, seconds=running.seconds))
+
+    def take(self, new: Searched) -> None:
+        """Goes on with a new plan."""
+        self.searched = new
+        self._wait *= 2
+        self._next += self._wait
+
+    def corrected(self) -> Searched:
+        """The same search with what was learned; its plan may be the one that runs."""
+        old = self.searched
+        problem = old.problem
+        if self._lengths:
+            problem = _with_length(problem, float(np.median(self._lengths)))
+        simulated = Simulator(problem, old.cluster, old.corrections).run(old.plan)
+        known = set(simulated.costs) | set(simulated.edges)
+        measured = {k: v for k, v in self._measured.items() if k in known}
+        args = problem, old.plan, old.cluster, measured
+        self.rows = profile.compare(*args, old.corrections)
+        new = profile.refit(*args, old.corrections)
+        self._measured.clear()
+        self._lengths.clear()
+        return search(problem, old.settings, seed=old.seed, corrections=new, start=old.plan)
+
+    def gain(self, new: Searched) -> float:
+        """Share of a step's time that the new plan saves over the one that runs.
+
+        As the first process sees it, since all must switch together.
+        """
+        import jax
+
+        running = Simulator(new.problem, new.cluster, new.corrections).run(self.searched.plan)
+        share = 0.0 if new.plan == self.searched.plan else 1.0 - new.seconds / running.seconds
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            share = float(multihost_utils.broadcast_one_to_all(np.float32(share)))
+        return share
+
+
+def _with_length(problem: Problem, mean: float) -> Problem:
+    """The problem with responses that are this long on average, none longer than allowed.
+
+    The longest row ends the loop; of the shape in between only the mean is known, so all others
+    are taken to be alike.
+    """
+
+    def work(w: Any) -> Any:
+        if w.kind != "generate" or not 1 <= mean < w.max_new:
+            return w
+        return dataclasses.replace(w, responses=_two_sizes(mean, w.max_new, w.rows))
+
+    return dataclasses.replace(problem, works=tuple(work(w) for w in problem.works))
+
+
+def _two_sizes(mean: float, most: int, rows: int) -> Lengths:
+    last = min(0.5, 1.0 / max(2, rows))
+    short = max(1, min(most - 1, round((mean - last * most) / (1 - last))))
+    return Lengths((short, most), (1 - last, last))

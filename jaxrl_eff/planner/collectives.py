@@ -1,0 +1,98 @@
+"""What sums, gathers and hand-overs over a mesh axis cost: alpha + bytes / beta.
+
+A ring over n devices moves (n-1)/n of the bytes a device. Across hosts each device of a host takes
+its share of the bytes through its own network card, as hierarchical collectives do.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrl_eff.parallel.mesh import Placement
+from jaxrl_eff.planner.hardware import Cluster
+
+
+class Axis(NamedTuple):
+    """One group of a mesh axis: its size, and the domains (hosts) that it spans."""
+
+    size: int
+    domains: int
+
+
+class Grid(NamedTuple):
+    """A placement's axes as groups."""
+
+    stage: Axis
+    data: Axis
+    fsdp: Axis
+    seq: Axis
+    tensor: Axis
+
+
+def run(devices: tuple[int, ...], origin: int) -> range | tuple[int, ...]:
+    """The devices counted from `origin`; as a range, which is quick to compare, if they are one."""
+    first, last = devices[0] - origin, devices[-1] - origin
+    if last - first == len(devices) - 1 and (last == first or devices[1] == devices[0] + 1):
+        return range(first, last + 1)
+    return tuple(d - origin for d in devices)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _grid(devices: range | tuple[int, ...], shape: tuple[int, ...], domain: int) -> Grid:
+    out, stride = [], 1
+    domains = np.array(devices) // domain
+    for size in reversed(shape):
+        groups = domains.reshape(-1, size, stride)[:, :, 0]  # those of a block are alike
+        most = max(len(set(g)) for g in groups.tolist()) if size > 1 else 1
+        out.append(Axis(size, most))
+        stride *= size
+    return Grid(*reversed(out))
+
+
+def grid(p: Placement, cluster: Cluster) -> Grid:
+    """The groups of a placement's axes on a cluster."""
+    origin = p.devices[0] // cluster.domain * cluster.domain
+    return _grid(run(p.devices, origin), sizes(p), cluster.domain)
+
+
+def sizes(p: Placement) -> tuple[int, ...]:
+    """Of the mesh axes, in their order."""
+    return (p.stage, p.data, p.fsdp, p.seq, p.tensor)
+
+
+def _ring(bytes_: float | int, axis: Axis, c: Cluster, trips: int) -> float:
+    """Seconds in which every device passes (n-1)/n of the bytes around, `trips` times."""
+    n, hosts = axis
+    if n == 1:
+        return 0.0
+    inside = max(1, n // hosts)
+    seconds = 0.0
+    if inside > 1:
+        rate = c.link_bytes_per_s * c.link_efficiency
+        seconds += (
+            trips * bytes_ * (inside - 1) / inside / rate + math.log2(inside) * c.link_latency
+        )
+    if hosts > 1:
+        rate = c.nic_bytes_per_s * c.nic_efficiency
+        share = bytes_ / inside
+        seconds += trips * share * (hosts - 1) / hosts / rate + math.log2(hosts) * c.nic_latency
+    return seconds
+
+
+def all_reduce(bytes_: float | int, axis: Axis, cluster: Cluster) -> float:
+    """Seconds to sum `bytes_` of every device over an axis."""
+    return _ring(bytes_, axis, cluster, 2)
+
+
+def gather(bytes_: float | int, axis: Axis, cluster: Cluster) -> float:
+    """Seconds to gather (or to sum and scatter) `bytes_`, whole size, over an axis."""
+    return _ring(bytes_, axis, cluster, 1)
+
+
+def hand_on(bytes_: float | int, axis: Axis, c: Cluster) -> float:
+    """Seconds to hand `bytes_` to the next device of an axis."""
+    if axis.domains > 1:
+        return bytes_ / (c.nic_bytes_per_s * c.nic_efficiency) + c.nic_latency
+    return bytes_ / (c.link_bytes_per_s * c.link_efficiency) + c.link_latency

@@ -1,0 +1,167 @@
+"""What the planner is asked: the calls of a step as amounts of work.
+
+Plain data, made from a graph and its models (`planner.works`) or by hand, so that a plan can be
+priced and searched where neither the model nor the machine exists.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from jaxrl_eff.parallel.mesh import Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder-only transformer.
+
+    Attributes:
+        layers, width, ffn, heads, kv_heads, head_dim, vocab: as in `models.LMConfig`.
+        gated: three feed-forward matrices (SwiGLU) rather than two.
+        tied: the output head is the embedding.
+        value: the head gives one number instead of logits.
+        param_bytes, compute_bytes: of one stored parameter, of one number in a product.
+        remat: the backward pass computes the forward pass again.
+        window: positions that local layers see; None: all. `windowed`: how many layers are local.
+    """
+
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    gated: bool = True
+    tied: bool = False
+    value: bool = False
+    param_bytes: int = 4
+    compute_bytes: int = 4
+    remat: bool = False
+    window: int | None = None
+    windowed: int = 0
+
+    @property
+    def layer_params(self) -> int:
+        """Matrix entries of one layer."""
+        attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return attention + (3 if self.gated else 2) * self.width * self.ffn
+
+    @property
+    def head_params(self) -> int:
+        """Matrix entries of the output head."""
+        return self.width * (1 if self.value else self.vocab)
+
+    @property
+    def params(self) -> int:
+        """Parameters that are stored; norms and biases, a few per thousand, are left out."""
+        head = 0 if self.tied and not self.value else self.head_params
+        return self.layers * self.layer_params + self.vocab * self.width + head
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """How long responses are: `tokens[i]` with probability `share[i]`, ascending.
+
+    A loop over tokens ends with its longest row, and rows that ended do no useful work.
+    """
+
+    tokens: tuple[int, ...]
+    share: tuple[float, ...]
+
+    def __post_init__(self):
+        if len(self.tokens) != len(self.share) or not self.tokens:
+            raise ValueError(f"{len(self.tokens)} lengths and {len(self.share)} shares.")
+        if list(self.tokens) != sorted(set(self.tokens)) or min(self.share) < 0:
+            raise ValueError("lengths must ascend, and shares must not be negative.")
+        if abs(sum(self.share) - 1) > 1e-6:
+            raise ValueError(f"shares sum to {sum(self.share)}, but must sum to 1.")
+
+    @classmethod
+    def all(cls, tokens: int) -> "Lengths":
+        """Every response has this many tokens."""
+        return cls((tokens,), (1.0,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One call of the graph as an amount of work.
+
+    Attributes:
+        name, kind, model: as of `graph.Call` (`of` is `model`; None for local calls).
+        rows: sequences that the call reads or, for a generate call, writes.
+        prompts: distinct prompts of a generate call, each prefilled once.
+        prompt: tokens of a prompt, padding included.
+        length: tokens of a row, padding included (infer, train).
+        max_new: most tokens of a response (generate), and `responses` how long they really are.
+        growths, compactions: of the sampler, see `rollout.Sampling`. With growths 0 the cache is
+            read as far as it is written.
+        epochs, minibatches: of a train call.
+        reads, writes: names of arrays.
+        host: runs in Python on the host.
+        staleness: of a generate call: how many updates old its weights may be.
+        seconds: of a local call, measured or guessed; calls with a model are priced.
+    """
+
+    name: str
+    kind: Literal["generate", "infer", "train", "local"]
+    model: str | None
+    rows: int
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    prompts: int = 0
+    prompt: int = 0
+    length: int = 0
+    max_new: int = 0
+    responses: Lengths | None = None
+    growths: int = 0
+    compactions: int = 0
+    epochs: int = 1
+    minibatches: int = 1
+    host: bool = False
+    staleness: int = 0
+    seconds: float | int = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """One model of the graph.
+
+    Attributes:
+        shape: its sizes.
+        opt_bytes: optimizer state a parameter, in bytes (AdamW in float32: 8); 0 if not trained.
+        grad_bytes: of one gradient entry; 0 if not trained.
+        zero: the optimizer state is split over `data` too (ZeRO-1, arXiv:1910.02054).
+    """
+
+    shape: Shape
+    opt_bytes: float | int = 0.0
+    grad_bytes: float | int = 0.0
+    zero: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A step to be planned.
+
+    Attributes:
+        works: the calls, in an order in which they may run.
+        roles: model -> its sizes and state.
+        edge_bytes: array -> bytes of all its rows, for arrays that cross edges.
+    """
+
+    works: tuple[Work, ...]
+    roles: Mapping[str, Role]
+    edge_bytes: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+
+    def work(self, name: str) -> Work:
+        """The call of this name."""
+        return next(w for w in self.works if w.name == name)
+
+    def home(self, model: str) -> Work:
+        """The call where a model lives: the one that trains it, else its first."""
+        mine = [w for w in self.works if w.model == model]
+        return next((w for w in mine if w.kind == "train"), mine[0])
+
+
+Plan = Mapping[str, Placement]

@@ -1,0 +1,315 @@
+"""Plans that people choose by rule: what a search starts from, and what it is measured against.
+
+Each rule says where calls run; how each is parallelised there is then chosen for it: its fastest
+candidate, and while memory is short, the cheapest step (seconds a byte) towards less.
+
+    all       every call on all devices, models whole on each
+    fsdp      every call on all devices, models sharded over all of them
+    symmetric every call on all devices, one strategy for all calls: the best one
+    colocated every call on all devices, each with its own strategy (HybridFlow's hybrid engine)
+    split     generation on all devices; calls that may run at once share them
+    halves    the actor's calls on one half, the others' on the other
+    disaggregated  generation on some devices, everything else on the rest: the best ratio
+    by model  models in groups with devices of their own: the best partition (HybridFlow, Alg. 1)
+    greedy    every call where it is fastest by itself (ReaL's first state)
+
+Mei et al. 2024, arXiv:2406.14088; Sheng et al. 2024, arXiv:2409.19256.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from jaxrl_eff.planner.bound import distances
+from jaxrl_eff.planner.choices import Choices, Judge, State
+from jaxrl_eff.planner.space import Slice, Strategy
+
+_REPAIRS = 64
+
+
+def heuristics(judge: Judge, over: Callable[[float], bool]) -> dict[str, State | str]:
+    """The best state of every rule, or why there is none.
+
+    Args:
+        judge: simulates.
+        over: whether a share (0 to 1) of what all rules together may take is used up; every rule
+            tries at least one state.
+    """
+    t = judge.table
+    rules: dict[str, Callable[[Choices], Iterator[State]]] = {
+        "all": lambda t: _uniform(t, [Strategy(1, t.cluster.devices, 1, 1)]),
+        "fsdp": lambda t: _uniform(t, [Strategy(1, 1, t.cluster.devices, 1)]),
+        "symmetric": lambda t: _uniform(t, None),
+        "colocated": lambda t: filter(None, [colocated(t)]),
+        "split": lambda t: _arranged(t, _split(t)),
+        "halves": lambda t: _arranged(t, _halves(t)),
+        "disaggregated": lambda t: _arranged(t, _disaggregated(t)),
+        "by model": lambda t: _arranged(t, _partitions(t)),
+        "greedy": _greedy,
+    }
+    out: dict[str, State | str] = {}
+    for nth, (name, rule) in enumerate(rules.items(), start=1):
+        same = name in ("all", "fsdp", "symmetric")
+        best, short, tried = None, float("inf"), False
+        for state in rule(t):
+            tried = True
+            found = repaired(judge, state, same_strategy=same)
+            score = judge(found)
+            short = min(short, score.over_bytes)
+            if score.fits and (best is None or score.seconds < judge(best).seconds):
+                best = found
+            if over(nth / len(rules)):
+                break
+        if best is not None:
+            out[name] = best
+        elif tried:
+            out[name] = f"does not fit: {short / 2**30:,.1f} GiB a device short"
+        else:
+            out[name] = "not possible: rows or models do not divide so"
+    return out
+
+
+def repaired(judge: Judge, state: State, *, same_strategy: bool = False) -> State:
+    """The state, changed while memory is short: each time what costs least a byte saved."""
+    t = judge.table
+    for _ in range(_REPAIRS):
+        score = judge(state)
+        if score.fits:
+            break
+        best, change = float("inf"), None
+        for call, (start, index) in enumerate(state):
+            now = t.all[call][index]
+            for i, c in enumerate(t.all[call]):
+                if c.count != now.count or (same_strategy and c.strategy != now.strategy):
+                    continue
+                saved = max(now.bytes - c.bytes, now.static_bytes - c.static_bytes)
+                if saved <= 1e-3 * score.over_bytes:
+                    continue
+                worse = max(c.bytes - now.bytes, c.static_bytes - now.static_bytes, 0.0)
+                rate = (max(c.seconds - now.seconds, 0.0) + 1e-9) / min(saved, score.over_bytes)
+                rate *= 1 + worse / saved
+                if worse < saved and rate < best:
+                    best, change = rate, (call, start, i)
+        if change is None:
+            break
+        call, start, i = change
+        tried = (*state[:call], (start, i), *state[call + 1 :])
+        if judge(tried).over_bytes >= score.over_bytes * (1 - 1e-6):
+            # Elsewhere lies what is short: take everything that this call could save, then others.
+            smaller = smallest(t, tried)
+            return smaller if judge(smaller).fits and not same_strategy else tried
+        state = tried
+    return state
+
+
+def smallest(t: Choices, state: State) -> State:
+    """On the same meshes, every call's candidate that holds least."""
+    out = []
+    for call, (start, _) in enumerate(state):
+        count = t.slice(call, state).count
+        fit = [i for i, c in enumerate(t.all[call]) if c.count == count]
+        out.append(
+            (start, min(fit, key=lambda i: (t.all[call][i].static_bytes, t.all[call][i].bytes)))
+        )
+    return tuple(out)
+
+
+def frugal(t: Choices) -> State:
+    """The state that holds least: every call on as many devices as there are, sharded most."""
+    out = []
+    for call in range(len(t.works)):
+        best = min(
+            range(len(t.all[call])),
+            key=lambda i: (
+                t.all[call][i].bytes,
+                t.all[call][i].static_bytes,
+                t.all[call][i].seconds,
+            ),
+        )
+        out.append((0, best))
+    return tuple(out)
+
+
+def colocated(t: Choices) -> State | None:
+    """Every call on all devices (or as many as it divides on), each as fast as it can be."""
+    return arrange(t, [_whole(t)] * len(t.works))
+
+
+def _whole(t: Choices) -> Slice:
+    return Slice(0, t.cluster.devices)
+
+
+def _uniform(t: Choices, allowed: Sequence[Strategy] | None) -> Iterator[State]:
+    """Every call on all devices with one strategy; models of a few numbers have none to choose."""
+    n, small = t.cluster.devices, 1000
+    first: list[dict[Strategy, int]] = []
+    for found, w in zip(t.all, t.works, strict=True):
+        if t.problem.roles[w.model].shape.params < small:
+            continue
+        by_strategy: dict[Strategy, int] = {}
+        for i, c in enumerate(found):
+            if c.count == n and not c.offload:
+                by_strategy.setdefault(c.strategy, i)
+        first.append(by_strategy)
+    rest = colocated(t)
+    for s in first[0] if first and rest is not None else ():
+        if (allowed is None or s in allowed) and all(s in found for found in first):
+            chosen = iter([found[s] for found in first])
+            yield tuple(
+                spot if t.problem.roles[w.model].shape.params < small else (0, next(chosen))
+                for spot, w in zip(rest, t.works, strict=True)
+            )
+
+
+def _greedy(t: Choices) -> Iterator[State]:
+    out = []
+    for call, kept in enumerate(t.kept):
+        every = [i for indices in kept.values() for i in indices]
+        out.append((0, min(every, key=lambda i: t.all[call][i].seconds)))
+    yield tuple(out)
+
+
+def _arranged(t: Choices, arrangements: Sequence[Sequence[Slice]] | Iterator) -> Iterator[State]:
+    """States of meshes by call: the fastest candidate on each; without one, none."""
+    for slices in arrangements:
+        state = arrange(t, slices)
+        if state is not None:
+            yield state
+
+
+def arrange(t: Choices, slices: Sequence[Slice]) -> State | None:
+    """The fastest candidate of every call on its mesh; a call that does not divide so takes the
+    largest mesh inside on which it does."""
+    out = []
+    for call, where in enumerate(slices):
+        inside = [
+            (count, start)
+            for count in t.kept[call]
+            if count <= where.count
+            for start in t.starts.get(count, ())
+            if where.start <= start and start + count <= where.stop
+        ]
+        if not inside:
+            return None
+        count = max(inside)[0]
+        start = min(s for n, s in inside if n == count)
+        out.append((start, t.kept[call][count][0]))
+    return tuple(out)
+
+
+def cuts(t: Choices) -> list[int]:
+    """Where the cluster may be cut in two, near halves first."""
+    c = t.cluster
+    found = set(range(c.per_host, c.devices, c.per_host))
+    size = 1
+    while size < c.per_host:
+        found |= {size, c.devices - size}
+        size *= 2
+    return sorted((k for k in found if 0 < k < c.devices), key=lambda k: abs(2 * k - c.devices))
+
+
+def _two(t: Choices, first: Callable[[int], bool]) -> Iterator[list[Slice]]:
+    """Calls for which `first` holds on [0, k), the others on [k, G), for every cut k."""
+    n = t.cluster.devices
+    for k in cuts(t):
+        yield [Slice(0, k) if first(i) else Slice(k, n - k) for i in range(len(t.works))]
+
+
+def _disaggregated(t: Choices) -> Iterator[list[Slice]]:
+    if any(w.kind == "generate" for w in t.works) and t.cluster.devices > 1:
+        yield from _two(t, lambda i: t.works[i].kind == "generate")
+
+
+def _halves(t: Choices) -> Iterator[list[Slice]]:
+    if t.cluster.devices > 1 and any(w.model != "actor" for w in t.works):
+        half, rest = Slice(0, t.cluster.devices // 2), t.cluster.devices // 2
+        yield [half if w.model == "actor" else Slice(half.stop, rest) for w in t.works]
+
+
+def _split(t: Choices) -> Iterator[list[Slice]]:
+    """Calls that do not wait for each other side by side, in shares of their work."""
+    far = distances(t.problem)
+    groups: list[list[int]] = []
+    for i, w in enumerate(t.works):
+        for g in groups:
+            names = [t.works[j].name for j in g]
+            waits = any(min(far[w.name, n], far[n, w.name]) == 0 for n in names)
+            if not waits and t.works[g[0]].kind == w.kind:
+                g.append(i)
+                break
+        else:
+            groups.append([i])
+    for together in ((), ("generate",), ("generate", "infer"), ("generate", "train")):
+        slices = [_whole(t)] * len(t.works)
+        for g in groups:
+            if t.works[g[0]].kind not in together:
+                for i, where in zip(g, shares(t, g), strict=True):
+                    slices[i] = where
+        yield slices
+
+
+def shares(t: Choices, calls: Sequence[int]) -> list[Slice]:
+    """The cluster cut into legal meshes, one a call, about in proportion to the calls' work."""
+    if len(calls) == 1:
+        return [_whole(t)]
+    work = [min(c.seconds * c.count for c in t.all[i]) or 1e-12 for i in calls]
+    best, out = float("inf"), [_whole(t)] * len(calls)
+    for sizes in _tilings(t, len(calls)):
+        # Large shares go to large calls.
+        order = sorted(range(len(calls)), key=lambda j: -work[j])
+        sized = dict(zip(order, sorted(sizes, key=lambda s: -s.count), strict=True))
+        longest = max(work[j] / sized[j].count for j in range(len(calls)))
+        if longest < best:
+            best, out = longest, [sized[j] for j in range(len(calls))]
+    return out
+
+
+def _tilings(t: Choices, parts: int, most: int = 512) -> list[list[Slice]]:
+    """Ways to cut the cluster into so many legal meshes, the first ones largest."""
+    starts = {n: set(s) for n, s in t.starts.items()}
+    out: list[list[Slice]] = []
+
+    def cut(start: int, left: int, cap: int, path: list[Slice]) -> None:
+        if len(out) >= most:
+            return
+        rest = t.cluster.devices - start
+        if left == 1:
+            if rest <= cap and start in starts.get(rest, ()):
+                out.append([*path, Slice(start, rest)])
+            return
+        for n in sorted(starts, reverse=True):
+            if n <= min(cap, rest - 1) and n * left >= rest and start in starts[n]:
+                cut(start + n, left - 1, n, [*path, Slice(start, n)])
+
+    cut(0, parts, t.cluster.devices, [])
+    return out
+
+
+def _partitions(t: Choices) -> Iterator[list[Slice]]:
+    """Set partitions of the models; each set on devices of its own."""
+    models = list(dict.fromkeys(w.model for w in t.works))
+    for partition in sorted(_set_partitions(models), key=len):
+        if len(partition) == 1:
+            continue
+        groups = [[i for i, w in enumerate(t.works) if w.model in g] for g in partition]
+        work = [sum(min(c.seconds * c.count for c in t.all[i]) for i in g) for g in groups]
+        order = sorted(range(len(groups)), key=lambda j: -work[j])
+        tilings = _tilings(t, len(groups))
+        share = [work[j] / (sum(work) or 1.0) * t.cluster.devices for j in order]
+        tilings.sort(key=lambda ss: sum(abs(s.count - x) for s, x in zip(ss, share, strict=True)))
+        for sizes in tilings[:4]:
+            slices: list[Slice] = [_whole(t)] * len(t.works)
+            for j, where in zip(order, sizes, strict=True):
+                for i in groups[j]:
+                    slices[i] = where
+            yield slices
+
+
+def _set_partitions(items: Sequence) -> list[list[list]]:
+    if not items:
+        return [[]]
+    first, rest = items[0], items[1:]
+    out = []
+    for partition in _set_partitions(rest):
+        out.append([[first], *partition])
+        for i in range(len(partition)):
+            out.append([*partition[:i], [first, *partition[i]], *partition[i + 1 :]])
+    return out

@@ -1,0 +1,447 @@
+"""The schedule of a plan: when each call, reallocation and transfer runs, step after step.
+
+List scheduling over unrolled iterations, as ReaL's simulator (Mei et al. 2024, arXiv:2406.14088):
+of what is ready, what was ready first begins as soon as its devices are free. Beyond it:
+
+- a reallocation takes the devices of both placements, and is priced for that pair;
+- a transfer delays its reader, and one over the network takes the network cards of both sides, so
+  that transfers through one card wait for each other;
+- a call of staleness s may use the weights of s updates ago: the version edge begins at iteration
+  i - 1 - s, and s = 0 is synchronous training;
+- the time of a step is the slope of the ends of iterations, not an end divided by their number;
+- simulated devices that share cores slow each other down (`Cluster.shared_compute`).
+
+`Simulator` keeps every price it has worked out, so that a search can ask for many plans.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jaxrl_eff.parallel.mesh import Placement
+from jaxrl_eff.planner import cost, scheduling
+from jaxrl_eff.planner.cost import NONE, Corrections, Cost
+from jaxrl_eff.planner.hardware import Cluster
+from jaxrl_eff.planner.problem import Plan, Problem
+from jaxrl_eff.planner.scheduling import Edge, Node
+
+WARMUP = 2
+# Schedules may settle into a pattern of 2 iterations, with stale weights of up to 4.
+ITERATIONS, STALE_ITERATIONS = 6, 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """One node of the schedule; seconds.
+
+    Attributes:
+        name: a call, "model->call" (reallocation) or "call->call" (transfer).
+        kind: as of the call, or "realloc" or "move".
+    """
+
+    name: str
+    iteration: int
+    devices: tuple[int, ...]
+    start: float | int
+    end: float | int
+    kind: str
+
+
+class Group(NamedTuple):
+    """Devices that hold and run the same; bytes of one of them."""
+
+    devices: tuple[int, ...]
+    static_bytes: float
+    active_bytes: float
+    busiest: str
+
+    @property
+    def bytes(self) -> float:
+        return self.static_bytes + self.active_bytes
+
+
+class Score(NamedTuple):
+    """What a search compares.
+
+    Attributes:
+        seconds: of a step in the steady state.
+        over_bytes: by how much the fullest device exceeds its memory; 0 if all fits.
+        peak_bytes: of the fullest device.
+    """
+
+    seconds: float | int
+    over_bytes: float | int
+    peak_bytes: float | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A plan's simulated run.
+
+    Attributes:
+        seconds, over_bytes, peak_bytes: see `Score`.
+        spans: of all simulated iterations, by start.
+        groups: memory by devices that are alike.
+        costs: call -> its price.
+        edges: reallocation or transfer -> seconds, those that take any.
+    """
+
+    seconds: float | int
+    over_bytes: float | int
+    peak_bytes: float | int
+    spans: tuple[Span, ...]
+    groups: tuple[Group, ...]
+    costs: Mapping[str, Cost]
+    edges: Mapping[str, float | int]
+
+    def steady(self) -> tuple[Span, ...]:
+        """The spans of one iteration in the steady state, from its first start."""
+        middle = [s for s in self.spans if s.iteration == WARMUP]
+        begin = min(s.start for s in middle)
+        return tuple(
+            dataclasses.replace(s, start=s.start - begin, end=s.end - begin) for s in middle
+        )
+
+
+def realloc_name(model: str, call: str) -> str:
+    """How corrections and spans call the reallocation of a model for a call."""
+    return f"{model}->{call}"
+
+
+def move_name(writer: str, reader: str) -> str:
+    """How corrections and spans call the transfer of all arrays from one call to another."""
+    return f"{writer}->{reader}"
+
+
+class _Site(NamedTuple):
+    """A placement as the simulator knows it."""
+
+    index: int
+    placement: Placement
+    mask: int  # bit d: device d
+    nics: int  # bit devices + h: the network cards of domain h
+    layout: int  # equal for placements with equal layouts of parameters
+
+
+class Simulator:
+    """Prices and schedules plans of one problem on one cluster.
+
+    Args:
+        iterations: over how many the slope is taken, after warm-up; 0: 6, or 12 if a call may use
+            stale weights.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        cluster: Cluster,
+        corrections: Corrections = NONE,
+        *,
+        iterations: int = 0,
+    ):
+        self.problem, self.cluster, self.corrections = problem, cluster, corrections
+        works = problem.works
+        self._names = [w.name for w in works]
+        at = {name: i for i, name in enumerate(self._names)}
+        writer = {k: i for i, w in enumerate(works) for k in w.writes}
+        self._reads: list[list[tuple[int, float]]] = []
+        for w in works:
+            carried: dict[int, float] = {}
+            for k in w.reads:
+                if k in writer:
+                    carried[writer[k]] = carried.get(writer[k], 0.0) + problem.edge_bytes.get(k, 0)
+            self._reads.append(list(carried.items()))
+        models = dict.fromkeys(w.model for w in works if w.model)
+        self._home = {m: at[problem.home(m).name] for m in models}
+        self._trains = {
+            m: [i for i, w in enumerate(works) if w.model == m and w.kind == "train"]
+            for m in models
+        }
+        anchor = next((i for i, w in enumerate(works) if w.kind == "train"), 0)
+        self._anchor = next((i for i in (anchor, *range(len(works))) if works[i].model), anchor)
+        stale = max((w.staleness for w in works), default=0)
+        self._warm, self._stale = WARMUP + stale, stale
+        iterations = iterations or (STALE_ITERATIONS if stale else ITERATIONS)
+        # With staleness s the order of calls may repeat only every s + 1 iterations.
+        steps = iterations or (STALE_ITERATIONS if stale else ITERATIONS)
+        self._slope = -(-steps // (stale + 1)) * (stale + 1)
+        # More than are measured, so that the last have followers that compete for devices.
+        self._count = self._warm + self._slope + 1 + stale
+        self._host_bit = 1 << (cluster.devices + cluster.devices // cluster.domain)
+        self._sites: dict[int, _Site] = {}
+        self._by_value: dict[Placement, _Site] = {}
+        self._alive: list[Placement] = []
+        self._layouts: dict[tuple, int] = {}
+        self._costs: list[dict[int, Cost]] = [{} for _ in works]
+        self._prices: dict[tuple, tuple[float, bool]] = {}
+        self._overlapping: dict[tuple[int, ...], list[list[int]]] = {}
+
+    # Prices
+
+    def cost(self, call: str, placement: Placement) -> Cost:
+        """The call's price there; see `cost.call_cost`."""
+        return self._cost(self._names.index(call), self._site(placement))
+
+    def _site(self, p: Placement) -> _Site:
+        found = self._sites.get(id(p))
+        if found is not None:
+            return found
+        site = self._by_value.get(p)
+        if site is None:
+            mask = sum(1 << d for d in p.devices)
+            domain, n = self.cluster.domain, self.cluster.devices
+            if max(p.devices) >= n:
+                raise ValueError(
+                    f"the placement names device {max(p.devices)}, but {self.cluster.name} has "
+                    f"{n}, 0 to {n - 1}."
+                )
+            nics = sum(1 << (n + h) for h in {d // domain for d in p.devices})
+            layout = self._layouts.setdefault(cost.layout(p), len(self._layouts))
+            site = _Site(len(self._by_value), p, mask, nics, layout)
+            self._by_value[p] = site
+        if id(p) != id(site.placement):
+            if len(self._alive) > 1_000_000:
+                self._sites.clear()
+                self._alive.clear()
+            self._alive.append(p)  # an id means something only while its object lives
+        self._sites[id(p)] = site
+        return site
+
+    def _cost(self, i: int, site: _Site) -> Cost:
+        found = self._costs[i].get(site.index)
+        if found is None:
+            work = self.problem.works[i]
+            found = cost.call_cost(
+                self.problem, work, site.placement, self.cluster, self.corrections
+            )
+            self._costs[i][site.index] = found
+        return found
+
+    def _realloc(self, i: int, source: _Site, target: _Site) -> float:
+        """Seconds to bring the model of call i from `source`, its home, to `target`."""
+        key = (i, source.layout, target.layout)
+        found = self._prices.get(key)
+        if found is None:
+            work = self.problem.works[i]
+            seconds = cost.realloc_cost(
+                self.problem, work.model, source.placement, target.placement, self.cluster
+            )
+            name = realloc_name(work.model, work.name)
+            found = self._prices[key] = (seconds * self.corrections.edge(name, "realloc"), True)
+        return found[0]
+
+    def _move(self, j: int, i: int, bytes_: float | int, source: _Site, target: _Site):
+        """Seconds to bring what call j wrote to call i, and whether that takes network cards."""
+        key = (j, i, source.index, target.index)
+        found = self._prices.get(key)
+        if found is None:
+            a, b = source.placement, target.placement
+            seconds = cost.move_cost(bytes_, a, b, self.cluster)
+            name = move_name(self._names[j], self._names[i])
+            found = self._prices[key] = (
+                seconds * self.corrections.edge(name, "move"),
+                seconds > 0 and cost.crosses(a, b, self.cluster),
+            )
+        return found
+
+    # The graph of one iteration
+
+    def _placed(self, plan: Plan) -> list[_Site]:
+        default, out = None, []
+        for w in self.problem.works:
+            p = plan.get(w.name)
+            if p is None:
+                if w.kind != "local":
+                    raise ValueError(f"the plan has no placement for {w.name}; it has {[*plan]}.")
+                default = default or plan[self._names[self._anchor]]
+                p = default
+            out.append(self._sites.get(id(p)) or self._site(p))
+        return out
+
+    def _graph(self, sites: list[_Site]) -> tuple[list[Node], list[Edge]]:
+        """Nodes and edges of one iteration: calls first, in the problem's order."""
+        works, nodes, edges = self.problem.works, [], []
+        for i, w in enumerate(works):
+            site = sites[i]
+            mask = self._host_bit if w.host else site.mask
+            nodes.append(
+                Node(w.name, w.kind, self._cost(i, site).seconds, mask, site.placement.devices)
+            )
+        brought: dict[tuple[str, int, int], int] = {}
+        for i, w in enumerate(works):
+            site = sites[i]
+            for j, bytes_ in self._reads[i]:
+                other = sites[j]
+                if other is site:
+                    edges.append(Edge(j, i, 0, 0.0))
+                    continue
+                seconds, crosses = self._move(j, i, bytes_, other, site)
+                if not crosses:
+                    edges.append(Edge(j, i, 0, seconds))
+                    continue
+                name = move_name(works[j].name, w.name)
+                devices = (*other.placement.devices, *site.placement.devices)
+                nodes.append(Node(name, "move", seconds, other.nics | site.nics, devices))
+                edges += [Edge(j, len(nodes) - 1, 0, 0.0), Edge(len(nodes) - 1, i, 0, 0.0)]
+            trains = self._trains.get(w.model) if w.model else None
+            if not trains:
+                continue
+            if w.kind == "train":
+                k = trains.index(i)
+                edges.append(Edge(trains[k - 1], i, 0 if k else 1, 0.0))
+                continue
+            edges.append(Edge(i, trains[0], 0, 0.0))  # the update may reuse the weights' memory
+            source, lag = sites[self._home[w.model]], 1 + w.staleness
+            if source.layout == site.layout:
+                edges.append(Edge(trains[-1], i, lag, 0.0))
+                continue
+            node = brought.get((w.model, site.layout, lag))
+            if node is None:
+                seconds = self._realloc(i, source, site)
+                mask = source.mask | site.mask
+                if source.nics != site.nics:
+                    mask |= source.nics | site.nics
+                name = realloc_name(w.model, w.name)
+                devices = tuple(dict.fromkeys((*source.placement.devices, *site.placement.devices)))
+                node = brought[w.model, site.layout, lag] = len(nodes)
+                nodes.append(Node(name, "realloc", seconds, mask, devices))
+                edges.append(Edge(trains[-1], node, lag, 0.0))
+            edges.append(Edge(node, i, 0, 0.0))
+        return nodes, edges
+
+    # Schedules
+
+    def _overlaps(self, masks: tuple[int, ...]) -> list[list[int]]:
+        found = self._overlapping.get(masks)
+        if found is None:
+            found = [[j for j, b in enumerate(masks) if a & b] for a in masks]
+            if len(self._overlapping) > 100_000:
+                self._overlapping.clear()
+            self._overlapping[masks] = found
+        return found
+
+    def _times(self, nodes: list[Node], edges: list[Edge]) -> tuple[list[float], list[float]]:
+        """Starts and ends: node k of iteration i at i * len(nodes) + k."""
+        if self.cluster.shared_compute:
+            return scheduling.sharing(nodes, edges, self._count, self.cluster)
+        return scheduling.exclusive(nodes, edges, self._count, self._overlaps)
+
+    def _cycle(self, end: list[float], nodes: list[Node]) -> float:
+        last, size = self._warm + self._slope, len(nodes)
+        a, b = (max(end[i * size : (i + 1) * size]) for i in (self._warm - 1, last - 1))
+        slope = (b - a) / self._slope
+        if not self._stale:
+            return slope
+        # Asynchronous schedules may repeat more slowly than the window is long; but no device can
+        # do in a step more than a step's seconds.
+        parts: list[tuple[int, float]] = [(-1, 0.0)]
+        for n in nodes:
+            cut = [(p & n.mask, load + n.seconds) for p, load in parts if p & n.mask]
+            parts = cut + [(p & ~n.mask, load) for p, load in parts if p & ~n.mask]
+        return max(slope, *(load for _, load in parts))
+
+    def _memory(self, sites: list[_Site]) -> list[tuple[int, float, float, str]]:
+        """(mask, static, active, busiest call) of every group of devices that are alike."""
+        held: dict[tuple, tuple[int, float]] = {}
+        active: list[tuple[int, float, str]] = []
+        for i, w in enumerate(self.problem.works):
+            if w.model is None:
+                continue
+            site, price = sites[i], self._cost(i, sites[i])
+            key = (w.model, site.layout)
+            if key not in held or held[key][1] < price.static_bytes:
+                held[key] = (site.mask, price.static_bytes)
+            more = price.active_bytes
+            active.append((site.mask, more, w.name))
+            source = sites[self._home[w.model]]
+            if source.layout != site.layout and self._trains[w.model]:
+                extra = cost.realloc_bytes(self.problem, w.model, source.placement, site.placement)
+                active.append((site.mask, extra, realloc_name(w.model, w.name)))
+        groups = [(1 << self.cluster.devices) - 1]
+        for mask in dict.fromkeys(m for m, *_ in active):
+            groups = [part for g in groups for part in (g & mask, g & ~mask) if part]
+        out = []
+        for g in groups:
+            most, name = 0.0, ""
+            for mask, bytes_, call in active:
+                if mask & g and bytes_ >= most:
+                    most, name = bytes_, call
+            static = sum(bytes_ for mask, bytes_ in held.values() if mask & g)
+            if name:
+                out.append((g, static, most, name))
+        return out
+
+    def _best(self, nodes: list[Node], edges: list[Edge]):
+        """Seconds of a step, starts and ends.
+
+        A call that may use stale weights may also use fresher ones, and a list schedule can lose
+        by having more to choose from: every staleness up to the one allowed is tried.
+        """
+        found = []
+        for stale in range(self._stale, -1, -1):
+            now = edges
+            if stale < self._stale:
+                now = [e if e.lag <= 1 + stale else e._replace(lag=1 + stale) for e in edges]
+            start, end = self._times(nodes, now)
+            found.append((self._cycle(end, nodes), start, end))
+        return min(found, key=lambda x: x[0]) if len(found) > 1 else found[0]
+
+    def score(self, plan: Plan) -> Score:
+        """The plan's time and memory, and nothing else: for searching."""
+        sites = self._placed(plan)
+        seconds, _, _ = self._best(*self._graph(sites))
+        peak = max(static + active for _, static, active, _ in self._memory(sites))
+        return Score(seconds, max(0.0, peak - self.cluster.memory_bytes), peak)
+
+    def run(self, plan: Plan) -> Schedule:
+        """The plan's schedule.
+
+        Raises:
+            ValueError: a call has no placement, or a device does not exist.
+        """
+        sites = self._placed(plan)
+        nodes, edges = self._graph(sites)
+        seconds, start, end = self._best(nodes, edges)
+        spans = [
+            Span(n.name, i, n.devices, start[i * len(nodes) + k], end[i * len(nodes) + k], n.kind)
+            for i in range(self._count)
+            for k, n in enumerate(nodes)
+        ]
+        groups = tuple(
+            Group(_devices(mask), static, active, name)
+            for mask, static, active, name in self._memory(sites)
+        )
+        peak = max(g.bytes for g in groups)
+        priced = {n.name: n.seconds for n in nodes if n.kind in ("realloc", "move")}
+        for e in edges:
+            if e.delay:
+                priced[move_name(nodes[e.writer].name, nodes[e.reader].name)] = e.delay
+        return Schedule(
+            seconds=seconds,
+            over_bytes=max(0.0, peak - self.cluster.memory_bytes),
+            peak_bytes=peak,
+            spans=tuple(sorted(spans, key=lambda s: (s.start, s.end, s.iteration))),
+            groups=groups,
+            costs={n: self._cost(i, sites[i]) for i, n in enumerate(self._names)},
+            edges=priced,
+        )
+
+
+def simulate(
+    problem: Problem,
+    plan: Plan,
+    cluster: Cluster,
+    corrections: Corrections = NONE,
+    *,
+    iterations: int = 0,
+) -> Schedule:
+    """One plan's schedule; `Simulator` is quicker for many.
+
+    Raises:
+        ValueError: a call has no placement, or a device does not exist.
+    """
+    return Simulator(problem, cluster, corrections, iterations=iterations).run(plan)
+
+
+def _devices(mask: int) -> tuple[int, ...]:
+    return tuple(d for d in range(mask.bit_length()) if mask >> d & 1)
