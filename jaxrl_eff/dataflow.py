@@ -90,6 +90,7 @@ class Step:
         timeline: seconds of the calls of the last steps, measured without waiting.
         notes: what the sharding left whole, by call.
         operations: everything that a step does, in its order; known once checked.
+        built: the calls of this process are compiled.
         whole_batches: every process must bring whole batches rather than its own rows of them;
             known once checked.
     """
@@ -109,6 +110,7 @@ class Step:
         self.notes = {c.name: self._rules[c.name].notes for c in self.calls}
         self.operations: tuple[Operation, ...] = ()
         self.whole_batches = False
+        self.built = False
         self._routes: dict[str, Route] = {}  # by operation
         self._programs: dict[str, Any] = {}
         self._signature: Any = None
@@ -118,11 +120,6 @@ class Step:
             for name, spec in specs.items()
             if name in graph.models
         }
-
-    @property
-    def built(self) -> bool:
-        """Whether the calls are compiled."""
-        return bool(self._programs)
 
     # Layouts
 
@@ -266,7 +263,12 @@ class Step:
                 c.name: pool.submit(self._lower(c).compile, self._options(c))
                 for c in sorted(device, key=lambda c: _SLOWEST.index(c.kind))
             }
+            routes = [pool.submit(route.compile) for route in self._routes.values()]
             self._programs = {c.name: started[c.name].result() for c in device}
+            for route in routes:
+                route.result()
+        self.built = True
+        operations.meet("compiled")
         return self
 
     def _options(self, c: Call) -> dict[str, Any]:
@@ -401,8 +403,7 @@ class Step:
             mine = _processes(replicated(self.plan[c.name]))
             out.append(Operation("call", c.name, c.name, mine))
             if not c.host and len(mine) < jax.process_count():
-                everyone = tuple(range(jax.process_count()))
-                out.append(Operation("tell", f"metrics of {c.name}", c.name, everyone))
+                out.append(self._telling(c))
         turn = {c.name: i for i, c in enumerate(self.calls)}
         uses = [(slot, call) for (call, _), slot in self._slots.items()]
         uses += [(k, op.call) for op in out if op.kind == "move" for k in op.arrays]
@@ -433,6 +434,14 @@ class Step:
         home = self.plan[self.graph.home(c.of).name]
         touched = _processes(replicated(home), replicated(self.plan[c.name]))
         return Operation(kind, f"{c.of}->{c.name}", c.name, touched)
+
+    def _telling(self, c: Call) -> Operation:
+        """A call's metrics to every process."""
+        name, numbers = f"metrics of {c.name}", self._numbers[c.name]
+        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.plan[c.name]))
+        target = dict.fromkeys(numbers, replicated(_everywhere()))
+        self._routes[name] = Route(dict.fromkeys(numbers, number), target)
+        return Operation("tell", name, c.name, tuple(range(jax.process_count())))
 
     def _layout(self, c: Call) -> Any:
         return c.of, self.plan[c.name], self._rules[c.name].table
@@ -469,7 +478,7 @@ class Step:
             models after the step; the arrays named by `keep`; metrics `call/name`, scalars on the
             device. Nothing is waited for, except where a host call needs numbers.
         """
-        if not self._programs:
+        if not self.built:
             self._check_single_process()
             self.build(batch)
         words = _words(key)
@@ -552,21 +561,22 @@ class Step:
         mine = {
             k: metrics[k] if k in metrics else arrays.absent(number) for k in self._numbers[c.name]
         }
-        name = f"metrics of {c.name}"
-        if name not in self._routes:
-            target = dict.fromkeys(mine, replicated(_everywhere()))
-            self._routes[name] = Route(dict.fromkeys(mine, number), target)
-        return self._routes[name](mine)
+        return self._routes[f"metrics of {c.name}"](mine)
 
     def shown(self, data: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Kept arrays, of which the first process has at least a part. Every process must call."""
-        out = dict(data)
+        """Kept arrays with rows in every process. Every process must call.
+
+        Each process's own rows where all have some of every array, otherwise all rows in all.
+        """
+        count = jax.process_count()
+        if all(len(_processes(v.sharding)) == count for v in data.values()):
+            return dict(data)
+        out = {}
         for k, v in data.items():
-            if 0 not in _processes(v.sharding):
-                name = f"{k} to everybody"
-                if name not in self._routes:
-                    self._routes[name] = Route({k: v}, {k: replicated(_everywhere())})
-                out |= self._routes[name]({k: v})
+            name = f"{k} to everybody"
+            if name not in self._routes:
+                self._routes[name] = Route({k: v}, {k: replicated(_everywhere())})
+            out |= self._routes[name]({k: v})
         return out
 
     def plan_table(self) -> dict[str, dict[str, Any]]:

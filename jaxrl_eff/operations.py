@@ -85,6 +85,16 @@ def check_order(projections: Mapping[int, Sequence[Operation]]) -> None:
         ) from None
 
 
+def meet(key: str, *, seconds: int = 1800) -> None:
+    """Waits for all processes. Collectives that start together then find each other in time."""
+    import jax
+
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * seconds)
+
+
 def digest(operations: Sequence[Operation]) -> np.ndarray:
     """`[n, 2]` uint32: one row an operation, equal for equal ones."""
     rows = [

@@ -276,7 +276,7 @@ def _bucket(
                 without = tuple(d for d in devices if d not in held_by[i])
                 if without:
                     lacking.setdefault((without, (shapes[i], dtypes[i])), []).append(i)
-            held_by |= dict.fromkeys(mine, set(devices))
+            held_by |= {i: set(devices) for i in mine}
             for steps, same in groups.items():
                 leaves = []
                 for i in same:

@@ -206,16 +206,22 @@ def cuts(t: Choices) -> list[int]:
     return sorted((k for k in found if 0 < k < c.devices), key=lambda k: abs(2 * k - c.devices))
 
 
-def _two(t: Choices, first: Callable[[int], bool]) -> Iterator[list[Slice]]:
-    """Calls for which `first` holds on [0, k), the others on [k, G), for every cut k."""
-    n = t.cluster.devices
-    for k in cuts(t):
-        yield [Slice(0, k) if first(i) else Slice(k, n - k) for i in range(len(t.works))]
-
-
 def _disaggregated(t: Choices) -> Iterator[list[Slice]]:
-    if any(w.kind == "generate" for w in t.works) and t.cluster.devices > 1:
-        yield from _two(t, lambda i: t.works[i].kind == "generate")
+    """Generation on [0, k), all else on [k, G): each on all of that, or side by side."""
+    generates = [w.kind == "generate" for w in t.works]
+    if not any(generates) or all(generates) or t.cluster.devices == 1:
+        return
+    others = [g for g in _together(t) if not generates[g[0]]]
+    for k in cuts(t):
+        rest = Slice(k, t.cluster.devices - k)
+        slices = [Slice(0, k) if first else rest for first in generates]
+        yield slices
+        beside = slices.copy()
+        for g in others:
+            for i, where in zip(g, shares(t, g, rest), strict=True):
+                beside[i] = where
+        if beside != slices:
+            yield beside
 
 
 def _halves(t: Choices) -> Iterator[list[Slice]]:
@@ -224,8 +230,8 @@ def _halves(t: Choices) -> Iterator[list[Slice]]:
         yield [half if w.model == "actor" else Slice(half.stop, rest) for w in t.works]
 
 
-def _split(t: Choices) -> Iterator[list[Slice]]:
-    """Calls that do not wait for each other side by side, in shares of their work."""
+def _together(t: Choices) -> list[list[int]]:
+    """Calls by groups of one kind that do not wait for each other in a step."""
     far = distances(t.problem)
     groups: list[list[int]] = []
     for i, w in enumerate(t.works):
@@ -237,40 +243,45 @@ def _split(t: Choices) -> Iterator[list[Slice]]:
                 break
         else:
             groups.append([i])
-    for together in ((), ("generate",), ("generate", "infer"), ("generate", "train")):
+    return groups
+
+
+def _split(t: Choices) -> Iterator[list[Slice]]:
+    """Calls that do not wait for each other side by side, in shares of their work."""
+    groups = _together(t)
+    for whole in ((), ("generate",), ("generate", "infer"), ("generate", "train")):
         slices = [_whole(t)] * len(t.works)
         for g in groups:
-            if t.works[g[0]].kind not in together:
-                for i, where in zip(g, shares(t, g), strict=True):
+            if t.works[g[0]].kind not in whole:
+                for i, where in zip(g, shares(t, g, _whole(t)), strict=True):
                     slices[i] = where
         yield slices
 
 
-def shares(t: Choices, calls: Sequence[int]) -> list[Slice]:
-    """The cluster cut into legal meshes, one a call, about in proportion to the calls' work."""
-    if len(calls) == 1:
-        return [_whole(t)]
+def shares(t: Choices, calls: Sequence[int], where: Slice) -> list[Slice]:
+    """A run of devices cut into legal meshes, one a call, about in proportion to their work; all
+    of it for each call if it cannot be cut so."""
+    best, out = float("inf"), [where] * len(calls)
     work = [min(c.seconds * c.count for c in t.all[i]) or 1e-12 for i in calls]
-    best, out = float("inf"), [_whole(t)] * len(calls)
-    for sizes in _tilings(t, len(calls)):
+    order = sorted(range(len(calls)), key=lambda j: -work[j])
+    for sizes in tilings(t, len(calls), where):
         # Large shares go to large calls.
-        order = sorted(range(len(calls)), key=lambda j: -work[j])
         sized = dict(zip(order, sorted(sizes, key=lambda s: -s.count), strict=True))
-        longest = max(work[j] / sized[j].count for j in range(len(calls)))
+        longest = max(work[j] / sized[j].count for j in order)
         if longest < best:
             best, out = longest, [sized[j] for j in range(len(calls))]
     return out
 
 
-def _tilings(t: Choices, parts: int, most: int = 512) -> list[list[Slice]]:
-    """Ways to cut the cluster into so many legal meshes, the first ones largest."""
+def tilings(t: Choices, parts: int, where: Slice, most: int = 512) -> list[list[Slice]]:
+    """Ways to cut a run of devices into so many legal meshes, none larger than those before."""
     starts = {n: set(s) for n, s in t.starts.items()}
     out: list[list[Slice]] = []
 
     def cut(start: int, left: int, cap: int, path: list[Slice]) -> None:
         if len(out) >= most:
             return
-        rest = t.cluster.devices - start
+        rest = where.stop - start
         if left == 1:
             if rest <= cap and start in starts.get(rest, ()):
                 out.append([*path, Slice(start, rest)])
@@ -279,7 +290,7 @@ def _tilings(t: Choices, parts: int, most: int = 512) -> list[list[Slice]]:
             if n <= min(cap, rest - 1) and n * left >= rest and start in starts[n]:
                 cut(start + n, left - 1, n, [*path, Slice(start, n)])
 
-    cut(0, parts, t.cluster.devices, [])
+    cut(where.start, parts, where.count, [])
     return out
 
 
@@ -292,10 +303,10 @@ def _partitions(t: Choices) -> Iterator[list[Slice]]:
         groups = [[i for i, w in enumerate(t.works) if w.model in g] for g in partition]
         work = [sum(min(c.seconds * c.count for c in t.all[i]) for i in g) for g in groups]
         order = sorted(range(len(groups)), key=lambda j: -work[j])
-        tilings = _tilings(t, len(groups))
+        found = tilings(t, len(groups), _whole(t))
         share = [work[j] / (sum(work) or 1.0) * t.cluster.devices for j in order]
-        tilings.sort(key=lambda ss: sum(abs(s.count - x) for s, x in zip(ss, share, strict=True)))
-        for sizes in tilings[:4]:
+        found.sort(key=lambda ss: sum(abs(s.count - x) for s, x in zip(ss, share, strict=True)))
+        for sizes in found[:4]:
             slices: list[Slice] = [_whole(t)] * len(t.works)
             for j, where in zip(order, sizes, strict=True):
                 for i in groups[j]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_eff.parallel.mesh import Placement
+from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.planner.problem import Problem, Shape, Work
 
 TENSOR = (1, 2, 4, 8)
@@ -50,7 +51,7 @@ class Strategy(NamedTuple):
     tensor: int
 
 
-def meshes(cluster: Any, smallest: int = 1) -> tuple[Slice, ...]:
+def meshes(cluster: Cluster, smallest: int = 1) -> tuple[Slice, ...]:
     """Every legal mesh with at least `smallest` devices, small ones first."""
     out, size = [], 1
     while size < cluster.per_host:
@@ -190,7 +191,7 @@ def placement(where: Slice, s: Strategy, microbatches: int = 1, offload: str = "
 def candidates(
     problem: Problem,
     work: Work,
-    cluster: Any,
+    cluster: Cluster,
     price: Callable[[Work, Placement], Any],
     *,
     smallest: int = 1,

@@ -61,14 +61,16 @@ def planned(n, net, nbytes=1e9):
 
 
 def measure(n, every=1, small=0):
-    """(nu planned, nu compiled, largest array over the largest shard) of every k-th pair.
+    """(nu planned, nu compiled, largest array, temporaries) of every k-th pair.
+
+    Bytes of the largest array and of all temporaries are over those of the largest shard.
 
     `small`: bytes below which messages are joined, which makes arrays larger than a shard.
     """
     rng = np.random.default_rng(0)
     values = {
-        "matrix": rng.standard_normal((2 * n, 4 * n)).astype(jnp.bfloat16),
-        "layers": rng.standard_normal((3, 2 * n, n)).astype(np.float32),
+        "matrix": rng.standard_normal((16 * n, 16 * n)).astype(jnp.bfloat16),
+        "layers": rng.standard_normal((3, 8 * n, 8 * n)).astype(np.float32),
     }
     out = []
     spmd.SMALL["cpu"] = small
@@ -85,8 +87,13 @@ def measure(n, every=1, small=0):
             assert np.array_equal(np.asarray(moved[k]), value), (a, b, k)
         shards = [x.addressable_shards[0].data.nbytes for x in (*tree.values(), *moved.values())]
         largest = max(map(wire.largest, route.programs()), default=0)
-        out.append((plan.nu, real.nu, largest / max(shards)))
+        temporary = max((_temporary(p) for p in route.programs()), default=0)
+        out.append((plan.nu, real.nu, largest / max(shards), temporary / max(shards)))
     return out
+
+
+def _temporary(program):
+    return program.memory_analysis().temp_size_in_bytes
 
 
 def plans(sizes):

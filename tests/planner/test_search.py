@@ -311,7 +311,7 @@ def test_cuts_and_tilings_fill_the_cluster():
         table = choices(grpo(rows=96), parse(name), corrections=NONE)
         legal = set(space.meshes(parse(name)))
         for parts in (2, 3, 4):
-            for tiling in seeds._tilings(table, parts):
+            for tiling in seeds.tilings(table, parts, space.Slice(0, table.cluster.devices)):
                 assert set(tiling) <= legal
                 assert sorted(d for s in tiling for d in s.devices) == [
                     *range(table.cluster.devices)

@@ -7,15 +7,15 @@ import math
 import pytest
 
 from jaxrl_eff.parallel import Placement
-from jaxrl_eff.planner import space
+from jaxrl_eff.planner import hardware, space
+from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.planner.problem import Lengths, Problem, Role, Shape, Work
 from jaxrl_eff.planner.space import Slice, Strategy
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    devices: int
-    per_host: int = 8
+def cluster_of(devices: int, per_host: int = 8) -> Cluster:
+    """A cluster of so many devices; how fast they are does not matter here."""
+    return hardware.gpus("h100").with_(devices=devices, per_host=per_host, domain=per_host)
 
 
 # GPUs, fewest of a mesh, meshes, (mesh, strategy) pairs a call, and the decimal logarithm of PPO's
@@ -32,7 +32,7 @@ COUNTS = [
 @pytest.mark.parametrize(("gpus", "smallest", "legal", "choices", "plans", "filtered"), COUNTS)
 def test_the_papers_space_is_counted(gpus, smallest, legal, choices, plans, filtered):
     """Meshes, choices a call and 6-call plans, also after the filters of ReaL's code."""
-    found = space.meshes(Sizes(gpus), smallest)
+    found = space.meshes(cluster_of(gpus), smallest)
     assert len(found) == len(set(found)) == legal
     pairs = [(m, s) for m in found for s in space.pipelined(m.count)]
     assert len(pairs) == choices
@@ -49,7 +49,7 @@ def test_the_papers_space_is_counted(gpus, smallest, legal, choices, plans, filt
     ("devices", "per_host"), [(1, 1), (8, 8), (16, 8), (12, 4), (6, 6), (2, 2)]
 )
 def test_meshes_are_aligned_and_leave_no_holes(devices, per_host):
-    found = space.meshes(Sizes(devices, per_host))
+    found = space.meshes(cluster_of(devices, per_host))
     for m in found:
         assert 0 <= m.start < m.stop <= devices
         inside = m.start // per_host == (m.stop - 1) // per_host
@@ -124,7 +124,7 @@ def test_pruning_keeps_the_best_of_every_memory_limit():
     """For any limit, the fastest candidate that fits is as fast after pruning; and of each layout
     where reallocation could cost anything."""
     work = problem().works[1]
-    found = space.candidates(problem(), work, Sizes(8), price)
+    found = space.candidates(problem(), work, cluster_of(8), price)
     assert set(found) == {1, 2, 4, 8}
     for options in found.values():
         for moved in (0.0, 0.05, math.inf):
@@ -142,7 +142,7 @@ def test_pruning_keeps_the_best_of_every_memory_limit():
 
 
 def test_candidates_say_what_they_hold_and_fit():
-    found = space.candidates(problem(), problem().works[0], Sizes(8), price, smallest=4)
+    found = space.candidates(problem(), problem().works[0], cluster_of(8), price, smallest=4)
     assert set(found) == {4, 8}
     for count, options in found.items():
         for c in options:
