@@ -97,8 +97,6 @@ def prepare(run: settings.Run) -> None:
     """Sets what must be set before JAX starts: devices, processes, compilation cache."""
     if run.simulate_devices:
         host.simulate(run.simulate_devices)
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        host.keep_memory()
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # between processes
@@ -113,8 +111,6 @@ def prepare(run: settings.Run) -> None:
         jax.distributed.initialize(*given.values())
     elif _on_cluster():
         jax.distributed.initialize()
-    if jax.default_backend() == "cpu":
-        host.keep_memory()
     cache()
 
 
@@ -389,4 +385,5 @@ def _verdict(run: settings.Run, done: Any, console: Any, passed: bool) -> None:
 
 
 if __name__ == "__main__":
+    host.use_huge_pages()
     app.run(main, flags_parser=_parse)

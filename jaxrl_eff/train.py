@@ -354,7 +354,7 @@ class _Log:
         busy = max(self._window[-1][0] - done.times.origin, 0.0)
         self.spans = done.times.spans(after=busy)
         values = {k: float(v) for k, v in jax.device_get(done.metrics).items()}
-        end = done.times.origin + max(s.end for s in self.spans)
+        end = done.times.origin + max((s.end for s in self.spans), default=0.0)
         for role, schedule in self._stage.schedules.items():
             update = (done.step - 1) * self._stage.updates(role)
             values[f"{role}/lr"] = float(schedule(update))

@@ -20,8 +20,8 @@ CACHE = os.environ.get("CACHE")  # a directory: persistent compilation cache; un
 
 from jaxrl_eff import host
 
-if os.environ.get("KEEP_MEMORY", "1") == "1":  # as `jaxrl_eff.main` does on a CPU
-    host.keep_memory()
+if os.environ.get("HUGE_PAGES", "1") == "1":  # as `jaxrl_eff.main` does
+    host.use_huge_pages()
 
 import jax
 
