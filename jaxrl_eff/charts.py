@@ -62,7 +62,7 @@ def curves(
         parts += _curve(points, (colors or {}).get(name, i), at_x, at_y)
     for x in broken[:200]:
         parts.append(f'<path class="alarm" d="M{at_x(x):.1f} 4v8"/>')
-    return _svg("chart", _HEIGHT, parts, _hover(series, left))
+    return svg_of("chart", _HEIGHT, parts, _hover(series, left))
 
 
 def _curve(points: Points, index: int, at_x: Any, at_y: Any) -> list[str]:
@@ -160,7 +160,7 @@ def timeline(spans: Sequence[Mapping[str, Any]], colors: Mapping[str, int]) -> s
         )
         for span in sorted(calls, key=lambda s: s["start"]):
             parts.append(_bar(span, colors, left + span["start"] * scale, y, scale))
-    return _svg("timeline", bottom + 22, parts, width=width)
+    return svg_of("timeline", bottom + 22, parts, width=width)
 
 
 def _bar(
@@ -244,7 +244,7 @@ def _labels(values: Sequence[Number], percent: bool = False) -> list[str]:
     return [f"{v * factor:.{min(decimals, 6)}f}{unit if v else ''}" for v in values]
 
 
-def _svg(
+def svg_of(
     kind: str, height: Number, parts: Sequence[str], more: str = "", width: int = _WIDTH
 ) -> str:
     return (

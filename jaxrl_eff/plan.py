@@ -59,12 +59,12 @@ def outlines(run: settings.Run) -> list[Outline]:
     """
     from jaxrl_eff import stages
 
-    with stages._at("config.model"):
+    with stages.at_path("config.model"):
         tokenizer = _tokenizer(run)
-        base = stages._base(run, tokenizer)
+        base = stages.base_model(run, tokenizer)
     out: list[Outline] = []
     for name in run.stages:
-        with stages._at(f"config.{name}"):
+        with stages.at_path(f"config.{name}"):
             out.append(_outline(run, name, tokenizer, base, out))
     return out
 
@@ -82,16 +82,16 @@ def _outline(
     cfg = settings.build(config, s.loss, f"config.{name}.loss")
     sampling, reward = None, None
     given = _origins(s, earlier)
-    _, lms = stages._models(dataclasses.replace(s, models=given), base, [])
+    _, lms = stages.roles_of(dataclasses.replace(s, models=given), base, [])
     if kind == "prompts":
         pad = tokenizer.pad if tokenizer.pad is not None else 0
         sampling = settings.build(Sampling, {"pad": pad, **s.sampling}, f"config.{name}.sampling")
         reward = lms.get("reward") if s.reward.name == "model" else _unread
-    graph = stages._graph(s, room, cfg, lms, reward, sampling)
+    graph = stages.graph_of(s, room, cfg, lms, reward, sampling)
     lms = {role: lm for role, lm in lms.items() if role in graph.models}
     origins = {role: given.get(role, given["actor"]) for role in lms}
-    specs, _ = stages._specs(s, graph, lms, name)
-    return Outline(name, graph, lms, origins, specs, stages._shapes(s, kind), sampling)
+    specs, _ = stages.model_specs(s, graph, lms, name)
+    return Outline(name, graph, lms, origins, specs, stages.batch_shapes(s, kind), sampling)
 
 
 def _origins(s: settings.StageSettings, earlier: list[Outline]) -> dict[str, str]:
@@ -124,7 +124,7 @@ def _tokenizer(run: settings.Run) -> Any:
     from jaxrl_eff.data.tokenizer import CharTokenizer
 
     try:
-        return stages._tokenizer(run)
+        return stages.tokenizer_of(run)
     except (ValueError, OSError, ImportError):
         if run.model.path or "vocab" in run.model.shape:
             return CharTokenizer("0")

@@ -170,7 +170,7 @@ def timeline(planned: Planned) -> str:
         parts.append(_label(left - 8, 8 + ROW * i + 17, label, "end"))
     for bar in drawn:
         parts.append(_bar(bar, colors, left, scale))
-    return charts._svg("timeline", bottom + 22, parts, width=WIDTH)
+    return charts.svg_of("timeline", bottom + 22, parts, width=WIDTH)
 
 
 def _bar(bar: Bar, colors: Mapping[str, int], left: float, scale: float) -> str:
@@ -231,7 +231,7 @@ def stacked(rows: Sequence[tuple[str, Sequence[tuple[int, float, str]], str]]) -
                 )
             x += wide
         out.append(_label(x + 8, y + 13, after, "start"))
-    return charts._svg("timeline", 8 + 26 * len(rows), out, width=WIDTH)
+    return charts.svg_of("timeline", 8 + 26 * len(rows), out, width=WIDTH)
 
 
 def _spent(planned: Planned) -> str:
@@ -248,7 +248,7 @@ def _spent(planned: Planned) -> str:
         rows.append((w.name, parts, f"{number(cost.seconds)} s"))
     for name, seconds in moved(schedule):
         rows.append((name, [(7, seconds, f"{number(seconds)} s")], f"{number(seconds)} s"))
-    return f"<div class=wide>{stacked(rows)}</div>{report._keys(seen)}"
+    return f"<div class=wide>{stacked(rows)}</div>{report.legend(seen)}"
 
 
 def _rules(planned: Planned) -> str:
@@ -279,7 +279,7 @@ def _memory(planned: Planned) -> str:
                 (1, g.active_bytes, f"{g.busiest}: {_gib(g.active_bytes)}")]  # fmt: skip
         after = f"{_gib(g.bytes)}, {g.bytes / room:.0%} of a device; most in {g.busiest}"
         rows.append((charts.device_range(g.devices), held, after))
-    keys = report._keys({"models and optimizers, always": 0, "while the largest call runs": 1})
+    keys = report.legend({"models and optimizers, always": 0, "while the largest call runs": 1})
     return f"<div class=wide>{stacked(rows)}</div>{keys}"
 
 
@@ -295,7 +295,7 @@ def page(title: str, plans: Sequence[Planned]) -> str:
     )
     head = f"<header><h1>{_text(title)}</h1><p class=lead>{_text(lead)}</p></header>"
     body = "\n".join([head, *(_stage(p) for p in plans)])
-    text = report._PAGE.format(title=_text(title), style=report._STYLE + _STYLE, script=_SCRIPT)
+    text = report.PAGE.format(title=_text(title), style=report.STYLE + _STYLE, script=_SCRIPT)
     return text.replace("<!--body-->", body)
 
 
@@ -331,7 +331,7 @@ def _stage(planned: Planned) -> str:
             _gib(cost.static_bytes + cost.active_bytes),
         )
         rows.append(
-            f"<tr><td>{report._dot(colors[w.name])}{_text(w.name)}</td>"
+            f"<tr><td>{report.swatch(colors[w.name])}{_text(w.name)}</td>"
             + "".join(f"<td>{_text(x)}</td>" for x in words)
             + "".join(f"<td class=n>{_text(x)}</td>" for x in figures)
             + "</tr>"
@@ -339,12 +339,12 @@ def _stage(planned: Planned) -> str:
     names = ("call", "kind", "model", "devices", "mesh")
     heads = "".join(f"<th>{h}</th>" for h in names)
     heads += "".join(f"<th class=n>{h}</th>" for h in ("microbatches", "seconds", "memory"))
-    keys = report._keys({w.name: i for i, w in enumerate(planned.problem.works)})
+    keys = report.legend({w.name: i for i, w in enumerate(planned.problem.works)})
     keys += "<div class=keys>striped: weights reallocated; thin: arrays between hosts</div>"
     # From the first plan that fits on; before it the search has little to show.
     trace = [(n, seconds) for n, seconds in found.trace if seconds < 3 * schedule.seconds]
     trace.append((found.evaluated, schedule.seconds))
-    curve = report._figure("seconds of the best plan, by plans tried", {"": trace})
+    curve = report.figure_of("seconds of the best plan, by plans tried", {"": trace})
     return f"""<section><h2>{_text(planned.stage)}</h2><dl class=facts>{cells}</dl>
 <h3>Plan</h3><div class=wide><table><tr>{heads}</tr>{"".join(rows)}</table></div>
 <h3>Two steps, by device</h3><div class=wide>{timeline(planned)}</div>{keys}
@@ -434,4 +434,4 @@ _STYLE = """
 """
 
 # The captions of charts, as in a run's report.
-_SCRIPT = report._SCRIPT
+_SCRIPT = report.SCRIPT

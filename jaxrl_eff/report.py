@@ -66,7 +66,7 @@ def write(workdir: str | Path) -> Path:
         _config(config),
         _notes(notes),
     ]
-    page = _PAGE.format(title=_text(workdir.resolve().name), style=_STYLE, script=_SCRIPT)
+    page = PAGE.format(title=_text(workdir.resolve().name), style=STYLE, script=SCRIPT)
     path = workdir / "report.html"
     path.write_text(page.replace("<!--body-->", "\n".join(filter(None, body))), encoding="utf-8")
     return path
@@ -250,7 +250,7 @@ def _figures(
                 groups.setdefault(base, {}).setdefault(label, []).append((row["step"], value))
     for base, series in groups.items():
         order = sorted(series, key=lambda k: _SUFFIXES.index(k) if k in _SUFFIXES else -1)
-        yield _rank(base), _figure(base, {name: series[name] for name in order})
+        yield _rank(base), figure_of(base, {name: series[name] for name in order})
     seconds: dict[str, list[tuple[int, float | int]]] = {}
     for row in rows:
         for call, value in (row.get("seconds") or {}).items():
@@ -262,9 +262,9 @@ def _figures(
         ]
         if points:
             rank = (last + (name == "flops_per_s"), f"~{name}")
-            yield rank, _figure(name.replace("_per_s", "/s"), {"": points}, percent=name == "mfu")
+            yield rank, figure_of(name.replace("_per_s", "/s"), {"": points}, percent=name == "mfu")
     if seconds:
-        yield (last, "~~seconds"), _figure("seconds by call", seconds, colors=colors)
+        yield (last, "~~seconds"), figure_of("seconds by call", seconds, colors=colors)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -283,13 +283,13 @@ def _rank(name: str) -> tuple[int, str]:
     return len(_FIRST), name
 
 
-def _figure(
+def figure_of(
     title: str, series: Mapping[str, Any], *, percent: bool = False, colors: Colors | None = None
 ) -> str:
     svg = charts.curves(series, percent=percent, colors=colors)
     own = title.rsplit("/", 1)[-1]
     palette = {name or own: (colors or {}).get(name, i) for i, name in enumerate(series)}
-    names = _keys(palette) if palette and (len(series) > 1 or "" not in series) else ""
+    names = legend(palette) if palette and (len(series) > 1 or "" not in series) else ""
     final = [points[-1][1] for points in series.values()]
     shown = ""
     if len(final) == 1:
@@ -302,12 +302,12 @@ def _figure(
     return f"<figure>{head}{svg}{names}</figure>"
 
 
-def _keys(colors: Colors) -> str:
-    spans = (f"<span class=key>{_dot(i)}{_text(name)}</span>" for name, i in colors.items())
+def legend(colors: Colors) -> str:
+    spans = (f"<span class=key>{swatch(i)}{_text(name)}</span>" for name, i in colors.items())
     return f"<div class=keys>{''.join(spans)}</div>"
 
 
-def _dot(index: int) -> str:
+def swatch(index: int) -> str:
     return f'<i class=dot style="background:{charts.color(index)}"></i>'
 
 
@@ -317,7 +317,7 @@ def _plan(plan: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
     for stage, calls in stages.items():
         for i, (call, p) in enumerate(calls.items()):
             first = f"<td class=stage>{_text(stage) if i == 0 else ''}</td>"
-            dot = _dot(colors.get(stage, {}).get(call, 7))
+            dot = swatch(colors.get(stage, {}).get(call, 7))
             words = (p.get("kind") or "", p.get("of") or "–", *_where(p))
             ends = [_text(p.get("microbatches", ""))]
             if moves:
@@ -353,7 +353,7 @@ def _timeline(timeline: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
     parts = []
     for stage, spans in _spans(timeline).items():
         own = colors.get(stage, {})
-        keys = _keys({str(s["call"]): own.get(str(s["call"]), 7) for s in spans})
+        keys = legend({str(s["call"]): own.get(str(s["call"]), 7) for s in spans})
         svg = charts.timeline(spans, own)
         parts.append(f"<h3>{_text(stage)}</h3><div class=wide>{svg}</div>{keys}")
     if not parts:
@@ -460,7 +460,7 @@ def _text(value: Any) -> str:
     return html.escape(str(value))
 
 
-_PAGE = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>{style}</style></head>
@@ -469,7 +469,7 @@ _PAGE = """<!doctype html>
 </main><script>{script}</script></body></html>
 """
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --bg: #fbfaf8; --fg: #23262b; --dim: #6d727a; --rule: #e4e1dc;
   --card: #ffffff; --good: #2f7d4f; --bad: #b3383f;
   --c0: #3d6fa5; --c1: #c47a3f; --c2: #4c8f63; --c3: #8a66a6; --c4: #b4565f; --c5: #4e8d98;
@@ -539,7 +539,7 @@ pre { font: 12.5px/1.55 ui-monospace, "SF Mono", Menlo, Consolas, monospace; pad
 """
 
 # Values under the pointer, in the caption of the chart.
-_SCRIPT = """
+SCRIPT = """
 for (const svg of document.querySelectorAll("svg.chart")) {
   const series = JSON.parse(svg.dataset.series), left = +svg.dataset.left, right = 310;
   const out = svg.parentNode.querySelector("output"), rest = out.textContent;

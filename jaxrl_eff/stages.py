@@ -137,20 +137,20 @@ def assemble(run: Run) -> Assembled:
     Raises:
         ValueError, FileNotFoundError: with the config's path of what is wrong.
     """
-    with _at("config.tokenizer"):
-        tokenizer = _tokenizer(run)
-    with _at("config.model"):
-        base = _base(run, tokenizer)
+    with at_path("config.tokenizer"):
+        tokenizer = tokenizer_of(run)
+    with at_path("config.model"):
+        base = base_model(run, tokenizer)
     stages: list[Stage] = []
     for name in run.stages:
-        with _at(f"config.{name}"):
+        with at_path(f"config.{name}"):
             stages.append(_stage(run, name, tokenizer, base, stages))
     out = Assembled(run, tokenizer, base, tuple(stages))
     _check_expectation(out)
     return out
 
 
-class _at:
+class at_path:
     """Puts the config's path before an error's message."""
 
     def __init__(self, path: str):
@@ -167,7 +167,7 @@ class _at:
             raise type(error)(message) from (None if isinstance(error, ValueError) else error)
 
 
-def _tokenizer(run: Run) -> Tokenizer:
+def tokenizer_of(run: Run) -> Tokenizer:
     if run.tokenizer.startswith("chars:"):
         return CharTokenizer(run.tokenizer.removeprefix("chars:"))
     directory = run.model.path if run.tokenizer == "model" else run.tokenizer
@@ -179,7 +179,7 @@ def _tokenizer(run: Run) -> Tokenizer:
     return load_tokenizer(directory)
 
 
-def _base(run: Run, tokenizer: Tokenizer) -> LMConfig:
+def base_model(run: Run, tokenizer: Tokenizer) -> LMConfig:
     m = run.model
     if m.path and m.shape:
         raise ValueError("has both path and shape; a checkpoint brings its own shape.")
@@ -229,17 +229,17 @@ def _stage(
     if kind == "prompts":
         pad = tokenizer.pad if tokenizer.pad is not None else 0
         sampling = build(Sampling, {"pad": pad, **s.sampling}, f"config.{name}.sampling")
-    origins, lms = _models(s, base, earlier)
+    origins, lms = roles_of(s, base, earlier)
     if kind == "prompts":
         if s.reward.name == "model":
             reward = lms.get("reward")
         else:
-            with _at(f"config.{name}.reward"):
+            with at_path(f"config.{name}.reward"):
                 score = reward_fn(s.reward)
                 _try(s.reward.name, lambda example: score(example, "0"), source)
                 reward = verify.host_reward(score, source, tokenizer)
     _check_length(s, lms, sampling)
-    graph = _graph(s, room, cfg, lms, reward, sampling)
+    graph = graph_of(s, room, cfg, lms, reward, sampling)
     lms = {r: lm for r, lm in lms.items() if r in graph.models}
     origins = {r: o for r, o in origins.items() if r in graph.models}
     if "kl" in graph.models:
@@ -247,11 +247,14 @@ def _stage(
     if missing := [r for r in graph.models if r not in origins]:
         raise ValueError(f"models lacks the roles {missing}; say where each comes from.")
 
-    specs, schedules = _specs(s, graph, lms, name)
-    shapes, searched = _shapes(s, kind), None
-    with _at(f"config.{name}.plan"):
+    specs, schedules = model_specs(s, graph, lms, name)
+    shapes, searched = batch_shapes(s, kind), None
+    with at_path(f"config.{name}.plan"):
         if s.plan == "search":
-            problem = works.works(graph, lms, shapes, sampling=sampling, specs=specs)
+            stale = {c.name: c.staleness for c in graph.calls if c.staleness}
+            problem = works.works(
+                graph, lms, shapes, sampling=sampling, specs=specs, staleness=stale
+            )
             searched = calibrate.search(problem, s.search, seed=run.seed)
             plan = searched.plan
         else:
@@ -383,7 +386,7 @@ def reward_fn(reward: RewardSettings) -> Callable:
         raise ValueError(f"options of the reward {reward.name!r}: {error}.") from None
 
 
-def _models(
+def roles_of(
     s: StageSettings, base: LMConfig, earlier: list[Stage]
 ) -> tuple[dict[str, tuple[str, str]], dict[str, LMConfig]]:
     """Where each role's parameters come from, and the shape of its model."""
@@ -442,7 +445,7 @@ def _check_length(s: StageSettings, lms: dict[str, LMConfig], sampling: Sampling
             )
 
 
-def _graph(
+def graph_of(
     s: StageSettings, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
 ) -> Graph:
     if s.staleness < 0 or (s.staleness and sampling is None):
@@ -474,7 +477,7 @@ def _synchronous(
     return room.graph(cfg, lms["actor"], reward=reward, sampling=sampling)
 
 
-def _specs(
+def model_specs(
     s: StageSettings, graph: Graph, lms: dict[str, LMConfig], name: str
 ) -> tuple[dict[str, Spec], dict[str, Any]]:
     trained = {c.of: c for c in graph.calls if c.kind == "train"}
@@ -490,7 +493,7 @@ def _specs(
             if role not in s.optim:
                 raise ValueError(f"optim lacks {role!r}, which the stage trains.")
             o, c = s.optim[role], trained[role]
-            with _at(f"config.{name}.optim.{role}"):
+            with at_path(f"config.{name}.optim.{role}"):
                 schedules[role] = warmup_then(
                     o.schedule,
                     peak=o.lr,
@@ -518,7 +521,7 @@ def _check_patterns(shapes: Any, patterns: tuple[str, ...]) -> None:
         tree.match(shapes, patterns)
 
 
-def _shapes(s: StageSettings, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(s: StageSettings, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -551,7 +554,7 @@ def _evaluation(
     e, s = run.stage[name].evaluate, run.stage[name]
     if not e.problems:
         return None
-    with _at(f"config.{name}.evaluate"):
+    with at_path(f"config.{name}.evaluate"):
         if "actor" not in graph.models:
             raise ValueError(f"{s.algorithm} trains no model that generates.")
         if e.data:

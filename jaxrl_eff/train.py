@@ -92,6 +92,7 @@ def fit(assembled: Assembled, out: Outlets) -> Finished:
         NonFinite: see there, unless the run skips such updates.
         Stopped: after SIGTERM.
     """
+
     def saved(record: dict[str, Any]) -> Any:
         return state.shared(state.abstract(assembled, _index(assembled, record["stage"])))
 

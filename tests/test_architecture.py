@@ -11,19 +11,21 @@ PACKAGE = ROOT / "jaxrl_eff"
 
 # Every file may import those of its own line and of the lines above; but optim only itself.
 RANKS = (
-    ("shapes", "tree", "masked", "meters", "edges", "hardware", "host"),
+    ("shapes", "tree", "masked", "meters", "edges", "hardware", "host", "arrays", "operations"),
     ("optim",),
     ("models", "parallel", "data"),
     ("rollout", "graph", "rewards", "timeline"),
     ("programs", "dataflow"),
+    ("planner",),
     ("algorithms",),
     ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts"),
-    ("evaluate",),
+    ("evaluate", "calibrate"),
     ("stages",),
     ("state",),
     ("train",),
     ("report", "doctor", "generate"),
-    ("main",),
+    ("plan_page",),
+    ("main", "plan"),
 )
 # Within a line, who may import whom.
 APART = {
@@ -33,6 +35,7 @@ APART = {
     "rewards": {"rewards", "data"},
     "rollout": {"rollout", "models"},
     "graph": {"graph", "parallel"},
+    "planner": {"planner", "parallel", "graph", "models", "rollout"},
     "timeline": {"timeline"},
     "optim": {"optim"},
     "settings": {"settings"},

@@ -66,10 +66,13 @@ def test_a_table_gives_rows_and_a_default():
         ({"default": {"devices": []}}, r"of actor_gen: devices \[\] must be distinct and at least"),
         ({"default": {"devices": [1, 1]}}, r"devices \[1, 1\] must be distinct"),
         ({"default": {"devices": "0"}}, r"of actor_gen: devices is '0', but must be"),
-        ({"default": {"tensor": 3}}, r"cannot be meshed as data=\(rest\) fsdp=1 seq=1 tensor=3"),
+        (
+            {"default": {"tensor": 3}},
+            r"cannot be meshed as stage=1 data=\(rest\) fsdp=1 seq=1 tensor=3",
+        ),
         ({"default": {"tensor": 0}}, r"tensor is 0, but must be at least 1"),
-        ({"default": {"tensor": "2"}}, r"of actor_gen: tensor is '2', but must be"),
-        ({"default": {"stage": 2}}, r"stage is 2; pipelining is reserved"),
+        ({"default": {"tensor": "2"}}, r"of actor_gen: tensor is '2', of the wrong type"),
+        ({"default": {"offload": "all"}}, r"of actor_gen: offload is 'all'; it must be one of"),
         ({"default": {"microbatches": 0}}, r"microbatches is 0, but must be at least 1"),
     ],
 )
