@@ -40,6 +40,36 @@ SFT = f"{launch.TINY}:algorithm=sft,first=8,every=1,steps=6"
 GRPO = f"{launch.TINY}:algorithm=grpo,first=8,every=1,steps=2"
 
 
+SPLIT = f"{launch.TINY}:algorithm=grpo,steps=2,plan=across,every=1"
+
+
+def test_a_plan_may_split_the_processes(cache, tmp_path, grpo):  # noqa: F811
+    """Sampling on two devices of each process, training on the two others."""
+    done = together(cache, f"--config={SPLIT},devices=4", f"--workdir={tmp_path}")
+    for out, err, code in done:
+        assert code == 0, out + err
+    check_equal(tmp_path, grpo)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("plan", ["apart", "across", "overlap", "small"])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "remax"])
+def test_every_split_gives_the_same_parameters(algorithm, plan, processes, cache, tmp_path):  # noqa: F811
+    spec = f"{launch.TINY}:algorithm={algorithm},optim=sgd,steps=2"
+    one = tmp_path / "one"
+    alone(cache, f"{spec},first=1", one)
+    spread = f"{spec},plan={plan},devices={8 // processes}"
+    done = together(
+        cache, f"--config={spread}", f"--workdir={tmp_path / 'many'}", processes=processes
+    )
+    for out, err, code in done:
+        assert code == 0, out + err
+    a, b = (launch.tensors(d) for d in (tmp_path / "many", one))
+    for name in b:
+        assert np.linalg.norm(a[name] - b[name]) <= 1e-6 * np.linalg.norm(b[name]), name
+
+
 @pytest.fixture(scope="module")
 def sft(cache, tmp_path_factory):  # noqa: F811
     workdir = tmp_path_factory.mktemp("sft")

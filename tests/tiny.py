@@ -33,7 +33,8 @@ def get_config(arg=None):
     for name in names:
         c[name] = stage(name, a["steps"], rows, three=len(names) > 1)
         for optim in c[name].optim.values():
-            optim.name = a["optim"]
+            if a["optim"] != "adamw":
+                optim.name, optim.lr = a["optim"], 0.3
         if c[name].algorithm in ("ppo", "grpo", "remax"):
             c[name].staleness = a["staleness"]
         if a["evaluate"] and name == names[-1]:

@@ -119,7 +119,7 @@ def generate() -> dict:
 
     lm = dataclasses.replace(LMConfig.from_hf(MODEL), eos=())
     reads = "prompt prompt_length prompt_example"
-    fn = sample(lm, Sampling(max_tokens=NEW, growths=int(os.environ.get("GROWTHS", 1))))
+    fn = sample(lm, Sampling(max_tokens=NEW, growths=int(os.environ.get("GROWTHS", 3))))
     writes = "tokens segment position mask logp group example"
     graph = Graph(reads, (call("actor_gen", of="actor", fn=fn, reads=reads, writes=writes),))
     place = {"actor_gen": Placement((0,))}

@@ -54,8 +54,9 @@ class Corrections:
     """Measured over predicted, by name of a call, a reallocation or a transfer; 1 where unknown.
 
     Attributes:
-        seconds: factor on the whole time. The keys "*realloc" and "*move" serve edges that were
-            not measured themselves.
+        seconds: factor on the whole time. A call has one by its name, for placements that were
+            not measured, and one by `measured_name` for each that was. The keys "*realloc" and
+            "*move" serve edges that were not measured themselves.
         flops: factor on a call's FLOPs, e.g. from `compiled.cost_analysis()`.
         active_bytes: factor on a call's transient memory, e.g. from `compiled.memory_analysis()`.
         counts: how many measurements a factor of `seconds` rests on.
@@ -65,6 +66,10 @@ class Corrections:
     flops: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
     active_bytes: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def call(self, name: str, placement: Placement) -> float | int:
+        """The factor of a call: measured there or on as many devices meshed alike, or anywhere."""
+        return self.seconds.get(measured_name(name, placement), self.seconds.get(name, 1.0))
 
     def edge(self, name: str, kind: str) -> float | int:
         """The factor of a reallocation ("realloc") or transfer ("move")."""
@@ -95,6 +100,12 @@ class Corrections:
 
 
 NONE = Corrections()
+
+
+def measured_name(call: str, p: Placement) -> str:
+    """How corrections call a call on a mesh of this form, wherever it lies."""
+    form = "x".join(str(p.axes[axis]) for axis in p.axes)
+    return f"{call}@{form}/{p.microbatches}{p.offload and '/' + p.offload}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +204,7 @@ def call_cost(
     """
     if work.kind == "local":
         parts = {"compute": work.seconds, "overhead": cluster.launch}
-        return _finish(parts, 0.0, 0.0, work, corrections)
+        return _finish(parts, 0.0, 0.0, work, placement, corrections)
     role = problem.roles[work.model]
     c = shared(cluster, len(placement.devices))
     price = {"train": _train, "infer": _infer, "generate": _generate}[work.kind]
@@ -228,10 +239,11 @@ def _finish(
     static: float | int,
     active: float | int,
     work: Work,
+    placement: Placement,
     corrections: Corrections,
 ) -> Cost:
     seconds = sum(parts.values())
-    factor = corrections.seconds.get(work.name, 1.0)
+    factor = corrections.call(work.name, placement)
     if factor != 1.0:
         parts["correction"] = seconds * (factor - 1.0)
         seconds *= factor
@@ -321,7 +333,7 @@ def _train(role: Role, work: Work, p: Placement, c: Cluster, corrections: Correc
     active = grads + activations + gathered + _logits_bytes(shape, tokens, cut)
     if where == "opt":
         active += opt
-    return _finish(parts, param + (0.0 if where == "opt" else opt), active, work, corrections)
+    return _finish(parts, param + (0.0 if where == "opt" else opt), active, work, p, corrections)
 
 
 def _stream(
@@ -366,7 +378,7 @@ def _infer(role: Role, work: Work, p: Placement, c: Cluster, corrections: Correc
         "overhead": m * one.overhead + c.launch,
         "offload": exposed,
     }
-    return _finish(parts, param, active, work, corrections)
+    return _finish(parts, param, active, work, p, corrections)
 
 
 # Decoding
@@ -484,4 +496,4 @@ def _generate(role: Role, work: Work, p: Placement, c: Cluster, corrections: Cor
     if p.offload == "params":  # every step reads every layer, so they come in once, whole
         total["offload"] = param / (c.host_bytes_per_s * c.host_efficiency)
         active, param = active + param, 0.0
-    return _finish(total, param, active, work, corrections)
+    return _finish(total, param, active, work, p, corrections)

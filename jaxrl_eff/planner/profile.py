@@ -1,7 +1,7 @@
 """Predicted against measured seconds, and what to correct.
 
-A correction is one factor a call or edge: it takes in whatever the arithmetic leaves out, and is
-taken along to other placements of the same call. The first measurement is believed whole; later
+A correction is one factor a call or edge: it takes in whatever the arithmetic leaves out. A call has
+one for every form of mesh that it was measured on, and one for all others, which it takes along. The first measurement is believed whole; later
 ones move the factor less and less, so that noise averages out but drift is still followed.
 """
 
@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxrl_eff.planner.cost import NONE, Corrections, call_cost
+from jaxrl_eff.planner.cost import NONE, Corrections, call_cost, measured_name
 from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.planner.problem import Plan, Problem
 from jaxrl_eff.planner.simulate import Schedule, Simulator
@@ -103,12 +103,19 @@ def refit(
     for r in compare(problem, plan, cluster, measured, corrections):
         if r.measured <= 0 or r.predicted <= 0:
             continue
-        seen = counts.get(r.name, 0)
-        old = seconds.get(r.name, corrections.edge(r.name, r.kind))
-        weight = max(LEAST_WEIGHT, 1 / (seen + 1))
-        change = min(MOST_CHANGE, max(1 / MOST_CHANGE, r.ratio)) ** weight
-        seconds[r.name], counts[r.name] = old * change, seen + 1
-        if r.kind in ("realloc", "move"):
+        edge, names = r.kind in ("realloc", "move"), [r.name]
+        if r.name in plan:  # local calls run where others do
+            used = corrections.call(r.name, plan[r.name])
+            names.append(measured_name(r.name, plan[r.name]))
+        else:
+            used = corrections.edge(r.name, r.kind) if edge else seconds.get(r.name, 1.0)
+        for name in names:
+            seen = counts.get(name, 0)
+            weight = max(LEAST_WEIGHT, 1 / (seen + 1))
+            wanted = used * min(MOST_CHANGE, max(1 / MOST_CHANGE, r.ratio))
+            old = seconds.get(name, used)
+            seconds[name], counts[name] = old ** (1 - weight) * wanted**weight, seen + 1
+        if edge:
             edges.setdefault(r.kind, []).append(seconds[r.name])
     for kind, factors in edges.items():
         seconds[f"*{kind}"] = statistics.median(factors)
