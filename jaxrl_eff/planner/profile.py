@@ -1,8 +1,9 @@
 """Predicted against measured seconds, and what to correct.
 
-A correction is one factor a call or edge: it takes in whatever the arithmetic leaves out. A call has
-one for every form of mesh that it was measured on, and one for all others, which it takes along. The first measurement is believed whole; later
-ones move the factor less and less, so that noise averages out but drift is still followed.
+A correction is one factor a call or edge: it takes in whatever the arithmetic leaves out. A call
+has one for every form of mesh that it was measured on, and one for all others. The first
+measurement is believed whole; later ones move the factor less and less, so that noise averages out
+but drift is still followed.
 """
 
 import dataclasses
