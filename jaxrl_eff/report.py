@@ -62,6 +62,7 @@ def write(workdir: str | Path) -> Path:
         _curves(steps, colors),
         _plan(plan, colors),
         _timeline(timeline, colors),
+        _calibration(workdir, notes),
         _samples(samples),
         _config(config),
         _notes(notes),
@@ -360,6 +361,30 @@ def _timeline(timeline: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
         return ""
     lead = "<p class=dim>The calls of one step, by device.</p>"
     return f"<section><h2>Timeline</h2>{lead}{''.join(parts)}</section>"
+
+
+def _calibration(workdir: Path, notes: list[str]) -> str:
+    """What a searched plan was predicted to take, and took; empty for other plans."""
+    if not (workdir / "calibration.json").is_file():
+        return ""
+    rows = []
+    for stage, calls in _document(workdir, "calibration.json", notes).items():
+        for i, row in enumerate(r for r in calls if isinstance(r, Mapping)):
+            predicted, measured = (float(row.get(k) or 0.0) for k in ("predicted", "measured"))
+            ratio = f"{measured / predicted:.2f}" if predicted else "–"
+            cells = [f"{1e3 * x:,.1f}" for x in (predicted, measured)] + [ratio]
+            ends = "".join(f"<td class=n>{x}</td>" for x in cells)
+            first = f"<td class=stage>{_text(stage) if i == 0 else ''}</td>"
+            rows.append(f"<tr>{first}<td>{_text(row.get('name', ''))}</td>{ends}</tr>")
+    heads = "<th>stage</th><th>call or reallocation</th>" + "".join(
+        f"<th class=n>{h}</th>" for h in ("predicted, ms", "measured, ms", "ratio")
+    )
+    table = f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
+    return (
+        f"<section><h2>Predicted and measured</h2><div class=wide>{table}</div></section>"
+        if rows
+        else ""
+    )
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

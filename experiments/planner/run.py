@@ -3,11 +3,10 @@
   NPROC=32 python experiments/planner/run.py [--steps=6] [--out=experiments/planner/results.json]
 
 For each workload the plans by rule run first for a few steps; their times correct the cost model;
-the search then has its say, its plan is measured and corrects the model too, until it stays with one
-that was measured; then all plans take turns, step by step. Printed: the median step of
-every plan, predicted and measured; whether the searched one is within 5 % of the fastest; and how
-far predicted calls are from measured ones, in the plans that corrected the model and in the
-searched one.
+the search then has its say, its plan is measured and corrects the model too, until it stays with
+one that was measured; then all plans take turns, step by step. Printed: the median step of every
+plan, predicted and measured; whether the searched one is within 5 % of the fastest; and how far
+predicted calls are from measured ones.
 """
 
 import argparse
