@@ -55,8 +55,8 @@ def alone(algorithm):
 @pytest.mark.parametrize(
     ("algorithm", "plan"),
     [
-        ("ppo", "overlap"),
         ("remax", "apart"),
+        pytest.param("ppo", "overlap", marks=pytest.mark.slow),
         pytest.param("ppo", "apart", marks=pytest.mark.slow),
         pytest.param("grpo", "apart", marks=pytest.mark.slow),
         pytest.param("grpo", "overlap", marks=pytest.mark.slow),
