@@ -74,6 +74,7 @@ def test_a_change_of_plan_changes_no_result():
     check(got, alone("grpo"))
 
 
+@pytest.mark.slow
 def test_old_weights_do_not_depend_on_the_plan():
     want = models_after(assembled("grpo", "first", first="1", staleness="1"), steps=3)
     check(models_after(assembled("grpo", "apart", staleness="1"), steps=3), want)
