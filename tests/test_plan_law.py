@@ -55,7 +55,7 @@ def alone(algorithm):
 @pytest.mark.parametrize(
     ("algorithm", "plan"),
     [
-        ("remax", "apart"),
+        pytest.param("remax", "apart", marks=pytest.mark.slow),
         pytest.param("ppo", "overlap", marks=pytest.mark.slow),
         pytest.param("ppo", "apart", marks=pytest.mark.slow),
         pytest.param("grpo", "apart", marks=pytest.mark.slow),
