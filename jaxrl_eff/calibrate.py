@@ -11,7 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxrl_eff import timeline
 from jaxrl_eff.parallel import Placement
@@ -65,8 +67,6 @@ def search(
     Raises:
         ValueError: nothing fits, or the cluster is unknown or not of this many devices.
     """
-    import jax
-
     cluster = hardware.parse(settings.cluster)
     if cluster.devices != jax.device_count():
         raise ValueError(
@@ -87,12 +87,8 @@ def search(
 
 
 def _from_first(plan: Mapping[str, Placement]) -> dict[str, Placement]:
-    import jax
-
     if jax.process_count() == 1:
         return dict(plan)
-    from jax.experimental import multihost_utils
-
     fields = {k: dataclasses.asdict(p) for k, p in plan.items()}
     text = np.frombuffer(json.dumps(fields).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
@@ -135,8 +131,7 @@ class Calibration:
 
     def keep(self, new: Searched) -> None:
         """Goes on with the plan that runs, and with what was learned."""
-        running = Simulator(new.problem, new.cluster, new.corrections).run(self.searched.plan)
-        self.take(dataclasses.replace(new, plan=self.searched.plan, seconds=running.seconds))
+        self.take(dataclasses.replace(new, plan=self.searched.plan, seconds=self._running(new)))
 
     def take(self, new: Searched) -> None:
         """Goes on with a new plan."""
@@ -150,10 +145,8 @@ class Calibration:
         problem = old.problem
         if self._lengths:
             problem = _with_length(problem, float(np.median(self._lengths)))
-        simulated = Simulator(problem, old.cluster, old.corrections).run(old.plan)
-        known = set(simulated.costs) | set(simulated.edges)
-        measured = {k: v for k, v in self._measured.items() if k in known}
-        args = problem, old.plan, old.cluster, measured
+        where = problem, old.plan, old.cluster
+        args = *where, profile.timed(*where, self._measured)
         self.rows = profile.compare(*args, old.corrections)
         new = profile.refit(*args, old.corrections)
         self._measured.clear()
@@ -165,15 +158,14 @@ class Calibration:
 
         As the first process sees it, since all must switch together.
         """
-        import jax
-
-        running = Simulator(new.problem, new.cluster, new.corrections).run(self.searched.plan)
-        share = 0.0 if new.plan == self.searched.plan else 1.0 - new.seconds / running.seconds
+        share = 0.0 if new.plan == self.searched.plan else 1.0 - new.seconds / self._running(new)
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
             share = float(multihost_utils.broadcast_one_to_all(np.float32(share)))
         return share
+
+    def _running(self, new: Searched) -> float:
+        """Seconds of the plan that runs, by what was learned."""
+        return Simulator(new.problem, new.cluster, new.corrections).run(self.searched.plan).seconds
 
 
 def _with_length(problem: Problem, mean: float) -> Problem:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxrl_eff import arrays, edges, host, operations, programs, tree
+from jaxrl_eff import arrays, edges, operations, programs, tree
 from jaxrl_eff.graph import (
     Call,
     Graph,
@@ -91,8 +91,7 @@ class Step:
         notes: what the sharding left whole, by call.
         operations: everything that a step does, in its order; known once checked.
         built: the calls of this process are compiled.
-        whole_batches: every process must bring whole batches rather than its own rows of them;
-            known once checked.
+        share: (index, count): which block of a batch's rows this process brings; (0, 1) is all.
     """
 
     def __init__(
@@ -109,12 +108,15 @@ class Step:
         self._rules = {c.name: self._call_rules(c) for c in self.calls}
         self.notes = {c.name: self._rules[c.name].notes for c in self.calls}
         self.operations: tuple[Operation, ...] = ()
-        self.whole_batches = False
         self.built = False
         self._routes: dict[str, Route] = {}  # by operation
         self._programs: dict[str, Any] = {}
         self._signature: Any = None
         self._by_name = {c.name: c for c in self.calls}
+        self._first_reader = {k: c.name for c in reversed(self.calls) for k in c.reads}
+        readers = {self._first_reader[k] for k in graph.inputs.split() if k in self._first_reader}
+        whole = any(_whole_batches(plan[call]) for call in readers)
+        self.share = (0, 1) if whole else (jax.process_index(), jax.process_count())
         self._opt_shapes = {
             name: jax.eval_shape(spec.tx.init, spec.shapes) if self._trained(name) else ()
             for name, spec in specs.items()
@@ -139,39 +141,28 @@ class Step:
 
     def params_sharding(self, call: str) -> Any:
         """Tree of shardings of the call's model on the call's placement."""
-        c = next(c for c in self.calls if c.name == call)
-        return self._rules[call].tree(self.specs[c.of].axes)
+        return self._rules[call].tree(self.specs[self._by_name[call].of].axes)
 
     def home(self, model: str) -> Model:
         """Shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`.
 
         Optimizer state has the layout of the parameter that it belongs to, found by its path.
         """
-        call = self.graph.home(model).name
-        shardings = self.params_sharding(call)
-        spec = self.specs[model]
-        place = dict(
-            zip(
-                tree.names(spec.shapes),
-                zip(jax.tree.leaves(shardings), jax.tree.leaves(spec.shapes), strict=True),
-                strict=True,
-            )
-        )
-        whole = replicated(self.plan[call])
+        call = self.graph.home(model)
+        params = self._borrowed(call)
+        place = dict(zip(tree.names(params), jax.tree.leaves(params), strict=True))
+        whole = replicated(self.plan[call.name])
 
         def of_state(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             parts = name.split("/")
             for i in range(len(parts)):
-                sharding, param = place.get("/".join(parts[i:]), (None, None))
+                param = place.get("/".join(parts[i:]))
                 if param is not None and param.shape == leaf.shape:
-                    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+                    return _placed(leaf, param.sharding)
+            return _placed(leaf, whole)
 
-        params = jax.tree.map(
-            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), spec.shapes, shardings
-        )
         opt = tree.map_with_name(of_state, self._opt_shapes[model])
-        if self.plan[call].offload == "opt":
+        if self.plan[call.name].offload == "opt":
             opt = jax.tree.map(_in_host, opt)
         past = {c.name: (self._borrowed(c),) * c.staleness for c in self.graph.stale(model)}
         return Model(params, opt, past or ())
@@ -227,21 +218,15 @@ class Step:
         for c in self.calls:
             edges.check(c.name, {k: shapes[k] for k in c.reads})
             self._check_rows(c, shapes)
-            args = self._args[c.name] = self._abstract_batch(c, shapes)
+            args = self._args[c.name] = self._rows_at(c, {k: shapes[k] for k in c.reads})
             out = self._outputs(c, args)
             self._check_outputs(c, out)
             shapes |= out
-            lengths = c.kind != "generate"
-            self._made[c.name] = {
-                k: _placed(v, rows(self.plan[c.name], v.shape, lengths=lengths))
-                for k, v in out.items()
-            }
+            self._made[c.name] = self._rows_at(c, out)
             self._where |= {k: v.sharding for k, v in self._made[c.name].items()}
         for k in self.graph.inputs.split():
-            reader = next((c for c in self.calls if k in c.reads), None)
-            if reader is not None:
-                self.whole_batches |= whole_batches(self.plan[reader.name])
-                self._where[k] = self._args[reader.name][k].sharding
+            if k in self._first_reader:
+                self._where[k] = self._args[self._first_reader[k]][k].sharding
         self._shapes = shapes
         self.operations = self._in_order()
         operations.agree(self.operations)
@@ -260,7 +245,7 @@ class Step:
         with ThreadPoolExecutor(max(1, len(device))) as pool:
             # The largest programs first; each compiles while the next is traced.
             started = {
-                c.name: pool.submit(self._lower(c).compile, self._options(c))
+                c.name: pool.submit(self._lower(c).compile)
                 for c in sorted(device, key=lambda c: _SLOWEST.index(c.kind))
             }
             routes = [pool.submit(route.compile) for route in self._routes.values()]
@@ -271,20 +256,15 @@ class Step:
         operations.meet("compiled")
         return self
 
-    def _options(self, c: Call) -> dict[str, Any]:
-        first = mesh(self.plan[c.name]).devices.flat[0]
-        return host.COMPILER_OPTIONS if first.platform == "cpu" else {}
-
     def _check_inputs(self, batch: Mapping[str, Any]) -> None:
         wanted = set(self.graph.inputs.split())
         if wanted - set(batch):
             raise ValueError(f"the batch lacks {sorted(wanted - set(batch))}; it has {[*batch]}.")
 
-    def _abstract_batch(self, c: Call, shapes: Mapping[str, Any]) -> dict[str, Any]:
+    def _rows_at(self, c: Call, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """Arrays as a call reads or writes them where it runs."""
         place, lengths = self.plan[c.name], c.kind != "generate"
-        return {
-            k: _placed(shapes[k], rows(place, shapes[k].shape, lengths=lengths)) for k in c.reads
-        }
+        return {k: _placed(v, rows(place, v.shape, lengths=lengths)) for k, v in shapes.items()}
 
     def _check_rows(self, c: Call, shapes: Mapping[str, Any]) -> None:
         place = self.plan[c.name]
@@ -304,7 +284,8 @@ class Step:
         if c.kind == "train" and jax.process_count() == 1:
             return {}  # traced when it is compiled
         traced = self._traced[c.name] = self._trace(c, args)
-        self._numbers[c.name] = sorted(f"{c.name}/{k}" for k in traced.out[1])
+        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.plan[c.name]))
+        self._numbers[c.name] = {f"{c.name}/{k}": number for k in traced.out[1]}
         return {} if c.kind == "train" else traced.out[0]
 
     def _check_outputs(self, c: Call, out: dict[str, Any]) -> None:
@@ -338,14 +319,12 @@ class Step:
 
     def _lower(self, c: Call) -> Any:
         """The traced call with the layouts of its results, ready to be compiled."""
-        place = self.plan[c.name]
-        whole = replicated(place)
+        whole = replicated(self.plan[c.name])
         traced = self._traced.pop(c.name, None) or self._trace(c, self._args[c.name])
         if c.kind == "train":
             where = jax.tree.map(lambda x: x.sharding, traced.operands[0])
         else:
-            lengths = c.kind != "generate"
-            where = {k: rows(place, v.shape, lengths=lengths) for k, v in traced.out[0].items()}
+            where = {k: v.sharding for k, v in self._made[c.name].items()}
         run = traced.function(c.name)
         donated = (0,) if c.kind == "train" else ()
         jitted = jax.jit(run, out_shardings=(where, whole), donate_argnums=donated)
@@ -438,9 +417,7 @@ class Step:
     def _telling(self, c: Call) -> Operation:
         """A call's metrics to every process."""
         name, numbers = f"metrics of {c.name}", self._numbers[c.name]
-        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.plan[c.name]))
-        target = dict.fromkeys(numbers, replicated(_everywhere()))
-        self._routes[name] = Route(dict.fromkeys(numbers, number), target)
+        self._routes[name] = Route(numbers, dict.fromkeys(numbers, replicated(_everywhere())))
         return Operation("tell", name, c.name, tuple(range(jax.process_count())))
 
     def _layout(self, c: Call) -> Any:
@@ -455,9 +432,9 @@ class Step:
         """A batch as global arrays where their first reader wants them.
 
         Args:
-            batch: this process's rows, or all rows if `whole_batches`.
+            batch: this process's rows, see `share`.
         """
-        from_host = arrays.from_whole if self.whole_batches else arrays.from_local
+        from_host = arrays.from_whole if self.share == (0, 1) else arrays.from_local
         return {
             k: from_host(self._where[k], np.asarray(batch[k]))
             for k in self.graph.inputs.split()
@@ -557,9 +534,9 @@ class Step:
 
     def _tell(self, c: Call, metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """A call's metrics on every process."""
-        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(self.plan[c.name]))
         mine = {
-            k: metrics[k] if k in metrics else arrays.absent(number) for k in self._numbers[c.name]
+            k: metrics[k] if k in metrics else arrays.absent(number)
+            for k, number in self._numbers[c.name].items()
         }
         return self._routes[f"metrics of {c.name}"](mine)
 
@@ -571,13 +548,10 @@ class Step:
         count = jax.process_count()
         if all(len(_processes(v.sharding)) == count for v in data.values()):
             return dict(data)
-        out = {}
-        for k, v in data.items():
-            name = f"{k} to everybody"
-            if name not in self._routes:
-                self._routes[name] = Route({k: v}, {k: replicated(_everywhere())})
-            out |= self._routes[name]({k: v})
-        return out
+        if "shown" not in self._routes:
+            target = dict.fromkeys(data, replicated(_everywhere()))
+            self._routes["shown"] = Route(dict(data), target)
+        return self._routes["shown"](dict(data))
 
     def plan_table(self) -> dict[str, dict[str, Any]]:
         """The plan as plain data: call -> placement, kind, and bytes it receives of its model."""
@@ -595,9 +569,7 @@ class Step:
     def reallocated(self) -> dict[str, int]:
         """Bytes of parameters that all devices of a call receive from home."""
         return {
-            c.name: 0 if self._realloc(c).alias else int(self._realloc(c).report().received)
-            for c in self.calls
-            if c.of is not None
+            c.name: int(self._realloc(c).report().received) for c in self.calls if c.of is not None
         }
 
     def _run_on_host(
@@ -660,7 +632,7 @@ def _words(key: Any) -> np.ndarray:
     return words
 
 
-def whole_batches(place: Placement) -> bool:
+def _whole_batches(place: Placement) -> bool:
     """Whether every process must bring all rows of what is read here, not just its own."""
     if jax.process_count() == 1:
         return False

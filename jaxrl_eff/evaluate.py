@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl_eff import arrays as arrays_
-from jaxrl_eff import dataflow
+from jaxrl_eff import arrays, dataflow
 from jaxrl_eff.algorithms.policy import PROMPTS, ROLLOUT
 from jaxrl_eff.data import loader
 from jaxrl_eff.data.tokenizer import Tokenizer
@@ -68,7 +67,6 @@ class Evaluation:
             {"actor": Spec(params.abstract(lm), params.logical_axes(lm))},
             keep="tokens mask example",
         )
-        whole = dataflow.whole_batches(placement)
         rows = -(-problems // placement.row_shards) * placement.row_shards
         batches = loader.batches(
             source,
@@ -80,7 +78,7 @@ class Evaluation:
             shuffle=False,
             epochs=1,
             remainder="pad",
-            process=(0, 1) if whole else (jax.process_index(), jax.process_count()),
+            process=step.share,
             threads=0,
         )
         return cls(step, batches, source, reward, tokenizer, problems, seed)
@@ -122,18 +120,18 @@ def responses(
     data: Mapping[str, jax.Array], source: Any, tokenizer: Tokenizer, limit: int | None = None
 ) -> list[dict[str, Any]]:
     """Prompt, completion, example (and reward, if scored) of this process's rows as text."""
-    arrays = {k: arrays_.local_rows(v) for k, v in data.items()}
+    mine = {k: arrays.local_rows(v) for k, v in data.items()}
     out = []
-    for i in range(len(arrays["tokens"]))[:limit]:
-        tokens, chosen = arrays["tokens"][i], arrays["mask"][i] > 0
+    for i in range(len(mine["tokens"]))[:limit]:
+        tokens, chosen = mine["tokens"][i], mine["mask"][i] > 0
         start = int(chosen.argmax()) if chosen.any() else len(tokens)
         row = {
-            "example": int(arrays["example"][i]),
+            "example": int(mine["example"][i]),
             "prompt": tokenizer.decode(_text(tokens[:start], tokenizer)),
             "completion": tokenizer.decode(_text(tokens[chosen], tokenizer)),
         }
-        if "score" in arrays:
-            row["reward"] = float(arrays["score"][i])
+        if "score" in mine:
+            row["reward"] = float(mine["score"][i])
         out.append(row)
     return out
 

@@ -73,19 +73,14 @@ def _outline(
     run: settings.Run, name: str, tokenizer: Any, base: Any, earlier: list[Outline]
 ) -> Outline:
     from jaxrl_eff import stages
-    from jaxrl_eff.rollout import Sampling
 
     s = run.stage[name]
-    if s.algorithm not in stages.ALGORITHMS:
-        raise ValueError(f"algorithm is {s.algorithm!r}; there are {list(stages.ALGORITHMS)}.")
-    room, config, kind = stages.ALGORITHMS[s.algorithm]
-    cfg = settings.build(config, s.loss, f"config.{name}.loss")
-    sampling, reward = None, None
+    room, kind = stages.algorithm_of(s)
+    cfg = stages.loss_of(s, name)
     given = _origins(s, earlier)
     _, lms = stages.roles_of(dataclasses.replace(s, models=given), base, [])
-    if kind == "prompts":
-        pad = tokenizer.pad if tokenizer.pad is not None else 0
-        sampling = settings.build(Sampling, {"pad": pad, **s.sampling}, f"config.{name}.sampling")
+    sampling, reward = stages.sampling_of(s, name, tokenizer), None
+    if sampling is not None:
         reward = lms.get("reward") if s.reward.name == "model" else _unread
     graph = stages.graph_of(s, room, cfg, lms, reward, sampling)
     lms = {role: lm for role, lm in lms.items() if role in graph.models}
@@ -141,7 +136,6 @@ def problem(outline: Outline, **options: Any) -> Any:
         outline.batch,
         sampling=outline.sampling,
         specs=outline.specs,
-        staleness={c.name: c.staleness for c in outline.graph.calls if c.staleness},
         **options,
     )
 
@@ -194,7 +188,7 @@ def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
     Raises:
         ValueError: an unknown stage or cluster, wrong settings, or no plan that fits.
     """
-    from jaxrl_eff import plan_page
+    from jaxrl_eff import plan_page, stages
     from jaxrl_eff.console import Console
     from jaxrl_eff.planner import hardware
     from jaxrl_eff.planner.search import search
@@ -209,7 +203,7 @@ def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
     with Console(terminal=False) as console:
         for outline in chosen:
             step = problem(outline)
-            with _of(outline.name):
+            with stages.at_path(outline.name):
                 found = search(
                     step,
                     cluster,
@@ -240,20 +234,6 @@ def _chosen(found: list[Outline], stage: str) -> list[Outline]:
         return [o for o in found if o.name == stage]
     several = [o for o in found if sum(c.of is not None for c in o.graph.calls) > 1]
     return several or found
-
-
-class _of:
-    """Names the stage in an error's message."""
-
-    def __init__(self, stage: str):
-        self._stage = stage
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, ValueError):
-            raise ValueError(f"{self._stage}: {error}") from None
 
 
 def _print(planned: Any, console: Any) -> None:

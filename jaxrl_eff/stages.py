@@ -213,22 +213,17 @@ def _stage(
     run: Run, name: str, tokenizer: Tokenizer, base: LMConfig, earlier: list[Stage]
 ) -> Stage:
     s = run.stage[name]
-    if s.algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm is {s.algorithm!r}; there are {list(ALGORITHMS)}.")
+    room, kind = algorithm_of(s)
     for field in ("steps", "batch"):
         if getattr(s, field) < 1:
             raise ValueError(f"{field} is {getattr(s, field)}, but must be at least 1.")
-    room, config, kind = ALGORITHMS[s.algorithm]
-    cfg = build(config, s.loss, f"config.{name}.loss")
+    cfg = loss_of(s, name)
     seed = (run.seed + zlib.crc32(name.encode())) % 2**32
     source, held_out = _source(s.data, seed)
     encoder = _encoder(s, kind, tokenizer)
     _try("data", encoder, source)
 
-    sampling, reward = None, None
-    if kind == "prompts":
-        pad = tokenizer.pad if tokenizer.pad is not None else 0
-        sampling = build(Sampling, {"pad": pad, **s.sampling}, f"config.{name}.sampling")
+    sampling, reward = sampling_of(s, name, tokenizer), None
     origins, lms = roles_of(s, base, earlier)
     if kind == "prompts":
         if s.reward.name == "model":
@@ -251,10 +246,7 @@ def _stage(
     shapes, searched = batch_shapes(s, kind), None
     with at_path(f"config.{name}.plan"):
         if s.plan == "search":
-            stale = {c.name: c.staleness for c in graph.calls if c.staleness}
-            problem = works.works(
-                graph, lms, shapes, sampling=sampling, specs=specs, staleness=stale
-            )
+            problem = works.works(graph, lms, shapes, sampling=sampling, specs=specs)
             searched = calibrate.search(problem, s.search, seed=run.seed)
             plan = searched.plan
         else:
@@ -273,13 +265,34 @@ def _stage(
         overlong=s.data.overlong,
         packed=s.data.packed,
         pad=tokenizer.pad or 0,
-        process=(0, 1) if step.whole_batches else (jax.process_index(), jax.process_count()),
+        process=step.share,
     )
     evaluation = _evaluation(run, name, tokenizer, lms, plan, graph, held_out, sampling)
     return Stage(
         name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
         searched,
     )  # fmt: skip
+
+
+def algorithm_of(s: StageSettings) -> tuple[Any, str]:
+    """The algorithm's module, and the kind of batch that it reads."""
+    if s.algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm is {s.algorithm!r}; there are {list(ALGORITHMS)}.")
+    room, _, kind = ALGORITHMS[s.algorithm]
+    return room, kind
+
+
+def loss_of(s: StageSettings, name: str) -> Any:
+    """The algorithm's config."""
+    return build(ALGORITHMS[s.algorithm][1], s.loss, f"config.{name}.loss")
+
+
+def sampling_of(s: StageSettings, name: str, tokenizer: Tokenizer) -> Sampling | None:
+    """How the stage samples, if it does."""
+    if ALGORITHMS[s.algorithm][2] != "prompts":
+        return None
+    pad = tokenizer.pad if tokenizer.pad is not None else 0
+    return build(Sampling, {"pad": pad, **s.sampling}, f"config.{name}.sampling")
 
 
 def _try(what: str, fn: Callable, source: Any) -> None:

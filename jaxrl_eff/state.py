@@ -50,8 +50,7 @@ def moved(models: Models, old: Step, new: Step) -> Models:
     """Models at home in one step's plan, brought home in another's. Consumes them."""
     out = {}
     for role in list(models):
-        there = jax.tree.map(lambda x: x.sharding, new.home(role))
-        out[role] = Route(old.home(role), there, donate=True)(models.pop(role))
+        out[role] = Route(old.home(role), new.home(role), donate=True)(models.pop(role))
     return out
 
 
@@ -59,42 +58,20 @@ def shared(tree: Any) -> Any:
     """The tree with a part on every process, as writers of files need it.
 
     Arrays that leave out some processes are spread over all devices. Every process must call.
-
-    Args:
-        tree: arrays; or `jax.ShapeDtypeStruct`s with shardings, for the layouts alone.
     """
-    leaves, structure = jax.tree.flatten(tree)
-    groups: dict[Any, list[int]] = {}
-    for i, x in enumerate(leaves):
-        if len({d.process_index for d in x.sharding.device_set}) < jax.process_count():
-            groups.setdefault(x.sharding.mesh, []).append(i)
-    for members in groups.values():
-        there = [_spread(leaves[i].shape) for i in members]
-        mine = [leaves[i] for i in members]
-        if isinstance(mine[0], jax.Array):
-            new = Route(mine, there)(mine)
-        else:
-            pairs = zip(mine, there, strict=True)
-            new = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in pairs]
-        for i, x in zip(members, new, strict=True):
-            leaves[i] = x
-    return structure.unflatten(leaves)
+    return Route(tree, shared_layout(tree))(tree)
 
 
-def placed(tree: Any, like: Any) -> Any:
-    """Undoes `shared`: arrays brought to the layouts of `like`. Every process must call."""
-    leaves, structure = jax.tree.flatten(tree)
-    wanted = structure.flatten_up_to(like)
-    groups: dict[Any, list[int]] = {}
-    for i, (x, w) in enumerate(zip(leaves, wanted, strict=True)):
-        if x.sharding != w.sharding:
-            groups.setdefault((x.sharding.mesh, w.sharding.mesh), []).append(i)
-    for members in groups.values():
-        mine = [leaves[i] for i in members]
-        new = Route(mine, [wanted[i].sharding for i in members], donate=True)(mine)
-        for i, x in zip(members, new, strict=True):
-            leaves[i] = x
-    return structure.unflatten(leaves)
+def shared_layout(tree: Any) -> Any:
+    """The layouts of `shared`, of arrays or of `jax.ShapeDtypeStruct`s with shardings."""
+
+    def layout(x: Any) -> jax.ShapeDtypeStruct:
+        everywhere = {d.process_index for d in x.sharding.device_set}
+        whole = len(everywhere) == jax.process_count()
+        where = x.sharding if whole else _spread(x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(layout, tree)
 
 
 def _spread(shape: tuple[int, ...]) -> NamedSharding:

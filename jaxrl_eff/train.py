@@ -94,7 +94,7 @@ def fit(assembled: Assembled, out: Outlets) -> Finished:
     """
 
     def saved(record: dict[str, Any]) -> Any:
-        return state.shared(state.abstract(assembled, _index(assembled, record["stage"])))
+        return state.shared_layout(state.abstract(assembled, _index(assembled, record["stage"])))
 
     restored = out.checkpoints.restore(saved, partial=True)
     for message in out.checkpoints.messages:
@@ -104,7 +104,7 @@ def fit(assembled: Assembled, out: Outlets) -> Finished:
     if restored is not None:
         record = restored.record
         index = _index(assembled, record["stage"])
-        home = state.placed(restored.state, state.abstract(assembled, index))
+        home = Route(restored.state, state.abstract(assembled, index), donate=True)(restored.state)
         models, shelf = home["models"], home["shelf"]
         offset = sum(s.settings.steps for s in assembled.stages[:index])
         at = Position(index, record["step"], offset, dict(record["results"]))
@@ -276,11 +276,10 @@ def _replanned(
     out.console.line(f"{stage.name}: {new}; saves {gain:.0%}, taken up")
     old = stage.step
     step = dataflow.compile(old.graph, new.plan, old.specs, keep=" ".join(old.keep))
-    step.check(stage.batch)
     step.build(stage.batch)
     models = state.moved(models, old, step)
     calibration.take(new)
-    stage.loader.share((0, 1) if step.whole_batches else (jax.process_index(), jax.process_count()))
+    stage.loader.share(step.share)
     out.writer.document("plan", {stage.name: step.plan_table()}, merge=True)
     return dataclasses.replace(stage, step=step, searched=new), models
 
@@ -393,8 +392,7 @@ class _Log:
 
     def _all_tokens(self, tokens: int, values: dict[str, float]) -> float:
         """Tokens of the step over all processes, sampled ones included."""
-        count = 1 if self._stage.step.whole_batches else jax.process_count()
-        total = float(tokens * count)
+        total = float(tokens * self._stage.step.share[1])
         if self._stage.sampling is not None:
             samples = self._stage.sampling.samples
             length = values.get("advantage/length", values.get("select/length", 0.0))

@@ -10,6 +10,7 @@ predicted calls are from measured ones.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -26,7 +27,7 @@ host.simulate(2)
 import jax
 import numpy as np
 
-from jaxrl_eff import calibrate, dataflow, plans, settings, stages
+from jaxrl_eff import calibrate, dataflow, plans, settings, stages, state
 from jaxrl_eff.planner import profile, works
 from jaxrl_eff.planner.cost import NONE
 
@@ -75,13 +76,8 @@ class Running:
         stage = assembled.stages[0]
         self.step = dataflow.compile(stage.step.graph, plan, stage.step.specs)
         self.step.build(stage.batch)
-        self.plan = {c: plan[c] for c in plan}
-        self.models = {
-            role: self.step.init(role, _params(self.step, stage, role)) for role in stage.lms
-        }
-        for role in self.step.graph.models:
-            if role not in self.models:
-                raise ValueError(f"no parameters for {role}")
+        self.plan = plan
+        self.models = state.initial(assembled, dataclasses.replace(stage, step=self.step), {})
         self.seconds, self.calls, self.t = [], {}, 0
 
     def once(self, batch):
@@ -96,14 +92,6 @@ class Running:
 
     def forget(self):
         self.seconds, self.calls = [], {}
-
-
-def _params(step, stage, role):
-    from jaxrl_eff.models import params
-
-    where = jax.tree.map(lambda x: x.sharding, step.home(role).params)
-    lm = stage.lms[role]
-    return jax.jit(lambda k: params.init(lm, k), out_shardings=where)(jax.random.key(0))
 
 
 def measure(name, steps):
@@ -124,7 +112,7 @@ def measure(name, steps):
     cluster, corrections, fitted = searched.cluster, NONE, {}
     for _ in range(2):  # each plan moves the factors; twice around, so that no plan is the last
         for r in running.values():
-            seen = _known(problem, r.plan, cluster, {k: v[2:] for k, v in r.calls.items()})
+            seen = profile.timed(problem, r.plan, cluster, {k: v[2:] for k, v in r.calls.items()})
             corrections = profile.refit(problem, r.plan, cluster, seen, corrections)
     tried = dict(running)
     for _ in range(ROUNDS):  # as a run does: take up the plan, measure, search again
@@ -135,7 +123,7 @@ def measure(name, steps):
         r = tried[f"try {len(tried)}"] = Running(assembled, found.plan)
         for _ in range(4):
             r.once(batch)
-        seen = _known(problem, r.plan, cluster, {k: v[1:] for k, v in r.calls.items()})
+        seen = profile.timed(problem, r.plan, cluster, {k: v[1:] for k, v in r.calls.items()})
         corrections = profile.refit(problem, r.plan, cluster, seen, corrections)
     else:
         # The best of the plans that were measured, not the one that would be tried next.
@@ -152,7 +140,7 @@ def measure(name, steps):
     plan = {c: str(p) for c, p in running["searched"].plan.items()}
     out = {"same_as": same, "plan": plan, "plans": {}, "tried": len(tried) - len(rules)}
     for k, r in running.items():
-        seen = _known(problem, r.plan, cluster, r.calls)
+        seen = profile.timed(problem, r.plan, cluster, r.calls)
         rows = profile.compare(problem, r.plan, cluster, seen, corrections)
         fitted[k] = [x for x in rows if x.measured > 1e-3]
         out["plans"][k] = {
@@ -163,14 +151,6 @@ def measure(name, steps):
     best = min(v["measured"] for v in out["plans"].values())
     out["over_fastest"] = out["plans"]["searched"]["measured"] / best - 1
     return out
-
-
-def _known(problem, plan, cluster, calls):
-    from jaxrl_eff.planner.simulate import Simulator
-
-    simulated = Simulator(problem, cluster).run(plan)
-    known = set(simulated.costs) | set(simulated.edges)
-    return {k: v for k, v in calls.items() if k in known and v}
 
 
 def _predicted(problem, plan, cluster, corrections):

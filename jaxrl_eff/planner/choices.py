@@ -133,7 +133,7 @@ def choices(
             price,
             smallest=smallest,
             executable=executable,
-            offloads=offloads,
+            offloads=tuple(dict.fromkeys(offloads)),
         )
         if not any(found.values()):
             raise ValueError(

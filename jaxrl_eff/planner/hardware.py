@@ -9,6 +9,8 @@ import functools
 import math
 import re
 
+from jaxrl_eff import hardware as machine
+
 GIB = 2.0**30
 USABLE = 0.92  # of a device's memory: the rest is the runtime's, and lost between arrays
 
@@ -95,44 +97,56 @@ class Cluster:
         return dataclasses.replace(self, **changes)
 
 
-# Dense TFLOP/s in bf16 and in what JAX multiplies float32 in (TF32 on these GPUs, one bf16 pass on
-# TPUs), memory GiB, memory TB/s, link GB/s, NIC GB/s, host GB/s (PCIe 4 or 5, x16).
-#   A100, H100, H200: NVIDIA datasheets (A100 80GB SXM 2021; H100 SXM 2023; H200 SXM 2024), printed
-#   with sparsity from H100 on, halved here. NVLink 600 and 900 GB/s count both directions. NICs are
-#   those of DGX: one a GPU of 200 Gb/s (A100) or 400 Gb/s. B200: DGX B200 datasheet, an eighth.
+# Memory GiB, memory TB/s, link GB/s, NIC GB/s, host GB/s (PCIe 4 or 5, x16).
+#   A100, H100, H200: NVIDIA datasheets (A100 80GB SXM 2021; H100 SXM 2023; H200 SXM 2024). NVLink
+#   600 and 900 GB/s count both directions. NICs are those of DGX: one a GPU of 200 Gb/s (A100) or
+#   400 Gb/s. B200: DGX B200 datasheet, an eighth.
 _GPUS = {
-    "a100": (312, 156, 80, 2.04, 300, 25, 25),
-    "h100": (989, 494, 80, 3.35, 450, 50, 50),
-    "h200": (989, 494, 141, 4.8, 450, 50, 50),
-    "b200": (2250, 1125, 180, 8.0, 900, 50, 50),
+    "a100": (80, 2.04, 300, 25, 25),
+    "h100": (80, 3.35, 450, 50, 50),
+    "h200": (141, 4.8, 450, 50, 50),
+    "b200": (180, 8.0, 900, 50, 50),
 }
-# TFLOP/s, memory GiB, memory TB/s, ICI GB/s of one mesh axis (a ring's two directions), data-center
+# Memory GiB, memory TB/s, ICI GB/s of one mesh axis (a ring's two directions), data-center
 # network GB/s, PCIe GB/s, chips a host, most chips of a slice.
-#   TFLOP/s, memory, slices: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. ICI, network and PCIe:
+#   Memory, slices: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. ICI, network and PCIe:
 #   jax-ml.github.io/scaling-book/tpus ("How to Scale Your Model", 2025), table of TPU specs.
 _TPUS = {
-    "v4": (275, 32, 1.2, 90, 6.25, 16, 4, 4096),
-    "v5e": (197, 16, 0.81, 90, 3.125, 16, 4, 256),
-    "v5p": (459, 95, 2.8, 180, 6.25, 16, 4, 8960),
-    "v6e": (918, 32, 1.6, 180, 12.5, 32, 4, 256),
+    "v4": (32, 1.2, 90, 6.25, 16, 4, 4096),
+    "v5e": (16, 0.81, 90, 3.125, 16, 4, 256),
+    "v5p": (95, 2.8, 180, 6.25, 16, 4, 8960),
+    "v6e": (32, 1.6, 180, 12.5, 32, 4, 256),
 }
 NAMES = (*_GPUS, *_TPUS, "local")
 
 
+def _rates(
+    kind: str,
+    gib: float | int,
+    hbm: float | int,
+    link: float | int,
+    nic: float | int,
+    pcie: float | int,
+) -> dict[str, float]:
+    """A device's numbers in bytes and seconds; its peaks are those that MFU is measured by."""
+    return {
+        "flops_per_s": machine.peak_flops_per_s(kind, "bfloat16"),
+        "flops32_per_s": machine.peak_flops_per_s(kind, "float32"),
+        "memory_bytes": USABLE * gib * GIB,
+        "memory_bytes_per_s": hbm * 1e12,
+        "link_bytes_per_s": link * 1e9,
+        "nic_bytes_per_s": nic * 1e9,
+        "host_bytes_per_s": pcie * 1e9,
+    }
+
+
 def gpus(name: str, hosts: int = 1, per_host: int = 8) -> Cluster:
     """A cluster of GPU hosts, as `a100`, `h100`, `h200` or `b200`."""
-    bf16, f32, gib, hbm, link, nic, pcie = _GPUS[name]
     return Cluster(
         name=f"{name}:{hosts}x{per_host}" if hosts > 1 else f"{name}:{per_host}",
         devices=hosts * per_host,
         per_host=per_host,
-        flops_per_s=bf16 * 1e12,
-        flops32_per_s=f32 * 1e12,
-        memory_bytes=USABLE * gib * GIB,
-        memory_bytes_per_s=hbm * 1e12,
-        link_bytes_per_s=link * 1e9,
-        nic_bytes_per_s=nic * 1e9,
-        host_bytes_per_s=pcie * 1e9,
+        **_rates(name.upper(), *_GPUS[name]),
     )
 
 
@@ -141,19 +155,13 @@ def tpus(name: str, chips: int, slices: int = 1) -> Cluster:
 
     A slice is priced as one domain: a mesh axis is a ring of its torus.
     """
-    bf16, gib, hbm, ici, network, pcie, per_host, _ = _TPUS[name]
+    *rates, per_host, _ = _TPUS[name]
     per_host = chips if chips <= 8 else per_host
     return Cluster(
         name=f"{name}:{slices}*{chips}" if slices > 1 else f"{name}:{chips}",
         devices=slices * chips,
         per_host=per_host,
-        flops_per_s=bf16 * 1e12,
-        flops32_per_s=bf16 * 1e12,
-        memory_bytes=USABLE * gib * GIB,
-        memory_bytes_per_s=hbm * 1e12,
-        link_bytes_per_s=ici * 1e9,
-        nic_bytes_per_s=network * 1e9,
-        host_bytes_per_s=pcie * 1e9,
+        **_rates(f"TPU {name}", *rates),
         link_latency=2e-6,
         nic_latency=5e-5,
         domain=chips,

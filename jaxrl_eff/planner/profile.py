@@ -47,6 +47,14 @@ def _predicted(schedule: Schedule) -> dict[str, tuple[str, float]]:
     return out | {n: (kinds.get(n, "move"), t) for n, t in schedule.edges.items()}
 
 
+def timed(
+    problem: Problem, plan: Plan, cluster: Cluster, measured: Mapping[str, Seconds]
+) -> dict[str, Seconds]:
+    """Of what was measured, the calls and edges that the simulator prices."""
+    known = _predicted(Simulator(problem, cluster).run(plan))
+    return {k: v for k, v in measured.items() if k in known and v}
+
+
 def compare(
     problem: Problem,
     plan: Plan,

@@ -23,7 +23,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 
-from jaxrl_eff.parallel.mesh import OFFLOADS, Placement
+from jaxrl_eff.parallel.mesh import OFFLOADS, Placement, span
 from jaxrl_eff.planner import seeds
 from jaxrl_eff.planner.bound import Bound, lower_bound
 from jaxrl_eff.planner.choices import Choices, Judge, State, choices
@@ -132,7 +132,7 @@ def search(
             corrections=corrections,
             smallest=smallest,
             executable=executable,
-            offloads=tuple(dict.fromkeys(allowed)),
+            offloads=allowed,
         )
         judge = Judge(table)
         budget = _Budget(judge, began, seconds, evaluations)
@@ -192,7 +192,7 @@ def exhaustive(
         corrections=corrections,
         smallest=smallest,
         executable=executable,
-        offloads=tuple(dict.fromkeys(("", *offloads))),
+        offloads=("", *offloads),
     )
     judge = Judge(table)
     if not prove(judge, most=most):
@@ -416,7 +416,7 @@ def _short(judge: Judge, *, executable: bool, smallest: int, offloads: Sequence[
     models = ", ".join(f"{m} {_gib(b)}" for b, m in most)
     text = (
         f"no plan fits into the {_gib(t.cluster.memory_bytes)} a device of {t.cluster.name}. The "
-        f"thriftiest one found needs {_gib(group.bytes)} on devices {_span(group.devices)}, "
+        f"thriftiest one found needs {_gib(group.bytes)} on devices {span(group.devices)}, "
         f"{_gib(done.over_bytes)} too much: {_gib(group.static_bytes)} all the time ({models}) and "
         f"{_gib(group.active_bytes)} while {group.busiest} runs."
     )
@@ -476,7 +476,3 @@ def _offloaded(plan: Plan) -> str:
 
 def _gib(value: float) -> str:
     return f"{value / 2**30:,.1f} GiB"
-
-
-def _span(devices: Sequence[int]) -> str:
-    return f"{devices[0]}-{devices[-1]}" if len(devices) > 1 else str(devices[0])

@@ -70,7 +70,8 @@ def works(
         sampling: of the generate calls; one that writes `greedy_...` takes one sample a prompt.
         specs: model -> its spec, for the bytes of optimizer state; without, 8 a parameter.
         responses: how long responses are; None: all of them `sampling.max_tokens`.
-        staleness: generate call -> how many updates old its weights may be.
+        staleness: generate call -> how many updates old its weights may be, if not what the graph
+            says.
         seconds: local call -> seconds, for those that take any.
 
     Raises:
@@ -91,7 +92,7 @@ def works(
             _generate(c, sizes, sampling, responses) if c.kind == "generate" else _other(c, sizes)
         )
         made = dataclasses.replace(
-            made, staleness=staleness.get(c.name, 0), seconds=seconds.get(c.name, 0.0)
+            made, staleness=staleness.get(c.name, c.staleness), seconds=seconds.get(c.name, 0.0)
         )
         out.append(made)
         for k in c.writes:
