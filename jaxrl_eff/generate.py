@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff import tree
 from jaxrl_eff.data.chat import render_chat
 from jaxrl_eff.data.tokenizer import Tokenizer, decode_stream, load_tokenizer
 from jaxrl_eff.models import LMConfig, apply, unembed, unstack
@@ -29,7 +28,7 @@ from jaxrl_eff.models.hf import config_from_hf, load_hf
 from jaxrl_eff.models.logits import Warp
 from jaxrl_eff.models.transformer import Cache
 from jaxrl_eff.rollout import cache as kv
-from jaxrl_eff.rollout.generate import UNSTACK_BYTES
+from jaxrl_eff.rollout.generate import small
 from jaxrl_eff.rollout.sampling import Sampling, draw, uniforms
 from jaxrl_eff.shapes import Array, Float, Int, Key, PyTree
 
@@ -142,7 +141,7 @@ def _room(cfg: LMConfig, prompt: Sequence[int], asked: int | None) -> int:
 
 def _load(directory: Path, cfg: LMConfig) -> PyTree:
     params = load_hf(directory, cfg)
-    if tree.nbytes(params) <= UNSTACK_BYTES:
+    if small(params):
         params = jax.jit(unstack, static_argnums=0)(cfg, params)
     return params
 

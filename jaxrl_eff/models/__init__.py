@@ -15,10 +15,10 @@ from jaxrl_eff.models.heads import (
 )
 from jaxrl_eff.models.logits import Warp, warp
 from jaxrl_eff.models.params import abstract, count, flops_per_token, init, logical_axes
-from jaxrl_eff.models.transformer import Cache, LanguageModel, apply, unembed, unstack
+from jaxrl_eff.models.transformer import Cache, LanguageModel, apply, computed, unembed, unstack
 
 __all__ = [
-    "Cache", "LMConfig", "LanguageModel", "Rope", "Warp", "abstract", "apply", "count",
+    "Cache", "LMConfig", "LanguageModel", "Rope", "Warp", "abstract", "apply", "computed", "count",
     "flops_per_token", "init", "load_hf", "logical_axes", "logprobs", "save_hf", "scalar_head",
     "score", "token_logprobs", "token_values", "unembed", "unstack", "values", "warp",
 ]  # fmt: skip

@@ -17,6 +17,8 @@ from jaxrl_eff.shapes import Array, Bool, Float, Int
 Attend = Callable[..., Array]
 
 BLOCK = 64  # queries; smaller products are slower than the work they save
+FEW = 16  # queries; fewer are no work for a flash kernel
+KERNEL = "cudnn"
 
 
 def allowed(
@@ -129,17 +131,34 @@ def fused(
     softcap: float | None = None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """`plain` by cuDNN's flash attention: the weights never reach memory. GPU, half precision.
+    """`plain` by cuDNN's flash attention: scores never reach memory. GPU, half precision.
+
+    As in `blocked`, as many keys as queries are the same tokens in order, so that the kernel skips
+    what comes later. A few queries over a cache go to `plain`: its scores are small, and the kernel
+    would want the cache in another layout, copied at every token.
 
     Raises:
         ValueError: `softcap` is set, which the kernel does not know.
     """
     if softcap is not None:
         raise ValueError(f"fused attention has no soft-cap, but softcap={softcap}; use plain.")
-    seen = allowed(q_position, k_position, q_segment, k_segment, window)
+    where = {
+        "q_position": q_position, "k_position": k_position, "q_segment": q_segment,
+        "k_segment": k_segment, "window": window,
+    }  # fmt: skip
+    if q.shape[1] < FEW:
+        return plain(q, k, v, **where, softcap=softcap, scale=scale)
+    # Padding sees padding, so that no query is without keys; what comes of it is dropped.
+    seen = q_segment[:, :, None] == k_segment[:, None, :]
+    in_order = q.shape[1] == k.shape[1]
+    if not in_order:
+        seen &= allowed(**where) | (q_segment == 0)[:, :, None]
+    elif window is not None:
+        seen &= q_position[:, :, None] - k_position[:, None, :] < window
     out = jax.nn.dot_product_attention(
-        q, k, v, mask=seen[:, None, :, :], scale=scale, implementation="cudnn"
-    )
+        q, k, v, mask=seen[:, None, :, :], scale=scale, is_causal=in_order,
+        implementation=KERNEL,
+    )  # fmt: skip
     return jnp.where((q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 

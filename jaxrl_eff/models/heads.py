@@ -21,7 +21,9 @@ from jaxrl_eff.models.logits import warp as warp_logits
 from jaxrl_eff.models.transformer import apply, scalar, unembed
 from jaxrl_eff.shapes import Array, Float, Int, PyTree
 
-CHUNK_LOGITS = 2**25  # 128 MiB of float32 at a time, whatever the vocabulary
+# Logits that exist at once, whatever the vocabulary: 128 MiB of float32 on a CPU. Every piece reads
+# the whole table and adds a gradient of its size, so accelerators take larger ones.
+CHUNK_LOGITS, CHUNK_LOGITS_CPU = 2**27, 2**25
 
 CallFn = Callable[[PyTree, dict[str, Array], Array], dict[str, Array]]
 
@@ -45,7 +47,7 @@ def token_logprobs(
 
     Args:
         warp: temperature and truncation, as when the tokens were sampled.
-        chunk: tokens whose logits exist at once; None: as many as fit 128 MiB; 0: all.
+        chunk: tokens whose logits exist at once; None: as many as `CHUNK_LOGITS` says; 0: all.
         attend: the attention; None: `attention.choose(cfg)`.
         with_entropy: False leaves the entropy out and returns zeros in its place.
     """
@@ -67,7 +69,10 @@ def _of_hidden(cfg, params, warp, with_entropy, hidden, following):
 def _pieces(cfg: LMConfig, shape: tuple[int, ...], chunk: int | None) -> int:
     """Into how many pieces the time axis is cut."""
     rows, length = shape
-    chunk = CHUNK_LOGITS // cfg.vocab if chunk is None else chunk or rows * length
+    if chunk is None:
+        on_cpu = jax.default_backend() == "cpu"
+        chunk = (CHUNK_LOGITS_CPU if on_cpu else CHUNK_LOGITS) // cfg.vocab
+    chunk = chunk or rows * length
     return math.ceil(length / max(1, chunk // rows))
 
 

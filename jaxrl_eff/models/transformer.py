@@ -18,6 +18,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxrl_eff import tree
 from jaxrl_eff.models import attention, rope
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.shapes import Array, Float, Int, PyTree
@@ -142,8 +143,33 @@ def _product(x: Float[Array, "... D"], matrix: Float[Array, "D F"], dtype=None) 
     lead = x.shape[:-1]
     if not _sharded("length"):
         x = x.reshape(-1, x.shape[-1])
-    y = jnp.einsum("...d,df->...f", x, matrix, preferred_element_type=dtype)
+    widened = dtype is not None and dtype != x.dtype
+    y = _widened(x, matrix, dtype) if widened else jnp.einsum("...d,df->...f", x, matrix)
     return y.reshape(*lead, -1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _widened(x: Float[Array, "... D"], matrix: Float[Array, "D F"], dtype) -> Array:
+    """x @ matrix summed and returned in a wider dtype.
+
+    Its gradient is rounded to the dtype of x before the products of the backward pass. These would
+    otherwise have a wide and a narrow operand and run in the wide one, several times slower on
+    matrix units.
+    """
+    return jnp.einsum("...d,df->...f", x, matrix, preferred_element_type=dtype)
+
+
+def _widened_forward(x: Array, matrix: Array, dtype):
+    return _widened(x, matrix, dtype), (x, matrix)
+
+
+def _widened_backward(dtype, saved, g: Array):
+    del dtype
+    _, back = jax.vjp(functools.partial(jnp.einsum, "...d,df->...f"), *saved)
+    return back(g.astype(saved[0].dtype))
+
+
+_widened.defvjp(_widened_forward, _widened_backward)
 
 
 def _sharded(name: str) -> bool:
@@ -429,6 +455,20 @@ def scalar(cfg: LMConfig, params: PyTree, hidden: Float[Array, "... D"]) -> Floa
 def _head(cfg: LMConfig, params: PyTree, hidden: Array, method: str) -> Array:
     kept = {name: params[name] for name in ("embed", "unembed", "value") if name in params}
     return LanguageModel(cfg).apply({"params": kept}, hidden, method=method)
+
+
+def computed(cfg: LMConfig, params: PyTree) -> PyTree:
+    """The same parameters, those already in `cfg.dtype` that every use would first round to it.
+
+    A loop over tokens then reads the narrow ones. What waits in host memory stays as it is.
+    """
+
+    def narrow(name: str, x: Array) -> Array:
+        rounded = name.split("/")[-1] in ("kernel", "bias", "table")
+        host = jax.typeof(x).memory_space == jax.memory.Space.Host
+        return x.astype(jnp.dtype(cfg.dtype)) if rounded and not host else x
+
+    return tree.map_with_name(narrow, params)
 
 
 def unstack(cfg: LMConfig, params: PyTree) -> PyTree:

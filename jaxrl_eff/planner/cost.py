@@ -46,7 +46,8 @@ __all__ = [
     "move_cost", "moved", "realloc_bytes", "realloc_cost", "same_rows",
 ]  # fmt: skip
 
-CHUNK_LOGITS = 2**25  # logits that exist at once, as in models.heads
+# Logits that exist at once, as in models.heads.
+CHUNK_LOGITS, CHUNK_LOGITS_CPU = 2**27, 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,10 +252,11 @@ def _finish(
     return Cost(seconds, {k: v for k, v in parts.items() if v}, static, active)
 
 
-def _logits_bytes(shape: Shape, tokens: float | int, cut: Split) -> float:
+def _logits_bytes(shape: Shape, tokens: float | int, cut: Split, c: Cluster) -> float:
     if shape.value:
         return 4.0 * tokens
-    return 3 * 4.0 * min(tokens * shape.vocab, CHUNK_LOGITS) / cut.vocab
+    at_once = CHUNK_LOGITS_CPU if c.shared_compute else CHUNK_LOGITS
+    return 3 * 4.0 * min(tokens * shape.vocab, at_once) / cut.vocab
 
 
 def _layer_activations(shape: Shape, tokens: float | int, cut: Split) -> float:
@@ -330,7 +332,7 @@ def _train(role: Role, work: Work, p: Placement, c: Cluster, corrections: Correc
         activations = flight * layers * (work_set + scores)
     grads = n * role.grad_bytes * (2 if m > 1 else 1)
     gathered = 2 * layer_share(shape, cut) * shape.compute_bytes if cut.fsdp > 1 else 0.0
-    active = grads + activations + gathered + _logits_bytes(shape, tokens, cut)
+    active = grads + activations + gathered + _logits_bytes(shape, tokens, cut, c)
     if where == "opt":
         active += opt
     return _finish(parts, param + (0.0 if where == "opt" else opt), active, work, p, corrections)
@@ -360,7 +362,7 @@ def _infer(role: Role, work: Work, p: Placement, c: Cluster, corrections: Correc
     if s > 1:
         moved = tokens * shape.width * shape.compute_bytes
         hop = (m + s - 1) * (hand_on(moved, g.stage, c) + c.stage_seconds)
-    active = _layer_activations(shape, tokens, cut) + _logits_bytes(shape, tokens, cut)
+    active = _layer_activations(shape, tokens, cut) + _logits_bytes(shape, tokens, cut, c)
     active += _scores_bytes(shape, rows, work.length, p, cut, c)
     active += 2 * layer_share(shape, cut) * shape.compute_bytes if cut.fsdp > 1 else 0.0
     exposed = 0.0

@@ -19,12 +19,14 @@ from jaxrl_eff import tree
 from jaxrl_eff.models import attention
 from jaxrl_eff.models import params as params_
 from jaxrl_eff.models.config import LMConfig
-from jaxrl_eff.models.transformer import Cache, apply, unembed, unstack
+from jaxrl_eff.models.transformer import Cache, apply, computed, unembed, unstack
 from jaxrl_eff.rollout import cache as kv
 from jaxrl_eff.rollout.sampling import Sampling, draw, ends, uniforms
 from jaxrl_eff.shapes import Array, Float, Int, PyTree
 
-UNSTACK_BYTES = 2**28
+# Parameters that are taken apart before decoding. On an accelerator a loop over layers copies each
+# layer's parameters out of the stack at every token; apart, they only take longer to compile.
+UNSTACK_BYTES, UNSTACK_BYTES_CPU = 2**34, 2**28
 
 GenerateFn = Callable[[PyTree, dict[str, Array], Array], dict[str, Array]]
 
@@ -60,8 +62,7 @@ def sample(
         attend: the attention; None: `attention.choose(cfg)`.
     """
     attend = attend or attention.choose(cfg)
-    small = tree.nbytes(params_.abstract(cfg)) <= UNSTACK_BYTES
-    unstacked = small if sampling.unstack is None else sampling.unstack
+    unstacked = small(params_.abstract(cfg)) if sampling.unstack is None else sampling.unstack
     stops = (*cfg.eos, *sampling.stop)
 
     def advance(params: PyTree, state: _State) -> _State:
@@ -81,6 +82,7 @@ def sample(
         group = jnp.repeat(group, sampling.samples)
         sample_ = jnp.tile(jnp.arange(sampling.samples, dtype=jnp.int32), len(prompt))
         uniform = uniforms(key, group * sampling.samples + sample_, sampling.max_tokens)
+        params = computed(cfg, params)
         hidden, cache = _read(cfg, params, prompt, length, attend)
         if unstacked:
             params, cache = unstack(cfg, params), kv.unstack(cache)
@@ -97,6 +99,12 @@ def sample(
         return out
 
     return call
+
+
+def small(params: PyTree) -> bool:
+    """Whether parameters are better taken apart before decoding (`models.unstack`)."""
+    on_cpu = jax.default_backend() == "cpu"
+    return tree.nbytes(params) <= (UNSTACK_BYTES_CPU if on_cpu else UNSTACK_BYTES)
 
 
 def _read(

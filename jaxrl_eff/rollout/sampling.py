@@ -27,7 +27,8 @@ class Sampling:
             less one. Every token reads the whole cache, so this saves up to half of the reading,
             at the price of compiling the loop so many times; never changes a token.
         unstack: take the parameters of the layers apart before decoding. Faster, but it copies
-            them once and compile time grows with depth. None: if they are below 256 MiB.
+            them once and compile time grows with depth. None: below 256 MiB on a CPU, 16 GiB
+            elsewhere.
     """
 
     max_tokens: int

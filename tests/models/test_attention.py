@@ -62,6 +62,25 @@ def test_blocks_of_queries_have_the_gradient_of_plain(key, monkeypatch):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.parametrize("cached", [0, 5])
+@pytest.mark.parametrize("queries", [1, 7])
+@pytest.mark.parametrize("window", [None, 2])
+def test_what_the_fused_kernel_is_told_is_plain(window, queries, cached, key, monkeypatch):
+    """The kernel runs on GPUs alone; here XLA's own attention takes the same mask."""
+    monkeypatch.setattr(attention, "KERNEL", "xla")
+    monkeypatch.setattr(attention, "FEW", 2)
+    q, k, v = jax.random.normal(key, (3, 2, queries + cached, 2, 4))
+    q = jnp.concatenate([q, 2 * q], axis=2)[:, cached:]  # two query heads a key head
+    segment = jnp.asarray([[1] * 5 + [2] * 6 + [0], [1] * 10 + [0] * 2])[:, : queries + cached]
+    position = jnp.asarray([[*range(5), *range(6), 0], [*range(10), 0, 0]])[:, : queries + cached]
+    where = dict(
+        q_position=position[:, cached:], k_position=position, q_segment=segment[:, cached:],
+        k_segment=segment, window=window, softcap=None, scale=0.5,
+    )  # fmt: skip
+    outs = [attend(q, k, v, **where) for attend in (attention.plain, attention.fused)]
+    np.testing.assert_allclose(*outs, atol=1e-5)
+
+
 def test_fused_attention_is_chosen_only_where_it_applies():
     sizes = dict(vocab=11, layers=1, width=8, heads=1, kv_heads=1, head_dim=8, ffn=8)
     half = LMConfig(**sizes, dtype="bfloat16")

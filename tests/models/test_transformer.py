@@ -77,6 +77,29 @@ def test_unrolled_and_unstacked_layers_are_the_scanned_ones(full):
     np.testing.assert_allclose(scanned, unstacked, atol=1e-5)
 
 
+def test_parameters_narrowed_beforehand_give_the_same_bits(full):
+    cfg = FULL.replace(dtype="bfloat16")
+    narrow = models.computed(cfg, full)
+    kinds = {x.dtype.name for x in jax.tree.leaves(narrow)}
+    assert kinds == {"bfloat16", "float32"}  # norms are used in float32
+    wide, _ = apply(cfg, full, rows(cfg))
+    got, _ = apply(cfg, narrow, rows(cfg))
+    np.testing.assert_array_equal(wide, got)
+
+
+def test_logits_in_half_precision_have_the_gradient_of_float32(full):
+    """The backward products have narrow operands; float32 is the slow twin."""
+    data = rows(PLAIN, 4, 16)
+    params = models.init(PLAIN, jax.random.key(3))
+    grads = {
+        dtype: jax.grad(lambda p, d=dtype: loss(PLAIN.replace(dtype=d), p, data))(params)
+        for dtype in ("float32", "bfloat16")
+    }
+    exact, half = (g["unembed"]["kernel"] for g in grads.values())
+    assert half.dtype == jnp.float32
+    assert jnp.linalg.norm(half - exact) < 0.02 * jnp.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("remat", ["full", "dots", "attention"])
 def test_recomputing_changes_no_gradient(full, remat):
     data, grad = rows(FULL), jax.jit(jax.grad(loss, 1), static_argnums=0)
