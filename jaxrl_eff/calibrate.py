@@ -2,7 +2,9 @@
 
 A searched plan is as good as the cost model. So after some steps the calls and reallocations that
 were timed are laid beside what was predicted, the model's factors are refitted, and the search is
-repeated from the plan that runs. Response lengths count as measured too: they drift in RL.
+repeated from the plan that runs. Response lengths count as measured too: they drift in RL. Of plans
+that have run, whole steps were measured, and these count more than any prediction: a plan that
+looked better and was not is left again.
 """
 
 import dataclasses
@@ -116,14 +118,26 @@ class Calibration:
         self.rows: tuple[profile.Row, ...] = ()
         self._next, self._wait = first, searched.settings.calibrate
         self._measured: dict[str, list[float]] = defaultdict(list)
+        self._steps: list[float] = []
         self._lengths: list[float] = []
+        self._ran: dict[tuple, _Ran] = {}
 
-    def see(self, spans: Iterable[timeline.Span], length: float | None) -> None:
-        """Notes a step's times and its mean response length, if it sampled."""
+    def see(
+        self, spans: Iterable[timeline.Span], length: float | None, seconds: float | None = None
+    ) -> None:
+        """Notes a step's times.
+
+        Args:
+            spans: of its calls.
+            length: its mean response length, if it sampled.
+            seconds: from the end of the step before to its own, if that is known.
+        """
         for span in spans:
             self._measured[span.call].append(span.end - span.start)
         if length is not None:
             self._lengths.append(length)
+        if seconds is not None:
+            self._steps.append(seconds)
 
     def due(self, step: int) -> bool:
         """Whether it is time to calibrate."""
@@ -131,7 +145,8 @@ class Calibration:
 
     def keep(self, new: Searched) -> None:
         """Goes on with the plan that runs, and with what was learned."""
-        self.take(dataclasses.replace(new, plan=self.searched.plan, seconds=self._running(new)))
+        plan = self.searched.plan
+        self.take(dataclasses.replace(new, plan=plan, seconds=self._expected(new, plan)))
 
     def take(self, new: Searched) -> None:
         """Goes on with a new plan."""
@@ -149,23 +164,52 @@ class Calibration:
         args = *where, profile.timed(*where, self._measured)
         self.rows = profile.compare(*args, old.corrections)
         new = profile.refit(*args, old.corrections)
-        self._measured.clear()
-        self._lengths.clear()
-        return search(problem, old.settings, seed=old.seed, corrections=new, start=old.plan)
+        if self._steps:
+            ran = _Ran(problem, old.plan, float(np.median(self._steps)))
+            self._ran[_key(old.plan)] = ran
+        for seen in (self._measured, self._lengths, self._steps):
+            seen.clear()
+        found = search(problem, old.settings, seed=old.seed, corrections=new, start=old.plan)
+        plans = [found.plan, *(r.plan for r in self._ran.values())]
+        best = _from_first(min(plans, key=lambda plan: self._expected(found, plan)))
+        return dataclasses.replace(found, plan=best, seconds=self._expected(found, best))
 
     def gain(self, new: Searched) -> float:
         """Share of a step's time that the new plan saves over the one that runs.
 
         As the first process sees it, since all must switch together.
         """
-        share = 0.0 if new.plan == self.searched.plan else 1.0 - new.seconds / self._running(new)
+        running = self._expected(new, self.searched.plan)
+        share = 0.0 if new.plan == self.searched.plan else 1.0 - new.seconds / running
         if jax.process_count() > 1:
             share = float(multihost_utils.broadcast_one_to_all(np.float32(share)))
         return share
 
-    def _running(self, new: Searched) -> float:
-        """Seconds of the plan that runs, by what was learned."""
-        return Simulator(new.problem, new.cluster, new.corrections).run(self.searched.plan).seconds
+    def _expected(self, new: Searched, plan: Mapping[str, Placement]) -> float:
+        """Seconds of a step: as predicted, times what whole steps of the plan were off by.
+
+        A plan that has not run yet is taken to be off by as much as the one that runs.
+        """
+
+        def predicted(problem: Problem, plan: Mapping[str, Placement]) -> float:
+            return Simulator(problem, new.cluster, new.corrections).run(plan).seconds
+
+        ran = self._ran.get(_key(plan)) or self._ran.get(_key(self.searched.plan))
+        off = ran.seconds / predicted(ran.problem, ran.plan) if ran else 1.0
+        return predicted(new.problem, plan) * off
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ran:
+    """A plan, its measured seconds a step, and the problem (response lengths) of that time."""
+
+    problem: Problem
+    plan: dict[str, Placement]
+    seconds: float
+
+
+def _key(plan: Mapping[str, Placement]) -> tuple:
+    return tuple(sorted(plan.items(), key=lambda item: item[0]))
 
 
 def _with_length(problem: Problem, mean: float) -> Problem:

@@ -369,7 +369,8 @@ class _Log:
         seconds = {s.call: s.end - s.start for s in self.spans}
         if self._calibration is not None:
             length = next((v for k, v in values.items() if k.endswith("/length")), None)
-            self._calibration.see(self.spans, length)
+            step = self._window[-1][0] - self._window[-2][0]
+            self._calibration.see(self.spans, length, step)
         self._out.writer.step(
             self._offset + done.step,
             self._stage.name,

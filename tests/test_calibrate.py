@@ -7,7 +7,7 @@ import launch
 import numpy as np
 import pytest
 
-from jaxrl_eff import calibrate, settings, stages
+from jaxrl_eff import calibrate, plans, settings, stages
 from jaxrl_eff.planner import hardware, works
 from jaxrl_eff.planner.simulate import simulate
 from jaxrl_eff.timeline import Span
@@ -16,8 +16,13 @@ QUICK = settings.SearchSettings(evaluations=200, calibrate=2)
 
 
 @pytest.fixture(scope="module")
-def searched():
+def stage():
     (stage,) = stages.assemble(launch.config("algorithm=grpo")).stages
+    return stage
+
+
+@pytest.fixture(scope="module")
+def searched(stage):
     return calibrate.search(works.of_stage(stage), QUICK, seed=0)
 
 
@@ -67,6 +72,22 @@ def test_a_plan_is_kept_or_taken_and_the_next_look_is_later(searched):
     seen.keep(new)
     assert seen.searched.plan == searched.plan
     assert not seen.due(5) and seen.due(6)
+
+
+def test_a_plan_that_was_slower_than_predicted_is_left_again(stage, searched):
+    """The search knows calls alone, and would stay; whole steps were measured and say otherwise."""
+    seen = calibrate.Calibration(searched, 2)
+    seen.see(spans(searched, {}), None, searched.seconds)
+    new = seen.corrected()
+    assert new.seconds == pytest.approx(searched.seconds)
+    other = plans.plan("all", stage.step.graph, 8)
+    seen.take(dataclasses.replace(new, plan=other))
+    for _ in range(3):
+        seen.see(spans(seen.searched, {}), None, 3 * searched.seconds)
+    back = seen.corrected()
+    assert back.plan == searched.plan
+    assert back.seconds == pytest.approx(searched.seconds)
+    assert seen.gain(back) == pytest.approx(2 / 3)
 
 
 def test_measured_lengths_shorten_generation(searched):

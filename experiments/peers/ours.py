@@ -1,8 +1,10 @@
-"""One workload of the comparison, run by this package: generate, sft, dpo or grpo.
+"""One workload of the comparison, run by this package: generate, sft, dpo, grpo or grpo_disagg.
 
 Prints a line `RESULT {json}` as the peers' scripts do. A step is timed from its dispatch until its
 loss is a Python float, data loading and reward included. `MODEL` is the directory of the common
-model; `STEPS`, `BATCH`, `PROMPT`, `NEW`, `SEQ` are as for the peers.
+model; `STEPS`, `BATCH`, `PROMPT`, `NEW`, `SEQ` are as for the peers. grpo_disagg
+trains on the first four of eight simulated devices and samples on the others, each fsdp=2 x
+tensor=2.
 """
 
 import time
@@ -22,6 +24,8 @@ from jaxrl_eff import host
 
 if os.environ.get("HUGE_PAGES", "1") == "1":  # as `jaxrl_eff.main` does
     host.use_huge_pages()
+if sys.argv[1:] == ["grpo_disagg"]:
+    host.simulate(8)
 
 import jax
 
@@ -61,8 +65,7 @@ def config(work: str) -> dict:
         stage["optim"] = dict(actor=dict(adamw, lr=1e-4, schedule="linear"))
         stage["loss"] = dict(beta=0.1)
     else:
-        prompts = BATCH // SAMPLES if work == "grpo" else BATCH
-        samples = SAMPLES if work == "grpo" else 1
+        prompts, samples = BATCH // SAMPLES, SAMPLES
         rows = [{"prompt": t} for t in texts(prompts * STEPS, PROMPT - 1)]
         data = dict(inline, format="prompt", prompt_length=PROMPT, options=dict(examples=rows))
         stage = dict(algorithm="grpo", batch=prompts, data=data)
@@ -70,6 +73,10 @@ def config(work: str) -> dict:
         stage["loss"] = dict(beta=float(os.environ.get("BETA", 0.04)))
         stage["sampling"] = dict(max_tokens=NEW, samples=samples)
         stage["reward"] = dict(name="letter_e")
+        if work == "grpo_disagg":
+            half = dict(fsdp=2, tensor=2)
+            home, away = dict(half, devices=[0, 1, 2, 3]), dict(half, devices=[4, 5, 6, 7])
+            stage["plan"] = dict(default=home, actor_gen=away)
     stage |= dict(steps=STEPS, samples_every=0)
     return dict(model=dict(path=MODEL), stages=("bench",), bench=stage)
 

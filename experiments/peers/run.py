@@ -4,8 +4,9 @@
 
 PEERS is a folder with the peers' scripts (`tunix_grpo.py`, `trl_sft.py`, ...), each of which prints
 one line `RESULT {json}` with `median_step_s`, and with `tiny_llama/`, the common model. Every run
-is a process of its own, pinned to one core (`--core`) with one thread. The order is rotated from
-round to round, so that a neighbour's load falls on everyone. Results go to `--out`, a line a run.
+is a process of its own, pinned to one core (`--core`) with one thread; grpo_disagg has eight
+simulated devices and all cores. The order is rotated from round to round, so that a neighbour's
+load falls on everyone. Results go to `--out`, a line a run.
 """
 
 import argparse
@@ -22,16 +23,23 @@ RIVALS = {
     "sft": ("tunix_sft.py", "trl_sft.py"),
     "dpo": ("tunix_dpo.py", "trl_dpo.py"),
     "generate": ("tunix_generate.py", "hf_generate.py"),
+    "grpo_disagg": ("tunix_grpo_disagg.py",),
 }
+# JAX 0.10.2 deadlocks with more simulated devices than cores unless NPROC is set.
+EIGHT = {"NPROC": "32", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 
-def measure(command: list[str], folder: Path, core: int, steps: int) -> dict | None:
+def measure(work: str, command: list[str], folder: Path, core: int, steps: int) -> dict | None:
     """One process: its RESULT, or None if it printed none."""
-    one = dict.fromkeys(("THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    env = {**os.environ, **one, "STEPS": str(steps), "REPS": str(steps)}
+    env = {**os.environ, "STEPS": str(steps), "REPS": str(steps)}
     env["MODEL"] = str(Path(os.environ["PEERS"]) / "tiny_llama")
+    if work == "grpo_disagg":
+        env |= EIGHT
+    else:
+        env |= dict.fromkeys(("THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        command = ["taskset", "-c", str(core), *command]
     done = subprocess.run(
-        ["taskset", "-c", str(core), *command],
+        command,
         cwd=folder, env=env, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
@@ -78,7 +86,7 @@ def main() -> None:
                 runs += [(s, [python, s], peers) for s in RIVALS[work] if (peers / s).is_file()]
                 for name, command, folder in runs[r % len(runs) :] + runs[: r % len(runs)]:
                     load = os.getloadavg()[0]
-                    result = measure(command, folder, args.core, args.steps)
+                    result = measure(work, command, folder, args.core, args.steps)
                     row = {"work": work, "name": name, "round": r, "load": load}
                     row |= {"matmul_gflops": round(rate, 1), "result": result}
                     out.write(json.dumps(row) + "\n")

@@ -1,11 +1,12 @@
 """Does the planner choose the fastest plan? Five workloads on two simulated devices, interleaved.
 
-  NPROC=32 python experiments/planner/run.py [--steps=6] [--out=experiments/planner/results.json]
+  NPROC=32 python experiments/planner/run.py [--steps=16] [--out=experiments/planner/results.json]
 
-For each workload the plans by rule run first for a few steps; their times correct the cost model;
-the search then has its say, its plan is measured and corrects the model too, until it stays with
-one that was measured; then all plans take turns, step by step. Printed: the median step of every
-plan, predicted and measured; whether the searched one is within 5 % of the fastest; and how far
+For each workload the plans by rule run for a few steps, taking turns, and are given to the
+`Calibration` that a run has, one after the other. It then has its say: a plan that has not run is
+compiled and measured, until it stays with one that was. Then all plans take turns again, step by
+step, and only these steps count. Printed: the median step of every plan, as predicted (from calls
+and edges alone) and as measured; whether the chosen one is within 5 % of the fastest; and how far
 predicted calls are from measured ones.
 """
 
@@ -29,9 +30,10 @@ import numpy as np
 
 from jaxrl_eff import calibrate, dataflow, plans, settings, stages, state
 from jaxrl_eff.planner import profile, works
-from jaxrl_eff.planner.cost import NONE
+from jaxrl_eff.planner.simulate import simulate
 
-ROUNDS = 4
+TRIAL, ROUNDS = 16, 3
+HOW = settings.SearchSettings(evaluations=3000)
 LETTERS = "abcdefghijklmnopqrstuvwxyz 0123456789"
 SMALL = dict(layers=2, width=128, heads=4, kv_heads=4, head_dim=32, ffn=344, max_length=512)
 WIDE = dict(layers=4, width=256, heads=4, kv_heads=4, head_dim=64, ffn=688, max_length=512)
@@ -78,7 +80,8 @@ class Running:
         self.step.build(stage.batch)
         self.plan = plan
         self.models = state.initial(assembled, dataclasses.replace(stage, step=self.step), {})
-        self.seconds, self.calls, self.t = [], {}, 0
+        self.t = 0
+        self.forget()
 
     def once(self, batch):
         began = time.perf_counter()
@@ -86,12 +89,18 @@ class Running:
         self.models, _, metrics = self.step(self.models, batch, key)
         jax.block_until_ready((metrics, self.models))
         self.seconds.append(time.perf_counter() - began)
-        for span in self.step.timeline.last():
+        self.spans.append(self.step.timeline.last())
+        for span in self.spans[-1]:
             self.calls.setdefault(span.call, []).append(span.end - span.start)
         self.t += 1
 
+    def show(self, calibration):
+        """Gives the last three quarters of the trial to the calibration."""
+        for t in range(TRIAL // 4, TRIAL):
+            calibration.see(self.spans[t], None, self.seconds[t])
+
     def forget(self):
-        self.seconds, self.calls = [], {}
+        self.seconds, self.calls, self.spans = [], {}, []
 
 
 def measure(name, steps):
@@ -103,73 +112,60 @@ def measure(name, steps):
     if len(graph.models) > 1:
         rules["halves"] = plans.plan("halves", graph, 2)
     running = {rule: Running(assembled, plan) for rule, plan in rules.items()}
-    for _ in range(4):
+    for _ in range(TRIAL):
         for r in running.values():
             r.once(batch)
-    problem = works.of_stage(stage)
-    how = settings.SearchSettings(evaluations=3000)
-    searched = calibrate.search(problem, how, seed=0)
-    cluster, corrections, fitted = searched.cluster, NONE, {}
-    for _ in range(2):  # each plan moves the factors; twice around, so that no plan is the last
-        for r in running.values():
-            seen = profile.timed(problem, r.plan, cluster, {k: v[2:] for k, v in r.calls.items()})
-            corrections = profile.refit(problem, r.plan, cluster, seen, corrections)
-    tried = dict(running)
+    searched = calibrate.search(works.of_stage(stage), HOW, seed=0)
+    calibration = calibrate.Calibration(searched, first=0)
+    for r in running.values():
+        calibration.take(dataclasses.replace(searched, plan=r.plan))
+        r.show(calibration)
+        searched = calibration.corrected()
     for _ in range(ROUNDS):  # as a run does: take up the plan, measure, search again
-        found = calibrate.search(problem, how, seed=0, corrections=corrections)
-        same = next((k for k, r in tried.items() if r.plan == found.plan), None)
-        if same:
+        chosen = next((k for k, r in running.items() if r.plan == searched.plan), None)
+        if chosen:
             break
-        r = tried[f"try {len(tried)}"] = Running(assembled, found.plan)
-        for _ in range(4):
+        chosen = f"try {len(running) - len(rules) + 1}"
+        r = running[chosen] = Running(assembled, searched.plan)
+        for _ in range(TRIAL):
             r.once(batch)
-        seen = profile.timed(problem, r.plan, cluster, {k: v[1:] for k, v in r.calls.items()})
-        corrections = profile.refit(problem, r.plan, cluster, seen, corrections)
-    else:
-        # The best of the plans that were measured, not the one that would be tried next.
-        same = min(tried, key=lambda k: _predicted(problem, tried[k].plan, cluster, corrections))
-    running["searched"] = tried[same]
-    same = same if same in rules else None
-    turns = {k: r for k, r in running.items() if not (same and k == "searched")}
-    for r in turns.values():
+        calibration.take(searched)
+        r.show(calibration)
+        searched = calibration.corrected()
+    else:  # it would try on; of those that ran it would hold the fastest
+        chosen = min(running, key=lambda k: statistics.median(running[k].seconds[TRIAL // 4 :]))
+    for r in running.values():
         r.once(batch)
         r.forget()
     for _ in range(steps):
-        for r in turns.values():
+        for r in running.values():
             r.once(batch)
-    plan = {c: str(p) for c, p in running["searched"].plan.items()}
-    out = {"same_as": same, "plan": plan, "plans": {}, "tried": len(tried) - len(rules)}
+    problem, cluster, corrections = searched.problem, searched.cluster, searched.corrections
+    out = {"chosen": chosen, "plans": {}}
     for k, r in running.items():
         seen = profile.timed(problem, r.plan, cluster, r.calls)
         rows = profile.compare(problem, r.plan, cluster, seen, corrections)
-        fitted[k] = [x for x in rows if x.measured > 1e-3]
         out["plans"][k] = {
             "measured": statistics.median(r.seconds),
-            "predicted": _predicted(problem, r.plan, cluster, corrections),
-            "call_error": profile.error(fitted[k]),
+            "predicted": simulate(problem, r.plan, cluster, corrections=corrections).seconds,
+            "call_error": profile.error([x for x in rows if x.measured > 1e-3]),
+            "plan": {c: str(p) for c, p in r.plan.items()},
         }
     best = min(v["measured"] for v in out["plans"].values())
-    out["over_fastest"] = out["plans"]["searched"]["measured"] / best - 1
+    out["over_fastest"] = out["plans"][chosen]["measured"] / best - 1
     return out
-
-
-def _predicted(problem, plan, cluster, corrections):
-    from jaxrl_eff.planner.simulate import simulate
-
-    return simulate(problem, plan, cluster, corrections=corrections).seconds
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results.json")
     parser.add_argument("--only", nargs="*", default=list(WORKLOADS), choices=list(WORKLOADS))
     args = parser.parse_args()
     results = {}
     for name in args.only:
         r = results[name] = measure(name, args.steps)
-        print(f"{name}: searched is {r['over_fastest']:+.1%} of the fastest"
-              + (f" (it is '{r['same_as']}')" if r["same_as"] else ""))  # fmt: skip
+        print(f"{name}: '{r['chosen']}' is chosen, {r['over_fastest']:+.1%} of the fastest")
         for k, v in sorted(r["plans"].items(), key=lambda kv: kv[1]["measured"]):
             print(f"  {k:12} measured {v['measured']:.3f} s, predicted {v['predicted']:.3f} s, "
                   f"calls off by {v['call_error']:.0%}", flush=True)  # fmt: skip
