@@ -27,7 +27,7 @@ def as_add(delta: Delta) -> Delta:
 
 def scale(delta: Delta, weight: float | int) -> Delta:
     """The changes times a number, to be added."""
-    return compose([delta], [weight], method=delta.method)
+    return dataclasses.replace(compose([delta], [weight]), method=delta.method)
 
 
 def compose(
