@@ -149,9 +149,11 @@ def _rows(directory: str, path: Path, length: int) -> np.ndarray:
     return np.array([row + [-1] * (width - len(row)) for row in ids], np.int32)
 
 
-def weights(text: str) -> list[float]:
-    """`1,0.5`: argparse tells this function's name where it cannot read them."""
-    return [float(part) for part in text.split(",")]
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} should be numbers: 1,0.5") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -199,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", required=True, help="the directory to write")
     add = command("compose", _compose, "the weighted sum of deltas of one base")
     add("files", nargs="+")
-    add("--weights", type=weights, help="one for each file: 1,0.5 (default 1 each)")
+    add("--weights", type=_numbers, help="one for each file: 1,0.5 (default 1 each)")
     add("--out", required=True, help="the file to write")
     return parser
 

@@ -47,13 +47,9 @@ def test_the_bits_are_those_of_rices_code():
     rng = np.random.default_rng(2)
     indices = np.flatnonzero(rng.random(200_000) < 0.01)
     code = coding.encode(indices, 200_000)
-    kind, (k, count, _, escapes) = code[0], coding._SEQUENCE.unpack_from(code, 1)
-    assert (kind, count, escapes) == (0, len(indices), 0)
-    body = 8 * (len(code) - 1 - coding._SEQUENCE.size)
-    wanted = len(slowly_coded_bits(indices, k))
-    assert wanted <= body <= wanted + 8 * (k + 1)
-    # No other k would be shorter.
-    assert wanted == min(len(slowly_coded_bits(indices, j)) for j in range(12))
+    wanted = min(len(slowly_coded_bits(indices, k)) for k in range(12))
+    # Besides: what is coded, k, two sizes, and bytes that are not filled.
+    assert wanted <= 8 * len(code) <= wanted + 8 * (6 + 8)
 
 
 def test_the_bound_is_the_entropy():
@@ -71,12 +67,12 @@ def test_the_bound_is_the_entropy():
     [
         ([], 0, 0),
         ([], 100, 0),
-        ([0], 1, 80),
-        ([99], 100, 80),
-        ([2**40], 2**40 + 1, 80),
-        (np.arange(1_000_000), 1_000_000, 80),
-        (np.arange(1_000_000) + 17, 2_000_000, 80),
-        (np.arange(0, 3_000_000, 3), 3_000_000, 1_000_000 * 3 / 8 + 80),
+        ([0], 1, 50),
+        ([99], 100, 50),
+        ([2**40], 2**40 + 1, 50),
+        (np.arange(1_000_000), 1_000_000, 50),
+        (np.arange(1_000_000) + 17, 2_000_000, 50),
+        (np.arange(0, 3_000_000, 3), 3_000_000, 1_000_000 * 3 / 8 + 50),
     ],
     ids=["nothing", "empty", "only one", "last", "far", "whole", "one run", "every third"],
 )
