@@ -133,7 +133,7 @@ def resolved(params: Any, delta: Delta, *, content: bool = True) -> Delta:
     table = named(params)
     tensors = {}
     for name, entries in delta.tensors.items():
-        old = _at(host(name, table[name]), entries.indices)
+        old = _at(table[name], entries)
         stored = entries.originals
         if stored is not None and not np.array_equal(bits(stored), bits(old)):
             raise ValueError(f"the base's {name!r} is not what the delta was made for.")
@@ -147,11 +147,15 @@ def resolved(params: Any, delta: Delta, *, content: bool = True) -> Delta:
     return Delta(tensors, base, "set", delta.method, delta.granularity)
 
 
-def _at(x: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """Flat entries, without a copy of the whole."""
+def _at(x: Any, entries: Entries) -> np.ndarray:
+    """What a leaf holds at the entries; of one on devices only that comes to the host."""
+    if isinstance(x, jax.Array):
+        if not x.shape:
+            return np.array(x).reshape(1)
+        return np.asarray(_gather(x, _coordinates(entries))).view(x.dtype)
     if x.flags.c_contiguous:
-        return np.array(x.reshape(-1)[indices])
-    return x[np.unravel_index(indices, x.shape)]
+        return np.array(x.reshape(-1)[entries.indices])
+    return x[np.unravel_index(entries.indices, x.shape)]
 
 
 def _put(x: Any, entries: Entries, *, originals: bool = False) -> Any:
@@ -160,19 +164,30 @@ def _put(x: Any, entries: Entries, *, originals: bool = False) -> Any:
         new = entries.originals if originals else entries.values
         if not entries.shape:
             return jax.device_put(new.reshape(()), x.sharding)
-        # By coordinates: flattening a sharded array would gather it, and flat indices overflow.
-        where = np.unravel_index(entries.indices, entries.shape)
-        return _scatter(x.sharding)(x, [np.int32(i) for i in where], bits(new))
+        return _scatter(x.sharding)(x, _coordinates(entries), bits(new))
     x = np.array(x, order="C")
     put_into(x, entries, originals=originals)
     return x
+
+
+def _coordinates(entries: Entries) -> tuple[np.ndarray, ...]:
+    """Not flat: flattening a sharded array would gather it, and int32 would overflow."""
+    return tuple(i.astype(np.int32) for i in np.unravel_index(entries.indices, entries.shape))
+
+
+# As integers both ways, since a device may change the payload of a NaN when it copies a float.
+@jax.jit
+def _gather(x: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
+    return x.view(f"u{x.dtype.itemsize}")[where]
 
 
 @functools.cache
 def _scatter(sharding: jax.sharding.Sharding) -> Any:
     def put(x, where, new):
         unsigned = x.view(f"u{x.dtype.itemsize}")
-        return unsigned.at[tuple(where)].set(new, unique_indices=True).view(x.dtype)
+        return (
+            unsigned.at[where].set(new, indices_are_sorted=True, unique_indices=True).view(x.dtype)
+        )
 
     return jax.jit(put, out_shardings=sharding)
 

@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_eff.deltas.apply import check, put_into, resolved
-from jaxrl_eff.deltas.audit import Audit, AuditError, Divergence, Limits, Suite, asked, measured
+from jaxrl_eff.deltas.audit import (
+    Audit,
+    AuditError,
+    Divergence,
+    Limits,
+    Suite,
+    asked,
+    lm_kl,
+    measured,
+)
 from jaxrl_eff.deltas.delta import Delta
 from jaxrl_eff.deltas.file import save
 from jaxrl_eff.deltas.tensors import content_hash, read_directory, read_file
-from jaxrl_eff.models.hf import weight_files
+from jaxrl_eff.models.hf import config_from_hf, load_hf, weight_files
 from jaxrl_eff.shapes import Int
 
 # Other copies of the weights, which would be those of the base.
@@ -128,8 +137,6 @@ def rollback(directory: str | PathLike[str], delta: Delta, out: str | PathLike[s
 
 def hf_kl(rows: Int[Any, "B T"], *, dtype: str = "float32") -> Divergence:
     """`audit.lm_kl` between two Hugging Face directories; both models are in memory then."""
-    from jaxrl_eff.deltas.audit import lm_kl
-    from jaxrl_eff.models.hf import config_from_hf, load_hf
 
     def kl(base: Path, tuned: Path) -> float:
         cfg = config_from_hf(base).replace(dtype=dtype, param_dtype=dtype)

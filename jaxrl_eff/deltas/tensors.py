@@ -44,7 +44,7 @@ def content_hash(tree: Any) -> str:
     """What the tensors are, in 71 characters: `"sha256:..."`.
 
     Depends on every name, dtype, shape and bit, and on nothing else: not on shardings, on files, on
-    order, or on whether the leaves are JAX's or numpy's. Four tensors are on the host at a time.
+    order, or on whether the leaves are JAX's or numpy's.
 
     Raises:
         ValueError: a leaf is partly on other processes.

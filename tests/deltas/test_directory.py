@@ -15,7 +15,7 @@ from jaxrl_eff.models import LMConfig, init, load_hf, save_hf
 
 TOY = CharTokenizer("abcdefgh ")
 CFG = LMConfig(
-    vocab=TOY.vocab, layers=3, width=16, heads=4, kv_heads=2, head_dim=8, ffn=24, max_length=32,
+    vocab=TOY.vocab, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=24, max_length=32,
     bos=1, eos=(2,), pad=0, init_std=0.3, param_dtype="bfloat16",
 )  # fmt: skip
 
@@ -27,7 +27,8 @@ def changed(params, seed, share=0.05):
         rng = np.random.default_rng(seed)
         some = rng.random(x.shape) < share
         some.reshape(-1)[0] = True
-        return jnp.where(some, x * 1.5, x)
+        x = np.asarray(x)
+        return jnp.asarray(np.where(some, x * x.dtype.type(1.5), x))
 
     return jax.tree.map(change, params)
 
