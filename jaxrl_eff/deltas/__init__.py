@@ -9,6 +9,7 @@ the audit is passed.
 from jaxrl_eff.deltas.algebra import (
     Overlap,
     as_add,
+    as_dtype,
     compose,
     disjoint,
     mask_of,
@@ -26,8 +27,8 @@ from jaxrl_eff.deltas.names import from_hf, to_hf
 from jaxrl_eff.deltas.tensors import content_hash, read_directory
 
 __all__ = [
-    "Audit", "AuditError", "Delta", "Entries", "Limits", "Overlap", "apply", "as_add", "audit",
-    "audit_directory", "check", "compose", "content_hash", "diff", "disjoint", "from_entries",
-    "from_hf", "hf_kl", "lm_kl", "load", "mask_of", "merge", "overlap", "overlaps",
+    "Audit", "AuditError", "Delta", "Entries", "Limits", "Overlap", "apply", "as_add", "as_dtype",
+    "audit", "audit_directory", "check", "compose", "content_hash", "diff", "disjoint",
+    "from_entries", "from_hf", "hf_kl", "lm_kl", "load", "mask_of", "merge", "overlap", "overlaps",
     "read_directory", "remove", "resolved", "rollback", "save", "scale", "to_hf", "without",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrl_eff.deltas.delta import Delta, Entries
+from jaxrl_eff.deltas.tensors import bits
 
 
 def as_add(delta: Delta) -> Delta:
@@ -23,6 +24,35 @@ def as_add(delta: Delta) -> Delta:
     for name, change in _changes(delta).items():
         tensors[name] = dataclasses.replace(delta.tensors[name], values=change.astype(np.float32))
     return dataclasses.replace(delta, tensors=tensors, semantics="add")
+
+
+def as_dtype(delta: Delta, dtype: str, *, base: str = "") -> Delta:
+    """The same delta for the base kept in another dtype: of a float32 copy, for its files.
+
+    New values are rounded to it, and entries whose value rounds to the original are left out.
+
+    Args:
+        delta: to be set or added.
+        dtype: of all tensors.
+        base: content hash of the base in that dtype.
+
+    Raises:
+        ValueError: an original is no number of this dtype, so the base never was of it.
+    """
+    tensors = {}
+    for name, e in delta.tensors.items():
+        new = e.values if delta.semantics == "add" else e.values.astype(dtype)
+        old = None if e.originals is None else e.originals.astype(dtype)
+        if old is not None and not np.array_equal(
+            old.astype(e.originals.dtype), e.originals, equal_nan=True
+        ):
+            raise ValueError(f"the base's {name!r} was never {dtype}: it would be rounded.")
+        entries = Entries(e.shape, dtype, e.indices, new, old)
+        if delta.semantics == "set" and old is not None:
+            entries = entries.take(bits(new) != bits(old))
+        if len(entries):
+            tensors[name] = entries
+    return dataclasses.replace(delta, tensors=tensors, base=base)
 
 
 def scale(delta: Delta, weight: float | int) -> Delta:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff.deltas import coding
+from jaxrl_eff.deltas.tensors import bits
 
 SEMANTICS = ("set", "add")
 
@@ -154,8 +155,7 @@ def from_entries(
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
         if semantics == "set" and old is not None and new.dtype == old.dtype:
-            unsigned = f"u{new.dtype.itemsize}"
-            entries = entries.take(new.view(unsigned) != old.view(unsigned))
+            entries = entries.take(bits(new) != bits(old))
         if len(entries):
             tensors[name] = entries
     return Delta(tensors, base, semantics, method, granularity)

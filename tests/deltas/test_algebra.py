@@ -97,6 +97,23 @@ def test_scaling_by_one_is_the_delta_and_by_minus_one_cancels_it():
     assert deltas.scale(delta, 0.5).method == delta.method
 
 
+def test_a_delta_of_a_float32_copy_fits_the_bfloat16_base():
+    half = base("bfloat16")
+    wide = {k: x.astype(np.float32) for k, x in half.items()}
+    rng = np.random.default_rng(5)
+    new = {k: x + rng.normal(0, 1e-2, x.shape).astype(np.float32) for k, x in wide.items()}
+    got = deltas.as_dtype(deltas.diff(wide, new), "bfloat16", base=deltas.content_hash(half))
+    rounded = {k: x.astype(half[k].dtype) for k, x in new.items()}
+    wanted = deltas.diff(half, rounded)
+    assert got.base == wanted.base and 0 < got.count < sum(x.size for x in wide.values())
+    for name, e in wanted.tensors.items():
+        assert np.array_equal(got.tensors[name].indices, e.indices)
+        assert got.tensors[name].values.tobytes() == e.values.tobytes()
+        assert got.tensors[name].originals.tobytes() == e.originals.tobytes()
+    with pytest.raises(ValueError, match="was never bfloat16"):
+        deltas.as_dtype(deltas.diff(new, wide), "bfloat16")
+
+
 def test_overlap_counts_what_sets_do():
     _, parts = three()
     for (i, j), both in deltas.overlaps(parts).items():
