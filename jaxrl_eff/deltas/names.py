@@ -34,12 +34,12 @@ def to_hf(delta: Delta, cfg: LMConfig, *, base: str = "", prefix: str = "model."
             raise ValueError(f"{path!r} {list(entries.shape)} is {have} in the model.")
         tensor = table[path]
         layer, flat = _stored(tensor, entries)
-        for i in np.unique(layer):
-            here = np.flatnonzero(layer == i)
-            here = here[np.argsort(flat[here])]
+        inner = entries.shape[1:] if tensor.stacked else entries.shape
+        for i in np.unique(layer).tolist():
+            start, end = np.searchsorted(layer, [i, i + 1])  # C order: layers follow each other
+            here = start + np.argsort(flat[start:end])
             columns = [None if x is None else x[here] for x in (entries.values, entries.originals)]
-            inner = entries.shape[1:] if tensor.stacked else entries.shape
-            out[_name(tensor, int(i), prefix)] = Entries(
+            out[_name(tensor, i, prefix)] = Entries(
                 tensor.shape(inner), entries.dtype, flat[here], *columns
             )
     return dataclasses.replace(delta, tensors=out, base=base)
