@@ -10,8 +10,9 @@ import importlib
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "algorithms", "checkpoint", "data", "dataflow", "edges", "evaluate", "masked", "meters",
-    "metrics", "models", "optim", "parallel", "report", "rewards", "rollout", "train", "tree",
+    "algorithms", "checkpoint", "data", "dataflow", "deltas", "edges", "evaluate", "masked",
+    "meters", "metrics", "models", "optim", "parallel", "report", "rewards", "rollout", "train",
+    "tree",
 )  # fmt: skip
 
 

@@ -112,7 +112,7 @@ def _open(directory: Path, stack: ExitStack) -> _Files:
     from safetensors import SafetensorError, safe_open
 
     slices: dict[str, Any] = {}
-    for path in _paths(directory):
+    for path in weight_files(directory):
         try:
             file = stack.enter_context(safe_open(str(path), framework="np"))
             slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -125,8 +125,8 @@ def _open(directory: Path, stack: ExitStack) -> _Files:
     return _Files(directory, slices, prefixes[0])
 
 
-def _paths(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint."""
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; see `load_hf` for what is raised."""
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}.")
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
