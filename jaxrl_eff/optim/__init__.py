@@ -1,6 +1,34 @@
-"""Optax transforms and schedules that any JAX code can import: needs jax and optax alone."""
+"""Optax transforms and schedules that any JAX code can import: needs jax, optax and chex alone.
+
+`optimizer` finds one by name. Low precision: `collage_adamw`, or any optax links before a store of
+the weights (`lowp_chain`).
+"""
 
 from jaxrl_eff.optim.build import in_float32, optimizer, optimizer_names
+from jaxrl_eff.optim.collage import collage_adamw
+from jaxrl_eff.optim.convert import (
+    Master,
+    from_master,
+    full_precision_params,
+    init_sharded,
+    set_full_precision_params,
+    state_shardings,
+    to_master,
+    visible_change_mask,
+)
+from jaxrl_eff.optim.moments import scale_by_adam
 from jaxrl_eff.optim.schedules import warmup_then
+from jaxrl_eff.optim.store import (
+    inject_hyperparams,
+    lowp_chain,
+    precision_metrics,
+    store_weights,
+    watch_descent,
+)
 
-__all__ = ["in_float32", "optimizer", "optimizer_names", "warmup_then"]
+__all__ = [
+    "Master", "collage_adamw", "from_master", "full_precision_params", "in_float32",
+    "init_sharded", "inject_hyperparams", "lowp_chain", "optimizer", "optimizer_names",
+    "precision_metrics", "scale_by_adam", "set_full_precision_params", "state_shardings",
+    "store_weights", "to_master", "visible_change_mask", "warmup_then", "watch_descent",
+]  # fmt: skip

@@ -1,0 +1,193 @@
+"""Between float32 weights and moments and their stored forms; optimizer states on meshes.
+
+An export, an evaluation or an average of weights wants what is stored, not what is visible; a run
+in bfloat16 may start from a float32 master, and go back to one.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxrl_eff.optim import codecs, mcf
+from jaxrl_eff.optim.collage import VARIANTS, FaithfulState
+from jaxrl_eff.optim.moments import LowPrecisionAdamState, decode_moment, encode_moment
+from jaxrl_eff.optim.store import StoreState, joined
+
+
+class Master(NamedTuple):
+    """An optimizer in float32: weights, Adam's moments, and how many updates were made."""
+
+    params: Any
+    mu: Any
+    nu: Any
+    count: jax.Array
+
+
+def full_precision_params(params: Any, opt_state: Any) -> Any:
+    """float32 weights from the visible ones and what the optimizer's state keeps beside them.
+
+    Args:
+        params: as the model sees them.
+        opt_state: of `lowp_chain` or `collage_adamw`, alone or inside other optax transforms.
+
+    Raises:
+        ValueError: no weights are stored in the state, or several times.
+    """
+    return joined(params, _store(opt_state).low)
+
+
+def set_full_precision_params(
+    params: Any, opt_state: Any, dtype: Any = jnp.bfloat16
+) -> tuple[Any, Any]:
+    """The converse: float32 weights as `(visible ones, the state with the rest in it)`.
+
+    Args:
+        params: float32.
+        opt_state: a state whose kept parts are replaced.
+        dtype: of the visible weights.
+    """
+    state = _store(opt_state)
+    leaves, treedef = jax.tree.flatten(params)
+    lows = treedef.flatten_up_to(state.low)
+    visible, kept = [], []
+    for w, low in zip(leaves, lows, strict=True):
+        if isinstance(low, optax.MaskedNode):
+            visible.append(w)
+            kept.append(low)
+            continue
+        hi, rest = codecs.weight(codecs.kept_as(low.dtype)).start(mcf.load(w), jnp.dtype(dtype))
+        visible.append(hi.astype(dtype))
+        kept.append(rest)
+    new = state._replace(low=treedef.unflatten(kept))
+
+    def replaced(x: Any) -> Any:
+        return new if _is_store(x) else x
+
+    return treedef.unflatten(visible), jax.tree.map(replaced, opt_state, is_leaf=_is_store)
+
+
+def from_master(
+    tx: optax.GradientTransformation,
+    master: Master,
+    *,
+    variant: str,
+    dtype: Any = jnp.bfloat16,
+    seed: int = 0,
+) -> tuple[Any, Any]:
+    """A float32 training state as `(params, opt_state)` of `tx`, a `collage_adamw` of this variant.
+
+    Every number is as near to the master's as its codec allows; with "exact" equal.
+    """
+    _, mu, nu = VARIANTS[variant]
+    params = jax.tree.map(lambda w: mcf.store(w, dtype), master.params)
+    params, state = set_full_precision_params(master.params, tx.init(params), dtype)
+    moments = LowPrecisionAdamState(
+        jnp.asarray(master.count, jnp.int32),
+        encode_moment(mu, "mu", master.mu, master.count, seed),
+        encode_moment(nu, "nu", master.nu, master.count, seed),
+    )
+
+    def replaced(x: Any) -> Any:
+        if isinstance(x, LowPrecisionAdamState):
+            return moments
+        if isinstance(x, StoreState):
+            return x._replace(count=moments.count)
+        if isinstance(x, optax.ScaleByScheduleState):
+            return x._replace(count=moments.count)
+        return x
+
+    kinds = LowPrecisionAdamState | StoreState | optax.ScaleByScheduleState
+    return params, jax.tree.map(replaced, state, is_leaf=lambda x: isinstance(x, kinds))
+
+
+def to_master(params: Any, opt_state: Any, *, variant: str) -> Master:
+    """The float32 training state that a `collage_adamw` state of this variant stands for."""
+    _, mu, nu = VARIANTS[variant]
+    full = full_precision_params(params, opt_state)
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(x)]
+    if len(found) != 1:
+        raise ValueError(f"the state has {len(found)} moments with codecs; there must be one.")
+    (state,) = found
+    return Master(
+        full, decode_moment(mu, "mu", state.mu, full), decode_moment(nu, "nu", state.nu, full),
+        state.count,
+    )  # fmt: skip
+
+
+def visible_change_mask(params: Any, updates: Any) -> Any:
+    """Where `optax.apply_updates(params, updates)` will change a bit: tree of booleans.
+
+    The optimizer knows exactly which weights a sampler elsewhere must be sent.
+    """
+    return jax.tree.map(lambda p, u: codecs.applied(p, u) != mcf.load(p), params, updates)
+
+
+def state_shardings(state: Any, params: Any, *, otherwise: Any) -> Any:
+    """A sharding for every array of an optimizer's state: that of the parameter it belongs to.
+
+    The parameter is found by its path, at the end of the state's. Scales of groups have its layout
+    as well, if their shape divides by it.
+
+    Args:
+        state: tree of arrays or of `jax.ShapeDtypeStruct`.
+        params: the same with shardings.
+        otherwise: the sharding of all else, such as counts.
+    """
+    paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    place = {_name(path): p for path, p in paths}
+
+    def find(path: tuple, leaf: Any) -> Any:
+        parts = _name(path).split("/")
+        for i in range(len(parts)):
+            p = place.get("/".join(parts[i:]))
+            if p is not None and _fits(p, leaf):
+                return p.sharding
+        return otherwise
+
+    return jax.tree_util.tree_map_with_path(find, state)
+
+
+def init_sharded(tx: optax.GradientTransformation, params: Any) -> Any:
+    """`tx.init(params)` as one program, with the state where its parameters are.
+
+    `jax.jit(tx.init)(params)` would put all zeros on one device.
+    """
+    abstract = jax.eval_shape(tx.init, params)
+    sharding = next(p.sharding for p in jax.tree.leaves(params))
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.jit(tx.init, out_shardings=state_shardings(abstract, params, otherwise=sharding))(
+        params
+    )
+
+
+def _fits(p: Any, leaf: Any) -> bool:
+    if p.shape == leaf.shape:
+        return True
+    if len(p.shape) != len(leaf.shape) or p.shape[:-1] != leaf.shape[:-1]:
+        return False
+    parts = np.asarray(p.shape) // np.maximum(p.sharding.shard_shape(p.shape), 1)
+    return bool(leaf.shape[-1]) and all(n % k == 0 for n, k in zip(leaf.shape, parts, strict=True))
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _is_store(x: Any) -> bool:
+    return isinstance(x, StoreState | FaithfulState)
+
+
+def _is_adam(x: Any) -> bool:
+    return isinstance(x, LowPrecisionAdamState)
+
+
+def _store(opt_state: Any) -> Any:
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_store) if _is_store(x)]
+    if len(found) != 1:
+        raise ValueError(f"the optimizer's state stores weights {len(found)} times, not once.")
+    return found[0]

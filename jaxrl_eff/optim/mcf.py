@@ -1,0 +1,163 @@
+"""Multi-component floats: one number as the unevaluated sum of two narrow ones, exactly.
+
+Collage (Yu et al. 2024, arXiv:2405.03637) stores a weight as hi + lo, both bfloat16, where hi is
+the sum rounded to bfloat16 and lo what rounding lost. The operations are those of Dekker (1971) and
+Knuth: they return a rounded result and, exactly, its error.
+
+How to keep them exact under a compiler that may leave out rounding (XLA computes bfloat16 in
+float32, and drops a rounding whose result is widened again):
+
+    A value is rounded once, explicitly, in float32, by `lax.reduce_precision`; it is cast only when
+    it lies on the narrow grid already. No rewriting of casts can then change a result.
+
+Numbers below 2^-126, which devices may flush to 0, are lost to them.
+
+So all functions here take and return float32 arrays whose values lie on a narrow grid ("narrow
+values"), and only `round_to` rounds. They are elementwise and pure.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+_TINY16 = 2.0**-14  # below it float16 is subnormal
+
+
+def round_to(x: Array, dtype: Any) -> Array:
+    """The nearest value of a narrow dtype, ties to even, still as float32.
+
+    Args:
+        x: float32.
+        dtype: bfloat16, float16, or float32 (which changes nothing).
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype == jnp.float32:
+        return x
+    info = jnp.finfo(dtype)
+    y = jax.lax.reduce_precision(x, info.nexp, info.nmant)
+    if dtype == jnp.float16:
+        # reduce_precision flushes float16's subnormal numbers, which are multiples of 2^-24.
+        y = jnp.where(jnp.abs(x) < _TINY16, jnp.round(x * 2.0**24) * 2.0**-24, y)
+    return y
+
+
+def store(x: Array, dtype: Any) -> Array:
+    """x rounded and cast: the only way from float32 into a narrow array."""
+    return round_to(x, dtype).astype(dtype)
+
+
+def load(x: Array) -> Array:
+    """A stored array as float32."""
+    return x.astype(jnp.float32)
+
+
+def fast_two_sum(a: Array, b: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
+    """(s, e) with s = RN(a + b) and s + e = a + b exactly, if |a| >= |b| (Dekker).
+
+    The middle steps stay in float32, where they are exact if the exponents of the narrow a and b
+    differ by at most 16; up to that difference the order of a and b does not matter.
+    """
+    s = round_to(a + b, dtype)
+    return s, round_to(b - (s - a), dtype)
+
+
+def two_sum(a: Array, b: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
+    """(s, e) with s = RN(a + b) and s + e = a + b exactly, in any order of a and b (Knuth)."""
+    a, b = jnp.where(jnp.abs(a) >= jnp.abs(b), a, b), jnp.where(jnp.abs(a) >= jnp.abs(b), b, a)
+    return fast_two_sum(a, b, dtype)
+
+
+def two_prod(a: Array, b: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
+    """(x, e) with x = RN(a b) and x + e = a b exactly, unless e underflows.
+
+    The product of two significands of 8 or of 11 bits fits into float32's 24, so that neither
+    Veltkamp's split nor a fused multiply-add is needed.
+    """
+    product = a * b
+    x = round_to(product, dtype)
+    return x, round_to(product - x, dtype)
+
+
+def grow(x: Array, y: Array, c: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
+    """The expansion (x, y) plus the narrow c, as an expansion (Collage's "Grow")."""
+    u, v = fast_two_sum(x, c, dtype)
+    return fast_two_sum(u, round_to(y + v, dtype), dtype)
+
+
+def scale(x: Array, y: Array, a: Array, b: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
+    """The expansion (x, y) times the expansion (a, b); y b is below the last bit and left out."""
+    p, e = two_prod(x, a, dtype)
+    cross = round_to(round_to(x * b, dtype) + round_to(y * a, dtype), dtype)
+    return fast_two_sum(p, round_to(e + cross, dtype), dtype)
+
+
+def constant(value: float, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
+    """A Python number as an expansion; 0.999 is 1.0 - 0.00099945 in bfloat16."""
+    hi = np.asarray(value, jnp.dtype(dtype))
+    lo = np.asarray(value - float(hi), jnp.dtype(dtype))
+    return jnp.float32(hi), jnp.float32(lo)
+
+
+def split(x: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
+    """float32 as (hi, lo) in a narrow dtype: hi = RN(x), lo = RN(x - hi). Relative error 2^-17."""
+    hi = round_to(x, dtype)
+    return hi.astype(dtype), store(x - hi, dtype)
+
+
+def join(hi: Array, lo: Array) -> Array:
+    """hi + lo in float32."""
+    return load(hi) + load(lo)
+
+
+def stochastic(x: Array, noise: Array) -> Array:
+    """x rounded to one of its two bfloat16 neighbours, so that it is x on average; still float32.
+
+    Args:
+        x: float32.
+        noise: uint32 of which the upper 16 bits are uniform.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    up = (bits + (noise >> 16)) & jnp.uint32(0xFFFF0000)
+    return jnp.where(jnp.isfinite(x), jax.lax.bitcast_convert_type(up, jnp.float32), x)
+
+
+def noise(shape: tuple[int, ...], *words: int | Array) -> Array:
+    """Uniform uint32 that depends on the words and on an entry's index in the whole array alone.
+
+    A hash instead of `jax.random`, since it fuses into what reads it: nothing is stored, and how
+    the array is sharded cannot change a bit. The finaliser is that of murmur3.
+    """
+    h = jnp.uint32(0x9E3779B9)
+    for word in words:
+        word = jnp.uint32(word) if isinstance(word, int) else word.astype(jnp.uint32)
+        h = _mixed(h ^ word)
+    h = jnp.broadcast_to(h, shape)
+    for axis in range(len(shape)):
+        h = _mixed(h + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(0x9E3779B1))
+    return h
+
+
+def _mixed(h: Array) -> Array:
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def one_minus_power(b: float | Array, t: Array) -> Array:
+    """1 - b^t, the bias correction of a moment, without cancellation.
+
+    `1 - b**t` in float32 is off by 1e-5 for b = 0.999 and small t.
+
+    Args:
+        b: a Python number, whose logarithm is then taken in double precision, or an array.
+        t: how many updates, int32.
+    """
+    log = math.log(b) if isinstance(b, float | int) and b > 0 else None
+    if log is None:
+        b = jnp.asarray(b, jnp.float32)
+        return 1 - b ** t.astype(jnp.float32)
+    return -jnp.expm1(t.astype(jnp.float32) * jnp.float32(log))

@@ -1,0 +1,112 @@
+"""Adam whose moments are stored by codecs; the arithmetic is float32."""
+
+import zlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_eff.optim import codecs, mcf
+
+
+class LowPrecisionAdamState(NamedTuple):
+    """Attributes:
+    count: updates so far, int32.
+    mu, nu: part of the codec -> tree of the parameters' structure; leaves without the part are
+        `optax.MaskedNode`.
+    """
+
+    count: jax.Array
+    mu: dict[str, Any]
+    nu: dict[str, Any]
+
+
+def scale_by_adam(
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    *,
+    mu: str = "float32",
+    nu: str = "float32",
+    seed: int = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam (Kingma and Ba 2014, arXiv:1412.6980, Algorithm 1) with a codec for each moment.
+
+    Args:
+        b1, b2, eps: as in the paper.
+        mu, nu: "float32", "bf16", "bf16_sr" (stochastic rounding), "bf16x2" (two bfloat16, as in
+            Collage-plus) or "int8" (groups of 32 along the last axis; "bf16_sr" for vectors and
+            for axes that do not divide).
+        seed: of the stochastic rounding.
+
+    Returns:
+        A transform that takes gradients of any float dtype and gives float32 updates.
+
+    optax.scale_by_adam keeps the second moment in the parameters' dtype. In bfloat16 with
+    b2 = 0.999 it does not decay: a step changes it by less than half a unit in the last place.
+
+    Raises:
+        ValueError: an unknown codec.
+    """
+    for which, name in (("mu", mu), ("nu", nu)):
+        codecs.moment(name, which, ())
+
+    def init(params: Any) -> LowPrecisionAdamState:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+        count = jnp.zeros((), jnp.int32)
+        return LowPrecisionAdamState(
+            count,
+            encode_moment(mu, "mu", zeros, count, seed),
+            encode_moment(nu, "nu", zeros, count, seed),
+        )
+
+    def update(updates, state, params=None, **extra):
+        del params, extra
+        count = optax.safe_increment(state.count)
+        g = jax.tree.map(mcf.load, updates)
+        m = decode_moment(mu, "mu", state.mu, g)
+        v = decode_moment(nu, "nu", state.nu, g)
+        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, g)
+        v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, v, g)
+        first, second = mcf.one_minus_power(b1, count), mcf.one_minus_power(b2, count)
+        out = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + eps), m, v)
+        state = LowPrecisionAdamState(
+            count,
+            encode_moment(mu, "mu", m, count, seed),
+            encode_moment(nu, "nu", v, count, seed),
+        )
+        return out, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def encode_moment(name: str, which: str, tree: Any, count: jax.Array, seed: int) -> dict[str, Any]:
+    """A tree of float32 as the codec's parts, each a tree."""
+    paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    encoded = []
+    for path, x in paths:
+        codec = codecs.moment(name, which, x.shape)
+        noise = None
+        if codec.noisy:
+            noise = mcf.noise(x.shape, seed, count, leaf_id(path, which))
+        encoded.append(codec.encode(x, noise))
+    parts = sorted({k for e in encoded for k in e})
+    return {k: treedef.unflatten([e.get(k, optax.MaskedNode()) for e in encoded]) for k in parts}
+
+
+def decode_moment(name: str, which: str, stored: dict[str, Any], like: Any) -> Any:
+    """The float32 tree of a stored moment; `like` has its structure and shapes."""
+    leaves, treedef = jax.tree.flatten(like)
+    columns = {k: treedef.flatten_up_to(tree) for k, tree in stored.items()}
+    out = []
+    for i, x in enumerate(leaves):
+        codec = codecs.moment(name, which, x.shape)
+        out.append(codec.decode({k: columns[k][i] for k in codec.parts}))
+    return treedef.unflatten(out)
+
+
+def leaf_id(path: tuple, salt: str) -> int:
+    """A number of the leaf's name alone, so that other leaves do not change its noise."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return zlib.crc32(f"{salt}/{name}".encode())
