@@ -19,6 +19,7 @@ from jaxrl_eff.optim.convert import (
 from jaxrl_eff.optim.moments import scale_by_adam
 from jaxrl_eff.optim.schedules import warmup_then
 from jaxrl_eff.optim.store import (
+    apply_if_finite,
     inject_hyperparams,
     lowp_chain,
     precision_metrics,
@@ -27,8 +28,8 @@ from jaxrl_eff.optim.store import (
 )
 
 __all__ = [
-    "Master", "collage_adamw", "from_master", "full_precision_params", "in_float32",
-    "init_sharded", "inject_hyperparams", "lowp_chain", "optimizer", "optimizer_names",
-    "precision_metrics", "scale_by_adam", "set_full_precision_params", "state_shardings",
-    "store_weights", "to_master", "visible_change_mask", "warmup_then", "watch_descent",
+    "Master", "apply_if_finite", "collage_adamw", "from_master", "full_precision_params",
+    "in_float32", "init_sharded", "inject_hyperparams", "lowp_chain", "optimizer",
+    "optimizer_names", "precision_metrics", "scale_by_adam", "set_full_precision_params",
+    "state_shardings", "store_weights", "to_master", "visible_change_mask", "warmup_then", "watch_descent",
 ]  # fmt: skip

@@ -87,21 +87,24 @@ def _int8(signed: bool) -> MomentCodec:
     A first moment t in [-1, 1] of its scale is stored as 2t / (1 + |t|), which gives small ones
     finer steps. Of a second moment the root is stored, and a code is at least 1: were it 0 beside
     a first moment that is not, the quotient would explode. (The maps are FlashOptim's,
-    arXiv:2602.23349.)
+    arXiv:2602.23349.) Its codes are rounded stochastically: with b2 = 0.999 a step changes the
+    root by less than a fifth of a code, and to the nearest it would never change.
     """
 
     def ratio(x: Array, scale: Array) -> Array:
         s = _spread(scale, x.shape)
         return jnp.where(s > 0, x / jnp.where(s > 0, s, 1.0), 0.0)
 
-    def encode(x: Array, _) -> Parts:
+    def encode(x: Array, noise: Array | None) -> Parts:
         x = x if signed else jnp.sqrt(x)
         scale = _scales(x).astype(jnp.bfloat16)
         t = ratio(x, scale)
         if signed:
             code = jnp.round(127 * (2 * t / (1 + jnp.abs(t)))).astype(jnp.int8)
         else:
-            code = jnp.clip(jnp.round(255 * t), 1, 255).astype(jnp.uint8)
+            # 24 bits, as many as a float32 below 1 has
+            dither = (noise >> 8).astype(jnp.float32) * 2.0**-24
+            code = jnp.clip(jnp.floor(255 * t + dither), 1, 255).astype(jnp.uint8)
         return {"value": code, "scale": scale}
 
     def decode(parts: Parts) -> Array:
@@ -112,7 +115,7 @@ def _int8(signed: bool) -> MomentCodec:
             return s * (c / (2 - jnp.abs(c)))
         return jnp.square(s * (code / 255))
 
-    return MomentCodec(("value", "scale"), encode, decode)
+    return MomentCodec(("value", "scale"), encode, decode, noisy=not signed)
 
 
 MOMENTS: Mapping[str, MomentCodec] = {

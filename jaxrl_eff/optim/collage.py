@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_eff.optim import codecs, mcf
+from jaxrl_eff.optim.mcf import Scalar
 from jaxrl_eff.optim.moments import scale_by_adam
 from jaxrl_eff.optim.store import LowPrecisionTransformation, lowp_chain
 
@@ -41,16 +42,16 @@ Mask = Any | Callable[[Any], Any] | None
 
 def collage_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
+    weight_decay: Scalar = 0.0,
     mask: Mask = None,
     *,
     variant: str = "plus",
     faithful: bool = False,
     metrics: bool = False,
-    seed: int = 0,
+    seed: int | jax.Array = 0,
 ) -> LowPrecisionTransformation:
     """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) for 16-bit weights.
 
@@ -100,10 +101,10 @@ class FaithfulState(NamedTuple):
 
 def _faithful(
     learning_rate: optax.ScalarOrSchedule,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    weight_decay: Scalar,
     mask: Mask,
     *,
     plus: bool,

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+Scalar = float | int | jax.Array
 _TINY16 = 2.0**-14  # below it float16 is subnormal
 
 
@@ -95,8 +96,12 @@ def scale(x: Array, y: Array, a: Array, b: Array, dtype: Any = jnp.bfloat16) -> 
     return fast_two_sum(p, round_to(e + cross, dtype), dtype)
 
 
-def constant(value: float, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
-    """A Python number as an expansion; 0.999 is 1.0 - 0.00099945 in bfloat16."""
+def constant(value: Scalar, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
+    """A number as an expansion; 0.999 is 1.0 - 0.00099945 in bfloat16."""
+    if isinstance(value, jax.Array):
+        value = value.astype(jnp.float32)
+        hi = round_to(value, dtype)
+        return hi, round_to(value - hi, dtype)
     hi = np.asarray(value, jnp.dtype(dtype))
     lo = np.asarray(value - float(hi), jnp.dtype(dtype))
     return jnp.float32(hi), jnp.float32(lo)
@@ -147,7 +152,7 @@ def _mixed(h: Array) -> Array:
     return h ^ (h >> 16)
 
 
-def one_minus_power(b: float | Array, t: Array) -> Array:
+def one_minus_power(b: Scalar, t: Array) -> Array:
     """1 - b^t, the bias correction of a moment, without cancellation.
 
     `1 - b**t` in float32 is off by 1e-5 for b = 0.999 and small t.

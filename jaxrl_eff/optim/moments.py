@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_eff.optim import codecs, mcf
+from jaxrl_eff.optim.mcf import Scalar
 
 
 class LowPrecisionAdamState(NamedTuple):
@@ -23,13 +24,13 @@ class LowPrecisionAdamState(NamedTuple):
 
 
 def scale_by_adam(
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
+    b1: Scalar = 0.9,
+    b2: Scalar = 0.999,
+    eps: Scalar = 1e-8,
     *,
     mu: str = "float32",
     nu: str = "float32",
-    seed: int = 0,
+    seed: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam (Kingma and Ba 2014, arXiv:1412.6980, Algorithm 1) with a codec for each moment.
 
@@ -81,7 +82,9 @@ def scale_by_adam(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def encode_moment(name: str, which: str, tree: Any, count: jax.Array, seed: int) -> dict[str, Any]:
+def encode_moment(
+    name: str, which: str, tree: Any, count: jax.Array, seed: int | jax.Array
+) -> dict[str, Any]:
     """A tree of float32 as the codec's parts, each a tree."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     encoded = []

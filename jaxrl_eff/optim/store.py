@@ -17,6 +17,8 @@ Traps of optax with 16-bit parameters, and what to do instead:
   on float32 weights and gradients, so their state is float32;
 - `optax.inject_hyperparams` casts numbers to the parameters' dtype: b2 = 0.999 becomes 1.0, and the
   first update NaN. Use `optim.inject_hyperparams`;
+- `optax.apply_if_finite` wants updates of the gradients' dtype, while some stores need float32
+  ones: use `optim.apply_if_finite`;
 - `jax.jit(tx.init)(params)` puts all state on one device. Use `optim.init_sharded`.
 """
 
@@ -32,6 +34,29 @@ from jaxrl_eff.optim import codecs, mcf
 from jaxrl_eff.optim.moments import leaf_id
 
 inject_hyperparams = functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
+
+
+def apply_if_finite(
+    tx: optax.GradientTransformation, max_consecutive_errors: int
+) -> optax.GradientTransformation:
+    """optax.apply_if_finite for transforms whose updates are not of the gradients' dtype."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(mcf.load, tree)
+
+    def update(updates, state, params=None, **extra):
+        updates, state = inner.update(updates, state, params, **extra)
+        return wide(updates), state
+
+    inner = optax.with_extra_args_support(tx)
+    inner_wide = optax.GradientTransformationExtraArgs(inner.init, update)
+    careful = optax.apply_if_finite(inner_wide, max_consecutive_errors)
+    return optax.GradientTransformationExtraArgs(
+        careful.init,
+        lambda updates, state, params=None, **extra: careful.update(
+            wide(updates), state, params, **extra
+        ),
+    )
 
 
 class Descent(NamedTuple):
@@ -82,7 +107,7 @@ class _Sums(NamedTuple):
 
 
 def store_weights(
-    codec: str = "bf16x2", *, seed: int = 0, metrics: bool = False
+    codec: str = "bf16x2", *, seed: int | jax.Array = 0, metrics: bool = False
 ) -> LowPrecisionTransformation:
     """Turns wanted changes into updates of 16-bit weights that lose nothing. Must be last.
 
@@ -152,7 +177,7 @@ def store_weights(
 def lowp_chain(
     *links: optax.GradientTransformation,
     store: str = "bf16x2",
-    seed: int = 0,
+    seed: int | jax.Array = 0,
     metrics: bool = False,
 ) -> LowPrecisionTransformation:
     """The links in float32, on weights of full precision, and `store_weights` behind them.

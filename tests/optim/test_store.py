@@ -57,7 +57,7 @@ def test_what_is_applied_is_what_was_predicted(codec, together):
     if codec in LOSSLESS:
         got = np.float64(optim.full_precision_params(new, after))
         # float32's own rounding where a sum is stored in it; int8 keeps 16 significant bits.
-        bits = {"bf16x2": 17, "int16": 24, "int8": 15}[codec]
+        bits = {"bf16x2": 16, "int16": 24, "int8": 15}[codec]
         size = np.maximum(np.abs(want), np.abs(np.float64(change)) * 2.0**-8)
         if codec == "bf16x2":  # what is kept has 8 bits of its own, also after a cancellation
             size = np.maximum(np.abs(np.float64(p.astype(jnp.float32))), np.abs(want))
