@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxrl_eff import arrays, edges, operations, programs, tree
+from jaxrl_eff import arrays, edges, operations, programs
 from jaxrl_eff.graph import (
     Call,
     Graph,
@@ -41,6 +41,7 @@ from jaxrl_eff.graph import (
     train,
 )
 from jaxrl_eff.operations import Operation
+from jaxrl_eff.optim import state_shardings
 from jaxrl_eff.parallel import Placement, Route, Rules, mesh, rows, rules
 from jaxrl_eff.parallel.sharding import in_host, replicated
 from jaxrl_eff.timeline import StepTimes, Timeline
@@ -146,22 +147,12 @@ class Step:
     def home(self, model: str) -> Model:
         """Shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`.
 
-        Optimizer state has the layout of the parameter that it belongs to, found by its path.
+        Optimizer state has the layout of the parameter that it belongs to.
         """
         call = self.graph.home(model)
         params = self._borrowed(call)
-        place = dict(zip(tree.names(params), jax.tree.leaves(params), strict=True))
-        whole = replicated(self.plan[call.name])
-
-        def of_state(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            parts = name.split("/")
-            for i in range(len(parts)):
-                param = place.get("/".join(parts[i:]))
-                if param is not None and param.shape == leaf.shape:
-                    return _placed(leaf, param.sharding)
-            return _placed(leaf, whole)
-
-        opt = tree.map_with_name(of_state, self._opt_shapes[model])
+        shapes, whole = self._opt_shapes[model], replicated(self.plan[call.name])
+        opt = jax.tree.map(_placed, shapes, state_shardings(shapes, params, otherwise=whole))
         if self.plan[call.name].offload == "opt":
             opt = jax.tree.map(_in_host, opt)
         past = {c.name: (self._borrowed(c),) * c.staleness for c in self.graph.stale(model)}

@@ -178,7 +178,7 @@ def _update(
 
     with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
         changes, opt = tx.update(grads, model.opt, model.params)
-    updated = Model(optax.apply_updates(model.params, changes), opt)
+        updated = Model(optax.apply_updates(model.params, changes), opt)
     # A select joins the optimizer's own pass over the parameters; a cond would copy them.
     model = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, model)
     one = jnp.float32(1)

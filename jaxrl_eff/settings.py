@@ -68,7 +68,12 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    """An optimizer. See `optim.optimizer` and `optim.warmup_then`."""
+    """An optimizer. See `optim.optimizer` and `optim.warmup_then`.
+
+    Attributes:
+        store: "bf16x2", "int16", "int8" or "sr": how weights of 16 bits keep changes that are
+            smaller than their rounding; "": not at all. `collage_adamw` does it by itself.
+    """
 
     name: str = "adamw"
     lr: float = 1e-4
@@ -77,6 +82,7 @@ class OptimSettings:
     final: float = 0.0
     clip_norm: float = 1.0
     weight_decay: float = 0.0
+    store: str = ""
     frozen: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import algorithms, calibrate, dataflow, plans
+from jaxrl_eff import algorithms, calibrate, dataflow, optim, plans
 from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.data import encode, loader, sources, toys
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
@@ -519,9 +519,15 @@ def model_specs(
                     schedules[role],
                     clip_norm=o.clip_norm,
                     weight_decay=o.weight_decay,
+                    store=o.store,
                     frozen=o.frozen,
                     options=o.options,
                 )
+                if (o.store or o.name in optim.OWN) and lms[role].param_dtype == "float32":
+                    raise ValueError(
+                        f"{o.name} with store={o.store!r} is for parameters of 16 bits, but "
+                        "config.model.param_dtype is 'float32', of which it would keep nothing."
+                    )
                 _check_patterns(shapes, o.frozen)
         specs[role] = Spec(shapes, axes, tx)
     return specs, schedules

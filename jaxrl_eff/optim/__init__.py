@@ -4,7 +4,7 @@
 the weights (`lowp_chain`).
 """
 
-from jaxrl_eff.optim.build import in_float32, optimizer, optimizer_names
+from jaxrl_eff.optim.build import OWN, in_float32, optimizer, optimizer_names, upcast
 from jaxrl_eff.optim.collage import collage_adamw
 from jaxrl_eff.optim.convert import (
     Master,
@@ -28,8 +28,9 @@ from jaxrl_eff.optim.store import (
 )
 
 __all__ = [
-    "Master", "apply_if_finite", "collage_adamw", "from_master", "full_precision_params",
+    "OWN", "Master", "apply_if_finite", "collage_adamw", "from_master", "full_precision_params",
     "in_float32", "init_sharded", "inject_hyperparams", "lowp_chain", "optimizer",
     "optimizer_names", "precision_metrics", "scale_by_adam", "set_full_precision_params",
-    "state_shardings", "store_weights", "to_master", "visible_change_mask", "warmup_then", "watch_descent",
+    "state_shardings", "store_weights", "to_master", "upcast", "visible_change_mask",
+    "warmup_then", "watch_descent",
 ]  # fmt: skip

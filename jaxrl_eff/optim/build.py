@@ -1,4 +1,4 @@
-"""Any optax optimizer by name, with clipping, frozen parts and float32 state."""
+"""Any optimizer by name, with clipping, frozen parts, and small changes of 16-bit weights kept."""
 
 import inspect
 import re
@@ -6,13 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
+
+from jaxrl_eff.optim import mcf
+from jaxrl_eff.optim.codecs import WEIGHTS
+from jaxrl_eff.optim.collage import collage_adamw
+from jaxrl_eff.optim.store import lowp_chain
+
+OWN = {"collage_adamw": collage_adamw}
 
 
 def optimizer_names() -> list[str]:
-    """Names of the optax optimizers that take a learning rate and need nothing else."""
-    names = []
+    """Names of the optimizers here and in optax that take a learning rate and need nothing else."""
+    names = [*OWN]
     for name in sorted(set(dir(optax))):
         fn = getattr(optax, name)
         if not inspect.isfunction(fn) or name.startswith("scale_by"):
@@ -32,48 +38,65 @@ def optimizer(
     weight_decay: float = 0.0,
     frozen: Sequence[str] = (),
     no_decay: Sequence[str] = (".*scale", ".*bias"),
+    store: str = "",
     options: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
-    """An optax optimizer by name, with what fine-tuning usually wants around it.
+    """An optimizer by name, with what fine-tuning usually wants around it.
 
     Args:
-        name: of a function in optax, e.g. "adamw", "lion", "sgd".
+        name: of a function in optax, e.g. "adamw", "lion", "sgd"; or "collage_adamw".
         learning_rate: a number or a schedule.
         clip_norm: gradients are scaled down to this global norm; 0 leaves them.
         weight_decay: decoupled decay, for optimizers that have it.
         frozen: regular expressions of parameter names (`layers/attn/q/kernel`) that never change;
             they have no optimizer state.
         no_decay: regular expressions of parameter names that are not decayed.
-        options: further arguments of the optax function.
+        store: how weights of 16 bits keep changes below their rounding, as in `store_weights`:
+            "bf16x2", "int16", "int8", "sr"; "" rounds each change to the nearest. For
+            collage_adamw its variant says it.
+        options: further arguments of the function.
 
     Returns:
-        A transform whose state is float32 whatever the parameters' dtype.
+        A transform whose state is float32 whatever the parameters' dtype; of collage_adamw, what
+        its variant says.
 
     Raises:
-        ValueError: an unknown optimizer or option.
+        ValueError: an unknown optimizer, option or store.
     """
     if name not in optimizer_names():
-        raise ValueError(f"optimizer is {name!r}; optax has {optimizer_names()}.")
-    fn, options = getattr(optax, name), dict(options or {})
+        raise ValueError(f"optimizer is {name!r}; it must be one of {optimizer_names()}.")
+    fn, options = OWN.get(name) or getattr(optax, name), dict(options or {})
     known = inspect.signature(fn).parameters
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"optax.{name} has no options {unknown}; it has {sorted(known)}.")
+        raise ValueError(f"{name} has no options {unknown}; it has {sorted(known)}.")
     if weight_decay and "weight_decay" not in known:
-        raise ValueError(f"optax.{name} has no weight decay, but weight_decay is {weight_decay}.")
+        raise ValueError(f"{name} has no weight decay, but weight_decay is {weight_decay}.")
+    if store and (name in OWN or store not in WEIGHTS):
+        what = "set by its variant" if name in OWN else f"'' or one of {list(WEIGHTS)}"
+        raise ValueError(f"store is {store!r}; for {name} it must be {what}.")
     if "weight_decay" in known:
         options.setdefault("weight_decay", weight_decay)
         if "mask" in known:
             options.setdefault("mask", lambda tree: _unnamed(tree, no_decay))
     tx = fn(learning_rate, **options)
-    if clip_norm:
-        tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
-    tx = in_float32(tx)
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    if name in OWN:
+        tx = optax.chain(upcast(), *clip, tx)
+    elif store:
+        tx = lowp_chain(*clip, tx, store=store)
+    else:
+        tx = in_float32(optax.chain(*clip, tx) if clip else tx)
     if frozen:
         tx = optax.chain(
             optax.masked(tx, lambda tree: _unnamed(tree, frozen)),
             optax.masked(optax.set_to_zero(), lambda tree: _named(tree, frozen)),
         )
     return tx
+
+
+def upcast() -> optax.GradientTransformation:
+    """Gradients as float32. First in a chain, since optax's links sum norms in their dtype."""
+    return optax.stateless(lambda updates, _: mcf.wide(updates))
 
 
 def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -84,14 +107,11 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     sum to the parameters' dtype.
     """
 
-    def wide(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-
     def init(params: Any) -> Any:
-        return tx.init(wide(params))
+        return tx.init(mcf.wide(params))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return tx.update(wide(updates), state, None if params is None else wide(params))
+        return tx.update(mcf.wide(updates), state, None if params is None else mcf.wide(params))
 
     return optax.GradientTransformation(init, update)
 

@@ -56,6 +56,11 @@ def load(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
+def wide(tree: Any) -> Any:
+    """A tree's arrays in float32, or in float64 if they are."""
+    return jax.tree.map(lambda x: x if x.dtype == jnp.float64 else load(x), tree)
+
+
 def fast_two_sum(a: Array, b: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
     """(s, e) with s = RN(a + b) and s + e = a + b exactly, if |a| >= |b| (Dekker).
 

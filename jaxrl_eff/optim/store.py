@@ -41,12 +41,9 @@ def apply_if_finite(
 ) -> optax.GradientTransformation:
     """optax.apply_if_finite for transforms whose updates are not of the gradients' dtype."""
 
-    def wide(tree: Any) -> Any:
-        return jax.tree.map(mcf.load, tree)
-
     def update(updates, state, params=None, **extra):
         updates, state = inner.update(updates, state, params, **extra)
-        return wide(updates), state
+        return mcf.wide(updates), state
 
     inner = optax.with_extra_args_support(tx)
     inner_wide = optax.GradientTransformationExtraArgs(inner.init, update)
@@ -54,7 +51,7 @@ def apply_if_finite(
     return optax.GradientTransformationExtraArgs(
         careful.init,
         lambda updates, state, params=None, **extra: careful.update(
-            wide(updates), state, params, **extra
+            mcf.wide(updates), state, params, **extra
         ),
     )
 
@@ -195,17 +192,14 @@ def lowp_chain(
     inner = optax.with_extra_args_support(optax.chain(*links))
     last = store_weights(store, seed=seed, metrics=metrics)
 
-    def wide(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
-
     def init(params: Any) -> LowPrecisionState:
-        return LowPrecisionState(inner.init(wide(params)), last.init(params))
+        return LowPrecisionState(inner.init(mcf.wide(params)), last.init(params))
 
     def update(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("lowp_chain needs params: call update(grads, state, params).")
         full = joined(params, state.store.low)
-        changes, inner_state = inner.update(wide(updates), state.inner, full, **extra)
+        changes, inner_state = inner.update(mcf.wide(updates), state.inner, full, **extra)
         out, store_state = last.update(changes, state.store, params)
         return out, LowPrecisionState(inner_state, store_state)
 
@@ -217,7 +211,7 @@ def joined(params: Any, low: Any) -> Any:
 
     def one(p: jax.Array, low: Any) -> jax.Array:
         if isinstance(low, optax.MaskedNode):
-            return p.astype(jnp.promote_types(p.dtype, jnp.float32))
+            return mcf.wide(p)
         return codecs.weight(codecs.kept_as(low.dtype)).join(p, low)
 
     leaves, treedef = jax.tree.flatten(params)

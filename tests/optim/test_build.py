@@ -62,9 +62,12 @@ def test_state_is_float32_for_bfloat16_parameters():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "admw"}, "optimizer is 'admw'; optax has"),
+        ({"name": "admw"}, "optimizer is 'admw'; it must be one of"),
         ({"name": "sgd", "weight_decay": 0.1}, "no weight decay"),
         ({"name": "sgd", "options": {"b1": 1}}, r"no options \['b1'\]"),
+        ({"name": "sgd", "store": "int4"}, "store is 'int4'; for sgd it must be '' or one of"),
+        ({"name": "collage_adamw", "store": "int8"}, "must be set by its variant"),
+        ({"name": "collage_adamw", "options": {"variant": "l"}}, "variant is 'l'"),
     ],
 )
 def test_what_optax_does_not_have_is_refused(arguments, message):
