@@ -71,6 +71,8 @@ def scale_by_adam(
         m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, g)
         v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, v, g)
         first, second = mcf.one_minus_power(b1, count), mcf.one_minus_power(b2, count)
+        # Not to be computed again for every entry.
+        first, second = jax.lax.optimization_barrier((first, second))
         out = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + eps), m, v)
         state = LowPrecisionAdamState(
             count,
