@@ -321,7 +321,8 @@ def _conclude(
     export = workdir / "export"
     if run.export:
         role = stage.trained
-        save_hf(export, stage.lms[role], state.shared(done.models[role].params))
+        lm = stage.lms[role]
+        save_hf(export, lm, state.merged(lm, state.shared(done.models[role].params)))
         if _first():
             assembled.tokenizer.save(export)
         console.final(f"exported: {export}")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import algorithms, calibrate, dataflow, plans
+from jaxrl_eff import adapt, algorithms, calibrate, dataflow, plans
 from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.data import encode, loader, sources, toys
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
@@ -267,7 +267,7 @@ def _stage(
         pad=tokenizer.pad or 0,
         process=step.share,
     )
-    evaluation = _evaluation(run, name, tokenizer, lms, plan, graph, held_out, sampling)
+    evaluation = _evaluation(run, name, tokenizer, lms, specs, plan, graph, held_out, sampling)
     return Stage(
         name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
         searched,
@@ -496,6 +496,8 @@ def model_specs(
     trained = {c.of: c for c in graph.calls if c.kind == "train"}
     if unknown := sorted(set(s.optim) - set(trained)):
         raise ValueError(f"optim names {unknown}, but the stage trains {sorted(trained)}.")
+    if unknown := sorted(set(s.adapt) - set(trained)):
+        raise ValueError(f"adapt names {unknown}, but the stage trains {sorted(trained)}.")
     specs, schedules = {}, {}
     for role in graph.models:
         if role == "kl":
@@ -507,13 +509,15 @@ def model_specs(
                 raise ValueError(f"optim lacks {role!r}, which the stage trains.")
             o, c = s.optim[role], trained[role]
             with at_path(f"config.{name}.optim.{role}"):
+                updates = s.steps * c.epochs * c.minibatches
                 schedules[role] = warmup_then(
-                    o.schedule,
-                    peak=o.lr,
-                    updates=s.steps * c.epochs * c.minibatches,
-                    warmup=o.warmup,
-                    final=o.final,
+                    o.schedule, peak=o.lr, updates=updates, warmup=o.warmup, final=o.final
                 )
+            if role in s.adapt:
+                with at_path(f"config.{name}.adapt.{role}"):
+                    specs[role] = adapt.spec(s.adapt[role], lms[role], o, schedules[role], updates)
+                continue
+            with at_path(f"config.{name}.optim.{role}"):
                 tx = optimizer(
                     o.name,
                     schedules[role],
@@ -559,6 +563,7 @@ def _evaluation(
     name: str,
     tokenizer: Tokenizer,
     lms: dict[str, LMConfig],
+    specs: dict[str, Spec],
     plan: dict[str, Placement],
     graph: Graph,
     held_out: Any,
@@ -595,6 +600,7 @@ def _evaluation(
         stop = sampling.stop if sampling else ()
         return Evaluation.of(
             lm=lms["actor"],
+            spec=specs["actor"],
             sampling=Sampling(
                 max_tokens=tokens,
                 temperature=e.temperature,

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import tree
-from jaxrl_eff.models import attention, rope
+from jaxrl_eff.models import adapters, attention, rope
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.shapes import Array, Float, Int, PyTree
 
@@ -109,7 +109,10 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """Contracts the last axes of x with a kernel of named axes; the bias covers the new axes."""
+    """Contracts the last axes of x with a kernel of named axes; the bias covers the new axes.
+
+    Adapters that stand beside the kernel join in, see `adapters`.
+    """
 
     cfg: LMConfig
     inputs: tuple[int, ...]
@@ -125,13 +128,19 @@ class Linear(nn.Module):
         kernel = _here(self.param("kernel", box, self.inputs + self.outputs, stored)).astype(dtype)
         matrix = kernel.reshape(math.prod(self.inputs), math.prod(self.outputs))
         lead = x.shape[: x.ndim - len(self.inputs)]
-        y = _product(x.reshape(*lead, -1), matrix).reshape(*lead, *self.outputs)
+        here = {k: _here(self.get_variable("params", k)) for k in adapters.LEAVES if self._has(k)}
+        names = self.axes[0], self.axes[len(self.inputs)]
+        y = adapters.product(here, x.reshape(*lead, -1), matrix, names, _product)
+        y = y.reshape(*lead, *self.outputs)
         if not self.bias:
             return y
         axes = self.axes[len(self.inputs) :]
         box = nn.with_logical_partitioning(nn.initializers.zeros, axes)
         bias = _here(self.param("bias", box, self.outputs, stored)).astype(dtype)
         return y + bias.reshape((1,) * len(lead) + bias.shape)
+
+    def _has(self, leaf: str) -> bool:
+        return self.has_variable("params", leaf)
 
 
 def _product(x: Float[Array, "... D"], matrix: Float[Array, "D F"], dtype=None) -> Array:

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxrl_eff.optim import sparse
-from jaxrl_eff.optim.sparse import selectors, tiling
+from jaxrl_eff.optim.sparse import selectors
 
 SHAPES = {"a": (3, 16, 24), "b": (8, 12)}
 
@@ -252,7 +252,7 @@ def test_what_cannot_work_is_said(change, message):
 
 def test_units_need_a_grid_that_fits():
     with pytest.raises(ValueError, match=r"\(3, 1\) tiles do not divide"):
-        tiling.tiling((16, 8), 0.1, grid=(3, 1))
+        sparse.tiling((16, 8), 0.1, grid=(3, 1))
     for wrong in (dict(share=0.0), dict(every=0), dict(decay="step")):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             sparse.Spiel(**wrong)

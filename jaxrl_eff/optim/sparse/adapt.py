@@ -58,6 +58,7 @@ class SparseAdapt(NamedTuple):
         init: params -> SparseState.
         update: (gradients of the active entries by name, state, params) -> (SparseUpdate by name,
             state). Arrays in, arrays out; the parameters are read at the active entries only.
+        read: (params, state) -> the updates that would change nothing.
         apply: (params, updates) -> params, in place where params are donated.
         reselect: (params, state, found) -> (params, state) with units chosen anew. `found` has for
             every name what `selectors.candidates` returned; None for selectors of weights.
@@ -69,6 +70,7 @@ class SparseAdapt(NamedTuple):
 
     init: Callable[[Any], SparseState]
     update: Callable[[Any, SparseState, Any], tuple[dict[str, SparseUpdate], SparseState]]
+    read: Callable[[Any, SparseState], dict[str, SparseUpdate]]
     apply: Callable[[Any, Any], Any]
     reselect: Callable[[Any, SparseState, Any], tuple[Any, SparseState]]
     revert: Callable[[Any, SparseState], Any]
@@ -121,10 +123,9 @@ def sparse_adapt(
     schedule = schedule or schedules.Static(first=selector in selectors.GRADIENTS)
     if selector == "mask" and type(schedule) is not schedules.Static:
         raise ValueError(f"a mask is never chosen anew, but the schedule is {schedule}.")
-    plain = layout or partial(_matrices, density, block)
-
-    def tiled(name: str, leaf: Any) -> Tiling | None:
-        return _masked_tiling(masks, name, leaf, plain) if masks is not None else plain(name, leaf)
+    tiled = layout or partial(_matrices, density, block)
+    if masks is not None:
+        tiled = partial(_masked_tiling, masks, tiled)
 
     def choice(name: str, x: jax.Array, t: Tiling) -> jax.Array:
         if masks is not None:
@@ -167,6 +168,14 @@ def sparse_adapt(
             updates[name] = SparseUpdate(old.index, value)
             active[name] = Active(old.index, after, old.original, remainder)
         return updates, SparseState(state.count + 1, active)
+
+    def read(params: Any, state: SparseState) -> dict[str, SparseUpdate]:
+        found = {}
+        for name, (x, t) in adapted(params).items():
+            index = state.active[name].index
+            value = per_shard(partial(gather, t=t), t, "pt", "t")(x, index)
+            found[name] = SparseUpdate(index, value)
+        return found
 
     def apply(params: Any, updates: Mapping[str, SparseUpdate]) -> Any:
         tilings = {name: t for name, (_, t) in adapted(params).items()}
@@ -211,7 +220,7 @@ def sparse_adapt(
             params, {k: SparseUpdate(a.index, a.original) for k, a in state.active.items()}
         )
 
-    return SparseAdapt(init, update, apply, reselect, revert, tiled, schedule, selector)
+    return SparseAdapt(init, update, read, apply, reselect, revert, tiled, schedule, selector)
 
 
 def apply_sparse_updates(
@@ -363,7 +372,7 @@ def _carried(t: Tiling, old: Active, fresh: Active) -> Active:
     return Active(fresh.index, *jax.tree.unflatten(structure, moved))
 
 
-def _masked_tiling(masks: Any, name: str, leaf: Any, plain: Layout) -> Tiling | None:
+def _masked_tiling(masks: Any, plain: Layout, name: str, leaf: Any) -> Tiling | None:
     if name not in masks:
         return None
     mask, t = np.asarray(masks[name]), plain(name, leaf)
