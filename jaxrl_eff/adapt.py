@@ -59,19 +59,38 @@ def spec(
     wanted = (*s.whole, *(("value/kernel",) if lm.head == "value" else ()))
     whole = [k for k, v in tree.flat(tree.match(shapes, wanted)).items() if v] if wanted else []
     names = [k for k in added if not k.endswith("lora_scale")] + whole
-    options = {"weight_decay": optim.weight_decay, "options": optim.options}
-    tx = optimizer(optim.name, schedule, **options) if names else None
-    entries = None
-    if s.name in SCHEDULES:
-        find = _Layout(s, lm, patterns)
-        if both := sorted(set(whole) & set(find.tilings)):
-            raise ValueError(f"whole has {both}, which are also trained by entries.")
-        entries = sparse.sparse_adapt(
-            optimizer(optim.name, 1.0, **options),
-            selector=s.selector, schedule=_schedule(s, updates), layout=find,
-            learning_rate=schedule, on_drop=s.on_drop, seed=s.seed,
-        )  # fmt: skip
+    tx = None
+    if names:
+        options = {"weight_decay": optim.weight_decay, "options": optim.options}
+        tx = optimizer(optim.name, schedule, **options)
+    entries = entries_of(s, lm, optim, schedule, updates) if s.name in SCHEDULES else None
+    if entries and (both := sorted(set(whole) & set(entries.layout.tilings))):
+        raise ValueError(f"whole has {both}, which are also trained by entries.")
     return Spec(shapes, axes, _adaptation(s, optim.clip_norm, added, names, tx, entries))
+
+
+def entries_of(
+    s: AdaptSettings,
+    lm: LMConfig,
+    optim: OptimSettings,
+    schedule: optax.Schedule | float = 1.0,
+    updates: int = 1,
+) -> SparseAdapt:
+    """The sparse part alone: for example to put a trained model back, by its `revert`.
+
+    Args:
+        schedule, updates: as for `spec`.
+    """
+    inner = optimizer(optim.name, 1.0, weight_decay=optim.weight_decay, options=optim.options)
+    return sparse.sparse_adapt(
+        inner, selector=s.selector, schedule=_schedule(s, updates), learning_rate=schedule,
+        layout=_Layout(s, lm, s.targets or lora.TARGETS), on_drop=s.on_drop, seed=s.seed,
+    )  # fmt: skip
+
+
+def keeps_base(s: AdaptSettings | None) -> bool:
+    """Whether the base model stays there unchanged, beside what is trained."""
+    return s is not None and s.name in lora.METHODS and not s.whole
 
 
 def _check(s: AdaptSettings, optim: OptimSettings) -> None:

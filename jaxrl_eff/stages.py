@@ -5,6 +5,7 @@ weights are read or a program is compiled: files, formats, plans, sizes that do 
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxrl_eff.data import encode, loader, sources, toys
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.dataflow import Graph, Placement, Spec, Step
 from jaxrl_eff.evaluate import Evaluation
-from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.optim import optimizer, warmup_then
 from jaxrl_eff.planner import works
 from jaxrl_eff.rewards import verify
@@ -464,11 +465,30 @@ def graph_of(
     if s.staleness < 0 or (s.staleness and sampling is None):
         raise ValueError(f"staleness is {s.staleness}; it is for algorithms that sample, from 0.")
     graph = _synchronous(s.algorithm, room, cfg, lms, reward, sampling)
+    if adapt.keeps_base(s.adapt.get("actor")) and _same_start(s):
+        graph = dataclasses.replace(graph, calls=tuple(map(_without_ref, graph.calls)))
     calls = (
         dataclasses.replace(c, staleness=s.staleness) if c.kind == "generate" else c
         for c in graph.calls
     )
     return dataclasses.replace(graph, calls=tuple(calls)) if s.staleness else graph
+
+
+def _same_start(s: StageSettings) -> bool:
+    """Whether the reference is what the actor starts from."""
+    actor = s.models.get("actor", "base")
+    return s.models.get("ref", actor) == actor
+
+
+def _without_ref(c: dataflow.Call) -> dataflow.Call:
+    """A call of the reference, on the actor's own arrays without its adapter."""
+    if c.of != "ref":
+        return c
+    return dataclasses.replace(c, of="actor", fn=functools.partial(_on_base, c.fn))
+
+
+def _on_base(fn: Callable, params_: Any, batch: Any, key: Any) -> Any:
+    return fn(lora.base(params_), batch, key)
 
 
 def _synchronous(

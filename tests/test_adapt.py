@@ -1,0 +1,168 @@
+"""Training in part, through the framework: what a plan must not change, and what may change."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import launch
+import numpy as np
+import pytest
+
+from jaxrl_eff import adapt, dataflow, metrics, settings, tree
+from jaxrl_eff.algorithms import sft
+from jaxrl_eff.dataflow import Placement, Spec
+from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.optim import optimizer
+
+LM = LMConfig(
+    vocab=24, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=32, init_std=0.3, unroll=1
+)
+ONE = Placement((0,))
+OPTIM = settings.OptimSettings(lr=1e-2, name="adam")
+TILES = (2, 2)
+
+
+def batch(rows=8, length=12):
+    rng = np.random.default_rng(0)
+    ones = np.ones((rows, length), np.int32)
+    return {
+        "tokens": rng.integers(0, LM.vocab, (rows, length)).astype(np.int32),
+        "segment": ones,
+        "position": np.cumsum(ones, 1, dtype=np.int32) - 1,
+        "mask": ones.astype(np.float32),
+    }
+
+
+def spec(**changes):
+    s = settings.AdaptSettings(**{"tiles": TILES, "density": 0.1, **changes})
+    return adapt.spec(s, LM, OPTIM, lambda count: 1e-2, 100)
+
+
+@functools.cache
+def base():
+    return jax.tree.map(np.asarray, params.init(LM, jax.random.key(0)))
+
+
+def train(of, place, steps=3):
+    """The parameters and optimizer state after a few steps of SFT, on the host."""
+    step = dataflow.compile(
+        sft.graph(sft.SFTConfig(), LM), {"actor_train": place}, {"actor": of}
+    ).build(batch())
+    home = jax.tree.map(lambda x: x.sharding, step.home("actor").params)
+    start = of.tx.extended(base()) if isinstance(of.tx, dataflow.Adaptation) else base()
+    models = {"actor": step.init("actor", jax.device_put(start, home))}
+    for i in range(steps):
+        models, _, m = step(models, batch(), np.array([0, i], np.uint32), reselect=step.due(i))
+    assert all(np.isfinite(float(v)) for v in m.values())
+    return jax.tree.map(np.asarray, models["actor"]), step
+
+
+WAYS = {
+    "entries": dict(name="spiel_ag", selector="gradient", every=2),
+    "blocks and lora": dict(
+        name="periodic", selector="fisher", every=2, granularity="block", block=(4, 4), rank=2
+    ),
+}
+PLACES = (
+    Placement((7, 6, 5, 4, 3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
+    Placement((1, 3), tensor=1, seq=2, microbatches=4),
+)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_plan_changes_what_is_chosen_nor_learned(way):
+    want, _ = train(spec(**WAYS[way]), ONE)
+    for place in PLACES:
+        got, _ = train(spec(**WAYS[way]), place)
+        for name, active in want.opt.sparse.active.items():
+            np.testing.assert_array_equal(active.index, got.opt.sparse.active[name].index)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+        jax.tree.map(close, got.params, want.params)
+
+
+def test_everything_at_full_density_is_dense_adam():
+    """Of the kernels; the rest is frozen."""
+    targets = "layers/.*/kernel"
+    ours, _ = train(spec(name="static", density=1.0, targets=(targets,), tiles=(1, 1)), ONE)
+    frozen = tuple(k for k in tree.flat(base()) if not k.endswith("kernel"))
+    tx = optimizer("adam", 1e-2, clip_norm=1.0, frozen=frozen)
+    theirs, _ = train(Spec(params.abstract(LM), params.logical_axes(LM), tx), ONE)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, ours.params, theirs.params)
+
+
+def test_only_what_is_active_changes_and_the_base_comes_back():
+    of = spec(name="spiel_ag", selector="snip", every=2, tiles=(1, 1))
+    got, _ = train(of, ONE, steps=4)
+    changed = tree.flat(jax.tree.map(lambda a, b: (a != b).mean(), got.params, base()))
+    for name, share in changed.items():
+        assert 0 < share <= 0.11 if name in got.opt.sparse.active else share == 0, name
+    entries = adapt.entries_of(settings.AdaptSettings(name="static", density=0.1), LM, OPTIM)
+    back = entries.revert(jax.tree.map(jnp.asarray, got.params), got.opt.sparse)
+    jax.tree.map(np.testing.assert_array_equal, back, base())
+
+
+def run(algorithm, steps, **changes):
+    """Settings of tests/tiny.py with an actor that is trained in part."""
+    of = launch.config(f"algorithm={algorithm},steps={steps},every=1,first=1")
+    part = {"actor": settings.AdaptSettings(**changes)}
+    stage = dataclasses.replace(of.stage[algorithm], adapt=part)
+    return dataclasses.replace(of, stage={algorithm: stage})
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL within this process."""
+
+
+def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatch):
+    of = run("sft", 4, name="spiel_ag", selector="gradient", every=2, density=0.1, rank=2)
+    assert launch.train(of, tmp_path / "whole")
+    write, left = metrics.Writer.step, [3]
+
+    def killing(self, *args, **kwargs):
+        write(self, *args, **kwargs)
+        left[0] -= 1
+        if not left[0]:
+            self.close()
+            raise Killed
+
+    with monkeypatch.context() as m:
+        m.setattr(metrics.Writer, "step", killing)
+        with pytest.raises(Killed):
+            launch.train(of, tmp_path / "killed")
+    assert launch.train(of, tmp_path / "killed")
+    assert launch.export(tmp_path / "killed") == launch.export(tmp_path / "whole")
+    assert launch.numbers(tmp_path / "killed") == launch.numbers(tmp_path / "whole")
+
+
+def test_the_reference_of_lora_is_the_actor_without_it(tmp_path):
+    """No second model; and the KL to it starts at 0 and then does not stay there."""
+    of = run("grpo", 2, name="lora", rank=2)
+    assert launch.train(of, tmp_path)
+    rows = [v for _, _, v in launch.numbers(tmp_path, "grpo")]
+    kl = [v["advantage/ref_kl"] for v in rows if "advantage/ref_kl" in v]
+    assert abs(kl[0]) < 1e-5 < abs(kl[1])
+    plan = launch.document(tmp_path, "plan")["grpo"]
+    assert plan["ref_inf"]["of"] == "actor"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(name="best"), "name is 'best'"),
+        (dict(name="lora"), "rank is 0"),
+        (dict(name="static", granularity="bit"), "granularity is 'bit'"),
+        (dict(name="static", selector="best"), "selector is 'best'"),
+        (dict(name="spiel_ag"), "grows by a gradient"),
+        (dict(name="periodic"), "choose the same again"),
+        (dict(name="static", granularity="block"), r"attn/k/kernel: blocks of \(128, 128\)"),
+        (dict(name="static", tiles=(0, 1)), r"tiles is \(0, 1\)"),
+        (dict(name="static", targets=("nothing",)), "'nothing' matches no projection"),
+        (dict(name="static", whole=("layers/mlp/up/kernel",)), "also trained by entries"),
+        (dict(name="static", probe=0), "probe is 0"),
+    ],
+)
+def test_what_cannot_work_is_said(changes, message):
+    with pytest.raises(ValueError, match=message):
+        spec(**changes)
