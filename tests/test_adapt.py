@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import launch
 import numpy as np
 import pytest
+from launch import compiled_once  # noqa: F401 (fixture)
 
 from jaxrl_eff import adapt, dataflow, metrics, settings, tree
 from jaxrl_eff.algorithms import sft
@@ -20,7 +21,7 @@ LM = LMConfig(
 )
 ONE = Placement((0,))
 OPTIM = settings.OptimSettings(lr=1e-2, name="adam")
-TILES = (2, 2)
+TARGETS = ("layers/attn/o/kernel", "layers/mlp/up/kernel")  # one sharded in each way
 
 
 def batch(rows=8, length=12):
@@ -35,7 +36,7 @@ def batch(rows=8, length=12):
 
 
 def spec(**changes):
-    s = settings.AdaptSettings(**{"tiles": TILES, "density": 0.1, **changes})
+    s = settings.AdaptSettings(**{"tiles": (2, 2), "density": 0.1, "targets": TARGETS, **changes})
     return adapt.spec(s, LM, OPTIM, lambda count: 1e-2, 100)
 
 
@@ -64,28 +65,26 @@ WAYS = {
         name="periodic", selector="fisher", every=2, granularity="block", block=(4, 4), rank=2
     ),
 }
-PLACES = (
-    Placement((7, 6, 5, 4, 3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
-    Placement((1, 3), tensor=1, seq=2, microbatches=4),
-)
+PLACES = {
+    "entries": Placement((7, 6, 5, 4, 3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
+    "blocks and lora": Placement((1, 3, 0, 2), tensor=2, seq=2, microbatches=4),
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_plan_changes_what_is_chosen_nor_learned(way):
     want, _ = train(spec(**WAYS[way]), ONE)
-    for place in PLACES:
-        got, _ = train(spec(**WAYS[way]), place)
-        for name, active in want.opt.sparse.active.items():
-            np.testing.assert_array_equal(active.index, got.opt.sparse.active[name].index)
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-        jax.tree.map(close, got.params, want.params)
+    got, _ = train(spec(**WAYS[way]), PLACES[way])
+    for name, active in want.opt.sparse.active.items():
+        np.testing.assert_array_equal(active.index, got.opt.sparse.active[name].index)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, got.params, want.params)
 
 
 def test_everything_at_full_density_is_dense_adam():
-    """Of the kernels; the rest is frozen."""
-    targets = "layers/.*/kernel"
-    ours, _ = train(spec(name="static", density=1.0, targets=(targets,), tiles=(1, 1)), ONE)
-    frozen = tuple(k for k in tree.flat(base()) if not k.endswith("kernel"))
+    """Of these kernels; the rest is frozen."""
+    ours, _ = train(spec(name="static", density=1.0, tiles=(1, 1)), ONE)
+    frozen = tuple(k for k in tree.flat(base()) if k not in TARGETS)
     tx = optimizer("adam", 1e-2, clip_norm=1.0, frozen=frozen)
     theirs, _ = train(Spec(params.abstract(LM), params.logical_axes(LM), tx), ONE)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -98,8 +97,9 @@ def test_only_what_is_active_changes_and_the_base_comes_back():
     changed = tree.flat(jax.tree.map(lambda a, b: (a != b).mean(), got.params, base()))
     for name, share in changed.items():
         assert 0 < share <= 0.11 if name in got.opt.sparse.active else share == 0, name
-    entries = adapt.entries_of(settings.AdaptSettings(name="static", density=0.1), LM, OPTIM)
-    back = entries.revert(jax.tree.map(jnp.asarray, got.params), got.opt.sparse)
+    part = settings.AdaptSettings(name="static", density=0.1, targets=TARGETS)
+    model = jax.tree.map(jnp.asarray, got)
+    back = jax.jit(adapt.entries_of(part, LM, OPTIM).revert)(model.params, model.opt.sparse)
     jax.tree.map(np.testing.assert_array_equal, back, base())
 
 
@@ -115,8 +115,10 @@ class Killed(BaseException):
     """Stands for SIGKILL within this process."""
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatch):
-    of = run("sft", 4, name="spiel_ag", selector="gradient", every=2, density=0.1, rank=2)
+    part = dict(name="spiel_ag", selector="gradient", every=2, density=0.1, rank=2)
+    of = run("sft", 4, **part, targets=TARGETS)
     assert launch.train(of, tmp_path / "whole")
     write, left = metrics.Writer.step, [3]
 
@@ -136,9 +138,10 @@ def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatc
     assert launch.numbers(tmp_path / "killed") == launch.numbers(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_the_reference_of_lora_is_the_actor_without_it(tmp_path):
     """No second model; and the KL to it starts at 0 and then does not stay there."""
-    of = run("grpo", 2, name="lora", rank=2)
+    of = run("grpo", 2, name="lora", rank=2, targets=TARGETS)
     assert launch.train(of, tmp_path)
     rows = [v for _, _, v in launch.numbers(tmp_path, "grpo")]
     kl = [v["advantage/ref_kl"] for v in rows if "advantage/ref_kl" in v]
@@ -156,10 +159,10 @@ def test_the_reference_of_lora_is_the_actor_without_it(tmp_path):
         (dict(name="static", selector="best"), "selector is 'best'"),
         (dict(name="spiel_ag"), "grows by a gradient"),
         (dict(name="periodic"), "choose the same again"),
-        (dict(name="static", granularity="block"), r"attn/k/kernel: blocks of \(128, 128\)"),
+        (dict(name="static", granularity="block"), r"attn/o/kernel: blocks of \(128, 128\)"),
         (dict(name="static", tiles=(0, 1)), r"tiles is \(0, 1\)"),
         (dict(name="static", targets=("nothing",)), "'nothing' matches no projection"),
-        (dict(name="static", whole=("layers/mlp/up/kernel",)), "also trained by entries"),
+        (dict(name="static", whole=TARGETS[1:]), "also trained by entries"),
         (dict(name="static", probe=0), "probe is 0"),
     ],
 )
