@@ -20,7 +20,7 @@ RANKS = (
     ("algorithms",),
     ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts"),
     ("evaluate", "calibrate"),
-    ("adapt", "stages"),
+    ("adapt", "footprint", "stages"),
     ("state",),
     ("train",),
     ("report", "doctor", "generate"),
