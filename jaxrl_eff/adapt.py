@@ -20,18 +20,11 @@ from jaxrl_eff import tree
 from jaxrl_eff.graph import Adaptation, Spec
 from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.optim import optimizer, sparse
-from jaxrl_eff.optim.sparse import SparseAdapt, Tiling
+from jaxrl_eff.optim.sparse import SparseAdapt, SparseOverlay, Tiling
 from jaxrl_eff.settings import AdaptSettings, OptimSettings
 
 GRANULARITIES = ("element", "block", "row", "column", "head")
 SCHEDULES = ("static", "periodic", "spiel_ag")
-
-
-class _Opt(NamedTuple):
-    """Optimizer state: of leaves trained whole, by name, and of entries."""
-
-    whole: Any = ()
-    sparse: Any = ()
 
 
 def spec(
@@ -50,23 +43,28 @@ def spec(
     """
     _check(s, optim)
     shapes, axes = params.abstract(lm), params.logical_axes(lm)
-    added: dict[str, jax.ShapeDtypeStruct] = {}
-    patterns = s.targets or lora.TARGETS
+    low_rank: dict[str, jax.ShapeDtypeStruct] = {}
     if s.rank:
-        added, logical = lora.lora_shapes(lm, s.rank, patterns, dora=s.name == "dora")
-        shapes, axes = tree.with_leaves(shapes, added), tree.with_leaves(axes, logical)
+        wanted = s.targets or lora.TARGETS
+        low_rank, logical = lora.lora_shapes(lm, s.rank, wanted, dora=s.name == "dora")
+        shapes, axes = tree.with_leaves(shapes, low_rank), tree.with_leaves(axes, logical)
     # A head that starts at 0 would otherwise stay there.
     wanted = (*s.whole, *(("value/kernel",) if lm.head == "value" else ()))
     whole = [k for k, v in tree.flat(tree.match(shapes, wanted)).items() if v] if wanted else []
-    names = [k for k in added if not k.endswith("lora_scale")] + whole
-    tx = None
+    names = [k for k in low_rank if not k.endswith("lora_scale")] + whole
+    parts: dict[str, Any] = {}
     if names:
         options = {"weight_decay": optim.weight_decay, "options": optim.options}
-        tx = optimizer(optim.name, schedule, **options)
-    entries = entries_of(s, lm, optim, schedule, updates) if s.name in SCHEDULES else None
-    if entries and (both := sorted(set(whole) & set(entries.layout.tilings))):
-        raise ValueError(f"whole has {both}, which are also trained by entries.")
-    return Spec(shapes, axes, _adaptation(s, optim.clip_norm, added, names, tx, entries))
+        parts["whole"] = _Whole(names, optimizer(optim.name, schedule, **options))
+    if s.name in SCHEDULES:
+        of = entries_of(s, lm, optim, schedule, updates)
+        if both := sorted(set(whole) & set(of.layout.tilings)):
+            raise ValueError(f"whole has {both}, which are also trained by entries.")
+        parts["entries"] = (_InPlace if s.mode == "in_place" else _Beside)(of)
+        if s.mode == "overlay":
+            made, logical = parts["entries"].added(shapes)
+            shapes, axes = tree.with_leaves(shapes, made), tree.with_leaves(axes, logical)
+    return Spec(shapes, axes, _adaptation(s, optim.clip_norm, low_rank, parts))
 
 
 def entries_of(
@@ -75,22 +73,25 @@ def entries_of(
     optim: OptimSettings,
     schedule: optax.Schedule | float = 1.0,
     updates: int = 1,
-) -> SparseAdapt:
+) -> SparseAdapt | SparseOverlay:
     """The sparse part alone: for example to put a trained model back, by its `revert`.
 
     Args:
         schedule, updates: as for `spec`.
     """
     inner = optimizer(optim.name, 1.0, weight_decay=optim.weight_decay, options=optim.options)
-    return sparse.sparse_adapt(
-        inner, selector=s.selector, schedule=_schedule(s, updates), learning_rate=schedule,
-        layout=_Layout(s, lm, s.targets or lora.TARGETS), on_drop=s.on_drop, seed=s.seed,
-    )  # fmt: skip
+    common = {
+        "selector": s.selector, "schedule": _schedule(s, updates), "learning_rate": schedule,
+        "layout": _Layout(s, lm, s.targets or lora.TARGETS), "seed": s.seed,
+    }  # fmt: skip
+    if s.mode == "overlay":
+        return sparse.sparse_overlay(inner, **common)
+    return sparse.sparse_adapt(inner, on_drop=s.on_drop, **common)
 
 
 def keeps_base(s: AdaptSettings | None) -> bool:
     """Whether the base model stays there unchanged, beside what is trained."""
-    return s is not None and s.name in lora.METHODS and not s.whole
+    return s is not None and (s.name in lora.METHODS or s.mode == "overlay") and not s.whole
 
 
 def _check(s: AdaptSettings, optim: OptimSettings) -> None:
@@ -110,6 +111,10 @@ def _check(s: AdaptSettings, optim: OptimSettings) -> None:
         )
     if s.name == "periodic" and s.selector == "random":
         raise ValueError("periodic with selector 'random' would choose the same again.")
+    if s.mode not in ("in_place", "overlay"):
+        raise ValueError(f"mode is {s.mode!r}, not 'in_place' or 'overlay'.")
+    if s.mode == "overlay" and s.on_drop != "revert":
+        raise ValueError(f"on_drop is {s.on_drop!r}, but an overlay always reverts.")
     for field in ("block", "tiles"):
         value = getattr(s, field)
         if len(value) != 2 or min(value) < 1:
@@ -185,83 +190,184 @@ def _block(s: AdaptSettings, lm: LMConfig, axes: Any, n: int) -> tuple[int, int]
     return whole.get(s.granularity) or (s.block[0], s.block[1])
 
 
+def _beside(kernel: str, leaf: str) -> str:
+    """The name of a leaf that stands beside a kernel."""
+    return kernel.removesuffix("kernel") + leaf
+
+
+def _keep(finite: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+
+class _Whole(NamedTuple):
+    """Leaves that are trained whole: LoRA's, and parameters by name."""
+
+    names: list[str]
+    tx: optax.GradientTransformation
+
+    def leaves(self, params_: Any, opt: Any) -> dict[str, jax.Array]:
+        del opt
+        flat = tree.flat(params_)
+        return {k: flat[k] for k in self.names}
+
+    def init(self, params_: Any) -> Any:
+        return self.tx.init(self.leaves(params_, None))
+
+    def index(self, opt: Any) -> dict[str, jax.Array]:
+        del opt
+        return {}
+
+    def update(self, grads: dict[str, jax.Array], opt: Any, params_: Any, finite: jax.Array):
+        mine = self.leaves(params_, opt)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+            changes, new = self.tx.update({k: grads[k] for k in self.names}, opt, mine)
+        changed = _keep(finite, optax.apply_updates(mine, changes), mine)
+        return tree.with_leaves(params_, changed), _keep(finite, new, opt)
+
+
+class _InPlace(NamedTuple):
+    """Entries that are written into the kernels."""
+
+    of: SparseAdapt
+
+    def leaves(self, params_: Any, opt: sparse.SparseState) -> dict[str, jax.Array]:
+        del params_
+        shapes = {name: a.original.shape for name, a in opt.active.items()}
+        return {_beside(k, "tap"): jnp.zeros(shape, jnp.float32) for k, shape in shapes.items()}
+
+    def init(self, params_: Any) -> sparse.SparseState:
+        return self.of.init(params_)
+
+    def index(self, opt: sparse.SparseState) -> dict[str, jax.Array]:
+        return {_beside(k, "tap_index"): a.index for k, a in opt.active.items()}
+
+    def probes(self, params_: Any, opt: sparse.SparseState) -> dict[str, jax.Array]:
+        del params_
+        return {k: a.index for k, a in opt.active.items()}
+
+    def update(self, grads: dict[str, jax.Array], opt: Any, params_: Any, finite: jax.Array):
+        taps = {k: grads[_beside(k, "tap")] for k in opt.active}
+        updates, new = self.of.update(taps, opt, params_)
+        # Where nothing may change the old values are written: k of them, and no second kernel.
+        updates = _keep(finite, updates, self.of.read(params_, opt))
+        return self.of.apply(params_, updates), _keep(finite, new, opt)
+
+    def reselect(self, params_: Any, opt: Any, found: Any) -> tuple[Any, Any]:
+        return self.of.reselect(params_, opt, found)
+
+
+class _Beside(NamedTuple):
+    """Entries whose changes stand beside the kernels."""
+
+    of: SparseOverlay
+
+    def added(self, shapes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Shapes and logical axes of what the parameters have besides."""
+        made, axes, layout = {}, {}, self.of.layout
+        for name, o in jax.eval_shape(self.of.start, shapes).items():
+            sides = zip(layout.index_axes(name)[1:], layout.grids[name], strict=True)
+            first = ("layers", *(axis if n > 1 else None for axis, n in sides))
+            for leaf, x in (("delta_index", o.index), ("delta", o.delta)):
+                made[_beside(name, leaf)] = x
+                axes[_beside(name, leaf)] = (*first, *[None] * (x.ndim - 3))
+        return made, axes
+
+    def start(self, base: Any) -> dict[str, jax.Array]:
+        return self._leaves(self.of.start(base))
+
+    def _leaves(self, overlays: dict[str, sparse.Overlay]) -> dict[str, jax.Array]:
+        index = {_beside(k, "delta_index"): o.index for k, o in overlays.items()}
+        return index | {_beside(k, "delta"): o.delta for k, o in overlays.items()}
+
+    def _overlays(self, params_: Any) -> dict[str, sparse.Overlay]:
+        flat = tree.flat(params_)
+        return {
+            k: sparse.Overlay(flat[_beside(k, "delta_index")], flat[_beside(k, "delta")])
+            for k in self.of.layout.tilings
+        }
+
+    def leaves(self, params_: Any, opt: Any) -> dict[str, jax.Array]:
+        del opt
+        return {_beside(k, "delta"): o.delta for k, o in self._overlays(params_).items()}
+
+    def init(self, params_: Any) -> sparse.OverlayState:
+        return self.of.init(self._overlays(params_))
+
+    def index(self, opt: Any) -> dict[str, jax.Array]:
+        del opt
+        return {}
+
+    def probes(self, params_: Any, opt: Any) -> dict[str, jax.Array]:
+        del opt
+        return {k: o.index for k, o in self._overlays(params_).items()}
+
+    def update(self, grads: dict[str, jax.Array], opt: Any, params_: Any, finite: jax.Array):
+        old = self._overlays(params_)
+        new, after = self.of.update({k: grads[_beside(k, "delta")] for k in old}, opt, old)
+        leaves = self._leaves(_keep(finite, new, old))
+        return tree.with_leaves(params_, leaves), _keep(finite, after, opt)
+
+    def reselect(self, params_: Any, opt: Any, found: Any) -> tuple[Any, Any]:
+        new, opt = self.of.reselect(params_, opt, self._overlays(params_), found)
+        return tree.with_leaves(params_, self._leaves(new)), opt
+
+
 def _adaptation(
     s: AdaptSettings,
     clip_norm: float,
-    added: dict[str, jax.ShapeDtypeStruct],
-    names: list[str],
-    tx: optax.GradientTransformation | None,
-    entries: SparseAdapt | None,
+    low_rank: dict[str, jax.ShapeDtypeStruct],
+    parts: dict[str, _Whole | _InPlace | _Beside],
 ) -> Adaptation:
-    """Names of leaves that are trained whole, and the entries, as one way to train."""
-    beside = lambda name, leaf: name.removesuffix("kernel") + leaf  # noqa: E731
+    """Several parts as one way to train; optimizer state is theirs, by name."""
+    entries, probe = parts.get("entries"), f"probe_{s.selector}"
 
     def extended(base: Any) -> Any:
-        if not added:
-            return base
-        scale = lora.lora_scale(s.name if s.name in lora.METHODS else "lora", s.alpha, s.rank)
-        return tree.with_leaves(base, lora.lora_init(base, added, jax.random.key(s.seed), scale))
+        leaves: dict[str, jax.Array] = {}
+        if low_rank:
+            method = s.name if s.name in lora.METHODS else "lora"
+            scale = lora.lora_scale(method, s.alpha, s.rank)
+            leaves |= lora.lora_init(base, low_rank, jax.random.key(s.seed), scale)
+        if isinstance(entries, _Beside):
+            leaves |= entries.start(base)
+        return tree.with_leaves(base, leaves)
 
-    def init(params_: Any) -> _Opt:
-        flat = tree.flat(params_)
-        return _Opt(
-            tx.init({k: flat[k] for k in names}) if tx else (),
-            entries.init(params_) if entries else (),
-        )
+    def init(params_: Any) -> dict[str, Any]:
+        return {k: part.init(params_) for k, part in parts.items()}
 
-    def leaves(params_: Any, opt: _Opt) -> dict[str, jax.Array]:
-        flat = tree.flat(params_)
-        found = {k: flat[k] for k in names}
-        if entries:
-            for name, active in opt.sparse.active.items():
-                found[beside(name, "tap")] = jnp.zeros(active.original.shape, jnp.float32)
-        return found
+    def leaves(params_: Any, opt: Any) -> dict[str, jax.Array]:
+        return {k: v for p in parts for k, v in parts[p].leaves(params_, opt[p]).items()}
 
-    def attach(params_: Any, opt: _Opt, given: dict[str, jax.Array]) -> Any:
-        index = {}
-        if entries:
-            index = {beside(k, "tap_index"): a.index for k, a in opt.sparse.active.items()}
+    def attach(params_: Any, opt: Any, given: dict[str, jax.Array]) -> Any:
+        index = {k: v for p in parts for k, v in parts[p].index(opt[p]).items()}
         return tree.with_leaves(params_, index | given)
 
-    def update(grads: dict[str, jax.Array], opt: _Opt, params_: Any, finite: jax.Array):
+    def update(grads: dict[str, jax.Array], opt: Any, params_: Any, finite: jax.Array):
         if clip_norm:
             grads, _ = optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-        whole, inner, changed = opt.whole, opt.sparse, {}
-        if tx:
-            flat = tree.flat(params_)
-            mine = {k: flat[k] for k in names}
-            with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
-                changes, whole = tx.update({k: grads[k] for k in names}, opt.whole, mine)
-            changed = jax.tree.map(keep, optax.apply_updates(mine, changes), mine)
-            whole = jax.tree.map(keep, whole, opt.whole)
-        if entries:
-            taps = {k: grads[beside(k, "tap")] for k in opt.sparse.active}
-            updates, inner = entries.update(taps, opt.sparse, params_)
-            updates = jax.tree.map(keep, updates, entries.read(params_, opt.sparse))
-            inner = jax.tree.map(keep, inner, opt.sparse)
-            params_ = entries.apply(params_, updates)
-        return tree.with_leaves(params_, changed), _Opt(whole, inner)
+        new = {}
+        for name, part in parts.items():
+            params_, new[name] = part.update(grads, opt[name], params_, finite)
+        return params_, new
 
-    def probes(params_: Any, opt: _Opt) -> dict[str, jax.Array]:
+    def probes(params_: Any, opt: Any) -> dict[str, jax.Array]:
         found = {}
-        for name, active in opt.sparse.active.items():
-            *lead, count = active.index.shape
-            found[beside(name, f"probe_{s.selector}")] = jnp.zeros((*lead, 3, count))
+        for name, index in entries.probes(params_, opt["entries"]).items():
+            *lead, count = index.shape
+            found[_beside(name, probe)] = jnp.zeros((*lead, 3, count), jnp.float32)
         return found
 
-    def reselect(params_: Any, opt: _Opt, found: dict[str, jax.Array] | None):
+    def reselect(params_: Any, opt: Any, found: dict[str, jax.Array] | None):
         if found is not None:
-            found = {k: found[beside(k, f"probe_{s.selector}")] for k in opt.sparse.active}
-        params_, inner = entries.reselect(params_, opt.sparse, found)
-        return params_, opt._replace(sparse=inner)
+            found = {k: found[_beside(k, probe)] for k in entries.of.layout.tilings}
+        params_, new = entries.reselect(params_, opt["entries"], found)
+        return params_, opt | {"entries": new}
 
     def axes(name: str) -> tuple[str, ...] | None:
-        rest = name.removeprefix("sparse/active/")
-        if rest == name:
+        if entries is None or not name.startswith("entries/"):
             return None
-        kernel = next(k for k in entries.layout.tilings if rest.startswith(f"{k}/"))
-        return entries.layout.index_axes(kernel)
+        layout = entries.of.layout
+        kernel = next((k for k in layout.tilings if f"/{k}/" in name), None)
+        return kernel and layout.index_axes(kernel)
 
     by_gradient = entries is not None and s.selector in sparse.GRADIENTS
     return Adaptation(
@@ -271,8 +377,8 @@ def _adaptation(
         update=update,
         extended=extended,
         axes=axes,
-        due=entries.schedule.due if entries else None,
+        due=entries.of.schedule.due if entries is not None else None,
         probes=probes if by_gradient else None,
-        reselect=reselect,
+        reselect=reselect if entries is not None else None,
         probe=s.probe,
     )

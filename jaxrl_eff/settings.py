@@ -106,6 +106,9 @@ class AdaptSettings:
             "fisher", "snip", "gallop" by the gradient on the batch. For RL random is the safe one.
         every: steps between two choices.
         share, decay: of "spiel_ag", see `optim.sparse.Spiel`.
+        mode: sparse changes are written into the kernels ("in_place"), or kept beside them in
+            float32 and added at every use ("overlay"), so that a reference policy that starts
+            where the actor starts needs no arrays of its own. LoRA is beside them always.
         on_drop: "revert" what is no longer trained to its first value, or "keep" it.
         probe: the choice sees the gradient of one in so many rows.
         tiles: tiles along `embed` (the fsdp axis) and along heads and channels (the tensor axis).
@@ -126,6 +129,7 @@ class AdaptSettings:
     every: int = 20
     share: float = 0.2
     decay: str = "linear"
+    mode: str = "in_place"
     on_drop: str = "revert"
     probe: int = 1
     tiles: tuple[int, ...] = (1, 1)

@@ -13,7 +13,7 @@ from launch import compiled_once  # noqa: F401 (fixture)
 from jaxrl_eff import adapt, dataflow, metrics, settings, tree
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.dataflow import Placement, Spec
-from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.optim import optimizer
 
 LM = LMConfig(
@@ -51,7 +51,7 @@ def train(of, place, steps=3):
         sft.graph(sft.SFTConfig(), LM), {"actor_train": place}, {"actor": of}
     ).build(batch())
     home = jax.tree.map(lambda x: x.sharding, step.home("actor").params)
-    start = of.tx.extended(base()) if isinstance(of.tx, dataflow.Adaptation) else base()
+    start = jax.jit(of.tx.extended)(base()) if isinstance(of.tx, dataflow.Adaptation) else base()
     models = {"actor": step.init("actor", jax.device_put(start, home))}
     for i in range(steps):
         models, _, m = step(models, batch(), np.array([0, i], np.uint32), reselect=step.due(i))
@@ -64,10 +64,12 @@ WAYS = {
     "blocks and lora": dict(
         name="periodic", selector="fisher", every=2, granularity="block", block=(4, 4), rank=2
     ),
+    "overlay": dict(name="spiel_ag", selector="snip", every=2, mode="overlay"),
 }
 PLACES = {
     "entries": Placement((7, 6, 5, 4, 3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
     "blocks and lora": Placement((1, 3, 0, 2), tensor=2, seq=2, microbatches=4),
+    "overlay": Placement((0, 1, 2, 3), fsdp=2, tensor=2, microbatches=2),
 }
 
 
@@ -75,8 +77,10 @@ PLACES = {
 def test_no_plan_changes_what_is_chosen_nor_learned(way):
     want, _ = train(spec(**WAYS[way]), ONE)
     got, _ = train(spec(**WAYS[way]), PLACES[way])
-    for name, active in want.opt.sparse.active.items():
-        np.testing.assert_array_equal(active.index, got.opt.sparse.active[name].index)
+    chosen = {k: v for k, v in tree.flat(want).items() if k.endswith("index")}
+    assert chosen
+    for name, index in chosen.items():
+        np.testing.assert_array_equal(index, tree.flat(got)[name])
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, got.params, want.params)
 
@@ -96,11 +100,22 @@ def test_only_what_is_active_changes_and_the_base_comes_back():
     got, _ = train(of, ONE, steps=4)
     changed = tree.flat(jax.tree.map(lambda a, b: (a != b).mean(), got.params, base()))
     for name, share in changed.items():
-        assert 0 < share <= 0.11 if name in got.opt.sparse.active else share == 0, name
+        assert 0 < share <= 0.11 if name in got.opt["entries"].active else share == 0, name
     part = settings.AdaptSettings(name="static", density=0.1, targets=TARGETS)
     model = jax.tree.map(jnp.asarray, got)
-    back = jax.jit(adapt.entries_of(part, LM, OPTIM).revert)(model.params, model.opt.sparse)
+    back = jax.jit(adapt.entries_of(part, LM, OPTIM).revert)(model.params, model.opt["entries"])
     jax.tree.map(np.testing.assert_array_equal, back, base())
+
+
+def test_an_overlay_learns_what_training_in_place_learns():
+    """And its base is there unchanged."""
+    way = dict(name="periodic", selector="gradient", every=2, tiles=(1, 1))
+    inside, _ = train(spec(**way), ONE)
+    beside, _ = train(spec(**way, mode="overlay"), ONE)
+    params_ = jax.tree.map(jnp.asarray, beside.params)
+    jax.tree.map(np.testing.assert_array_equal, lora.base(params_), base())
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, jax.jit(lambda p: lora.merge(LM, p))(params_), inside.params)
 
 
 def run(algorithm, steps, **changes):
@@ -139,9 +154,10 @@ def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatc
 
 
 @pytest.mark.usefixtures("compiled_once")
-def test_the_reference_of_lora_is_the_actor_without_it(tmp_path):
+@pytest.mark.parametrize("way", [dict(name="lora", rank=2), dict(name="static", mode="overlay")])
+def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
     """No second model; and the KL to it starts at 0 and then does not stay there."""
-    of = run("grpo", 2, name="lora", rank=2, targets=TARGETS)
+    of = run("grpo", 2, **way, targets=TARGETS)
     assert launch.train(of, tmp_path)
     rows = [v for _, _, v in launch.numbers(tmp_path, "grpo")]
     kl = [v["advantage/ref_kl"] for v in rows if "advantage/ref_kl" in v]
@@ -164,6 +180,8 @@ def test_the_reference_of_lora_is_the_actor_without_it(tmp_path):
         (dict(name="static", targets=("nothing",)), "'nothing' matches no projection"),
         (dict(name="static", whole=TARGETS[1:]), "also trained by entries"),
         (dict(name="static", probe=0), "probe is 0"),
+        (dict(name="static", mode="under"), "mode is 'under'"),
+        (dict(name="static", mode="overlay", on_drop="keep"), "an overlay always reverts"),
     ],
 )
 def test_what_cannot_work_is_said(changes, message):

@@ -113,22 +113,26 @@ def base(params: PyTree) -> PyTree:
     return tree.without(params, lambda name: name.rpartition("/")[2] in adapters.LEAVES)
 
 
-def merge(cfg: LMConfig, params: PyTree) -> PyTree:
-    """The same model with every adapter multiplied into its kernel: plain parameters.
+def merge(cfg: LMConfig, params: PyTree, *, low_rank: bool = True) -> PyTree:
+    """The same model with its adapters multiplied into its kernels: plain parameters.
 
     Sums are float32 and rounded once to the kernel's dtype. Gradients' taps are no part of a model
     and must not be there.
+
+    Args:
+        low_rank: False leaves LoRA beside the kernels and adds sparse overlays alone.
     """
-    flat = tree.flat(params)
-    merged = {}
+    flat, merged, gone = tree.flat(params), {}, set()
     for name, axes in targets(cfg, (".*",)).items():
         parent = name.removesuffix("kernel")
-        leaves = {k: flat[parent + k] for k in adapters.LEAVES if parent + k in flat}
+        wanted = adapters.LEAVES if low_rank else ("delta", "delta_index")
+        leaves = {k: flat[parent + k] for k in wanted if parent + k in flat}
+        gone |= {parent + k for k in leaves}
         if leaves:
             rows = math.prod(flat[name].shape[1 : 1 + inputs_of(axes[1:])])
             run = lambda pair, rows=rows: _merged(rows, *pair)  # noqa: E731
             merged[name] = jax.lax.map(run, (flat[name], leaves))
-    return tree.with_leaves(base(params), merged)
+    return tree.with_leaves(tree.without(params, gone.__contains__), merged)
 
 
 def _merged(rows: int, kernel: Array, leaves: Mapping[str, Array]) -> Array:
@@ -138,9 +142,10 @@ def _merged(rows: int, kernel: Array, leaves: Mapping[str, Array]) -> Array:
         index = leaves["delta_index"]
         t = taps.tiling_of(matrix.shape, leaves["delta"], index)
         matrix = taps.with_delta(t, matrix, leaves["delta"], index)
-    whole = matrix.astype(jnp.float32)
     if "lora_a" in leaves:
-        whole = whole + adapters.change(leaves, matrix)
-    if "dora" in leaves:
-        whole = whole * (leaves["dora"].reshape(-1) / adapters.column_norm(leaves, matrix))[None]
-    return whole.astype(kernel.dtype).reshape(kernel.shape)
+        whole = matrix.astype(jnp.float32) + adapters.change(leaves, matrix)
+        if "dora" in leaves:
+            size = leaves["dora"].reshape(-1) / adapters.column_norm(leaves, matrix)
+            whole = whole * size[None]
+        matrix = whole.astype(kernel.dtype)
+    return matrix.reshape(kernel.shape)

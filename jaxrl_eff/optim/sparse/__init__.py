@@ -10,13 +10,33 @@ from jaxrl_eff.optim.sparse.adapt import (
     from_dense,
     sparse_adapt,
 )
+from jaxrl_eff.optim.sparse.overlay import Overlay, OverlayState, SparseOverlay, sparse_overlay
 from jaxrl_eff.optim.sparse.per_entry import per_entry
 from jaxrl_eff.optim.sparse.schedules import Periodic, Spiel, Static
 from jaxrl_eff.optim.sparse.selectors import GRADIENTS, WEIGHTS
 from jaxrl_eff.optim.sparse.tiling import Tiling, gather, scatter, tiling
 
 __all__ = [
-    "GRADIENTS", "WEIGHTS", "Active", "Periodic", "SparseAdapt", "SparseState", "SparseUpdate",
-    "Spiel", "Static", "Tiling", "apply_sparse_updates", "dense_to_sparse", "from_dense", "gather",
-    "per_entry", "scatter", "sparse_adapt", "tiling",
+    "GRADIENTS",
+    "WEIGHTS",
+    "Active",
+    "Overlay",
+    "OverlayState",
+    "Periodic",
+    "SparseAdapt",
+    "SparseOverlay",
+    "SparseState",
+    "SparseUpdate",
+    "Spiel",
+    "Static",
+    "Tiling",
+    "apply_sparse_updates",
+    "dense_to_sparse",
+    "from_dense",
+    "gather",
+    "per_entry",
+    "scatter",
+    "sparse_adapt",
+    "sparse_overlay",
+    "tiling",
 ]  # fmt: skip

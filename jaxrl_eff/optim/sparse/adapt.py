@@ -212,7 +212,7 @@ def sparse_adapt(
             old, new = state.active[name], active[name]
             original = per_shard(partial(gather, t=t), t, "pt", "t")(x, new)
             fresh = Active(new, *_fresh(inner, t, original))
-            active[name] = _carried(t, old, fresh)
+            active[name] = carried(t, old, fresh)
         return params, SparseState(state.count, active)
 
     def revert(params: Any, state: SparseState) -> Any:
@@ -347,7 +347,7 @@ def _left(t: Tiling, on_drop: str, x, index, new, original):
     return jnp.where(_beside(stays, visible), visible, original)
 
 
-def _carried(t: Tiling, old: Active, fresh: Active) -> Active:
+def carried(t: Tiling, old: Active, fresh: Active) -> Active:
     """`fresh` with the numbers of the units that were active before."""
 
     def run(index, new, *pairs):
