@@ -20,11 +20,12 @@ from jaxrl_eff import tree
 from jaxrl_eff.graph import Adaptation, Spec
 from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.optim import optimizer, sparse
-from jaxrl_eff.optim.sparse import SparseAdapt, SparseOverlay, Tiling
+from jaxrl_eff.optim.sparse import SampledLayers, SparseAdapt, SparseOverlay, Tiling
 from jaxrl_eff.settings import AdaptSettings, OptimSettings
 
 GRANULARITIES = ("element", "block", "row", "column", "head")
 SCHEDULES = ("static", "periodic", "spiel_ag")
+NAMES = (*SCHEDULES, "lisa", *lora.METHODS)
 
 
 def spec(
@@ -64,6 +65,13 @@ def spec(
         if s.mode == "overlay":
             made, logical = parts["entries"].added(shapes)
             shapes, axes = tree.with_leaves(shapes, made), tree.with_leaves(axes, logical)
+    if s.name == "lisa":
+        inner = optimizer(optim.name, 1.0, weight_decay=optim.weight_decay, options=optim.options)
+        of = sparse.sampled_layers(
+            inner, total=lm.layers, active=s.layers, every=s.every, learning_rate=schedule,
+            seed=s.seed,
+        )  # fmt: skip
+        parts["entries"] = _InTurn(of, lora.targets(lm, s.targets or lora.TARGETS), lm.layers)
     return Spec(shapes, axes, _adaptation(s, optim.clip_norm, low_rank, parts))
 
 
@@ -91,12 +99,13 @@ def entries_of(
 
 def keeps_base(s: AdaptSettings | None) -> bool:
     """Whether the base model stays there unchanged, beside what is trained."""
-    return s is not None and (s.name in lora.METHODS or s.mode == "overlay") and not s.whole
+    beside = s is not None and (s.name in lora.METHODS or s.mode == "overlay")
+    return beside and not s.whole
 
 
 def _check(s: AdaptSettings, optim: OptimSettings) -> None:
-    if s.name not in (*SCHEDULES, *lora.METHODS):
-        raise ValueError(f"name is {s.name!r}; there are {[*SCHEDULES, *lora.METHODS]}.")
+    if s.name not in NAMES:
+        raise ValueError(f"name is {s.name!r}; there are {list(NAMES)}.")
     if s.name in lora.METHODS and not s.rank:
         raise ValueError(f"name is {s.name!r}, but rank is {s.rank}; it must be at least 1.")
     if s.granularity not in GRANULARITIES:
@@ -111,6 +120,8 @@ def _check(s: AdaptSettings, optim: OptimSettings) -> None:
         )
     if s.name == "periodic" and s.selector == "random":
         raise ValueError("periodic with selector 'random' would choose the same again.")
+    if s.name == "lisa" and (s.rank or s.mode != "in_place"):
+        raise ValueError("lisa trains whole kernels; it has no rank and no overlay.")
     if s.mode not in ("in_place", "overlay"):
         raise ValueError(f"mode is {s.mode!r}, not 'in_place' or 'overlay'.")
     if s.mode == "overlay" and s.on_drop != "revert":
@@ -312,11 +323,53 @@ class _Beside(NamedTuple):
         return tree.with_leaves(params_, self._leaves(new)), opt
 
 
+class _InTurn(NamedTuple):
+    """Kernels of a few layers at a time."""
+
+    of: SampledLayers
+    axes: dict[str, tuple[str | None, ...]]
+    layers: int
+
+    def kernels(self, params_: Any) -> dict[str, jax.Array]:
+        flat = tree.flat(params_)
+        return {k: flat[k] for k in self.axes}
+
+    def name(self, kernel: str) -> str:
+        return "shared/" + _beside(kernel, "whole")
+
+    def leaves(self, params_: Any, opt: sparse.LayersState) -> dict[str, jax.Array]:
+        active = opt.layers.shape[0]
+        return {
+            self.name(k): jnp.zeros((active, *x.shape[1:]), jnp.float32)
+            for k, x in self.kernels(params_).items()
+        }
+
+    def init(self, params_: Any) -> sparse.LayersState:
+        return self.of.init(self.kernels(params_))
+
+    def index(self, opt: sparse.LayersState) -> dict[str, jax.Array]:
+        active = opt.layers.shape[0]
+        turn = jnp.full(self.layers, active, jnp.int32)
+        turn = turn.at[opt.layers].set(jnp.arange(active, dtype=jnp.int32))
+        return {_beside(k, "turn"): turn for k in self.axes}
+
+    def update(self, grads: dict[str, jax.Array], opt: Any, params_: Any, finite: jax.Array):
+        kernels = self.kernels(params_)
+        values, new = self.of.update({k: grads[self.name(k)] for k in kernels}, opt, kernels)
+        values = _keep(finite, values, self.of.read(kernels, opt))
+        written = self.of.write(kernels, opt, values)
+        return tree.with_leaves(params_, written), _keep(finite, new, opt)
+
+    def reselect(self, params_: Any, opt: Any, found: Any) -> tuple[Any, Any]:
+        del found
+        return params_, self.of.reselect(opt)
+
+
 def _adaptation(
     s: AdaptSettings,
     clip_norm: float,
     low_rank: dict[str, jax.ShapeDtypeStruct],
-    parts: dict[str, _Whole | _InPlace | _Beside],
+    parts: dict[str, _Whole | _InPlace | _Beside | _InTurn],
 ) -> Adaptation:
     """Several parts as one way to train; optimizer state is theirs, by name."""
     entries, probe = parts.get("entries"), f"probe_{s.selector}"
@@ -365,11 +418,17 @@ def _adaptation(
     def axes(name: str) -> tuple[str, ...] | None:
         if entries is None or not name.startswith("entries/"):
             return None
+        if isinstance(entries, _InTurn):
+            return next((v for k, v in entries.axes.items() if f"/{k}" in name), None)
         layout = entries.of.layout
         kernel = next((k for k in layout.tilings if f"/{k}/" in name), None)
         return kernel and layout.index_axes(kernel)
 
-    by_gradient = entries is not None and s.selector in sparse.GRADIENTS
+    due, by_gradient = None, False
+    if isinstance(entries, _InTurn):
+        due = entries.of.due
+    elif entries is not None:
+        due, by_gradient = entries.of.schedule.due, s.selector in sparse.GRADIENTS
     return Adaptation(
         init=init,
         leaves=leaves,
@@ -377,7 +436,7 @@ def _adaptation(
         update=update,
         extended=extended,
         axes=axes,
-        due=entries.of.schedule.due if entries is not None else None,
+        due=due,
         probes=probes if by_gradient else None,
         reselect=reselect if entries is not None else None,
         probe=s.probe,

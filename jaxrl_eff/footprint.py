@@ -44,13 +44,16 @@ def planned(step: Step, model: str) -> Footprint:
         return Footprint(params, 0, 0)
     if not isinstance(spec.tx, Adaptation):
         return Footprint(params, state, params)
-    opt = tree.flat(home.opt)
-    there = tree.flat(home.params)
+    there, gradients = tree.flat(home.params), 0
     # A tap has a number for every original value.
-    taps = [x for name, x in opt.items() if name.endswith("/original")]
-    names = jax.eval_shape(spec.tx.leaves, spec.shapes, home.opt)
-    whole = _bytes([there[name] for name in names if name in there])
-    return Footprint(params, state, whole + _bytes(taps, itemsize=4))
+    originals = [x for name, x in tree.flat(home.opt).items() if name.endswith("/original")]
+    for name, leaf in jax.eval_shape(spec.tx.leaves, spec.shapes, home.opt).items():
+        if name in there:
+            gradients += _bytes(there[name])
+        elif name.startswith("shared/"):  # a few layers of a kernel
+            kernel = there[name.removeprefix("shared/").removesuffix("whole") + "kernel"]
+            gradients += _bytes(kernel, itemsize=4) * leaf.shape[0] // kernel.shape[0]
+    return Footprint(params, state, gradients + _bytes(originals, itemsize=4))
 
 
 def whole(step: Step, model: str) -> Footprint:

@@ -93,7 +93,8 @@ class AdaptSettings:
     Attributes:
         name: "lora", "rslora" or "dora"; or, for sparse changes of the kernels in place, when the
             trained entries are chosen: "static" (once), "periodic" (anew every `every` steps) or
-            "spiel_ag" (drop the smallest changes, grow the largest gradients).
+            "spiel_ag" (drop the smallest changes, grow the largest gradients); or "lisa": the
+            projections of a few layers, others every `every` steps.
         targets: patterns of kernels; () is every projection of the layers.
         whole: patterns of parameters that are trained whole besides, such as norms. A value head
             always is.
@@ -104,6 +105,7 @@ class AdaptSettings:
         block: rows and columns of a block.
         selector: how: "random", "magnitude", "smallest", "lift" by the weights, or "gradient",
             "fisher", "snip", "gallop" by the gradient on the batch. For RL random is the safe one.
+        layers: how many at a time, for "lisa".
         every: steps between two choices.
         share, decay: of "spiel_ag", see `optim.sparse.Spiel`.
         mode: sparse changes are written into the kernels ("in_place"), or kept beside them in
@@ -126,6 +128,7 @@ class AdaptSettings:
     granularity: str = "element"
     block: tuple[int, ...] = (128, 128)
     selector: str = "random"
+    layers: int = 2
     every: int = 20
     share: float = 0.2
     decay: str = "linear"
@@ -136,7 +139,7 @@ class AdaptSettings:
     seed: int = 0
 
     def __post_init__(self):
-        for field in ("every", "probe"):
+        for field in ("every", "probe", "layers"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}, but must be at least 1.")
         for field in ("rank", "seed"):

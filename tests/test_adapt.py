@@ -65,11 +65,13 @@ WAYS = {
         name="periodic", selector="fisher", every=2, granularity="block", block=(4, 4), rank=2
     ),
     "overlay": dict(name="spiel_ag", selector="snip", every=2, mode="overlay"),
+    "lisa": dict(name="lisa", layers=1, every=1),
 }
 PLACES = {
     "entries": Placement((7, 6, 5, 4, 3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
     "blocks and lora": Placement((1, 3, 0, 2), tensor=2, seq=2, microbatches=4),
     "overlay": Placement((0, 1, 2, 3), fsdp=2, tensor=2, microbatches=2),
+    "lisa": Placement((3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
 }
 
 
@@ -77,7 +79,7 @@ PLACES = {
 def test_no_plan_changes_what_is_chosen_nor_learned(way):
     want, _ = train(spec(**WAYS[way]), ONE)
     got, _ = train(spec(**WAYS[way]), PLACES[way])
-    chosen = {k: v for k, v in tree.flat(want).items() if k.endswith("index")}
+    chosen = {k: v for k, v in tree.flat(want).items() if k.endswith(("index", "entries/layers"))}
     assert chosen
     for name, index in chosen.items():
         np.testing.assert_array_equal(index, tree.flat(got)[name])
@@ -116,6 +118,22 @@ def test_an_overlay_learns_what_training_in_place_learns():
     jax.tree.map(np.testing.assert_array_equal, lora.base(params_), base())
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     jax.tree.map(close, jax.jit(lambda p: lora.merge(LM, p))(params_), inside.params)
+
+
+def test_lisa_of_all_layers_is_dense_adam_and_of_one_leaves_the_others():
+    ours, _ = train(spec(name="lisa", layers=2, every=9), ONE)
+    frozen = tuple(k for k in tree.flat(base()) if k not in TARGETS)
+    tx = optimizer("adam", 1e-2, clip_norm=1.0, frozen=frozen)
+    theirs, _ = train(Spec(params.abstract(LM), params.logical_axes(LM), tx), ONE)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, ours.params, theirs.params)
+    one, _ = train(spec(name="lisa", layers=1, every=9), ONE)
+    (layer,) = one.opt["entries"].layers
+    for name in TARGETS:
+        changed = tree.flat(one.params)[name] != tree.flat(base())[name]
+        assert changed[layer].mean() > 0.9 and not changed[1 - layer].any()
+    state = [x for x in jax.tree.leaves(one.opt["entries"].inner) if x.ndim > 2]
+    assert state and all(len(x) == 1 for x in state)
 
 
 def run(algorithm, steps, **changes):
@@ -180,6 +198,8 @@ def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
         (dict(name="static", targets=("nothing",)), "'nothing' matches no projection"),
         (dict(name="static", whole=TARGETS[1:]), "also trained by entries"),
         (dict(name="static", probe=0), "probe is 0"),
+        (dict(name="lisa", layers=3), "3 layers are trained at a time, but there are 2"),
+        (dict(name="lisa", rank=2), "no rank and no overlay"),
         (dict(name="static", mode="under"), "mode is 'under'"),
         (dict(name="static", mode="overlay", on_drop="keep"), "an overlay always reverts"),
     ],

@@ -1,6 +1,7 @@
 """What may stand beside a projection's kernel, and what the projection then computes.
 
     tap, tap_index        gradients of chosen entries of the kernel      models/taps.py
+    turn                  which of the layers trained whole this one is  taps.in_turn
     probe_<score>         which entries a score of the gradient prefers
     delta, delta_index    sparse changes that are added to the kernel
     lora_a, lora_b,       y = x W + s (x A) B                            LoRA, arXiv:2106.09685
@@ -21,7 +22,8 @@ from jaxrl_eff.shapes import Array, Float
 
 PROBES = ("probe_gradient", "probe_fisher", "probe_snip", "probe_gallop")
 LEAVES = (
-    "tap", "tap_index", *PROBES, "delta", "delta_index", "lora_a", "lora_b", "lora_scale", "dora",
+    "tap", "tap_index", "turn", *PROBES, "delta", "delta_index",
+    "lora_a", "lora_b", "lora_scale", "dora",
 )  # fmt: skip
 
 
@@ -31,15 +33,19 @@ def product(
     matrix: Float[Array, "D F"],
     axes: tuple[str | None, str | None],
     plain: Callable[[Array, Array], Array],
+    whole: Array | None = None,
 ) -> Float[Array, "B T F"]:
     """x times a matrix with these leaves beside it.
 
     Args:
         axes: logical names of the matrix's rows and columns.
         plain: the product without any.
+        whole: where layers' gradients go in turn, `[n, ...]`.
     """
     found = next((k for k in ("tap", "delta") if k in leaves), None)
-    if found is None:
+    if whole is not None:
+        y = taps.in_turn(x, matrix, whole.reshape(-1, *matrix.shape), leaves["turn"])
+    elif found is None:
         y = plain(x, matrix)
     else:
         index = leaves[f"{found}_index"]

@@ -10,6 +10,9 @@ that they need, so that the rest of dW is never computed.
 As an *overlay* the tap's numbers are added to the matrix at the active entries, for adapters that
 leave the matrix as it is.
 
+For layers that are trained whole, a few at a time, the gradients of these layers alone are kept,
+in one array that all layers of a scan share (`in_turn`).
+
 A *probe* instead asks the backward pass for the best units by a score of dW, see
 `optim.sparse.selectors`. Its gradient is their positions and scores.
 
@@ -131,6 +134,37 @@ def _backward(t, place, kind, overlay, saved, g):
 
 
 _tapped.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def in_turn(
+    x: Float[Array, "B T D"], matrix: Float[Array, "D F"], whole: Float[Array, "n D F"], turn: Array
+) -> Float[Array, "B T F"]:
+    """x @ matrix, whose gradient is added to `whole[turn]` if turn < n and never made otherwise."""
+    del whole, turn
+    return jnp.einsum("...d,df->...f", x, matrix)
+
+
+def _in_turn_forward(x, matrix, whole, turn):
+    # Only the shape of `whole` is needed, and keeping it would keep it for every layer.
+    return in_turn(x, matrix, whole, turn), (x, matrix, turn, jnp.zeros((whole.shape[0], 0)))
+
+
+def _in_turn_backward(saved, g):
+    x, matrix, turn, like = saved
+    dx = jnp.einsum("...f,df->...d", g, matrix)
+    zeros = jnp.zeros((like.shape[0], *matrix.shape), jnp.float32)
+
+    def made():
+        flat = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        return zeros.at[turn].set(
+            jnp.einsum("td,tf->df", *flat, preferred_element_type=jnp.float32)
+        )
+
+    return dx, None, jax.lax.cond(turn < like.shape[0], made, lambda: zeros), None
+
+
+in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def _active_gradient(t: Tiling, summed, x: Array, g: Array, index: Array) -> Array:

@@ -128,9 +128,12 @@ class Linear(nn.Module):
         kernel = _here(self.param("kernel", box, self.inputs + self.outputs, stored)).astype(dtype)
         matrix = kernel.reshape(math.prod(self.inputs), math.prod(self.outputs))
         lead = x.shape[: x.ndim - len(self.inputs)]
-        here = {k: _here(self.get_variable("params", k)) for k in adapters.LEAVES if self._has(k)}
-        names = self.axes[0], self.axes[len(self.inputs)]
-        y = adapters.product(here, x.reshape(*lead, -1), matrix, names, _product)
+        found = {k: self.get_variable("params", k) for k in adapters.LEAVES}
+        here = {k: _here(leaf) for k, leaf in found.items() if leaf is not None}
+        names, whole = (self.axes[0], self.axes[len(self.inputs)]), None
+        if self.has_variable("shared", "whole"):
+            whole = self.get_variable("shared", "whole")
+        y = adapters.product(here, x.reshape(*lead, -1), matrix, names, _product, whole)
         y = y.reshape(*lead, *self.outputs)
         if not self.bias:
             return y
@@ -138,9 +141,6 @@ class Linear(nn.Module):
         box = nn.with_logical_partitioning(nn.initializers.zeros, axes)
         bias = _here(self.param("bias", box, self.outputs, stored)).astype(dtype)
         return y + bias.reshape((1,) * len(lead) + bias.shape)
-
-    def _has(self, leaf: str) -> bool:
-        return self.has_variable("params", leaf)
 
 
 def _product(x: Float[Array, "... D"], matrix: Float[Array, "D F"], dtype=None) -> Array:
@@ -312,7 +312,8 @@ class LanguageModel(nn.Module):
         block = _remat(cfg)
         if self.stacked:
             scan = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True},
+                block, variable_axes={"params": 0}, variable_broadcast="shared",
+                split_rngs={"params": True},
                 in_axes=(0, 0, nn.broadcast), length=cfg.layers, unroll=cfg.loop_unroll,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )  # fmt: skip
@@ -448,7 +449,10 @@ def apply(
         attend: the attention; None: `attention.choose(cfg)`.
     """
     model = LanguageModel(cfg, attend or attention.choose(cfg), stacked="layers" in params)
-    return model.apply({"params": params}, tokens, position, segment, cache=cache)
+    params = dict(params)
+    shared = params.pop("shared", {})  # what one array is of all layers, see `adapters`
+    variables = {"params": params, "shared": shared}
+    return model.apply(variables, tokens, position, segment, cache=cache)
 
 
 def unembed(cfg: LMConfig, params: PyTree, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -160,11 +160,11 @@ def sparse_adapt(
         for name, (x, t) in adapted(params).items():
             old = state.active[name]
             visible = per_shard(partial(gather, t=t), t, "pt", "t")(x, old.index)
-            exact = _exact(visible, old.remainder)
+            exact = exact_value(visible, old.remainder)
             change = exact - old.original.astype(jnp.float32)
             g = grads[name].astype(jnp.float32)
             u, after = per_entry(inner, len(t.unit)).update(g, old.inner, change)
-            value, remainder = _rounded(exact + jnp.float32(rate) * u, x.dtype)
+            value, remainder = rounded(exact + jnp.float32(rate) * u, x.dtype)
             updates[name] = SparseUpdate(old.index, value)
             active[name] = Active(old.index, after, old.original, remainder)
         return updates, SparseState(state.count + 1, active)
@@ -282,7 +282,7 @@ def _some(remainder: Any) -> tuple[Any, ...]:
     return () if isinstance(remainder, tuple) else (remainder,)
 
 
-def _exact(visible: jax.Array, remainder: Any) -> jax.Array:
+def exact_value(visible: jax.Array, remainder: Any) -> jax.Array:
     """What is trained, float32."""
     if isinstance(remainder, tuple):
         return visible.astype(jnp.float32)
@@ -290,7 +290,7 @@ def _exact(visible: jax.Array, remainder: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(high + remainder.astype(jnp.int32), jnp.float32)
 
 
-def _rounded(exact: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
+def rounded(exact: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
     """The nearest value of a dtype, and what is left over, () for float32.
 
     Halves are rounded away from 0, so that what is left over fits: -32768 to 32767 units of the
@@ -315,7 +315,7 @@ def _fresh(inner: Any, t: Tiling, original: jax.Array) -> tuple[Any, jax.Array, 
 def _choose(schedule: Any, t: Tiling, x, index, original, found, *rest):
     """The new index of one parameter, from its shard alone."""
     *remainder, updates = rest
-    exact = _exact(gather(x, index, t), remainder[0] if remainder else ())
+    exact = exact_value(gather(x, index, t), remainder[0] if remainder else ())
     change = jnp.abs(exact - original.astype(jnp.float32))
     change = change.sum(tuple(range(-len(t.unit), 0))) if t.unit else change
     best = found[..., 2, :]
