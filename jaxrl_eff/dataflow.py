@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxrl_eff import arrays, edges, operations, programs
+from jaxrl_eff import arrays, edges, operations, programs, tree
 from jaxrl_eff.graph import (
+    Adaptation,
     Call,
     Graph,
     Model,
@@ -47,7 +48,7 @@ from jaxrl_eff.parallel.sharding import in_host, replicated
 from jaxrl_eff.timeline import StepTimes, Timeline
 
 __all__ = [
-    "Call", "Graph", "Model", "Placement", "Plan", "Spec", "Step",
+    "Adaptation", "Call", "Graph", "Model", "Placement", "Plan", "Spec", "Step",
     "check_plan", "compile", "draw", "generate", "infer", "local", "order", "train",
 ]  # fmt: skip
 
@@ -112,6 +113,7 @@ class Step:
         self.built = False
         self._routes: dict[str, Route] = {}  # by operation
         self._programs: dict[str, Any] = {}
+        self._reselections: dict[str, Any] = {}  # by train call
         self._signature: Any = None
         self._by_name = {c.name: c for c in self.calls}
         self._first_reader = {k: c.name for c in reversed(self.calls) for k in c.reads}
@@ -152,7 +154,16 @@ class Step:
         call = self.graph.home(model)
         params = self._borrowed(call)
         shapes, whole = self._opt_shapes[model], replicated(self.plan[call.name])
-        opt = jax.tree.map(_placed, shapes, state_shardings(shapes, params, otherwise=whole))
+        where = state_shardings(shapes, params, otherwise=whole)
+        tx, rules_ = self.specs[model].tx, self._rules[call.name]
+        if isinstance(tx, Adaptation):  # state of entries has axes of its own
+
+            def of_entries(name: str, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+                axes = tx.axes(name)
+                return sharding if axes is None else rules_.fitting(axes, leaf.shape)
+
+            where = tree.map_with_name(of_entries, shapes, where)
+        opt = jax.tree.map(_placed, shapes, where)
         if self.plan[call.name].offload == "opt":
             opt = jax.tree.map(_in_host, opt)
         past = {c.name: (self._borrowed(c),) * c.staleness for c in self.graph.stale(model)}
@@ -169,7 +180,8 @@ class Step:
             return Model(params, ())
         if self._here(self.graph.home(model)):
             shardings = jax.tree.map(lambda x: x.sharding, abstract.opt)
-            opt = jax.jit(self.specs[model].tx.init, out_shardings=shardings)(params)
+            with self._context(self.graph.home(model)):
+                opt = jax.jit(self.specs[model].tx.init, out_shardings=shardings)(params)
         else:
             opt = jax.tree.map(arrays.absent, abstract.opt)
         past = {
@@ -240,7 +252,13 @@ class Step:
                 for c in sorted(device, key=lambda c: _SLOWEST.index(c.kind))
             }
             routes = [pool.submit(route.compile) for route in self._routes.values()]
+            again = {
+                c.name: pool.submit(self._lower_reselection(c).compile)
+                for c in device
+                if self._reselects(c)
+            }
             self._programs = {c.name: started[c.name].result() for c in device}
+            self._reselections = {name: one.result() for name, one in again.items()}
             for route in routes:
                 route.result()
         self.built = True
@@ -321,6 +339,27 @@ class Step:
         jitted = jax.jit(run, out_shardings=(where, whole), donate_argnums=donated)
         with self._context(c):
             return jitted.lower(*traced.operands)
+
+    def _reselects(self, c: Call) -> bool:
+        tx = self.specs[c.of].tx if c.kind == "train" else None
+        return isinstance(tx, Adaptation) and tx.due is not None
+
+    def _lower_reselection(self, c: Call) -> Any:
+        """The program that chooses anew what a call trains."""
+        place, model = self.plan[c.name], self.home(c.of)._replace(past=())
+        key = jax.ShapeDtypeStruct(_KEY.shape, _KEY.dtype, sharding=replicated(place))
+        run = functools.partial(
+            programs.reselect_program, c, self.specs[c.of].tx, place.offload == "opt"
+        )
+        where = jax.tree.map(lambda x: x.sharding, model)
+        with self._context(c):
+            jitted = jax.jit(run, out_shardings=where, donate_argnums=(0,))
+            return jitted.lower(model, self._args[c.name], key)
+
+    def due(self, step: int) -> tuple[str, ...]:
+        """The models that choose anew what is trained before this step (from 0) of a stage."""
+        adapted = {c.of: self.specs[c.of].tx for c in self.calls if self._reselects(c)}
+        return tuple(model for model, tx in adapted.items() if tx.due(step))
 
     def analysis(self) -> dict[str, dict[str, float]]:
         """What XLA says of every compiled call: `bytes` a device needs and `flops` it executes.
@@ -433,7 +472,12 @@ class Step:
         }
 
     def __call__(
-        self, models: Mapping[str, Model], batch: Mapping[str, np.ndarray], key: Any
+        self,
+        models: Mapping[str, Model],
+        batch: Mapping[str, np.ndarray],
+        key: Any,
+        *,
+        reselect: tuple[str, ...] = (),
     ) -> tuple[dict[str, Model], dict[str, jax.Array], dict[str, jax.Array]]:
         """Runs the graph once.
 
@@ -441,6 +485,7 @@ class Step:
             models: every model, at home. Trained ones are donated: use the returned ones.
             batch: the graph's inputs, as numpy arrays; see `put`.
             key: a jax random key, or its two uint32 words.
+            reselect: models with an `Adaptation` that choose anew what is trained, see `due`.
 
         Returns:
             models after the step; the arrays named by `keep`; metrics `call/name`, scalars on the
@@ -450,7 +495,8 @@ class Step:
             self._check_single_process()
             self.build(batch)
         words = _words(key)
-        run = _Running(dict(models), self.put(batch), {}, {}, self.timeline.begin(), words, {})
+        timing = self.timeline.begin()
+        run = _Running(dict(models), self.put(batch), {}, {}, timing, words, {}, reselect)
         for op in self.operations:
             c = self._by_name[op.call]
             if op.kind == "move":
@@ -487,6 +533,8 @@ class Step:
             model = run.models.pop(c.of)
             bare, past = model._replace(past=()), model.past
             del model  # donated: nobody else may hold it
+            if c.of in run.reselect:
+                bare = self._reselections[c.name](bare, args, self._key(c, run))
             trained, m = self._programs[c.name](bare, args, self._key(c, run))
             run.models[c.of], out = trained._replace(past=past), {}
         else:
@@ -580,6 +628,7 @@ class _Running:
         data: slot -> array, as long as somebody will read it.
         borrowed: layout -> parameters that were reallocated to it.
         keys: placement -> the step's key there.
+        reselect: the models that choose anew what is trained.
     """
 
     models: dict[str, Model]
@@ -589,6 +638,7 @@ class _Running:
     timing: StepTimes
     words: np.ndarray
     keys: dict[Placement, jax.Array]
+    reselect: tuple[str, ...]
 
 
 _KEY = jax.ShapeDtypeStruct((2,), jnp.uint32)

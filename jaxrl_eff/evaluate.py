@@ -12,7 +12,7 @@ from jaxrl_eff.algorithms.policy import PROMPTS, ROLLOUT
 from jaxrl_eff.data import loader
 from jaxrl_eff.data.tokenizer import Tokenizer
 from jaxrl_eff.dataflow import Graph, Model, Placement, Spec, Step
-from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.models import LMConfig
 from jaxrl_eff.rollout import Sampling, sample
 
 
@@ -33,6 +33,7 @@ class Evaluation:
         cls,
         *,
         lm: LMConfig,
+        spec: Spec,
         sampling: Sampling,
         placement: Placement,
         source: Any,
@@ -47,6 +48,7 @@ class Evaluation:
 
         Args:
             lm: the model that answers.
+            spec: its parameters.
             sampling: how; temperature 0 is greedy.
             placement: where; its microbatches do not matter.
             source: held-out examples; the first `problems` are used.
@@ -64,7 +66,7 @@ class Evaluation:
         step = dataflow.compile(
             Graph(PROMPTS, (call,)),
             {"actor_gen": placement},
-            {"actor": Spec(params.abstract(lm), params.logical_axes(lm))},
+            {"actor": spec._replace(tx=None)},
             keep="tokens mask example",
         )
         rows = -(-problems // placement.row_shards) * placement.row_shards

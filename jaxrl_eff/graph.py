@@ -128,18 +128,50 @@ class Graph:
 Plan = Mapping[str, Placement]
 
 
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """A way to train a model in part. What an optax transform is to a model that is trained whole.
+
+    Attributes:
+        init: params -> optimizer state.
+        leaves: (params, opt) -> what is differentiated, arrays by name.
+        attach: (params, opt, leaves) -> the parameters that a call's function reads then.
+        update: (gradients of the leaves, opt, params, finite) -> (params, opt), both as they were
+            unless `finite`, and no larger than what is trained while it is computed.
+        extended: parameters of the base model -> all that the model starts with.
+        axes: name of an optimizer state's leaf -> logical axes of its first axes, or None for one
+            that lies as the parameter it belongs to, or whole.
+        due: step of the stage -> whether `reselect` runs before it; None: never.
+        probes: (params, opt) -> leaves whose gradients tell `reselect` what it must know; None: it
+            needs no gradient.
+        reselect: (params, opt, gradients of the probes or None) -> (params, opt).
+        probe: the gradient of the probes is taken of one in so many of the rows.
+    """
+
+    init: Callable[[Any], Any]
+    leaves: Callable[[Any, Any], Any]
+    attach: Callable[[Any, Any, Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    extended: Callable[[Any], Any]
+    axes: Callable[[str], tuple[str, ...] | None]
+    due: Callable[[int], bool] | None = None
+    probes: Callable[[Any, Any], Any] | None = None
+    reselect: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
+    probe: int = 1
+
+
 class Spec(NamedTuple):
     """What `compile` must know of a model.
 
     Attributes:
         shapes: tree of `jax.ShapeDtypeStruct`, one a parameter.
         axes: the same tree with a tuple of logical axis names a parameter.
-        tx: the optax transform, if a call trains the model.
+        tx: the optax transform or `Adaptation`, if a call trains the model.
     """
 
     shapes: Any
     axes: Any
-    tx: optax.GradientTransformation | None = None
+    tx: optax.GradientTransformation | Adaptation | None = None
 
 
 def order(graph: Graph) -> tuple[Call, ...]:

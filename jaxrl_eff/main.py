@@ -259,6 +259,7 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
     """The header: devices, meshes, parameters, cache, workdir."""
     import jax
 
+    from jaxrl_eff import footprint
     from jaxrl_eff.models import attention, count
     from jaxrl_eff.tree import nbytes
 
@@ -286,6 +287,11 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
         text = "; ".join(f"{', '.join(calls)} on {place}" for place, calls in meshes.items())
         memory = max(held.values()) / 1e6
         facts[stage.name] = f"{text}; models and optimizers about {memory:,.1f} MB a device"
+        for role, part in stage.settings.adapt.items():
+            ours, all_ = (f(stage.step, role) for f in (footprint.planned, footprint.whole))
+            facts[f"{stage.name}/{role}"] = (
+                f"{part.name}: {ours}; trained whole with Adam {all_.total / 1e6:,.2f}"
+            )
     directory = Path(jax.config.jax_compilation_cache_dir or "")
     warm = directory.is_dir() and any(directory.iterdir())
     facts["compile cache"] = f"{directory} ({'in use' if warm else 'empty: first compilation'})"
@@ -297,8 +303,9 @@ def _conclude(
     assembled: Any, done: Any, workdir: Path, writer: Any, console: Any, seconds: float
 ) -> bool:
     """Exports, prints the table, writes what the report needs."""
-    from jaxrl_eff import state
+    from jaxrl_eff import footprint, state, tree
     from jaxrl_eff.models import save_hf
+    from jaxrl_eff.models.peft import save_peft
 
     run, stage = assembled.run, done.stage
     rows: list[list[Any]] = []
@@ -314,6 +321,8 @@ def _conclude(
             found = [v for k, v in values.items() if k.split("/")[-1] == metric]
             if found:
                 rows.append([f"{label}, {name}", found[0]])
+    held, kind = footprint.used()
+    rows.append([f"MB on a device, {kind}", round(held / 1e6, 2)])
     rows.append(["seconds in all", round(seconds, 1)])
     console.table("result", ["", "value"], rows)
     _show_change(done, console)
@@ -321,7 +330,12 @@ def _conclude(
     export = workdir / "export"
     if run.export:
         role = stage.trained
-        save_hf(export, stage.lms[role], state.shared(done.models[role].params))
+        lm = stage.lms[role]
+        trained = state.shared(done.models[role].params)
+        save_hf(export, lm, state.merged(lm, trained))
+        if any(name.endswith("lora_a") for name in tree.names(trained)):
+            save_peft(workdir / "adapter", lm, trained, base_model=run.model.path)
+            console.final(f"adapter: {workdir / 'adapter'}")
         if _first():
             assembled.tokenizer.save(export)
         console.final(f"exported: {export}")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_eff import meters, tree
-from jaxrl_eff.graph import Call, Model
+from jaxrl_eff.graph import Adaptation, Call, Model
 
 
 def key_of(name: str, words: jax.Array) -> jax.Array:
@@ -94,7 +94,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 def train_program(
     c: Call,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | Adaptation,
     microbatches: int,
     opt_in_host: bool,
     model: Model,
@@ -106,7 +106,8 @@ def train_program(
         model = model._replace(opt=jax.device_put(model.opt, jax.memory.Space.Device))
     key = key_of(c.name, words)
     updates = c.epochs * c.minibatches
-    update = functools.partial(_update, c, tx, microbatches, key)
+    way = tx if isinstance(tx, Adaptation) else _whole(tx)
+    update = functools.partial(_update, c, way, microbatches, key)
     if updates == 1:
         model, seen = update(model, batch)
         seen = jax.tree.map(lambda x: x[None], seen)
@@ -123,9 +124,53 @@ def train_program(
     return model, metrics
 
 
+def reselect_program(
+    c: Call, way: Adaptation, opt_in_host: bool, model: Model, batch: dict, words: jax.Array
+) -> Model:
+    """Chooses anew what a train call trains, by a gradient on one in `way.probe` of its rows.
+
+    These rows are not split into microbatches, so that no plan can change the choice.
+    """
+    if opt_in_host:
+        model = model._replace(opt=jax.device_put(model.opt, jax.memory.Space.Device))
+    found = None
+    if way.probes is not None:
+        part = jax.tree.map(lambda x: x[0], _split(batch, way.probe))
+        key = key_of(c.name, words)
+        taps = way.leaves(model.params, model.opt)
+
+        def total(probes: Any) -> jax.Array:
+            params = way.attach(model.params, model.opt, {**taps, **probes})
+            return c.fn(params, part, key)[0]
+
+        found = jax.grad(total)(way.probes(model.params, model.opt))
+    params, opt = way.reselect(model.params, model.opt, found)
+    return model._replace(params=params, opt=opt)
+
+
+def _whole(tx: optax.GradientTransformation) -> Adaptation:
+    """Training all parameters by an optax transform."""
+
+    def update(grads, opt, params, finite):
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
+            changes, new = tx.update(grads, opt, params)
+            updated = optax.apply_updates(params, changes), new
+        # A select joins the optimizer's own pass over the parameters; a cond would copy them.
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, (params, opt))
+
+    return Adaptation(
+        init=tx.init,
+        leaves=lambda params, opt: params,
+        attach=lambda params, opt, leaves: leaves,
+        update=update,
+        extended=lambda params: params,
+        axes=lambda name: None,
+    )
+
+
 def _update(
     c: Call,
-    tx: optax.GradientTransformation,
+    way: Adaptation,
     microbatches: int,
     key: jax.Array,
     model: Model,
@@ -138,12 +183,14 @@ def _update(
     is withheld: parameters and optimizer state stay as they were.
     """
 
-    def total(params, part):
-        loss, weight, m = c.fn(params, part, key)
+    leaves = way.leaves(model.params, model.opt)
+
+    def total(leaves, part):
+        loss, weight, m = c.fn(way.attach(model.params, model.opt, leaves), part, key)
         return loss, (weight, m)
 
     def sums(part):
-        (loss, (weight, m)), grads = jax.value_and_grad(total, has_aux=True)(model.params, part)
+        (loss, (weight, m)), grads = jax.value_and_grad(total, has_aux=True)(leaves, part)
         return loss, weight, m, grads
 
     if microbatches == 1:
@@ -170,17 +217,12 @@ def _update(
         (loss, weight, m, grads), _ = jax.lax.scan(body, (*zeros, zero_grads), parts)
 
     scale = 1.0 / jnp.maximum(weight, 1e-8)
-    grads = jax.tree.map(
-        lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), grads, model.params
-    )
+    grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), grads, leaves)
     norm = tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
-        changes, opt = tx.update(grads, model.opt, model.params)
-        updated = Model(optax.apply_updates(model.params, changes), opt)
-    # A select joins the optimizer's own pass over the parameters; a cond would copy them.
-    model = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, model)
+    params, opt = way.update(grads, model.opt, model.params, finite)
+    model = model._replace(params=params, opt=opt)
     one = jnp.float32(1)
     m = dict(m)
     m["loss"] = meters.Mean(loss.astype(jnp.float32), weight.astype(jnp.float32))

@@ -93,6 +93,67 @@ class OptimSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptSettings:
+    """What of a model is trained, if not all of it.
+
+    Attributes:
+        name: "lora", "rslora" or "dora"; or, for sparse changes of the kernels in place, when the
+            trained entries are chosen: "static" (once), "periodic" (anew every `every` steps) or
+            "spiel_ag" (drop the smallest changes, grow the largest gradients); or "lisa": the
+            projections of a few layers, others every `every` steps.
+        targets: patterns of kernels; () is every projection of the layers.
+        whole: patterns of parameters that are trained whole besides, such as norms. A value head
+            always is.
+        rank, alpha: of LoRA; a sparse name with a rank above 0 trains both.
+        density: share of the entries that is trained.
+        granularity: of what is chosen: "element", "block", "row", "column", or "head" (heads of
+            attention, channels of the MLP). All but "element" spare the gradient of the rest.
+        block: rows and columns of a block.
+        selector: how: "random", "magnitude", "smallest", "lift" by the weights, or "gradient",
+            "fisher", "snip", "gallop" by the gradient on the batch. For RL random is the safe one.
+        layers: how many at a time, for "lisa".
+        every: steps between two choices.
+        share, decay: of "spiel_ag", see `optim.sparse.Spiel`.
+        mode: sparse changes are written into the kernels ("in_place"), or kept beside them in
+            float32 and added at every use ("overlay"), so that a reference policy that starts
+            where the actor starts needs no arrays of its own. LoRA is beside them always.
+        on_drop: "revert" what is no longer trained to its first value, or "keep" it.
+        probe: the choice sees the gradient of one in so many rows.
+        tiles: tiles along `embed` (the fsdp axis) and along heads and channels (the tensor axis).
+            In each of them as many entries are trained; devices that hold whole tiles choose
+            without talking to each other. Part of what is computed, whatever the plan is.
+        seed: of random choices and first values.
+    """
+
+    name: str
+    targets: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    rank: int = 0
+    alpha: float = 16.0
+    density: float = 0.01
+    granularity: str = "element"
+    block: tuple[int, ...] = (128, 128)
+    selector: str = "random"
+    layers: int = 2
+    every: int = 20
+    share: float = 0.2
+    decay: str = "linear"
+    mode: str = "in_place"
+    on_drop: str = "revert"
+    probe: int = 1
+    tiles: tuple[int, ...] = (1, 1)
+    seed: int = 0
+
+    def __post_init__(self):
+        for field in ("every", "probe", "layers"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}, but must be at least 1.")
+        for field in ("rank", "seed"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} is {getattr(self, field)}, but must be at least 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardSettings:
     """What a response is worth.
 
@@ -168,6 +229,7 @@ class StageSettings:
         models: role -> where its parameters come from: "base"; the name of an earlier stage, for
             what that stage trained; "stage/role"; or a Hugging Face directory.
         optim: role -> optimizer, for every role that is trained.
+        adapt: role -> which part of it is trained; all of a role that is not named.
         loss: fields of the algorithm's config, e.g. `PPOConfig`.
         sampling: fields of `rollout.Sampling`.
         reward: for algorithms that sample.
@@ -188,6 +250,7 @@ class StageSettings:
     data: DataSettings
     models: dict[str, str] = dataclasses.field(default_factory=dict)
     optim: dict[str, OptimSettings] = dataclasses.field(default_factory=dict)
+    adapt: dict[str, AdaptSettings] = dataclasses.field(default_factory=dict)
     loss: dict[str, Any] = dataclasses.field(default_factory=dict)
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
     reward: RewardSettings = RewardSettings()

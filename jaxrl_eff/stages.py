@@ -5,6 +5,7 @@ weights are read or a program is compiled: files, formats, plans, sizes that do 
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import algorithms, calibrate, dataflow, optim, plans
+from jaxrl_eff import adapt, algorithms, calibrate, dataflow, optim, plans
 from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.data import encode, loader, sources, toys
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.dataflow import Graph, Placement, Spec, Step
 from jaxrl_eff.evaluate import Evaluation
-from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.optim import optimizer, warmup_then
 from jaxrl_eff.planner import works
 from jaxrl_eff.rewards import verify
@@ -267,7 +268,7 @@ def _stage(
         pad=tokenizer.pad or 0,
         process=step.share,
     )
-    evaluation = _evaluation(run, name, tokenizer, lms, plan, graph, held_out, sampling)
+    evaluation = _evaluation(run, name, tokenizer, lms, specs, plan, graph, held_out, sampling)
     return Stage(
         name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
         searched,
@@ -464,11 +465,30 @@ def graph_of(
     if s.staleness < 0 or (s.staleness and sampling is None):
         raise ValueError(f"staleness is {s.staleness}; it is for algorithms that sample, from 0.")
     graph = _synchronous(s.algorithm, room, cfg, lms, reward, sampling)
+    if adapt.keeps_base(s.adapt.get("actor")) and _same_start(s):
+        graph = dataclasses.replace(graph, calls=tuple(map(_without_ref, graph.calls)))
     calls = (
         dataclasses.replace(c, staleness=s.staleness) if c.kind == "generate" else c
         for c in graph.calls
     )
     return dataclasses.replace(graph, calls=tuple(calls)) if s.staleness else graph
+
+
+def _same_start(s: StageSettings) -> bool:
+    """Whether the reference is what the actor starts from."""
+    actor = s.models.get("actor", "base")
+    return s.models.get("ref", actor) == actor
+
+
+def _without_ref(c: dataflow.Call) -> dataflow.Call:
+    """A call of the reference, on the actor's own arrays without its adapter."""
+    if c.of != "ref":
+        return c
+    return dataclasses.replace(c, of="actor", fn=functools.partial(_on_base, c.fn))
+
+
+def _on_base(fn: Callable, params_: Any, batch: Any, key: Any) -> Any:
+    return fn(lora.base(params_), batch, key)
 
 
 def _synchronous(
@@ -496,6 +516,8 @@ def model_specs(
     trained = {c.of: c for c in graph.calls if c.kind == "train"}
     if unknown := sorted(set(s.optim) - set(trained)):
         raise ValueError(f"optim names {unknown}, but the stage trains {sorted(trained)}.")
+    if unknown := sorted(set(s.adapt) - set(trained)):
+        raise ValueError(f"adapt names {unknown}, but the stage trains {sorted(trained)}.")
     specs, schedules = {}, {}
     for role in graph.models:
         if role == "kl":
@@ -507,13 +529,15 @@ def model_specs(
                 raise ValueError(f"optim lacks {role!r}, which the stage trains.")
             o, c = s.optim[role], trained[role]
             with at_path(f"config.{name}.optim.{role}"):
+                updates = s.steps * c.epochs * c.minibatches
                 schedules[role] = warmup_then(
-                    o.schedule,
-                    peak=o.lr,
-                    updates=s.steps * c.epochs * c.minibatches,
-                    warmup=o.warmup,
-                    final=o.final,
+                    o.schedule, peak=o.lr, updates=updates, warmup=o.warmup, final=o.final
                 )
+            if role in s.adapt:
+                with at_path(f"config.{name}.adapt.{role}"):
+                    specs[role] = adapt.spec(s.adapt[role], lms[role], o, schedules[role], updates)
+                continue
+            with at_path(f"config.{name}.optim.{role}"):
                 tx = optimizer(
                     o.name,
                     schedules[role],
@@ -565,6 +589,7 @@ def _evaluation(
     name: str,
     tokenizer: Tokenizer,
     lms: dict[str, LMConfig],
+    specs: dict[str, Spec],
     plan: dict[str, Placement],
     graph: Graph,
     held_out: Any,
@@ -601,6 +626,7 @@ def _evaluation(
         stop = sampling.stop if sampling else ()
         return Evaluation.of(
             lm=lms["actor"],
+            spec=specs["actor"],
             sampling=Sampling(
                 max_tokens=tokens,
                 temperature=e.temperature,

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_eff.algorithms import ppo
-from jaxrl_eff.dataflow import Model, Step
-from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.dataflow import Adaptation, Model, Step
+from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.parallel import Placement, Route, mesh
 from jaxrl_eff.stages import Assembled, Stage
 
@@ -29,7 +29,16 @@ def initial(assembled: Assembled, stage: Stage, shelf: Shelf) -> Models:
 
 
 def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
+    """First parameters of a role at home, with those of an adapter."""
     where = jax.tree.map(lambda x: x.sharding, stage.step.home(role).params)
+    way = stage.step.specs[role].tx
+    if role not in stage.settings.adapt or not isinstance(way, Adaptation):
+        return _base(assembled, stage, role, shelf, where)
+    base = _base(assembled, stage, role, shelf, lora.base(where))
+    return jax.jit(way.extended, out_shardings=where, donate_argnums=0)(base)
+
+
+def _base(assembled: Assembled, stage: Stage, role: str, shelf: Shelf, where: Any) -> Any:
     kind, name = stage.origins[role]
     if kind == "kl":
         return jax.device_put(ppo.kl_params(ppo.PPOConfig(**stage.settings.loss)), where)
@@ -44,6 +53,14 @@ def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
         return load_hf(directory, lm, where, dtype=lm.param_dtype)
     key = jax.random.key(assembled.run.seed)
     return jax.jit(lambda k: params.init(lm, k), out_shardings=where)(key)
+
+
+def merged(lm: LMConfig, tree: Any) -> Any:
+    """Parameters with adapters merged into their kernels; others as they are."""
+    where = jax.tree.map(lambda x: x.sharding, lora.base(tree))
+    if jax.tree.structure(where) == jax.tree.structure(tree):
+        return tree
+    return jax.jit(lambda t: lora.merge(lm, t), out_shardings=where)(tree)
 
 
 def moved(models: Models, old: Step, new: Step) -> Models:
@@ -91,7 +108,7 @@ def _adapted(tree: Any, source: LMConfig, target: LMConfig, where: Any) -> Any:
 
     A new value head starts at 0, so that a fresh critic or reward model says 0 everywhere.
     """
-    tree = dict(tree)
+    tree = dict(merged(source, tree))
     if source.head != target.head:
         tree.pop("unembed", None)
         tree["value"] = jax.tree.map(

@@ -175,7 +175,9 @@ def _run_stage(
         batch = next(stage.loader)
         data_state = stage.loader.state()
         with jax.transfer_guard("disallow"):
-            models, data, metrics = stage.step(models, batch, words(run.seed, name, at.step))
+            models, data, metrics = stage.step(
+                models, batch, words(run.seed, name, at.step), reselect=stage.step.due(at.step)
+            )
         at.step += 1
         step = _Dispatched(at.step, metrics, stage.step.timeline.newest, _tokens(batch))
         if pending is not None:

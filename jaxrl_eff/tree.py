@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,29 @@ def names(tree: Any) -> list[str]:
 def map_with_name(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """`fn(name, leaf, ...)` over the leaves."""
     return jax.tree_util.tree_map_with_path(lambda p, *xs: fn(path_name(p), *xs), tree, *rest)
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Name -> leaf, in tree order."""
+    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """Nested dicts with these leaves set or added, by name; the given tree stays as it is."""
+    out = dict(tree)
+    inner: dict[str, dict[str, Any]] = {}
+    for name, leaf in leaves.items():
+        first, _, rest = name.partition("/")
+        if rest:
+            inner.setdefault(first, {})[rest] = leaf
+        else:
+            out[first] = leaf
+    return out | {k: with_leaves(out.get(k, {}), v) for k, v in inner.items()}
+
+
+def without(tree: Any, gone: Callable[[str], bool]) -> Any:
+    """Nested dicts without the leaves whose name is `gone`, nor dicts that only had such."""
+    return with_leaves({}, {k: v for k, v in flat(tree).items() if not gone(k)})
 
 
 def match(tree: Any, patterns: Iterable[str]) -> Any:

@@ -20,7 +20,7 @@ RANKS = (
     ("algorithms",),
     ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts"),
     ("evaluate", "calibrate"),
-    ("stages",),
+    ("adapt", "footprint", "stages"),
     ("state",),
     ("train",),
     ("report", "doctor", "generate", "delta"),
@@ -29,7 +29,7 @@ RANKS = (
 )
 # Within a line, who may import whom.
 APART = {
-    "models": {"models"},
+    "models": {"models", "optim"},
     "parallel": {"parallel"},
     "data": {"data"},
     "rewards": {"rewards", "data"},
@@ -39,6 +39,7 @@ APART = {
     "planner": {"planner", "parallel", "graph", "models", "rollout"},
     "timeline": {"timeline"},
     "optim": {"optim"},
+    "adapt": {"adapt", "graph", "models", "optim", "settings"},
     "settings": {"settings"},
     "arguments": {"arguments"},
     "checkpoint": {"checkpoint"},

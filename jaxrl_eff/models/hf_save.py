@@ -168,7 +168,7 @@ def _write_weights(
             if file:
                 file.write(_header(members))
             for piece in members:
-                array = _gather(leaves[piece.tensor.path], piece.layer, fetch=file is not None)
+                array = gathered(leaves[piece.tensor.path], piece.layer, fetch=file is not None)
                 if file:
                     order = [axis for group in piece.tensor.axes for axis in group]
                     stored = array.transpose(order).reshape(piece.shape)
@@ -203,7 +203,7 @@ def _header(pieces: list[_Piece]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _gather(leaf: Array, layer: int | None, *, fetch: bool) -> np.ndarray | None:
+def gathered(leaf: Array, layer: int | None, *, fetch: bool) -> np.ndarray | None:
     """One layer of a parameter (or all of one without layers), whole, on this host."""
     if jax.process_count() > 1:
         # Every process takes part, so that the one that writes can see the others' shards.

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import tree
-from jaxrl_eff.models import attention, rope
+from jaxrl_eff.models import adapters, attention, rope
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.shapes import Array, Float, Int, PyTree
 
@@ -109,7 +109,10 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """Contracts the last axes of x with a kernel of named axes; the bias covers the new axes."""
+    """Contracts the last axes of x with a kernel of named axes; the bias covers the new axes.
+
+    Adapters that stand beside the kernel join in, see `adapters`.
+    """
 
     cfg: LMConfig
     inputs: tuple[int, ...]
@@ -125,7 +128,13 @@ class Linear(nn.Module):
         kernel = _here(self.param("kernel", box, self.inputs + self.outputs, stored)).astype(dtype)
         matrix = kernel.reshape(math.prod(self.inputs), math.prod(self.outputs))
         lead = x.shape[: x.ndim - len(self.inputs)]
-        y = _product(x.reshape(*lead, -1), matrix).reshape(*lead, *self.outputs)
+        found = {k: self.get_variable("params", k) for k in adapters.LEAVES}
+        here = {k: _here(leaf) for k, leaf in found.items() if leaf is not None}
+        names, whole = (self.axes[0], self.axes[len(self.inputs)]), None
+        if self.has_variable("shared", "whole"):
+            whole = self.get_variable("shared", "whole")
+        y = adapters.product(here, x.reshape(*lead, -1), matrix, names, _product, whole)
+        y = y.reshape(*lead, *self.outputs)
         if not self.bias:
             return y
         axes = self.axes[len(self.inputs) :]
@@ -303,7 +312,8 @@ class LanguageModel(nn.Module):
         block = _remat(cfg)
         if self.stacked:
             scan = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True},
+                block, variable_axes={"params": 0}, variable_broadcast="shared",
+                split_rngs={"params": True},
                 in_axes=(0, 0, nn.broadcast), length=cfg.layers, unroll=cfg.loop_unroll,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )  # fmt: skip
@@ -439,7 +449,10 @@ def apply(
         attend: the attention; None: `attention.choose(cfg)`.
     """
     model = LanguageModel(cfg, attend or attention.choose(cfg), stacked="layers" in params)
-    return model.apply({"params": params}, tokens, position, segment, cache=cache)
+    params = dict(params)
+    shared = params.pop("shared", {})  # what one array is of all layers, see `adapters`
+    variables = {"params": params, "shared": shared}
+    return model.apply(variables, tokens, position, segment, cache=cache)
 
 
 def unembed(cfg: LMConfig, params: PyTree, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

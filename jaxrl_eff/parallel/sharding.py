@@ -7,6 +7,7 @@ each device, as every framework does.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,6 +71,18 @@ class Rules:
         """As `spec`, on the placement's mesh; in host memory if parameters wait there."""
         place = NamedSharding(mesh(self.placement), self.spec(axes))
         return in_host(place) if self.placement.offload == "params" else place
+
+    def fitting(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+        """As `sharding` in device memory, of an array whose sizes are not the model's.
+
+        Args:
+            axes: of the first axes of the array; the others are whole, as are those of a size that
+                does not divide.
+        """
+        grid, table = mesh(self.placement), dict(self.table)
+        ways = {axis: math.prod(grid.shape[a] for a in table.get(axis) or ()) for axis in axes}
+        fit = (axis if n % ways[axis] == 0 else None for axis, n in zip(axes, shape, strict=False))
+        return NamedSharding(grid, self.spec(tuple(fit)))
 
     def tree(self, axes: Any) -> Any:
         """Shardings of a tree whose leaves are tuples of logical axes."""

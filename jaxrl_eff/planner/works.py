@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxrl_eff import tree
 from jaxrl_eff.edges import EDGES
-from jaxrl_eff.graph import Call, Graph, Spec, order
+from jaxrl_eff.graph import Adaptation, Call, Graph, Spec, order
 from jaxrl_eff.models import LMConfig
 from jaxrl_eff.planner.problem import Lengths, Problem, Role, Shape, Work
 from jaxrl_eff.rollout import Sampling
@@ -44,11 +44,13 @@ def role(cfg: LMConfig | None, spec: Spec | None, trained: bool) -> Role:
     sizes = _ONE if cfg is None else shape(cfg)
     if not trained:
         return Role(sizes)
-    opt = 8.0
+    opt, grad = 8.0, float(sizes.param_bytes)
     if spec is not None and spec.tx is not None:
-        state = jax.eval_shape(spec.tx.init, spec.shapes)
-        opt = tree.nbytes(state) / max(1, tree.size(spec.shapes))
-    return Role(sizes, opt_bytes=float(opt), grad_bytes=float(sizes.param_bytes))
+        state, size = jax.eval_shape(spec.tx.init, spec.shapes), max(1, tree.size(spec.shapes))
+        opt = tree.nbytes(state) / size
+        if isinstance(spec.tx, Adaptation):
+            grad = tree.nbytes(jax.eval_shape(spec.tx.leaves, spec.shapes, state)) / size
+    return Role(sizes, opt_bytes=float(opt), grad_bytes=grad)
 
 
 def works(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import tree
-from jaxrl_eff.models import attention
+from jaxrl_eff.models import attention, lora
 from jaxrl_eff.models import params as params_
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.transformer import Cache, apply, computed, unembed, unstack
@@ -82,7 +82,8 @@ def sample(
         group = jnp.repeat(group, sampling.samples)
         sample_ = jnp.tile(jnp.arange(sampling.samples, dtype=jnp.int32), len(prompt))
         uniform = uniforms(key, group * sampling.samples + sample_, sampling.max_tokens)
-        params = computed(cfg, params)
+        # Once for all tokens; LoRA's few numbers are as quick beside the kernels.
+        params = lora.merge(cfg, computed(cfg, params), low_rank=False)
         hidden, cache = _read(cfg, params, prompt, length, attend)
         if unstacked:
             params, cache = unstack(cfg, params), kv.unstack(cache)

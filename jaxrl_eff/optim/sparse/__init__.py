@@ -1,0 +1,25 @@
+"""Adaptive sparse fine-tuning: updates of k entries with k-sized state, around any optimizer."""
+
+from jaxrl_eff.optim.sparse.adapt import (
+    Active,
+    SparseAdapt,
+    SparseState,
+    SparseUpdate,
+    apply_sparse_updates,
+    dense_to_sparse,
+    from_dense,
+    sparse_adapt,
+)
+from jaxrl_eff.optim.sparse.layers import LayersState, SampledLayers, sampled_layers
+from jaxrl_eff.optim.sparse.overlay import Overlay, OverlayState, SparseOverlay, sparse_overlay
+from jaxrl_eff.optim.sparse.per_entry import per_entry
+from jaxrl_eff.optim.sparse.schedules import Periodic, Spiel, Static
+from jaxrl_eff.optim.sparse.selectors import GRADIENTS, WEIGHTS
+from jaxrl_eff.optim.sparse.tiling import Tiling, gather, scatter, tiling
+
+__all__ = [
+    "GRADIENTS", "WEIGHTS", "Active", "LayersState", "Overlay", "OverlayState", "Periodic",
+    "SampledLayers", "SparseAdapt", "SparseOverlay", "SparseState", "SparseUpdate", "Spiel",
+    "Static", "Tiling", "apply_sparse_updates", "dense_to_sparse", "from_dense", "gather",
+    "per_entry", "sampled_layers", "scatter", "sparse_adapt", "sparse_overlay", "tiling",
+]  # fmt: skip

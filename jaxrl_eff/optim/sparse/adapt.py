@@ -1,0 +1,403 @@
+"""Training k entries of every matrix in place, with state for these alone.
+
+The parameters stay where they are and what they are; the optimizer writes the active entries into
+them. For every active entry the state holds the inner optimizer's numbers, the value before
+training (`original`, with which `revert` restores the base bit for bit), and for bfloat16
+parameters what rounding left over (`remainder`): the parameter shows the nearest bfloat16 of a
+float32 number, and an int16 holds how far the number's bits are from it. So what is trained is
+float32 to the last bit, at two bytes an active entry and without a float32 copy.
+
+Gradients come as values of the active entries alone, from a tap in the model's backward pass. For a
+loop that has whole gradients, `from_dense` makes an ordinary optax transform of it: it saves state
+rather than gradients.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl_eff.optim.sparse import schedules, selectors
+from jaxrl_eff.optim.sparse.per_entry import check_elementwise, per_entry
+from jaxrl_eff.optim.sparse.tiling import Tiling, gather, per_shard, scatter, tiling
+
+Layout = Callable[[str, Any], Tiling | None]
+
+
+class Active(NamedTuple):
+    """State of one parameter's active units."""
+
+    index: Any  # int32[*stack, R, C, k], ascending in every tile
+    inner: Any  # the inner optimizer's, a counter and moments for every unit
+    original: Any  # values before training, in the parameter's dtype
+    remainder: Any  # int16 values, for bfloat16 parameters; () for float32 ones
+
+
+class SparseState(NamedTuple):
+    """State of `sparse_adapt`."""
+
+    count: Any  # int32[], updates done
+    active: Any  # name -> Active
+
+
+class SparseUpdate(NamedTuple):
+    """New values of one parameter's active entries. They replace; they are not added."""
+
+    index: Any
+    value: Any
+
+
+class SparseAdapt(NamedTuple):
+    """What `sparse_adapt` returns. Names are paths, "layers/attn/q/kernel".
+
+    Attributes:
+        init: params -> SparseState.
+        update: (gradients of the active entries by name, state, params) -> (SparseUpdate by name,
+            state). Arrays in, arrays out; the parameters are read at the active entries only.
+        read: (params, state) -> the updates that would change nothing.
+        apply: (params, updates) -> params, in place where params are donated.
+        reselect: (params, state, found) -> (params, state) with units chosen anew. `found` has for
+            every name what `selectors.candidates` returned; None for selectors of weights.
+        revert: (params, state) -> params with every active entry as it was before training.
+        layout: (name, leaf) -> its `Tiling`, or None for parameters that stay as they are.
+        schedule: when `reselect` is due.
+        selector: by name.
+    """
+
+    init: Callable[[Any], SparseState]
+    update: Callable[[Any, SparseState, Any], tuple[dict[str, SparseUpdate], SparseState]]
+    read: Callable[[Any, SparseState], dict[str, SparseUpdate]]
+    apply: Callable[[Any, Any], Any]
+    reselect: Callable[[Any, SparseState, Any], tuple[Any, SparseState]]
+    revert: Callable[[Any, SparseState], Any]
+    layout: Layout
+    schedule: Any
+    selector: str
+
+
+def sparse_adapt(
+    inner: optax.GradientTransformation,
+    *,
+    selector: str | Mapping[str, Any] = "random",
+    schedule: Any = None,
+    density: float = 0.01,
+    block: tuple[int, int] = (1, 1),
+    layout: Layout | None = None,
+    learning_rate: float | optax.Schedule = 1.0,
+    on_drop: str = "revert",
+    seed: int = 0,
+) -> SparseAdapt:
+    """Sparse training around an elementwise optax optimizer.
+
+    Args:
+        inner: e.g. `optax.adam(1.0)`. It sees each entry with its own counter and, as parameters,
+            the entry's distance from its original value, so weight decay pulls to the base model.
+        selector: one of `selectors.WEIGHTS` or `selectors.GRADIENTS`, or for every parameter by
+            name a boolean mask (numpy) of its entries, with as many in every tile.
+        schedule: `Static`, `Periodic` or `Spiel`; None: `Static`.
+        density: share of the entries that is active.
+        block: rows and columns of a unit, see `tiling`.
+        layout: (name, leaf) -> `Tiling` or None; None: every leaf of two or more axes, whose last
+            two are the matrix.
+        learning_rate: multiplies the inner updates, by count of all updates. A schedule belongs
+            here: within `inner` every entry would go through it by its own age.
+        on_drop: what happens to an entry that is no longer active: "revert" puts its original value
+            back, so that never more than the density differ from the base; "keep" leaves it.
+        seed: of random choices.
+
+    Raises:
+        ValueError: an option that does not exist or does not fit.
+    """
+    check_elementwise(inner)
+    masks = selector if isinstance(selector, Mapping) else None
+    selector = "mask" if masks is not None else selector
+    known = (*selectors.WEIGHTS, *selectors.GRADIENTS)
+    if selector not in (*known, "mask"):
+        raise ValueError(f"selector is {selector!r}; there are {[*known]} and masks by name.")
+    if on_drop not in ("revert", "keep"):
+        raise ValueError(f"on_drop is {on_drop!r}, not 'revert' or 'keep'.")
+    schedule = schedule or schedules.Static(first=selector in selectors.GRADIENTS)
+    if selector == "mask" and type(schedule) is not schedules.Static:
+        raise ValueError(f"a mask is never chosen anew, but the schedule is {schedule}.")
+    tiled = layout or partial(_matrices, density, block)
+    if masks is not None:
+        tiled = partial(_masked_tiling, masks, tiled)
+
+    def choice(name: str, x: jax.Array, t: Tiling) -> jax.Array:
+        if masks is not None:
+            return _mask_index(masks[name], t)
+        # Until the first gradient is there, its selectors start from a random choice.
+        by = selector if selector in selectors.WEIGHTS else "random"
+        return selectors.select(name, by, x, t, seed)
+
+    def adapted(params: Any) -> dict[str, tuple[Any, Tiling]]:
+        found = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if (t := tiled(name, leaf)) is not None:
+                found[name] = leaf, t
+                if leaf.dtype not in (jnp.float32, jnp.bfloat16):
+                    raise ValueError(f"{name!r} is {leaf.dtype}, not float32 or bfloat16.")
+        if not found:
+            raise ValueError("the layout adapts no parameter at all.")
+        return found
+
+    def init(params: Any) -> SparseState:
+        active = {}
+        for name, (x, t) in adapted(params).items():
+            index = choice(name, x, t)
+            original = per_shard(partial(gather, t=t), t, "pt", "t")(x, index)
+            active[name] = Active(index, *_fresh(inner, t, original))
+        return SparseState(jnp.int32(0), active)
+
+    def update(grads: Any, state: SparseState, params: Any):
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        updates, active = {}, {}
+        for name, (x, t) in adapted(params).items():
+            old = state.active[name]
+            visible = per_shard(partial(gather, t=t), t, "pt", "t")(x, old.index)
+            exact = exact_value(visible, old.remainder)
+            change = exact - old.original.astype(jnp.float32)
+            g = grads[name].astype(jnp.float32)
+            u, after = per_entry(inner, len(t.unit)).update(g, old.inner, change)
+            value, remainder = rounded(exact + jnp.float32(rate) * u, x.dtype)
+            updates[name] = SparseUpdate(old.index, value)
+            active[name] = Active(old.index, after, old.original, remainder)
+        return updates, SparseState(state.count + 1, active)
+
+    def read(params: Any, state: SparseState) -> dict[str, SparseUpdate]:
+        found = {}
+        for name, (x, t) in adapted(params).items():
+            index = state.active[name].index
+            value = per_shard(partial(gather, t=t), t, "pt", "t")(x, index)
+            found[name] = SparseUpdate(index, value)
+        return found
+
+    def apply(params: Any, updates: Mapping[str, SparseUpdate]) -> Any:
+        tilings = {name: t for name, (_, t) in adapted(params).items()}
+
+        def one(path: Any, x: jax.Array) -> jax.Array:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if name not in updates:
+                return x
+            t = tilings[name]
+            return per_shard(partial(scatter, t=t), t, "ptt", "p")(x, *updates[name])
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    def reselect(params: Any, state: SparseState, found: Mapping[str, Any] | None = None):
+        updates, active = {}, {}
+        tilings = adapted(params)
+        for name, (x, t) in tilings.items():
+            old = state.active[name]
+            if found is None:
+                new = selectors.select(name, selector, x, t, seed)
+            else:
+                run = partial(_choose, schedule, t)
+                rest = _some(old.remainder)
+                new = per_shard(run, t, "pttt" + "t" * len(rest) + "-", "t")(
+                    x, old.index, old.original, found[name], *rest, state.count
+                )
+            leave = partial(_left, t, on_drop)
+            back = per_shard(leave, t, "pttt", "t")(x, old.index, new, old.original)
+            updates[name] = SparseUpdate(old.index, back)
+            active[name] = new
+        params = apply(params, updates)
+        named = adapted(params)
+        for name, (x, t) in named.items():
+            old, new = state.active[name], active[name]
+            original = per_shard(partial(gather, t=t), t, "pt", "t")(x, new)
+            fresh = Active(new, *_fresh(inner, t, original))
+            active[name] = carried(t, old, fresh)
+        return params, SparseState(state.count, active)
+
+    def revert(params: Any, state: SparseState) -> Any:
+        return apply(
+            params, {k: SparseUpdate(a.index, a.original) for k, a in state.active.items()}
+        )
+
+    return SparseAdapt(init, update, read, apply, reselect, revert, tiled, schedule, selector)
+
+
+def apply_sparse_updates(
+    params: Any, updates: Mapping[str, SparseUpdate], layout: Layout | None = None
+) -> Any:
+    """The parameters with their active entries set to new values.
+
+    Args:
+        layout: as for `sparse_adapt`; needed where units are not single entries of 2-d matrices.
+    """
+    find = layout or partial(_matrices, 1.0, (1, 1))
+
+    def one(path: Any, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return scatter(x, *updates[name], find(name, x)) if name in updates else x
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def dense_to_sparse(grads: Any, state: SparseState, layout: Layout) -> dict[str, jax.Array]:
+    """What a tap would have given: of whole gradients the active entries, by name."""
+    out = {}
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in state.active:
+            t = layout(name, g)
+            out[name] = per_shard(partial(gather, t=t), t, "pt", "t")(g, state.active[name].index)
+    return out
+
+
+def from_dense(adapt: SparseAdapt) -> optax.GradientTransformation:
+    """An ordinary optax transform that reads whole gradients and returns whole updates.
+
+    It saves the memory of optimizer state, not of gradients; other entries get updates of 0. The
+    updates are float32 differences to the new value; `optax.apply_updates` lands on it, except that
+    float32 parameters may differ by the rounding of that difference.
+    """
+
+    def update(grads: Any, state: SparseState, params: Any = None):
+        if params is None:
+            raise ValueError("sparse_adapt needs the parameters: update(grads, state, params).")
+        taps = dense_to_sparse(grads, state, adapt.layout)
+        updates, state = adapt.update(taps, state, params)
+        new = adapt.apply(params, updates)
+        wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+        return jax.tree.map(lambda a, b: wide(a) - wide(b), new, params), state
+
+    return optax.GradientTransformation(adapt.init, update)
+
+
+def _matrices(density: float, block: tuple[int, int], name: str, leaf: Any) -> Tiling | None:
+    del name
+    if leaf.ndim < 2:
+        return None
+    return tiling(leaf.shape, density, stack=leaf.ndim - 2, block=block)
+
+
+def _some(remainder: Any) -> tuple[Any, ...]:
+    return () if isinstance(remainder, tuple) else (remainder,)
+
+
+def exact_value(visible: jax.Array, remainder: Any) -> jax.Array:
+    """What is trained, float32."""
+    if isinstance(remainder, tuple):
+        return visible.astype(jnp.float32)
+    high = jax.lax.bitcast_convert_type(visible, jnp.uint16).astype(jnp.int32) << 16
+    return jax.lax.bitcast_convert_type(high + remainder.astype(jnp.int32), jnp.float32)
+
+
+def rounded(exact: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
+    """The nearest value of a dtype, and what is left over, () for float32.
+
+    Halves are rounded away from 0, so that what is left over fits: -32768 to 32767 units of the
+    last place of float32. Integers, because the compiler may drop a cast to bfloat16 and back.
+    """
+    if dtype == jnp.float32:
+        return exact, ()
+    bits = jax.lax.bitcast_convert_type(exact, jnp.int32)
+    high = (bits + 0x8000) >> 16
+    value = jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16)
+    return value, (bits - (high << 16)).astype(jnp.int16)
+
+
+def _fresh(inner: Any, t: Tiling, original: jax.Array) -> tuple[Any, jax.Array, Any]:
+    """Inner state, original and remainder of units that were never trained."""
+    zeros = jnp.zeros(original.shape, jnp.float32)
+    start = per_entry(inner, len(t.unit)).init(zeros)
+    narrow = original.dtype == jnp.bfloat16
+    return start, original, jnp.zeros(original.shape, jnp.int16) if narrow else ()
+
+
+def _choose(schedule: Any, t: Tiling, x, index, original, found, *rest):
+    """The new index of one parameter, from its shard alone."""
+    *remainder, updates = rest
+    exact = exact_value(gather(x, index, t), remainder[0] if remainder else ())
+    change = jnp.abs(exact - original.astype(jnp.float32))
+    change = change.sum(tuple(range(-len(t.unit), 0))) if t.unit else change
+    best = found[..., 2, :]
+    return schedule.choose(index, change, selectors.units_of(found, t), best, updates)
+
+
+def _member(index: jax.Array, among: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether each unit is among others (ascending), and where."""
+
+    def one(index, among):
+        at = jnp.clip(jnp.searchsorted(among, index), 0, among.shape[0] - 1)
+        return among[at] == index, at
+
+    for _ in range(index.ndim - 1):
+        one = jax.vmap(one)
+    return one(index, among)
+
+
+def _beside(mask: jax.Array, like: jax.Array) -> jax.Array:
+    return mask.reshape(*mask.shape, *(1,) * (like.ndim - mask.ndim))
+
+
+def _left(t: Tiling, on_drop: str, x, index, new, original):
+    """What the entries active so far are from now on."""
+    visible = gather(x, index, t)
+    if on_drop == "keep":
+        return visible
+    stays, _ = _member(index, new)
+    return jnp.where(_beside(stays, visible), visible, original)
+
+
+def carried(t: Tiling, old: Active, fresh: Active) -> Active:
+    """`fresh` with the numbers of the units that were active before."""
+
+    def run(index, new, *pairs):
+        was, at = _member(new, index)
+        half = len(pairs) // 2
+
+        def one(before, start):
+            rows = _beside(at, before)
+            moved = jnp.take_along_axis(
+                before, jnp.broadcast_to(rows, (*at.shape, *before.shape[at.ndim :])), at.ndim - 1
+            )
+            return jnp.where(_beside(was, start), moved, start)
+
+        return tuple(map(one, pairs[:half], pairs[half:]))
+
+    before, structure = jax.tree.flatten(old[1:])
+    start = jax.tree.leaves(fresh[1:])
+    count = len(before)
+    moved = per_shard(run, t, "tt" + "t" * 2 * count, "t" * count)(
+        old.index, fresh.index, *before, *start
+    )
+    return Active(fresh.index, *jax.tree.unflatten(structure, moved))
+
+
+def _masked_tiling(masks: Any, plain: Layout, name: str, leaf: Any) -> Tiling | None:
+    if name not in masks:
+        return None
+    mask, t = np.asarray(masks[name]), plain(name, leaf)
+    if t is None or t.unit or mask.shape != leaf.shape or mask.dtype != bool:
+        raise ValueError(
+            f"the mask of {name!r} is {mask.dtype}{list(mask.shape)}; it must be a bool for every "
+            f"entry of a parameter of {list(leaf.shape)} that is adapted by single entries."
+        )
+    counts = np.unique(_tile_masks(mask, t).sum(-1))
+    if len(counts) > 1 or counts[0] == 0:
+        raise ValueError(
+            f"the mask of {name!r} has between {counts[0]} and {counts[-1]} entries a tile; every "
+            "tile of every layer needs as many, and at least one."
+        )
+    return Tiling(t.stack, t.inputs, t.tile, int(counts[0]), t.block, t.spec)
+
+
+def _tile_masks(mask: np.ndarray, t: Tiling) -> np.ndarray:
+    rows, columns = t.matrix_shape(mask.shape)
+    stack, grid = mask.shape[: t.stack], (rows // t.tile[0], columns // t.tile[1])
+    x = mask.reshape(*stack, grid[0], t.tile[0], grid[1], t.tile[1])
+    return np.moveaxis(x, -2, -3).reshape(*stack, *grid, -1)
+
+
+def _mask_index(mask: Any, t: Tiling) -> jax.Array:
+    tiles = _tile_masks(np.asarray(mask), t)
+    index = np.nonzero(tiles)[-1].reshape(*tiles.shape[:-1], t.count)
+    return jnp.asarray(index, jnp.int32)

@@ -1,0 +1,120 @@
+"""When the active units are chosen again, and which stay.
+
+    Static()      never; a selector of gradients chooses once, before the first step
+    Periodic()    every M steps the best units, all of them anew; what stays keeps its state
+    Spiel()       SpIEL-AG (arXiv:2401.16405): every R steps drop the smallest changes, grow the
+                  largest gradients
+
+`due(step)` is asked on the host, so that a step between two choices runs a program without any
+trace of choosing; `choose` runs on the device.
+
+SpIEL differs from its authors' code in two points: candidates come from a whole batch and not from
+its first microbatch, and grown entries start without moments, which did as well as seeding them
+with the window's mean gradient.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """Chosen once. `first` says whether that waits for the first step's gradient."""
+
+    first: bool = False
+
+    def due(self, step: int) -> bool:
+        return self.first and step == 0
+
+    def choose(self, index, change, found, score, updates):
+        """All of what was found, whatever was active."""
+        del index, change, score, updates
+        return jnp.sort(found, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Periodic:
+    """The best units, chosen anew every `every` steps (as GASDU and LIFT do)."""
+
+    every: int = 20
+    first: bool = True
+
+    def __post_init__(self):
+        _at_least_one("every", self.every)
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0 and (self.first or step > 0)
+
+    choose = Static.choose
+
+
+@dataclasses.dataclass(frozen=True)
+class Spiel:
+    """Update, drop and grow.
+
+    Attributes:
+        every: R, steps between two choices; the first is before the first step.
+        share: p0, of the active units that may be exchanged. All are, the first time.
+        updates: optimizer updates of the whole training, over which the share falls to 0.
+        decay: "linear", p = p0 (1 - s/T), or "cosine", p = p0 (1 + cos(pi s/T)) / 2.
+    """
+
+    every: int = 20
+    share: float = 0.2
+    updates: int = 1000
+    decay: str = "linear"
+    first: bool = True
+
+    def __post_init__(self):
+        _at_least_one("every", self.every)
+        _at_least_one("updates", self.updates)
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share}, but must be above 0 and at most 1.")
+        if self.decay not in ("linear", "cosine"):
+            raise ValueError(f"decay is {self.decay!r}, not 'linear' or 'cosine'.")
+
+    def due(self, step: int) -> bool:
+        return step % self.every == 0
+
+    def choose(self, index, change, found, score, updates):
+        """The units active from now on, ascending.
+
+        Args:
+            index: int32 `[..., k]`, active units, ascending.
+            change: float32 `[..., k]`, how far each is from where it started.
+            found: int32 `[..., k]`, the units with the best scores, best first.
+            score: float32 `[..., k]`, those scores.
+            updates: int32, optimizer updates done.
+        """
+        done = jnp.minimum(updates.astype(jnp.float32) / self.updates, 1.0)
+        rest = 1 - done if self.decay == "linear" else (1 + jnp.cos(jnp.pi * done)) / 2
+        share = jnp.where(updates == 0, 1.0, self.share * rest)
+        # Through the reciprocal k * share could fall just below a whole number.
+        exchanged = jnp.floor(share * index.shape[-1] + 1e-4).astype(jnp.int32)
+
+        def one(index, change, found, score):
+            """For one tile: drop, grow, and keep of the dropped what nothing replaces."""
+            k = index.shape[0]
+            rank = jnp.argsort(jnp.argsort(change))  # 0 changed least
+            kept = rank >= exchanged
+            at = jnp.clip(jnp.searchsorted(index, found), 0, k - 1)
+            active = index[at] == found
+            candidate = ~(active & kept[at]) & (score > 0)
+            grown = candidate & (jnp.cumsum(candidate) <= exchanged)
+            # What is both dropped and grown simply stays, and must not stand in the list twice.
+            back = jnp.zeros(k, bool).at[at].max(grown & active)
+            stays = jnp.where(kept | back, 2 * k + rank, rank)
+            enters = jnp.where(grown & ~active, 4 * k, -1) + jnp.zeros(k, rank.dtype)
+            best = jax.lax.top_k(jnp.concatenate([stays, enters]), k)[1]
+            return jnp.sort(jnp.concatenate([index, found])[best])
+
+        for _ in range(index.ndim - 1):
+            one = jax.vmap(one)
+        return one(index, change, found, score)
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}, but must be at least 1.")

@@ -1,0 +1,209 @@
+"""Training in part, through the framework: what a plan must not change, and what may change."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import launch
+import numpy as np
+import pytest
+from launch import compiled_once  # noqa: F401 (fixture)
+
+from jaxrl_eff import adapt, dataflow, metrics, settings, tree
+from jaxrl_eff.algorithms import sft
+from jaxrl_eff.dataflow import Placement, Spec
+from jaxrl_eff.models import LMConfig, lora, params
+from jaxrl_eff.optim import optimizer
+
+LM = LMConfig(
+    vocab=24, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=32, init_std=0.3, unroll=1
+)
+ONE = Placement((0,))
+OPTIM = settings.OptimSettings(lr=1e-2, name="adam")
+TARGETS = ("layers/attn/o/kernel", "layers/mlp/up/kernel")  # one sharded in each way
+
+
+def batch(rows=8, length=12):
+    rng = np.random.default_rng(0)
+    ones = np.ones((rows, length), np.int32)
+    return {
+        "tokens": rng.integers(0, LM.vocab, (rows, length)).astype(np.int32),
+        "segment": ones,
+        "position": np.cumsum(ones, 1, dtype=np.int32) - 1,
+        "mask": ones.astype(np.float32),
+    }
+
+
+def spec(**changes):
+    s = settings.AdaptSettings(**{"tiles": (2, 2), "density": 0.1, "targets": TARGETS, **changes})
+    return adapt.spec(s, LM, OPTIM, lambda count: 1e-2, 100)
+
+
+@functools.cache
+def base():
+    return jax.tree.map(np.asarray, params.init(LM, jax.random.key(0)))
+
+
+def train(of, place, steps=3):
+    """The parameters and optimizer state after a few steps of SFT, on the host."""
+    step = dataflow.compile(
+        sft.graph(sft.SFTConfig(), LM), {"actor_train": place}, {"actor": of}
+    ).build(batch())
+    home = jax.tree.map(lambda x: x.sharding, step.home("actor").params)
+    start = jax.jit(of.tx.extended)(base()) if isinstance(of.tx, dataflow.Adaptation) else base()
+    models = {"actor": step.init("actor", jax.device_put(start, home))}
+    for i in range(steps):
+        models, _, m = step(models, batch(), np.array([0, i], np.uint32), reselect=step.due(i))
+    assert all(np.isfinite(float(v)) for v in m.values())
+    return jax.tree.map(np.asarray, models["actor"]), step
+
+
+WAYS = {
+    "entries": dict(name="spiel_ag", selector="gradient", every=2),
+    "blocks and lora": dict(
+        name="periodic", selector="fisher", every=2, granularity="block", block=(4, 4), rank=2
+    ),
+    "overlay": dict(name="spiel_ag", selector="snip", every=2, mode="overlay"),
+    "lisa": dict(name="lisa", layers=1, every=1),
+}
+PLACES = {
+    "entries": Placement((7, 6, 5, 4, 3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
+    "blocks and lora": Placement((1, 3, 0, 2), tensor=2, seq=2, microbatches=4),
+    "overlay": Placement((0, 1, 2, 3), fsdp=2, tensor=2, microbatches=2),
+    "lisa": Placement((3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_plan_changes_what_is_chosen_nor_learned(way):
+    want, _ = train(spec(**WAYS[way]), ONE)
+    got, _ = train(spec(**WAYS[way]), PLACES[way])
+    chosen = {k: v for k, v in tree.flat(want).items() if k.endswith(("index", "entries/layers"))}
+    assert chosen
+    for name, index in chosen.items():
+        np.testing.assert_array_equal(index, tree.flat(got)[name])
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, got.params, want.params)
+
+
+def test_everything_at_full_density_is_dense_adam():
+    """Of these kernels; the rest is frozen."""
+    ours, _ = train(spec(name="static", density=1.0, tiles=(1, 1)), ONE)
+    frozen = tuple(k for k in tree.flat(base()) if k not in TARGETS)
+    tx = optimizer("adam", 1e-2, clip_norm=1.0, frozen=frozen)
+    theirs, _ = train(Spec(params.abstract(LM), params.logical_axes(LM), tx), ONE)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, ours.params, theirs.params)
+
+
+def test_only_what_is_active_changes_and_the_base_comes_back():
+    of = spec(name="spiel_ag", selector="snip", every=2, tiles=(1, 1))
+    got, _ = train(of, ONE, steps=4)
+    changed = tree.flat(jax.tree.map(lambda a, b: (a != b).mean(), got.params, base()))
+    for name, share in changed.items():
+        assert 0 < share <= 0.11 if name in got.opt["entries"].active else share == 0, name
+    part = settings.AdaptSettings(name="static", density=0.1, targets=TARGETS)
+    model = jax.tree.map(jnp.asarray, got)
+    back = jax.jit(adapt.entries_of(part, LM, OPTIM).revert)(model.params, model.opt["entries"])
+    jax.tree.map(np.testing.assert_array_equal, back, base())
+
+
+def test_an_overlay_learns_what_training_in_place_learns():
+    """And its base is there unchanged."""
+    way = dict(name="periodic", selector="gradient", every=2, tiles=(1, 1))
+    inside, _ = train(spec(**way), ONE)
+    beside, _ = train(spec(**way, mode="overlay"), ONE)
+    params_ = jax.tree.map(jnp.asarray, beside.params)
+    jax.tree.map(np.testing.assert_array_equal, lora.base(params_), base())
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, jax.jit(lambda p: lora.merge(LM, p))(params_), inside.params)
+
+
+def test_lisa_of_all_layers_is_dense_adam_and_of_one_leaves_the_others():
+    ours, _ = train(spec(name="lisa", layers=2, every=9), ONE)
+    frozen = tuple(k for k in tree.flat(base()) if k not in TARGETS)
+    tx = optimizer("adam", 1e-2, clip_norm=1.0, frozen=frozen)
+    theirs, _ = train(Spec(params.abstract(LM), params.logical_axes(LM), tx), ONE)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, ours.params, theirs.params)
+    one, _ = train(spec(name="lisa", layers=1, every=9), ONE)
+    (layer,) = one.opt["entries"].layers
+    for name in TARGETS:
+        changed = tree.flat(one.params)[name] != tree.flat(base())[name]
+        assert changed[layer].mean() > 0.9 and not changed[1 - layer].any()
+    state = [x for x in jax.tree.leaves(one.opt["entries"].inner) if x.ndim > 2]
+    assert state and all(len(x) == 1 for x in state)
+
+
+def run(algorithm, steps, **changes):
+    """Settings of tests/tiny.py with an actor that is trained in part."""
+    of = launch.config(f"algorithm={algorithm},steps={steps},every=1,first=1")
+    part = {"actor": settings.AdaptSettings(**changes)}
+    stage = dataclasses.replace(of.stage[algorithm], adapt=part)
+    return dataclasses.replace(of, stage={algorithm: stage})
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL within this process."""
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatch):
+    part = dict(name="spiel_ag", selector="gradient", every=2, density=0.1, rank=2)
+    of = run("sft", 4, **part, targets=TARGETS)
+    assert launch.train(of, tmp_path / "whole")
+    write, left = metrics.Writer.step, [3]
+
+    def killing(self, *args, **kwargs):
+        write(self, *args, **kwargs)
+        left[0] -= 1
+        if not left[0]:
+            self.close()
+            raise Killed
+
+    with monkeypatch.context() as m:
+        m.setattr(metrics.Writer, "step", killing)
+        with pytest.raises(Killed):
+            launch.train(of, tmp_path / "killed")
+    assert launch.train(of, tmp_path / "killed")
+    assert launch.export(tmp_path / "killed") == launch.export(tmp_path / "whole")
+    assert launch.numbers(tmp_path / "killed") == launch.numbers(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("compiled_once")
+@pytest.mark.parametrize("way", [dict(name="lora", rank=2), dict(name="static", mode="overlay")])
+def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
+    """No second model; and the KL to it starts at 0 and then does not stay there."""
+    of = run("grpo", 2, **way, targets=TARGETS)
+    assert launch.train(of, tmp_path)
+    rows = [v for _, _, v in launch.numbers(tmp_path, "grpo")]
+    kl = [v["advantage/ref_kl"] for v in rows if "advantage/ref_kl" in v]
+    assert abs(kl[0]) < 1e-5 < abs(kl[1])
+    plan = launch.document(tmp_path, "plan")["grpo"]
+    assert plan["ref_inf"]["of"] == "actor"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(name="best"), "name is 'best'"),
+        (dict(name="lora"), "rank is 0"),
+        (dict(name="static", granularity="bit"), "granularity is 'bit'"),
+        (dict(name="static", selector="best"), "selector is 'best'"),
+        (dict(name="spiel_ag"), "grows by a gradient"),
+        (dict(name="periodic"), "choose the same again"),
+        (dict(name="static", granularity="block"), r"attn/o/kernel: blocks of \(128, 128\)"),
+        (dict(name="static", tiles=(0, 1)), r"tiles is \(0, 1\)"),
+        (dict(name="static", targets=("nothing",)), "'nothing' matches no projection"),
+        (dict(name="static", whole=TARGETS[1:]), "also trained by entries"),
+        (dict(name="static", probe=0), "probe is 0"),
+        (dict(name="lisa", layers=3), "3 layers are trained at a time, but there are 2"),
+        (dict(name="lisa", rank=2), "no rank and no overlay"),
+        (dict(name="static", mode="under"), "mode is 'under'"),
+        (dict(name="static", mode="overlay", on_drop="keep"), "an overlay always reverts"),
+    ],
+)
+def test_what_cannot_work_is_said(changes, message):
+    with pytest.raises(ValueError, match=message):
+        spec(**changes)

@@ -1,0 +1,188 @@
+"""What compiled programs of sparse training may contain: collectives, operations, memory."""
+
+import contextlib
+import functools
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxrl_eff import adapt, models, settings, tree
+from jaxrl_eff.models import LMConfig, logical_axes, params, taps
+from jaxrl_eff.parallel import Placement, mesh, rules
+
+LM = LMConfig(vocab=24, layers=2, width=32, heads=4, kv_heads=4, head_dim=8, ffn=64)
+FSDP, TENSOR = 4, 2
+PLACE = Placement(tuple(range(8)), fsdp=FSDP, tensor=TENSOR)
+TARGETS = ("layers/attn/o/kernel", "layers/mlp/up/kernel")  # one sharded in each way
+COLLECTIVES = r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
+
+
+def collectives(compiled):
+    """(kind, largest number of elements) of every collective of a compiled program."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        kind = re.search(rf" = (.*?) {COLLECTIVES}(-start)?\(", line)
+        if kind:
+            shapes = re.findall(r"\w+\[([\d,]*)\]", kind[1])
+            sizes = [int(np.prod([int(n) for n in s.split(",") if n])) for s in shapes]
+            found.append((kind[2], max(sizes)))
+    return found
+
+
+@contextlib.contextmanager
+def placed(table=None):
+    table = table or rules(PLACE, {}).table
+    with jax.set_mesh(mesh(PLACE)), nn.logical_axis_rules(list(table)):
+        yield
+
+
+def entries(**changes):
+    s = settings.AdaptSettings(
+        **{"name": "periodic", "density": 0.1, "tiles": (FSDP, TENSOR), "targets": TARGETS}
+        | changes
+    )
+    return adapt.entries_of(s, LM, settings.OptimSettings(name="adam"))
+
+
+def placed_like(like, of):
+    """Shapes of state with the layout that `Step.home` gives it."""
+    r = rules(PLACE, {})
+
+    def one(name, x):
+        kernel = name.removeprefix("active/").rpartition("/kernel")[0] + "/kernel"
+        axes = of.layout.index_axes(kernel) if kernel in of.layout.tilings else ()
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=r.fitting(axes, x.shape))
+
+    return tree.map_with_name(one, like)
+
+
+@pytest.mark.parametrize("granularity", ["element", "block"])
+def test_choosing_and_writing_need_no_collective(granularity):
+    of = entries(selector="magnitude", granularity=granularity, block=(2, 2))
+    grown = entries(selector="gradient", granularity=granularity, block=(2, 2))
+    whole = entries(selector="magnitude", tiles=(1, 1))
+    shapes = params.abstract(LM)
+    where = rules(PLACE, {}).tree(logical_axes(LM))
+    home = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
+    )
+    state = placed_like(jax.eval_shape(of.init, shapes), of)
+    there = jax.tree.map(lambda x: x.sharding, state)
+
+    def step(p, s, taps_):
+        updates, s = of.update(taps_, s, p)
+        return of.apply(p, updates), s
+
+    found, tap = {}, {}
+    for name, a in state.active.items():
+        spec = PartitionSpec(*a.index.sharding.spec)
+        *lead, count = a.index.shape
+        lay = NamedSharding(mesh(PLACE), PartitionSpec(*spec[:3]))
+        found[name] = jax.ShapeDtypeStruct((*lead, 3, count), jnp.float32, sharding=lay)
+        tap[name] = jax.ShapeDtypeStruct(a.original.shape, jnp.float32, sharding=lay)
+    with placed():
+        programs = {
+            "choose by weights": jax.jit(of.init, out_shardings=there).lower(home),
+            "update and write": jax.jit(step, out_shardings=(where, there)).lower(home, state, tap),
+            "choose by gradient": jax.jit(grown.reselect, out_shardings=(where, there)).lower(
+                home, state, found
+            ),
+        }
+        found = {k: collectives(p.compile()) for k, p in programs.items()}
+        assert not any(found.values()), found
+        # That the search finds them: one tile over all devices cannot do without.
+        assert collectives(jax.jit(whole.init).lower(home).compile())
+
+
+def test_data_parallel_gradients_are_summed_at_the_active_entries_alone():
+    """And are those of one device, where the compiler's own way sums whole matrices."""
+    place = Placement(tuple(range(8)), data=4, tensor=2)
+    table = rules(place, {}).table
+    x = jax.random.normal(jax.random.key(0), (8, 6, 32))
+    g = jax.random.normal(jax.random.key(1), (8, 6, 64))
+    matrix = jax.random.normal(jax.random.key(2), (32, 64))
+    index = jnp.sort(jax.random.permutation(jax.random.key(3), 32 * 32)[:40])
+    index = jnp.stack([index, jnp.sort(1023 - index)]).astype(jnp.int32)[None]
+
+    def loss(tap, x, matrix, index, g):
+        where = taps.place_of(8, 6, "embed", "ffn", (1, 2))
+        return jnp.sum(taps.tapped(x, matrix, tap, index, place=where) * g)
+
+    def dense(tap, x, matrix, index, g):
+        whole = jax.grad(lambda m: jnp.sum((x @ m) * g))(matrix)
+        t = taps.tiling_of(matrix.shape, tap, index)
+        return taps.gather(whole, index, t)
+
+    args = jnp.zeros((1, 2, 40)), x, matrix, index, g
+    want = dense(*args)
+    with jax.set_mesh(mesh(place)), nn.logical_axis_rules(list(table)):
+        specs = ((None, "tensor"), ("data",), (None, "tensor"), (None, "tensor"))
+        specs = [PartitionSpec(*s) for s in (*specs, ("data", None, "tensor"))]
+        there = [
+            jax.device_put(a, NamedSharding(mesh(place), s))
+            for a, s in zip(args, specs, strict=True)
+        ]
+        ours = jax.jit(jax.grad(loss)).lower(*there).compile()
+        theirs = jax.jit(dense).lower(*there).compile()
+    np.testing.assert_allclose(ours(*there), want, rtol=1e-5, atol=1e-5)
+    assert [k for k, _ in collectives(ours)] == ["all-reduce"]
+    assert max(n for _, n in collectives(ours)) == 40  # of one device's tile
+    assert max(n for _, n in collectives(theirs)) >= matrix.size // 2
+
+
+@functools.cache
+def programs():
+    """Compiled gradients of one model: by the taps of entries or blocks, or of one tap alone."""
+    cfg = LMConfig(
+        vocab=32, layers=12, width=256, heads=4, kv_heads=4, head_dim=64, ffn=768, unroll=1,
+        remat="full",
+    )  # fmt: skip
+    shapes = params.abstract(cfg)
+    tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    optim = settings.OptimSettings(name="adam")
+
+    def loss(p, tokens, position, segment):
+        return models.apply(cfg, p, tokens, position, segment)[0].astype(jnp.float32).sum()
+
+    def compiled(way, p):
+        opt = jax.eval_shape(way.init, p)
+
+        def run(p, opt, *rows):
+            leaves = way.leaves(p, opt)
+            return jax.grad(lambda x: loss(way.attach(p, opt, x), *rows))(leaves)
+
+        return jax.jit(run).lower(p, opt, tokens, tokens, tokens).compile()
+
+    def part(**changes):
+        s = settings.AdaptSettings(name="static", density=0.015, **changes)
+        return adapt.spec(s, cfg, optim, optax.constant_schedule(1e-3), 1).tx
+
+    frozen = part(targets=("layers/attn/v/kernel",), granularity="block", block=(64, 64))
+    return shapes, {
+        "frozen": compiled(frozen, shapes),
+        "block": compiled(part(granularity="block", block=(32, 32)), shapes),
+        "element": compiled(part(), shapes),
+    }
+
+
+def test_operations_of_a_backward_pass():
+    """Blocks cost what a frozen base costs; entries the gradient of each matrix besides."""
+    _, found = programs()
+    flops = {k: p.cost_analysis()["flops"] for k, p in found.items()}
+    assert flops["frozen"] < flops["block"] <= 1.05 * flops["frozen"]
+    assert flops["block"] < flops["element"] <= 1.45 * flops["frozen"]
+
+
+def test_memory_of_a_backward_pass():
+    """One layer's gradient of one matrix at most, never a stack of them."""
+    shapes, found = programs()
+    spare = {k: p.memory_analysis().temp_size_in_bytes for k, p in found.items()}
+    largest = max(x.size * 4 // 12 for x in jax.tree.leaves(shapes["layers"]))
+    assert spare["element"] <= spare["frozen"] + 1.15 * 2 * largest
+    assert spare["block"] <= spare["frozen"] + largest
