@@ -432,7 +432,7 @@ def _adaptation(
     due, by_gradient = None, False
     if isinstance(entries, _InTurn):
         due = entries.of.due
-    elif entries is not None:
+    elif entries is not None and (s.name != "static" or s.selector in sparse.GRADIENTS):
         due, by_gradient = entries.of.schedule.due, s.selector in sparse.GRADIENTS
     return Adaptation(
         init=init,

@@ -16,6 +16,8 @@ from jaxrl_eff.dataflow import Placement, Spec
 from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.optim import optimizer
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 LM = LMConfig(
     vocab=24, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=32, init_std=0.3, unroll=1
 )
@@ -75,7 +77,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [w if w == "entries" else pytest.param(w, marks=pytest.mark.slow) for w in WAYS]
+)
 def test_no_plan_changes_what_is_chosen_nor_learned(way):
     want, _ = train(spec(**WAYS[way]), ONE)
     got, _ = train(spec(**WAYS[way]), PLACES[way])
@@ -148,7 +152,6 @@ class Killed(BaseException):
     """Stands for SIGKILL within this process."""
 
 
-@pytest.mark.usefixtures("compiled_once")
 def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatch):
     part = dict(name="spiel_ag", selector="gradient", every=2, density=0.1, rank=2)
     of = run("sft", 4, **part, targets=TARGETS)
@@ -171,8 +174,13 @@ def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatc
     assert launch.numbers(tmp_path / "killed") == launch.numbers(tmp_path / "whole")
 
 
-@pytest.mark.usefixtures("compiled_once")
-@pytest.mark.parametrize("way", [dict(name="lora", rank=2), dict(name="static", mode="overlay")])
+@pytest.mark.parametrize(
+    "way",
+    [
+        dict(name="lora", rank=2),
+        pytest.param(dict(name="static", mode="overlay"), marks=pytest.mark.slow),
+    ],
+)
 def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
     """No second model; and the KL to it starts at 0 and then does not stay there."""
     of = run("grpo", 2, **way, targets=TARGETS)

@@ -12,7 +12,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_eff import adapt, models, settings, tree
+from jaxrl_eff import adapt, dataflow, footprint, models, settings, tree
+from jaxrl_eff.algorithms import sft
 from jaxrl_eff.models import LMConfig, logical_axes, params, taps
 from jaxrl_eff.parallel import Placement, mesh, rules
 
@@ -20,6 +21,7 @@ LM = LMConfig(vocab=24, layers=2, width=32, heads=4, kv_heads=4, head_dim=8, ffn
 FSDP, TENSOR = 4, 2
 PLACE = Placement(tuple(range(8)), fsdp=FSDP, tensor=TENSOR)
 TARGETS = ("layers/attn/o/kernel", "layers/mlp/up/kernel")  # one sharded in each way
+ROWS_BYTES = 3 * 2 * 64 * 4  # of the batch in `programs`
 COLLECTIVES = r"(all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)"
 
 
@@ -164,7 +166,20 @@ def programs():
         return adapt.spec(s, cfg, optim, optax.constant_schedule(1e-3), 1).tx
 
     frozen = part(targets=("layers/attn/v/kernel",), granularity="block", block=(64, 64))
+
+    def whole_step(way, p):
+        opt = jax.eval_shape(way.init, p)
+
+        def run(p, opt, *rows):
+            taps = way.leaves(p, opt)
+            grads = jax.grad(lambda x: loss(way.attach(p, opt, x), *rows))(taps)
+            return way.update(grads, opt, p, jnp.isfinite(grads[min(grads)]).all())
+
+        rows = (tokens, tokens, tokens)
+        return jax.jit(run, donate_argnums=(0, 1)).lower(p, opt, *rows).compile()
+
     return shapes, {
+        "whole step": whole_step(part(), shapes),
         "frozen": compiled(frozen, shapes),
         "block": compiled(part(granularity="block", block=(32, 32)), shapes),
         "element": compiled(part(), shapes),
@@ -186,3 +201,36 @@ def test_memory_of_a_backward_pass():
     largest = max(x.size * 4 // 12 for x in jax.tree.leaves(shapes["layers"]))
     assert spare["element"] <= spare["frozen"] + 1.15 * 2 * largest
     assert spare["block"] <= spare["frozen"] + largest
+
+
+def test_bytes_of_a_model_in_training():
+    """bfloat16 parameters and one percent trained: 2 + 22 bytes x density, and one matrix's dW."""
+    density, narrow = 0.01, LM.replace(param_dtype="bfloat16", width=256, ffn=1024, head_dim=64)
+    part = settings.AdaptSettings(name="static", density=density)
+    optim = settings.OptimSettings(name="adam")
+    spec = adapt.spec(part, narrow, optim, optax.constant_schedule(1e-3), 1)
+    step = dataflow.compile(
+        sft.graph(sft.SFTConfig(), narrow), {"actor_train": Placement((0,))}, {"actor": spec}
+    )
+    said, size = footprint.planned(step, "actor"), models.count(narrow)
+    largest = 256 * 1024 * 4
+    assert said.parameters == 2 * size
+    assert said.total <= 1.15 * (2 + 22 * density) * size + largest
+    # What is said is what there is.
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params.abstract(narrow))
+    home = jax.tree.map(lambda x: x.sharding, step.home("actor").params)
+    model = step.init("actor", jax.device_put(start, home))
+    assert said.parameters == tree.nbytes(model.params) and said.state == tree.nbytes(model.opt)
+    taps = spec.tx.leaves(model.params, model.opt)
+    assert said.gradients == tree.nbytes(taps)
+    assert footprint.whole(step, "actor").total == (2 + 8 + 2) * size
+
+
+def test_an_update_writes_into_the_kernels_it_was_given():
+    """Donated, and with no copy of a stack of kernels on the way."""
+    shapes, found = programs()
+    stack = max(tree.nbytes(x) for x in jax.tree.leaves(shapes["layers"]))
+    memory = found["whole step"].memory_analysis()
+    assert memory.alias_size_in_bytes == memory.argument_size_in_bytes - ROWS_BYTES
+    spare = found["element"].memory_analysis().temp_size_in_bytes
+    assert memory.temp_size_in_bytes < spare + stack / 2
