@@ -1,4 +1,4 @@
-"""The notebook runs from the first cell to the last, in small, in a process of its own."""
+"""The notebooks run from the first cell to the last, in small, each in a process of its own."""
 
 import json
 import os
@@ -11,24 +11,22 @@ nbformat = pytest.importorskip("nbformat", reason="needs the extra 'dev'")
 nbclient = pytest.importorskip("nbclient", reason="needs the extra 'dev'")
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOK = ROOT / "colab" / "quickstart.ipynb"
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 
-def _notebook():
-    return nbformat.read(NOTEBOOK, as_version=4)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_short_and_stored_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert len(notebook.cells) <= 12
+    assert not any(cell.get("outputs") for cell in notebook.cells)
 
 
-def test_the_notebook_is_short_and_stored_without_outputs():
-    nbformat.validate(_notebook())
-    assert len(_notebook().cells) <= 12
-    assert not any(cell.get("outputs") for cell in _notebook().cells)
-
-
-@pytest.mark.filterwarnings("ignore")  # of the notebook's own machinery, not of this package
-def test_the_notebook_runs(tmp_path, monkeypatch):
-    # The kernel must not inherit this process's eight simulated devices: it simulates two.
-    for name in ("XLA_FLAGS", "NPROC"):
-        monkeypatch.delenv(name, raising=False)
+def run(name, tmp_path, monkeypatch):
+    """What the cells print."""
+    # The kernel must not inherit this process's eight simulated devices: it simulates its own.
+    for variable in ("XLA_FLAGS", "NPROC"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path[1:2]]))
     # What is tried is that the cells run: fast programs would take longer to compile than to run.
@@ -43,15 +41,29 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     spec |= {"display_name": "this", "language": "python"}
     (folder / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
-    notebook = _notebook()
-    resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
+    notebook = nbformat.read(ROOT / "colab" / f"{name}.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(ROOT / "colab")}}
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="this", resources=resources)
     client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    return "".join(output.get("text", "") for output in outputs)
 
-    printed = "".join(
-        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
-    )
+
+@pytest.mark.filterwarnings("ignore")  # of the notebook's own machinery, not of this package
+def test_the_quickstart(tmp_path, monkeypatch):
+    printed = run("quickstart", tmp_path, monkeypatch)
     assert "actor_train -. actor .-> actor_gen" in printed
     assert "largest relative difference" in printed
     assert (tmp_path / "run" / "report.html").is_file()
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_one_plan_explained(tmp_path, monkeypatch):
+    printed = run("plan", tmp_path, monkeypatch)
+    assert "no plan takes less than" in printed
+    by_hand = next(line for line in printed.splitlines() if line.startswith("a step: "))
+    assert "(+" in by_hand  # the row that was changed by hand costs time
+    assert "{'actor_gen': 0," not in printed
+    difference = next(x for x in printed.splitlines() if x.startswith("largest difference"))
+    assert float(difference.split(": ")[1]) < 1e-3

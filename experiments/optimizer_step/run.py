@@ -59,6 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--millions", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     cases = {
         "D": master(), "light": collage("light"), "plus": collage("plus"),
@@ -103,7 +104,8 @@ def main() -> None:
             "ratio to limit": t / base / (ideal[name] / ideal["D"]),
         }  # fmt: skip
         print(f"{name:16}", {k: round(v, 3) for k, v in rows[name].items()}, flush=True)
-    (Path(__file__).parent / "results.json").write_text(json.dumps(rows, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
