@@ -4,8 +4,9 @@ r"""Training a part of a model: SFT of the digits toy, then GRPO of 1 % of the e
   python -m jaxrl_eff.main --config=configs/sparse.py:way=lora --workdir=runs/sparse_lora
 
 `way` is "random" (a fixed 1 % at random), "spiel" (SpIEL: drop and grow by gradients), "blocks"
-(8 x 8 blocks by gradients, anew every 20 steps), "lora" or "dora". The model is first trained whole
-by SFT, since a random one has nothing to be adapted.
+(8 x 8 blocks by gradients, anew every 20 steps), "lora", "dora", "lisa" (one layer at a time), or
+"all" to compare with. The model is first trained whole by SFT, since a random one has nothing to be
+adapted. Results of one seed stand in experiments/sparse.
 
 With a model of your own: --config.model.path=DIR --config.model.shape="{}"
 --config.tokenizer=model --config.stages="('grpo',)" --config.grpo.models.actor=base, and data.
@@ -13,14 +14,18 @@ With a model of your own: --config.model.path=DIR --config.model.shape="{}"
 
 from configs import common
 
+# Few entries need larger steps than all of them: 10 to 30 times.
 WAYS = dict(
-    random=dict(name="static", selector="random", density=0.01),
-    spiel=dict(name="spiel_ag", selector="gradient", density=0.01, every=20),
-    blocks=dict(
-        name="periodic", selector="gradient", granularity="block", block=(8, 8), density=0.01
+    random=(1e-2, dict(name="static", selector="random", density=0.01)),
+    spiel=(1e-2, dict(name="spiel_ag", selector="gradient", density=0.01, every=20)),
+    blocks=(
+        1e-2,
+        dict(name="periodic", selector="gradient", granularity="block", block=(8, 8), density=0.01),
     ),
-    lora=dict(name="lora", rank=4, alpha=8.0),
-    dora=dict(name="dora", rank=4, alpha=8.0),
+    lora=(3e-3, dict(name="lora", rank=4, alpha=8.0)),
+    dora=(3e-3, dict(name="dora", rank=4, alpha=8.0)),
+    lisa=(1e-3, dict(name="lisa", layers=1, every=20)),
+    all=(1e-3, None),
 )
 
 
@@ -28,10 +33,10 @@ def get_config(arg=None):
     a = common.parse_arg(arg, way="random")
     if a["way"] not in WAYS:
         raise ValueError(f"way={a['way']!r}; there are {sorted(WAYS)}.")
+    lr, part = WAYS[a["way"]]
     c = common.digits_run("sft", "grpo")
     c.sft = common.digits_sft()
     c.grpo = common.digits_rl("grpo")
-    # Few entries need larger steps: 10 to 30 times those of training all.
-    c.grpo.optim.actor.lr = 1e-2
-    c.grpo.adapt = dict(actor=WAYS[a["way"]])
+    c.grpo.optim.actor.lr = lr
+    c.grpo.adapt = dict(actor=part) if part else dict()
     return c

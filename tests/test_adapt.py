@@ -91,6 +91,7 @@ def test_no_plan_changes_what_is_chosen_nor_learned(way):
     jax.tree.map(close, got.params, want.params)
 
 
+@pytest.mark.slow
 def test_everything_at_full_density_is_dense_adam():
     """Of these kernels; the rest is frozen."""
     ours, _ = train(spec(name="static", density=1.0, tiles=(1, 1)), ONE)
@@ -113,6 +114,7 @@ def test_only_what_is_active_changes_and_the_base_comes_back():
     jax.tree.map(np.testing.assert_array_equal, back, base())
 
 
+@pytest.mark.slow
 def test_an_overlay_learns_what_training_in_place_learns():
     """And its base is there unchanged."""
     way = dict(name="periodic", selector="gradient", every=2, tiles=(1, 1))
@@ -124,6 +126,7 @@ def test_an_overlay_learns_what_training_in_place_learns():
     jax.tree.map(close, jax.jit(lambda p: lora.merge(LM, p))(params_), inside.params)
 
 
+@pytest.mark.slow
 def test_lisa_of_all_layers_is_dense_adam_and_of_one_leaves_the_others():
     ours, _ = train(spec(name="lisa", layers=2, every=9), ONE)
     frozen = tuple(k for k in tree.flat(base()) if k not in TARGETS)
@@ -174,13 +177,8 @@ def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatc
     assert launch.numbers(tmp_path / "killed") == launch.numbers(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        dict(name="lora", rank=2),
-        pytest.param(dict(name="static", mode="overlay"), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [dict(name="lora", rank=2), dict(name="static", mode="overlay")])
 def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
     """No second model; and the KL to it starts at 0 and then does not stay there."""
     of = run("grpo", 2, **way, targets=TARGETS)

@@ -19,6 +19,13 @@ CFG = LMConfig(
     vocab=24, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=24, init_std=0.3, unroll=1
 )
 KERNELS = ("layers/attn/q/kernel", "layers/attn/o/kernel", "layers/mlp/down/kernel")
+
+
+def but(usual, every):
+    """All of them, of which the usual ones run by default."""
+    return [k if k in usual else pytest.param(k, marks=pytest.mark.slow) for k in every]
+
+
 BLOCKS = {"element": (1, 1), "block": (4, 8), "row": (1, 0), "column": (0, 1)}
 
 
@@ -68,7 +75,7 @@ def tapped(base, tiled, leaf="tap"):
     return taps, tree.with_leaves(base, index)
 
 
-@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("kind", but(("element", "block"), BLOCKS))
 def test_a_tap_has_the_entries_of_the_dense_gradient(base, rows, dense, kind):
     tiled = tilings(base, BLOCKS[kind])
     taps, params = tapped(base, tiled)
@@ -82,7 +89,7 @@ def test_a_tap_has_the_entries_of_the_dense_gradient(base, rows, dense, kind):
         np.testing.assert_allclose(got[beside(name, "tap")], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gradient", "fisher", "snip", "gallop"])
+@pytest.mark.parametrize("kind", but(("gradient",), selectors.GRADIENTS))
 def test_a_probe_finds_the_best_units(base, rows, dense, kind):
     block = (4, 8) if kind == "gradient" else (1, 1)
     tiled = tilings(base, block)
@@ -134,7 +141,7 @@ hidden = functools.partial(jax.jit, static_argnums=0)(
 )
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "delta"])
+@pytest.mark.parametrize("kind", but(("dora", "delta"), (*lora.METHODS, "delta")))
 def test_merging_an_adapter_gives_the_same_logits(base, rows, kind):
     params = adapted(base, kind)
     beside_ = hidden(CFG, params, rows)
@@ -147,7 +154,7 @@ def test_merging_an_adapter_gives_the_same_logits(base, rows, kind):
     np.testing.assert_allclose(beside_, apart, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", but(("dora",), ("lora", "dora")))
 def test_a_fresh_adapter_changes_nothing(base, rows, kind):
     shapes, axes = lora.lora_shapes(CFG, 4, dora=kind == "dora")
     leaves = lora.lora_init(base, shapes, jax.random.key(2), 2.0)
