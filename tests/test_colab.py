@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -67,3 +68,13 @@ def test_one_plan_explained(tmp_path, monkeypatch):
     assert "{'actor_gen': 0," not in printed
     difference = next(x for x in printed.splitlines() if x.startswith("largest difference"))
     assert float(difference.split(": ")[1]) < 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_optimizers_in_a_loop_of_ones_own(tmp_path, monkeypatch):
+    printed = run("optimizers", tmp_path, monkeypatch)
+    lines = dict(re.findall(r"^([^:\n]+?):? +loss (\d\.\d+)", printed, re.M))
+    alone, best = float(lines["optax.adamw, bfloat16"]), float(lines["adamw, all float32"])
+    for name in ("collage_adamw, plus", "adamw, int16"):
+        assert abs(float(lines[name]) - best) < 0.2 * best < 0.1 * alone
+    assert "taken back: equal to the base is True" in printed
