@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxrl_eff.optim import mcf
@@ -89,9 +90,16 @@ def optimizer(
     if frozen:
         tx = optax.chain(
             optax.masked(tx, lambda tree: _unnamed(tree, frozen)),
-            optax.masked(optax.set_to_zero(), lambda tree: _named(tree, frozen)),
+            optax.masked(_stay(), lambda tree: _named(tree, frozen)),
         )
     return tx
+
+
+def _stay() -> optax.GradientTransformation:
+    """No change of a single bit: -0.0 + 0.0 would be 0.0."""
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
+    )
 
 
 def upcast() -> optax.GradientTransformation:

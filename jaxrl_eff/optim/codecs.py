@@ -170,6 +170,11 @@ def applied(p: Array, update: Array) -> Array:
     return mcf.round_to(mcf.load(p) + mcf.load(update), p.dtype)
 
 
+def still(update: Array) -> Array:
+    """An update whose zeros are -0.0: x + -0.0 is x bit for bit, also where x is -0.0."""
+    return jnp.where(update == 0, -0.0, update)
+
+
 def _pair() -> WeightCodec:
     """bfloat16 hi + bfloat16 lo: Collage's weights, and Kahan's sum.
 
@@ -182,7 +187,7 @@ def _pair() -> WeightCodec:
     def step(p, lo, change, _):
         wide = mcf.load(p)
         y = mcf.load(lo) + change
-        u = mcf.round_to(y, p.dtype)
+        u = still(mcf.round_to(y, p.dtype))
         h = mcf.round_to(wide + u, p.dtype)
         return u.astype(p.dtype), mcf.store(y - (h - wide), lo.dtype)
 
@@ -208,21 +213,29 @@ def _remainder16() -> WeightCodec:
 
     bits(w) = bits(p) + lo as integers. p is w rounded to bfloat16 with ties away from zero (a tie
     is one weight in 65,536), since the remainder of the upper neighbour is then at least -2^15.
+
+    Subnormal weights are 0, as on devices that flush them. The two zeros are 2^31 apart as
+    integers, and p may be either, so nothing is kept beside them.
     """
 
+    def zero(bits: Array) -> Array:
+        return (bits & jnp.int32(0x7FFFFFFF)) < jnp.int32(0x00800000)
+
     def near(bits: Array) -> Array:
-        return _float((bits + jnp.int32(0x8000)) & jnp.int32(-65536))
+        rounded = (bits + jnp.int32(0x8000)) & jnp.int32(-65536)
+        return _float(jnp.where(zero(bits), 0, rounded))
 
     def join(p, lo):
         return _float(_bits(mcf.load(p)) + lo.astype(jnp.int32))
 
     def rest(bits: Array, h: Array) -> Array:
-        return jnp.clip(bits - _bits(h), -(2**15), 2**15 - 1).astype(jnp.int16)
+        kept = jnp.clip(bits - _bits(h), -(2**15), 2**15 - 1)
+        return jnp.where(zero(bits), 0, kept).astype(jnp.int16)
 
     def step(p, lo, change, _):
         bits = _bits(join(p, lo) + change)
         # float32, since a bfloat16 update could not always bring p where it must be.
-        u = near(bits) - mcf.load(p)
+        u = still(near(bits) - mcf.load(p))
         return u, rest(bits, applied(p, u))
 
     def start(w, dtype):
@@ -255,7 +268,7 @@ def _remainder8() -> WeightCodec:
 
     def step(p, lo, change, _):
         w = join(p, lo) + change
-        u = mcf.round_to(w, p.dtype) - mcf.load(p)
+        u = still(mcf.round_to(w, p.dtype) - mcf.load(p))
         return u, rest(w, applied(p, u), p.dtype)
 
     def start(w, dtype):
@@ -270,7 +283,7 @@ def _random() -> WeightCodec:
 
     def step(p, lo, change, noise):
         wide = mcf.load(p)
-        return mcf.stochastic(wide + change, noise) - wide, lo
+        return still(mcf.stochastic(wide + change, noise) - wide), lo
 
     return WeightCodec(
         None, ("bfloat16",), lambda p, lo: mcf.load(p), step,
@@ -282,7 +295,7 @@ def _nothing() -> WeightCodec:
     """Rounding to nearest: what is lost is lost."""
 
     def step(p, lo, change, _):
-        return mcf.store(change, p.dtype), lo
+        return mcf.store(still(change), p.dtype), lo
 
     return WeightCodec(
         None, ("bfloat16", "float16"), lambda p, lo: mcf.load(p), step,

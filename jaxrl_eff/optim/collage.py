@@ -158,7 +158,7 @@ def _faithful(
             if decay:
                 change = rn(change - rn(lr * weight_decay * wide))
             h, new_low = mcf.grow(wide, low, change, p.dtype)
-            u = h - wide
+            u = codecs.still(h - wide)
             # Exact but for a weight that shrinks by 2^16 at once; then the rest is kept as well.
             new_low = rn(new_low + (h - codecs.applied(p, u)))
             kept = [x.astype(p.dtype) for x in (m, v, v_low, new_low)]

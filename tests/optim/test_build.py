@@ -43,6 +43,12 @@ def test_frozen_parts_stay_and_have_no_state():
     assert not [x for x in jax.tree.leaves(state) if x.shape == (3, 2)]
 
 
+def test_frozen_zeros_keep_their_sign():
+    params = {"a": jnp.asarray([-0.0, 0.0], jnp.bfloat16), "b": jnp.ones(2, jnp.bfloat16)}
+    got, _ = _step(optimizer("adamw", 0.1, frozen=("a",)), params, params)
+    np.testing.assert_array_equal(np.signbit(np.asarray(got["a"])), [True, False])
+
+
 def test_scales_and_biases_are_not_decayed():
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     got, _ = _step(optimizer("adamw", 0.1, weight_decay=0.5), grads=zero)

@@ -168,7 +168,7 @@ def test_float16_weights_keep_what_rounding_lost():
 def test_masked_entries_stay_bit_for_bit():
     """A mask goes before the store; then frozen entries keep their bits, and nothing else."""
     rng = np.random.default_rng(0)
-    p = jnp.asarray(rng.normal(size=(32, 32)), BF16)
+    p = jnp.asarray(rng.normal(size=(32, 32)) * (rng.random((32, 32)) < 0.8), BF16)  # -0.0 too
     mask = jnp.asarray(rng.random((32, 32)) < 0.1)
     freeze = optax.stateless(lambda u, _: jax.tree.map(lambda x: jnp.where(mask, x, 0), u))
     tx = optim.lowp_chain(optax.adam(1e-4), freeze, store="bf16x2")
@@ -181,9 +181,37 @@ def test_masked_entries_stay_bit_for_bit():
         np.testing.assert_array_equal(changed, np.asarray(new) != np.asarray(params), err_msg=i)
         params = new
     frozen = ~np.asarray(mask)
-    np.testing.assert_array_equal(np.asarray(params)[frozen], np.asarray(p)[frozen])
+    assert (np.signbit(np.asarray(p)) & (np.asarray(p) == 0)).any()
+    np.testing.assert_array_equal(bits(params)[frozen], bits(p)[frozen])
     assert not np.asarray(state.store.low.astype(jnp.float32))[frozen].any()
     assert np.asarray(state.store.low.astype(jnp.float32))[~frozen].any()
+
+
+def bits(x):
+    return np.asarray(jax.lax.bitcast_convert_type(x, jnp.uint16))
+
+
+@pytest.mark.parametrize("codec", list(codecs.WEIGHTS))
+def test_no_change_changes_no_bit_of_either_zero(codec):
+    """Pruned weights may be -0.0, 2^31 away from 0.0 as an integer, and subnormal ones are 0."""
+    p = jnp.asarray([-0.0, 0.0, 1.0, -1.0, 2.0**-126, -(2.0**-126), 0.02, -0.02], BF16)
+    tx = optim.lowp_chain(optax.sgd(1.0), store=codec)
+
+    @jax.jit
+    def step(params, state, g):
+        u, state = tx.update(g, state, params)
+        return optax.apply_updates(params, u), state
+
+    params, state = p, tx.init(p)
+    for zero in (0.0, -0.0, 0.0):
+        params, state = step(params, state, jnp.full_like(p, zero))
+        np.testing.assert_array_equal(bits(params), bits(p))
+        full = optim.full_precision_params(params, state)
+        np.testing.assert_array_equal(full, np.asarray(p.astype(jnp.float32)))
+    for g in (params, jnp.full_like(p, 2.0**-130), -jnp.full_like(p, 2.0**-127)):  # to 0 and past
+        params, state = step(params, state, g)
+    full = np.asarray(optim.full_precision_params(params, state))
+    assert (np.abs(full) <= 2.0**-126).all(), full
 
 
 def descent(tx, store=None, steps=20):
