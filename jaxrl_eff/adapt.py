@@ -237,7 +237,8 @@ class _Whole(NamedTuple):
         mine = self.leaves(params_, opt)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
             changes, new = self.tx.update({k: grads[k] for k in self.names}, opt, mine)
-        changed = _keep(finite, optax.apply_updates(mine, changes), mine)
+            changed = optax.apply_updates(mine, changes)
+        changed = _keep(finite, changed, mine)
         return tree.with_leaves(params_, changed), _keep(finite, new, opt)
 
 
@@ -401,7 +402,8 @@ def _adaptation(
 
     def update(grads: dict[str, jax.Array], opt: Any, params_: Any, finite: jax.Array):
         if clip_norm:
-            grads, _ = optax.clip_by_global_norm(clip_norm).update(grads, optax.EmptyState())
+            scale = jnp.minimum(1.0, clip_norm / jnp.maximum(tree.norm(grads), 1e-30))
+            grads = {k: g * scale.astype(g.dtype) for k, g in grads.items()}
         new = {}
         for name, part in parts.items():
             params_, new[name] = part.update(grads, opt[name], params_, finite)

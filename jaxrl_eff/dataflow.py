@@ -361,6 +361,13 @@ class Step:
         adapted = {c.of: self.specs[c.of].tx for c in self.calls if self._reselects(c)}
         return tuple(model for model, tx in adapted.items() if tx.due(step))
 
+    def memory(self, call: str, *, choosing: bool = False) -> Any:
+        """XLA's `memory_analysis` of a compiled call; or of the program that chooses anew what it
+        trains, None if there is none.
+        """
+        programs_ = self._reselections if choosing else self._programs
+        return programs_[call].memory_analysis() if call in programs_ else None
+
     def analysis(self) -> dict[str, dict[str, float]]:
         """What XLA says of every compiled call: `bytes` a device needs and `flops` it executes.
 

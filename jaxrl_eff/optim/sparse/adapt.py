@@ -265,7 +265,7 @@ def from_dense(adapt: SparseAdapt) -> optax.GradientTransformation:
         taps = dense_to_sparse(grads, state, adapt.layout)
         updates, state = adapt.update(taps, state, params)
         new = adapt.apply(params, updates)
-        wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
+        wide = lambda x: x.astype(jnp.float32)  # noqa: E731
         return jax.tree.map(lambda a, b: wide(a) - wide(b), new, params), state
 
     return optax.GradientTransformation(adapt.init, update)
