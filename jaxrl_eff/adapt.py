@@ -402,8 +402,9 @@ def _adaptation(
 
     def update(grads: dict[str, jax.Array], opt: Any, params_: Any, finite: jax.Array):
         if clip_norm:
-            scale = jnp.minimum(1.0, clip_norm / jnp.maximum(tree.norm(grads), 1e-30))
-            grads = {k: g * scale.astype(g.dtype) for k, g in grads.items()}
+            with jax.numpy_dtype_promotion("standard"):  # gradients of several dtypes
+                clip = optax.clip_by_global_norm(clip_norm)
+                grads, _ = clip.update(grads, optax.EmptyState())
         new = {}
         for name, part in parts.items():
             params_, new[name] = part.update(grads, opt[name], params_, finite)
