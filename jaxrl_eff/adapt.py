@@ -211,10 +211,6 @@ def _beside(kernel: str, leaf: str) -> str:
     return kernel.removesuffix("kernel") + leaf
 
 
-def _keep(finite: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-
-
 class _Whole(NamedTuple):
     """Leaves that are trained whole: LoRA's, and parameters by name."""
 
@@ -238,8 +234,8 @@ class _Whole(NamedTuple):
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
             changes, new = self.tx.update({k: grads[k] for k in self.names}, opt, mine)
             changed = optax.apply_updates(mine, changes)
-        changed = _keep(finite, changed, mine)
-        return tree.with_leaves(params_, changed), _keep(finite, new, opt)
+        changed = tree.where(finite, changed, mine)
+        return tree.with_leaves(params_, changed), tree.where(finite, new, opt)
 
 
 class _InPlace(NamedTuple):
@@ -266,8 +262,8 @@ class _InPlace(NamedTuple):
         taps = {k: grads[_beside(k, "tap")] for k in opt.active}
         updates, new = self.of.update(taps, opt, params_)
         # Where nothing may change the old values are written: k of them, and no second kernel.
-        updates = _keep(finite, updates, self.of.read(params_, opt))
-        return self.of.apply(params_, updates), _keep(finite, new, opt)
+        updates = tree.where(finite, updates, self.of.read(params_, opt))
+        return self.of.apply(params_, updates), tree.where(finite, new, opt)
 
     def reselect(self, params_: Any, opt: Any, found: Any) -> tuple[Any, Any]:
         return self.of.reselect(params_, opt, found)
@@ -321,8 +317,8 @@ class _Beside(NamedTuple):
     def update(self, grads: dict[str, jax.Array], opt: Any, params_: Any, finite: jax.Array):
         old = self._overlays(params_)
         new, after = self.of.update({k: grads[_beside(k, "delta")] for k in old}, opt, old)
-        leaves = self._leaves(_keep(finite, new, old))
-        return tree.with_leaves(params_, leaves), _keep(finite, after, opt)
+        leaves = self._leaves(tree.where(finite, new, old))
+        return tree.with_leaves(params_, leaves), tree.where(finite, after, opt)
 
     def reselect(self, params_: Any, opt: Any, found: Any) -> tuple[Any, Any]:
         new, opt = self.of.reselect(params_, opt, self._overlays(params_), found)
@@ -362,9 +358,9 @@ class _InTurn(NamedTuple):
     def update(self, grads: dict[str, jax.Array], opt: Any, params_: Any, finite: jax.Array):
         kernels = self.kernels(params_)
         values, new = self.of.update({k: grads[self.name(k)] for k in kernels}, opt, kernels)
-        values = _keep(finite, values, self.of.read(kernels, opt))
+        values = tree.where(finite, values, self.of.read(kernels, opt))
         written = self.of.write(kernels, opt, values)
-        return tree.with_leaves(params_, written), _keep(finite, new, opt)
+        return tree.with_leaves(params_, written), tree.where(finite, new, opt)
 
     def reselect(self, params_: Any, opt: Any, found: Any) -> tuple[Any, Any]:
         del found

@@ -7,12 +7,14 @@ Any field of `settings` can be set, whether the file mentions it or not; a value
 ("50", "1e-4", "(1, 2)", "true"), and as text where the file's own value is text or it is no Python.
 """
 
+import argparse
 import ast
+import contextlib
 import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,20 @@ FLAG = "config."  # absl collects the overrides under this name
 
 class ConfigError(ValueError):
     """A config file or an override that cannot be used."""
+
+
+@contextlib.contextmanager
+def explained(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """What is wrong with a command becomes the parser's one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(0) from None
+        parser.error(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print()
+        raise SystemExit(130) from None
 
 
 def rewrite(argv: Sequence[str]) -> list[str]:

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff.shapes import Array
-from jaxrl_eff.tree import path_name
+from jaxrl_eff.tree import flat
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Checkpoints:
     def _load(self, step: int, target: Any) -> Any:
         import orbax.checkpoint as ocp
 
-        table = {name: _placed(x) for name, x in _named(target).items()}
+        table = {name: _placed(x) for name, x in flat(target).items()}
         wanted = {name: x for name, x in table.items() if math.prod(x.shape)}
         args = {
             name: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
@@ -288,19 +288,8 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by name, in tree order."""
-    pairs = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(f"several leaves of the tree are called {twice}.")
-    return table
-
-
 def _table(state: Any) -> dict[str, Array]:
-    table = _named(state)
+    table = flat(state)
     for name, leaf in table.items():
         if not isinstance(leaf, jax.Array):
             raise TypeError(f"{name} is a {type(leaf).__name__}; only jax.Arrays can be saved.")
@@ -332,7 +321,7 @@ def _empty(x: jax.ShapeDtypeStruct) -> Array:
 
 def _difference(saved: dict[str, Any], target: Any, partial: bool) -> str | None:
     """How the saved leaves differ from the wanted ones, in words."""
-    wanted = {name: [list(x.shape), str(x.dtype)] for name, x in _named(target).items()}
+    wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(target).items()}
     if missing := sorted(set(wanted) - set(saved)):
         return f"it lacks {_few(missing)}"
     if not partial and (extra := sorted(set(saved) - set(wanted))):

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from jaxrl_eff import deltas
+from jaxrl_eff import arguments, deltas
 from jaxrl_eff.data.tokenizer import load_tokenizer
 from jaxrl_eff.deltas.coding import bound
 from jaxrl_eff.deltas.file import index_bytes
@@ -210,15 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; what is wrong with it is one line and exit code 2."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
+    with arguments.explained(parser):
         args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(0) from None
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print()
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

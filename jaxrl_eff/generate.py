@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 
+from jaxrl_eff import arguments
 from jaxrl_eff.data.chat import render_chat
 from jaxrl_eff.data.tokenizer import Tokenizer, decode_stream, load_tokenizer
 from jaxrl_eff.models import LMConfig, apply, unembed, unstack
@@ -222,15 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.prompt is None) != args.chat:
         parser.error("give either --prompt=TEXT or --chat.")
-    try:
+    with arguments.explained(parser):
         _run(args)
-    except (ValueError, OSError, ImportError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(0) from None
-        parser.error(" ".join(str(error).split()))
-    except KeyboardInterrupt:
-        print()
-        raise SystemExit(130) from None
 
 
 def _run(args: argparse.Namespace) -> None:

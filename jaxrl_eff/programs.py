@@ -156,7 +156,7 @@ def _whole(tx: optax.GradientTransformation) -> Adaptation:
             changes, new = tx.update(grads, opt, params)
             updated = optax.apply_updates(params, changes), new
         # A select joins the optimizer's own pass over the parameters; a cond would copy them.
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, (params, opt))
+        return tree.where(finite, updated, (params, opt))
 
     return Adaptation(
         init=tx.init,

@@ -27,8 +27,18 @@ def map_with_name(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 
 def flat(tree: Any) -> dict[str, Any]:
-    """Name -> leaf, in tree order."""
-    return {path_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    """Name -> leaf, in tree order: `layers/attn/q/kernel`; a flat dict's own keys.
+
+    Raises:
+        ValueError: two leaves have one name, as `{"a": {"b": x}, "a/b": y}` would.
+    """
+    pairs = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        every = [name for name, _ in pairs]
+        twice = sorted({name for name in every if every.count(name) > 1})
+        raise ValueError(f"several leaves of the tree are called {twice}.")
+    return table
 
 
 def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
@@ -47,6 +57,11 @@ def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
 def without(tree: Any, gone: Callable[[str], bool]) -> Any:
     """Nested dicts without the leaves whose name is `gone`, nor dicts that only had such."""
     return with_leaves({}, {k: v for k, v in flat(tree).items() if not gone(k)})
+
+
+def where(condition: Any, new: Any, old: Any) -> Any:
+    """`new` or `old`, leaf by leaf."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def match(tree: Any, patterns: Iterable[str]) -> Any:

@@ -58,6 +58,17 @@ def command(*arguments_, cache="/nonexistent", timeout=300, **options):
     return process.returncode, out, err
 
 
+def called(main_, capsys, *arguments_):
+    """A command in this process: exit code, standard output, standard error."""
+    try:
+        main_([str(a) for a in arguments_])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
 def numbers(workdir, stage=None):
     """(step, stage, values) of metrics.jsonl, without times."""
     rows = metrics.read(Path(workdir) / "metrics.jsonl")

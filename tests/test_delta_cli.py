@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launch
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -45,13 +46,7 @@ def home(tmp_path_factory):
 
 
 def run(capsys, *argv):
-    try:
-        delta.main([str(a) for a in argv])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
+    return launch.called(delta.main, capsys, *argv)
 
 
 def files(directory):

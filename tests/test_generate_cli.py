@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import launch
 import numpy as np
 import pytest
 
@@ -43,13 +44,7 @@ def workdir(tmp_path_factory, params):
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
-    try:
-        generate.main([str(a) for a in argv])
-        code = 0
-    except SystemExit as stop:
-        code = stop.code
-    out = capsys.readouterr()
-    return code, out.out, out.err
+    return launch.called(generate.main, capsys, *argv)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from jaxrl_eff.deltas.delta import Delta, Entries
-from jaxrl_eff.deltas.tensors import bits, content_hash, host, named
-from jaxrl_eff.tree import map_with_name
+from jaxrl_eff.deltas.tensors import bits, content_hash, host
+from jaxrl_eff.tree import flat, map_with_name
 
 
 def diff(
@@ -28,7 +28,7 @@ def diff(
     Raises:
         ValueError: the trees do not fit; named.
     """
-    old, new = named(base), named(tuned)
+    old, new = flat(base), flat(tuned)
     if odd := sorted(set(old) ^ set(new)):
         where = "base" if odd[0] in old else "tuned model"
         raise ValueError(f"the tensor {odd[0]!r} is only in the {where} ({len(odd)} such).")
@@ -58,7 +58,7 @@ def check(params: Any, delta: Delta, *, content: bool = True) -> None:
     Raises:
         ValueError: a tensor is missing, or of another shape or dtype; the base has another hash.
     """
-    table = named(params)
+    table = flat(params)
     for name, entries in delta.tensors.items():
         if name not in table:
             some = ", ".join(sorted(table)[:3])
@@ -130,7 +130,7 @@ def resolved(params: Any, delta: Delta, *, content: bool = True) -> Delta:
         ValueError: as `check`; originals are not what the base holds.
     """
     check(params, delta, content=content)
-    table = named(params)
+    table = flat(params)
     tensors = {}
     for name, entries in delta.tensors.items():
         old = _at(table[name], entries)

@@ -22,10 +22,11 @@ import numpy as np
 
 from jaxrl_eff.deltas.apply import apply, resolved
 from jaxrl_eff.deltas.delta import Delta, Entries
-from jaxrl_eff.deltas.tensors import host, named
+from jaxrl_eff.deltas.tensors import host
 from jaxrl_eff.models import LMConfig, unembed
 from jaxrl_eff.models import apply as run
 from jaxrl_eff.shapes import Array, Float, Int, PyTree
+from jaxrl_eff.tree import flat
 
 _PIECE = 2**22  # entries of a tensor that are squared at a time
 
@@ -213,7 +214,7 @@ def measured(
         models: base and tuned, as `kl` and `suite` take them.
         limits, kl, suite: as in `audit`.
     """
-    table = named(tensors)
+    table = flat(tensors)
     rows = tuple(
         _row(name, host(name, table[name]), entries)
         for name, entries in sorted(delta.tensors.items())

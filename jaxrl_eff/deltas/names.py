@@ -10,9 +10,9 @@ import math
 import numpy as np
 
 from jaxrl_eff.deltas.delta import Delta, Entries
-from jaxrl_eff.deltas.tensors import named
 from jaxrl_eff.models import LMConfig, abstract
 from jaxrl_eff.models.hf_table import Tensor, tensors
+from jaxrl_eff.tree import flat as by_name
 
 
 def to_hf(delta: Delta, cfg: LMConfig, *, base: str = "", prefix: str = "model.") -> Delta:
@@ -26,7 +26,7 @@ def to_hf(delta: Delta, cfg: LMConfig, *, base: str = "", prefix: str = "model."
     Raises:
         ValueError: a name or a shape that the model does not have.
     """
-    table, shapes = {t.path: t for t in tensors(cfg)}, named(abstract(cfg))
+    table, shapes = {t.path: t for t in tensors(cfg)}, by_name(abstract(cfg))
     out: dict[str, Entries] = {}
     for path, entries in delta.tensors.items():
         if path not in table or tuple(shapes[path].shape) != entries.shape:
@@ -56,7 +56,7 @@ def from_hf(delta: Delta, cfg: LMConfig, *, base: str = "", prefix: str = "model
     Raises:
         ValueError: a name or a shape that the model does not have.
     """
-    shapes, left = named(abstract(cfg)), dict(delta.tensors)
+    shapes, left = by_name(abstract(cfg)), dict(delta.tensors)
     out: dict[str, Entries] = {}
     for tensor in tensors(cfg):
         shape = tuple(shapes[tensor.path].shape)

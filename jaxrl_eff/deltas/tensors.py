@@ -13,13 +13,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff.models.hf import weight_files
 from jaxrl_eff.models.hf_table import CODES
-from jaxrl_eff.tree import path_name
+from jaxrl_eff.tree import flat
 
 # Names of dtypes in safetensors files: those of weights, and those of what lies beside them.
 _DTYPES = CODES | {
@@ -27,17 +26,6 @@ _DTYPES = CODES | {
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
-
-
-def named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their names: `layers/attn/q/kernel`; a flat dict's own keys."""
-    pairs = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        every = [name for name, _ in pairs]
-        twice = sorted({name for name in every if every.count(name) > 1})
-        raise ValueError(f"several leaves of the tree are called {twice}.")
-    return table
 
 
 def content_hash(tree: Any) -> str:
@@ -49,7 +37,7 @@ def content_hash(tree: Any) -> str:
     Raises:
         ValueError: a leaf is partly on other processes.
     """
-    table = named(tree)
+    table = flat(tree)
     with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
         digests = pool.map(lambda name: _digest(name, table[name]), sorted(table))
         total = hashlib.sha256(b"".join(digests))

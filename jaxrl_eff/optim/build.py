@@ -12,6 +12,7 @@ import optax
 from jaxrl_eff.optim import mcf
 from jaxrl_eff.optim.codecs import WEIGHTS
 from jaxrl_eff.optim.collage import collage_adamw
+from jaxrl_eff.optim.paths import path_name
 from jaxrl_eff.optim.store import lowp_chain
 
 OWN = {"collage_adamw": collage_adamw}
@@ -137,7 +138,6 @@ def _unnamed(tree: Any, patterns: Sequence[str]) -> Any:
 def _matcher(patterns: Sequence[str]) -> Callable[[Any, Any], bool]:
     def matches(path: Any, leaf: Any) -> bool:
         del leaf
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return any(re.fullmatch(p, name) for p in patterns)
+        return any(re.fullmatch(p, path_name(path)) for p in patterns)
 
     return matches

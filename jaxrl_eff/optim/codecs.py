@@ -211,8 +211,7 @@ def _float(bits: Array) -> Array:
 def _remainder16() -> WeightCodec:
     """The lower half of a float32 weight as int16: a float32 master, bit for bit.
 
-    bits(w) = bits(p) + lo as integers. p is w rounded to bfloat16 with ties away from zero (a tie
-    is one weight in 65,536), since the remainder of the upper neighbour is then at least -2^15.
+    p is w rounded to bfloat16 with ties away from zero (one weight in 65,536), see `split_bits`.
 
     Subnormal weights are 0, as on devices that flush them. The two zeros are 2^31 apart as
     integers, and p may be either, so nothing is kept beside them.
@@ -221,29 +220,25 @@ def _remainder16() -> WeightCodec:
     def zero(bits: Array) -> Array:
         return (bits & jnp.int32(0x7FFFFFFF)) < jnp.int32(0x00800000)
 
-    def near(bits: Array) -> Array:
-        rounded = (bits + jnp.int32(0x8000)) & jnp.int32(-65536)
-        return _float(jnp.where(zero(bits), 0, rounded))
-
-    def join(p, lo):
-        return _float(_bits(mcf.load(p)) + lo.astype(jnp.int32))
+    def near(w: Array) -> Array:
+        return jnp.where(zero(_bits(w)), 0.0, mcf.load(mcf.split_bits(w)[0]))
 
     def rest(bits: Array, h: Array) -> Array:
         kept = jnp.clip(bits - _bits(h), -(2**15), 2**15 - 1)
         return jnp.where(zero(bits), 0, kept).astype(jnp.int16)
 
     def step(p, lo, change, _):
-        bits = _bits(join(p, lo) + change)
+        w = mcf.join_bits(p, lo) + change
         # float32, since a bfloat16 update could not always bring p where it must be.
-        u = still(near(bits) - mcf.load(p))
-        return u, rest(bits, applied(p, u))
+        u = still(near(w) - mcf.load(p))
+        return u, rest(_bits(w), applied(p, u))
 
     def start(w, dtype):
         del dtype
-        hi = near(_bits(w))
+        hi = near(w)
         return hi, rest(_bits(w), hi)
 
-    return WeightCodec(jnp.dtype(jnp.int16), ("bfloat16",), join, step, start)
+    return WeightCodec(jnp.dtype(jnp.int16), ("bfloat16",), mcf.join_bits, step, start)
 
 
 def _remainder8() -> WeightCodec:

@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxrl_eff.optim import codecs, mcf
 from jaxrl_eff.optim.collage import VARIANTS, FaithfulState
 from jaxrl_eff.optim.moments import LowPrecisionAdamState, decode_moment, encode_moment
-from jaxrl_eff.optim.store import StoreState, joined
+from jaxrl_eff.optim.paths import path_name
+from jaxrl_eff.optim.store import StoreState, found, joined
 
 
 class Master(NamedTuple):
@@ -108,10 +109,10 @@ def to_master(params: Any, opt_state: Any, *, variant: str) -> Master:
     """The float32 training state that a `collage_adamw` state of this variant stands for."""
     _, mu, nu = VARIANTS[variant]
     full = full_precision_params(params, opt_state)
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(x)]
-    if len(found) != 1:
-        raise ValueError(f"the state has {len(found)} moments with codecs; there must be one.")
-    (state,) = found
+    states = found(opt_state, LowPrecisionAdamState)
+    if len(states) != 1:
+        raise ValueError(f"the state has {len(states)} moments with codecs; there must be one.")
+    (state,) = states
     return Master(
         full, decode_moment(mu, "mu", state.mu, full), decode_moment(nu, "nu", state.nu, full),
         state.count,
@@ -138,10 +139,10 @@ def state_shardings(state: Any, params: Any, *, otherwise: Any) -> Any:
         otherwise: the sharding of all else, such as counts.
     """
     paths, _ = jax.tree_util.tree_flatten_with_path(params)
-    place = {_name(path): p for path, p in paths}
+    place = {path_name(path): p for path, p in paths}
 
     def find(path: tuple, leaf: Any) -> Any:
-        parts = _name(path).split("/")
+        parts = path_name(path).split("/")
         for i in range(len(parts)):
             p = place.get("/".join(parts[i:]))
             if p is not None and _fits(p, leaf):
@@ -174,20 +175,12 @@ def _fits(p: Any, leaf: Any) -> bool:
     return bool(leaf.shape[-1]) and all(n % k == 0 for n, k in zip(leaf.shape, parts, strict=True))
 
 
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def _is_store(x: Any) -> bool:
     return isinstance(x, StoreState | FaithfulState)
 
 
-def _is_adam(x: Any) -> bool:
-    return isinstance(x, LowPrecisionAdamState)
-
-
 def _store(opt_state: Any) -> Any:
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_store) if _is_store(x)]
-    if len(found) != 1:
-        raise ValueError(f"the optimizer's state stores weights {len(found)} times, not once.")
-    return found[0]
+    stores = found(opt_state, StoreState | FaithfulState)
+    if len(stores) != 1:
+        raise ValueError(f"the optimizer's state stores weights {len(stores)} times, not once.")
+    return stores[0]

@@ -123,6 +123,24 @@ def join(hi: Array, lo: Array) -> Array:
     return load(hi) + load(lo)
 
 
+def split_bits(x: Array) -> tuple[Array, Array]:
+    """float32 as (hi, rest), bfloat16 and int16, with bits(x) = bits(hi) + rest as integers.
+
+    hi is the nearest, with halves rounded away from 0, so that rest fits: -32768 to 32767 units of
+    the last place of float32. Integers all the way, so that nothing is flushed or rounded.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    high = (bits + 0x8000) >> 16
+    hi = jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16)
+    return hi, (bits - (high << 16)).astype(jnp.int16)
+
+
+def join_bits(hi: Array, rest: Array) -> Array:
+    """The float32 that `split_bits` took apart."""
+    high = jax.lax.bitcast_convert_type(hi, jnp.uint16).astype(jnp.int32) << 16
+    return jax.lax.bitcast_convert_type(high + rest.astype(jnp.int32), jnp.float32)
+
+
 def stochastic(x: Array, noise: Array) -> Array:
     """x rounded to one of its two bfloat16 neighbours, so that it is x on average; still float32.
 

@@ -9,6 +9,7 @@ import optax
 
 from jaxrl_eff.optim import codecs, mcf
 from jaxrl_eff.optim.mcf import Scalar
+from jaxrl_eff.optim.paths import path_name
 
 
 class LowPrecisionAdamState(NamedTuple):
@@ -113,5 +114,4 @@ def decode_moment(name: str, which: str, stored: dict[str, Any], like: Any) -> A
 
 def leaf_id(path: tuple, salt: str) -> int:
     """A number of the leaf's name alone, so that other leaves do not change its noise."""
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return zlib.crc32(f"{salt}/{name}".encode())
+    return zlib.crc32(f"{salt}/{path_name(path)}".encode())

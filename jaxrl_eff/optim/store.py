@@ -252,12 +252,14 @@ class _Watched(NamedTuple):
 
 def precision_metrics(opt_state: Any) -> Mapping[str, jax.Array]:
     """The `Descent` in an optimizer's state as `{visible, stored, lost}`; else empty."""
-    found = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_descent) if _is_descent(x)]
-    return dict(found[0]._asdict()) if found else {}
+    kept = found(opt_state, Descent)
+    return dict(kept[0]._asdict()) if kept else {}
 
 
-def _is_descent(x: Any) -> bool:
-    return isinstance(x, Descent)
+def found(opt_state: Any, kind: Any) -> list[Any]:
+    """The parts of an optimizer's state that are of a type, wherever optax put them."""
+    every = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in every if isinstance(x, kind)]
 
 
 def _sums(wanted: jax.Array, visible: jax.Array, stored: jax.Array) -> _Sums:

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxrl_eff.optim import mcf
+from jaxrl_eff.optim.paths import path_name
 from jaxrl_eff.optim.sparse import schedules, selectors
 from jaxrl_eff.optim.sparse.per_entry import check_elementwise, per_entry
 from jaxrl_eff.optim.sparse.tiling import Tiling, gather, per_shard, scatter, tiling
@@ -135,13 +137,10 @@ def sparse_adapt(
         return selectors.select(name, by, x, t, seed)
 
     def adapted(params: Any) -> dict[str, tuple[Any, Tiling]]:
-        found = {}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if (t := tiled(name, leaf)) is not None:
-                found[name] = leaf, t
-                if leaf.dtype not in (jnp.float32, jnp.bfloat16):
-                    raise ValueError(f"{name!r} is {leaf.dtype}, not float32 or bfloat16.")
+        found = tiled_leaves(tiled, params)
+        for name, (leaf, _) in found.items():
+            if leaf.dtype not in (jnp.float32, jnp.bfloat16):
+                raise ValueError(f"{name!r} is {leaf.dtype}, not float32 or bfloat16.")
         if not found:
             raise ValueError("the layout adapts no parameter at all.")
         return found
@@ -181,7 +180,7 @@ def sparse_adapt(
         tilings = {name: t for name, (_, t) in adapted(params).items()}
 
         def one(path: Any, x: jax.Array) -> jax.Array:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_name(path)
             if name not in updates:
                 return x
             t = tilings[name]
@@ -223,6 +222,16 @@ def sparse_adapt(
     return SparseAdapt(init, update, read, apply, reselect, revert, tiled, schedule, selector)
 
 
+def tiled_leaves(layout: Layout, params: Any) -> dict[str, tuple[Any, Tiling]]:
+    """Name -> parameter and its tiling, of those that the layout adapts."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path_name(path)
+        if (t := layout(name, leaf)) is not None:
+            found[name] = leaf, t
+    return found
+
+
 def apply_sparse_updates(
     params: Any, updates: Mapping[str, SparseUpdate], layout: Layout | None = None
 ) -> Any:
@@ -234,7 +243,7 @@ def apply_sparse_updates(
     find = layout or partial(_matrices, 1.0, (1, 1))
 
     def one(path: Any, x: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         return scatter(x, *updates[name], find(name, x)) if name in updates else x
 
     return jax.tree_util.tree_map_with_path(one, params)
@@ -244,7 +253,7 @@ def dense_to_sparse(grads: Any, state: SparseState, layout: Layout) -> dict[str,
     """What a tap would have given: of whole gradients the active entries, by name."""
     out = {}
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = path_name(path)
         if name in state.active:
             t = layout(name, g)
             out[name] = per_shard(partial(gather, t=t), t, "pt", "t")(g, state.active[name].index)
@@ -286,22 +295,12 @@ def exact_value(visible: jax.Array, remainder: Any) -> jax.Array:
     """What is trained, float32."""
     if isinstance(remainder, tuple):
         return visible.astype(jnp.float32)
-    high = jax.lax.bitcast_convert_type(visible, jnp.uint16).astype(jnp.int32) << 16
-    return jax.lax.bitcast_convert_type(high + remainder.astype(jnp.int32), jnp.float32)
+    return mcf.join_bits(visible, remainder)
 
 
 def rounded(exact: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
-    """The nearest value of a dtype, and what is left over, () for float32.
-
-    Halves are rounded away from 0, so that what is left over fits: -32768 to 32767 units of the
-    last place of float32. Integers, because the compiler may drop a cast to bfloat16 and back.
-    """
-    if dtype == jnp.float32:
-        return exact, ()
-    bits = jax.lax.bitcast_convert_type(exact, jnp.int32)
-    high = (bits + 0x8000) >> 16
-    value = jax.lax.bitcast_convert_type(high.astype(jnp.uint16), jnp.bfloat16)
-    return value, (bits - (high << 16)).astype(jnp.int16)
+    """The nearest value of a dtype, and what is left over, () for float32."""
+    return (exact, ()) if dtype == jnp.float32 else mcf.split_bits(exact)
 
 
 def _fresh(inner: Any, t: Tiling, original: jax.Array) -> tuple[Any, jax.Array, Any]:
@@ -316,10 +315,15 @@ def _choose(schedule: Any, t: Tiling, x, index, original, found, *rest):
     """The new index of one parameter, from its shard alone."""
     *remainder, updates = rest
     exact = exact_value(gather(x, index, t), remainder[0] if remainder else ())
-    change = jnp.abs(exact - original.astype(jnp.float32))
-    change = change.sum(tuple(range(-len(t.unit), 0))) if t.unit else change
+    return chosen(schedule, t, index, exact - original.astype(jnp.float32), found, updates)
+
+
+def chosen(schedule: Any, t: Tiling, index, change, found, updates) -> jax.Array:
+    """The new index, from how far each active entry is from its first value and what was found."""
+    size = jnp.abs(change)
+    size = size.sum(tuple(range(-len(t.unit), 0))) if t.unit else size
     best = found[..., 2, :]
-    return schedule.choose(index, change, selectors.units_of(found, t), best, updates)
+    return schedule.choose(index, size, selectors.units_of(found, t), best, updates)
 
 
 def _member(index: jax.Array, among: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -10,14 +10,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from jaxrl_eff.optim.sparse import schedules, selectors
-from jaxrl_eff.optim.sparse.adapt import Active, Layout, carried
+from jaxrl_eff.optim.sparse.adapt import Active, Layout, carried, chosen, tiled_leaves
 from jaxrl_eff.optim.sparse.per_entry import check_elementwise, per_entry
-from jaxrl_eff.optim.sparse.tiling import Tiling, per_shard
+from jaxrl_eff.optim.sparse.tiling import per_shard
 
 
 class Overlay(NamedTuple):
@@ -66,14 +65,6 @@ def sparse_overlay(
     check_elementwise(inner)
     schedule = schedule or schedules.Static(first=selector in selectors.GRADIENTS)
 
-    def tilings(params: Any) -> dict[str, tuple[Any, Tiling]]:
-        found = {}
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if (t := layout(name, leaf)) is not None:
-                found[name] = leaf, t
-        return found
-
     def start(params: Any) -> dict[str, Overlay]:
         by = selector if selector in selectors.WEIGHTS else "random"
         return {
@@ -81,7 +72,7 @@ def sparse_overlay(
                 selectors.select(name, by, x, t, seed),
                 jnp.zeros(t.value_shape(x.shape), jnp.float32),
             )
-            for name, (x, t) in tilings(params).items()
+            for name, (x, t) in tiled_leaves(layout, params).items()
         }
 
     def unit(overlay: Overlay) -> int:
@@ -103,12 +94,12 @@ def sparse_overlay(
 
     def reselect(params: Any, state: OverlayState, overlays: Any, found: Any = None):
         new, after = {}, {}
-        for name, (x, t) in tilings(params).items():
+        for name, (x, t) in tiled_leaves(layout, params).items():
             old = overlays[name]
             if found is None:
                 index = selectors.select(name, selector, x, t, seed)
             else:
-                choose = per_shard(partial(_choose, schedule, t), t, "ttt-", "t")
+                choose = per_shard(partial(chosen, schedule, t), t, "ttt-", "t")
                 index = choose(old.index, old.delta, found[name], state.count)
             zeros = jnp.zeros_like(old.delta)
             fresh = Active(index, per_entry(inner, unit(old)).init(zeros), (), zeros)
@@ -117,11 +108,3 @@ def sparse_overlay(
         return new, OverlayState(state.count, after)
 
     return SparseOverlay(start, init, update, reselect, layout, schedule)
-
-
-def _choose(schedule: Any, t: Tiling, index, delta, found, updates):
-    """The new index of one parameter, from its shard alone."""
-    change = jnp.abs(delta)
-    change = change.sum(tuple(range(-len(t.unit), 0))) if t.unit else change
-    best = found[..., 2, :]
-    return schedule.choose(index, change, selectors.units_of(found, t), best, updates)
