@@ -97,7 +97,7 @@ class Evaluation:
         self.loader.restore({**self.loader.state(), "drawn": 0, "waiting": []})
         batch = next(self.loader)
         if not self.step.built:
-            count = jax.process_count()
+            count = self.step.share[1]
             self.step.build(
                 {
                     k: jax.ShapeDtypeStruct((v.shape[0] * count, *v.shape[1:]), v.dtype)
@@ -106,7 +106,7 @@ class Evaluation:
             )
         key = np.array([self.seed % 2**32, 0], np.uint32)
         _, data, _ = self.step({"actor": Model(params_)}, batch, key)
-        rows = responses(data, self.source, self.tokenizer)
+        rows = responses(self.step.shown(data), self.source, self.tokenizer)
         rows = [r for r in rows if 0 <= r["example"] < self.problems]
         for row in rows:
             row["reward"] = float(self.reward(self.source[row["example"]], row["completion"]))

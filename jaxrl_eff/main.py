@@ -36,7 +36,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
 
 # What may differ between a run and its continuation: where it runs, and how often it reports.
 _FREE = (
-    "plan", "search", "evaluate", "samples_every", "path", "simulate_devices", "checkpoint",
+    "plan", "search", "sync", "evaluate", "samples_every", "path", "simulate_devices", "checkpoint",
     "expect", "wandb", "export", "nonfinite",
 )  # fmt: skip
 

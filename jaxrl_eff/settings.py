@@ -218,6 +218,32 @@ class SearchSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SyncSettings:
+    """How trained weights get to calls on other devices. What arrives is the same.
+
+    Attributes:
+        name: "whole": all of them in every step; "changes": frozen tensors once, of the others the
+            elements that have changed. The copy stays on those devices then, and beside the
+            trained weights a copy of what was sent.
+        capacity: share of a tensor's elements that may have changed before it goes as a whole; 0
+            is 0.05, or twice the density of a sparse change.
+        every: steps between two in which everything goes as a whole, and the copy is checked.
+    """
+
+    name: str = "whole"
+    capacity: float = 0.0
+    every: int = 100
+
+    def __post_init__(self):
+        if self.name not in ("whole", "changes"):
+            raise ValueError(f"name is {self.name!r}, not 'whole' or 'changes'.")
+        if not 0 <= self.capacity <= 1 or self.every < 1:
+            raise ValueError(
+                f"capacity={self.capacity}, every={self.every}; 0 to 1 and at least 1 are needed."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
     """One stage of training: an algorithm, its data, its models, its plan.
 
@@ -238,6 +264,7 @@ class StageSettings:
             that the planner finds), or a table call -> dict(devices=[...], tensor=..., ...); see
             `plans.plan`.
         search: how, if the plan is "search".
+        sync: how trained weights get to calls on other devices.
         staleness: how many steps old the weights are that sample. 0 is synchronous; 1 lets
             sampling and training overlap on devices of their own.
         evaluate: held-out measurement.
@@ -256,6 +283,7 @@ class StageSettings:
     reward: RewardSettings = RewardSettings()
     plan: str | dict[str, dict[str, Any]] = "all"
     search: SearchSettings = SearchSettings()
+    sync: SyncSettings = SyncSettings()
     staleness: int = 0
     evaluate: EvalSettings = EvalSettings()
     samples_every: int = 10

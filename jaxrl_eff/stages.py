@@ -23,6 +23,7 @@ from jaxrl_eff.dataflow import Graph, Placement, Spec, Step
 from jaxrl_eff.evaluate import Evaluation
 from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.optim import optimizer, warmup_then
+from jaxrl_eff.parallel import Changes
 from jaxrl_eff.planner import works
 from jaxrl_eff.rewards import verify
 from jaxrl_eff.rollout import Sampling
@@ -253,7 +254,7 @@ def _stage(
         else:
             plan = plans.plan(s.plan, graph, jax.device_count())
     keep = "tokens segment mask score example" if kind == "prompts" else ""
-    step = dataflow.compile(graph, plan, specs, keep=keep)
+    step = dataflow.compile(graph, plan, specs, keep=keep, sync=changes_of(s))
     step.check(shapes)
     batches = loader.batches(
         source,
@@ -286,6 +287,15 @@ def algorithm_of(s: StageSettings) -> tuple[Any, str]:
 def loss_of(s: StageSettings, name: str) -> Any:
     """The algorithm's config."""
     return build(ALGORITHMS[s.algorithm][1], s.loss, f"config.{name}.loss")
+
+
+def changes_of(s: StageSettings) -> Changes | None:
+    """How trained weights are synced, if not as a whole."""
+    if s.sync.name == "whole":
+        return None
+    sparse = [part.density for part in s.adapt.values() if part.name in adapt.SCHEDULES]
+    capacity = s.sync.capacity or min(1.0, 2 * max(sparse, default=0.025))
+    return Changes(capacity=capacity, every=s.sync.every)
 
 
 def sampling_of(s: StageSettings, name: str, tokenizer: Tokenizer) -> Sampling | None:

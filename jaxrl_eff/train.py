@@ -277,7 +277,8 @@ def _replanned(
         return stage, models
     out.console.line(f"{stage.name}: {new}; saves {gain:.0%}, taken up")
     old = stage.step
-    step = dataflow.compile(old.graph, new.plan, old.specs, keep=" ".join(old.keep))
+    keep = " ".join(old.keep)
+    step = dataflow.compile(old.graph, new.plan, old.specs, keep=keep, sync=old.sync)
     step.build(stage.batch)
     models = state.moved(models, old, step)
     calibration.take(new)
@@ -414,6 +415,11 @@ class _Log:
         return total
 
     def _check(self, step: int, values: dict[str, float]) -> None:
+        for k in [k for k, v in values.items() if k.endswith("/sync_drifted") and v > 0]:
+            self._out.console.warn(
+                f"weights of {k.partition('/')[0]} were not what had been sent at step {step}; "
+                "they were sent again as a whole"
+            )
         bad = [k for k, v in values.items() if not math.isfinite(v)]
         withheld = [k for k, v in values.items() if k.endswith("/finite") and v == 0]
         if not bad and not withheld:

@@ -15,7 +15,7 @@ RANKS = (
     ("optim",),
     ("models", "parallel", "data"),
     ("rollout", "graph", "rewards", "timeline", "deltas"),
-    ("programs", "dataflow"),
+    ("layouts", "movements", "programs", "lowering", "dataflow"),
     ("planner",),
     ("algorithms",),
     ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts"),

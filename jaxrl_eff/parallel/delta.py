@@ -45,6 +45,11 @@ class Synced:
     dense: jax.Array
     drifted: jax.Array
 
+    def numbers(self) -> dict[str, jax.Array]:
+        """What can differ from sync to sync, by name."""
+        names = ("changed", "received", "dense", "drifted")
+        return {name: getattr(self, name) for name in names}
+
 
 class Delta:
     """Keeps a copy of a tree on another mesh up to date.
@@ -52,7 +57,7 @@ class Delta:
     Args:
         source: tree of arrays or `jax.ShapeDtypeStruct`s with shardings.
         target: tree of shardings.
-        dtype: of the copy.
+        dtype: of the copy; None keeps that of every array.
         capacity: share of a message's elements that may have changed.
         every: all goes as a whole, and is checked, in steps that are multiples of this.
         dense_below: tensors whose messages have fewer elements always go as a whole.
@@ -75,14 +80,16 @@ class Delta:
     ):
         self._network = network or Network.local()
         self._capacity, self._every, self._dense_below = capacity, every, dense_below
+        dtype = None if dtype is None else jnp.dtype(dtype)
         leaves, self._treedef = jax.tree.flatten(source)
         targets = self._treedef.flatten_up_to(target)
-        self._dense = Route(source, target, dtype=dtype, network=self._network)
+        # The source may be donated later.
+        self._dense = Route(source, target, dtype=dtype, fresh=True, network=self._network)
         self._kept = Route(source, self._dense.source, dtype=dtype, network=self._network)
         self._copy = jax.jit(lambda t: jax.tree.map(jnp.copy, t), out_shardings=self._dense.source)
         self._moves = []
         for x, t in zip(leaves, targets, strict=True):
-            m = buckets.Move.of(x.shape, x.dtype, x.sharding, t, jnp.dtype(dtype))
+            m = buckets.Move.of(x.shape, x.dtype, x.sharding, t, dtype)
             if m.fetched is not None or m.stored is not None:
                 raise ValueError("a delta sync is between arrays in the devices' own memory.")
             self._moves.append(m)
@@ -92,6 +99,15 @@ class Delta:
         self._whole = math.fsum(
             p.total * m.nbytes for p, m in zip(self._plans, self._moves, strict=True)
         )
+
+    def compile(self) -> "Delta":
+        """Compiles what `start` and calls will run."""
+        for route in (self._dense, self._kept):
+            route.compile()
+        if self._moves and self._mine(self._devices):
+            for dense in (False, True):
+                self._program(dense)
+        return self
 
     def start(self, tree: Any) -> tuple[Any, Any]:
         """The first copy, sent as a whole, and what was sent: (copy, sent)."""
@@ -113,7 +129,7 @@ class Delta:
         Returns:
             copy, sent, and what was done (None in a process that owns no device of either mesh).
         """
-        if not self._mine(self._devices):
+        if not self._moves or not self._mine(self._devices):
             return copy, sent, None
         trees = [self._treedef.flatten_up_to(t) for t in (tree, sent, copy)]
         views = [self._views(leaves, k) for k, leaves in enumerate(trees)]
@@ -170,7 +186,10 @@ class Delta:
         plans = tuple(self._plans)
 
         def fn(*operands: Any) -> tuple[Any, ...]:
-            news = [x.astype(m.out) for x, m in zip(operands[:n], self._moves, strict=True)]
+            # A copy, since jit hands on the very array that it is given, and training consumes it.
+            news = [
+                jnp.copy(x.astype(m.out)) for x, m in zip(operands[:n], self._moves, strict=True)
+            ]
             return self._run(news, list(operands[n : 2 * n]), list(operands[2 * n :]), dense)
 
         key = ("delta", plans, self._capacity, self._dense_below, dense)

@@ -1,0 +1,125 @@
+"""Where models and arrays lie under a plan: the shardings of a graph's calls and of models at home.
+
+A model's home is the placement of the call that trains it, or else of its first call; optimizer
+state never leaves it. Other calls borrow the parameters in a layout of their own.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from jaxrl_eff import arrays, tree
+from jaxrl_eff.graph import Adaptation, Call, Graph, Model, Spec, order
+from jaxrl_eff.optim import state_shardings
+from jaxrl_eff.parallel import Placement, Rules, mesh, rows, rules
+from jaxrl_eff.parallel.sharding import in_host, replicated
+
+
+class Layouts:
+    """The layouts of a graph under a plan.
+
+    Attributes:
+        graph, plan, specs: what they follow from.
+        calls: of the graph, in the order in which they run.
+        rules: call -> how logical axes are sharded where it runs.
+    """
+
+    def __init__(self, graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spec]):
+        self.graph, self.plan, self.specs = graph, plan, specs
+        self.calls = order(graph)
+        self.rules = {c.name: self._rules_of(c) for c in self.calls}
+        self._opt_shapes = {
+            name: jax.eval_shape(spec.tx.init, spec.shapes) if self.trained(name) else ()
+            for name, spec in specs.items()
+            if name in graph.models
+        }
+
+    def _rules_of(self, c: Call) -> Rules:
+        sizes: dict[str, set[int]] = {}
+        if c.of is not None:
+            spec = self.specs[c.of]
+            leaves = jax.tree.leaves(spec.axes, is_leaf=lambda x: isinstance(x, tuple))
+            for axes, leaf in zip(leaves, jax.tree.leaves(spec.shapes), strict=True):
+                for axis, n in zip(axes, leaf.shape, strict=True):
+                    if axis is not None:
+                        sizes.setdefault(axis, set()).add(n)
+        return rules(self.plan[c.name], sizes, lengths=c.kind != "generate")
+
+    def trained(self, model: str) -> bool:
+        """Whether a call of the graph trains it."""
+        return any(c.kind == "train" for c in self.graph.of(model))
+
+    def params(self, c: Call) -> Any:
+        """Tree of shardings of the call's model where the call runs."""
+        return self.rules[c.name].tree(self.specs[c.of].axes)
+
+    def borrowed(self, c: Call) -> Any:
+        """The same with shapes and dtypes: a tree of `jax.ShapeDtypeStruct`."""
+        return jax.tree.map(placed, self.specs[c.of].shapes, self.params(c))
+
+    def home(self, model: str) -> Model:
+        """Shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`.
+
+        Optimizer state has the layout of the parameter that it belongs to.
+        """
+        call = self.graph.home(model)
+        params, whole = self.borrowed(call), self.whole(call)
+        shapes = self._opt_shapes[model]
+        where = state_shardings(shapes, params, otherwise=whole)
+        tx, rules_ = self.specs[model].tx, self.rules[call.name]
+        if isinstance(tx, Adaptation):  # state of entries has axes of its own
+
+            def of_entries(name: str, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+                axes = tx.axes(name)
+                return sharding if axes is None else rules_.fitting(axes, leaf.shape)
+
+            where = tree.map_with_name(of_entries, shapes, where)
+        opt = jax.tree.map(placed, shapes, where)
+        if self.plan[call.name].offload == "opt":
+            opt = jax.tree.map(lambda x: placed(x, in_host(x.sharding)), opt)
+        past = {c.name: (self.borrowed(c),) * c.staleness for c in self.graph.stale(model)}
+        return Model(params, opt, past or ())
+
+    def rows(self, c: Call, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """Arrays as a call reads or writes them where it runs."""
+        place, lengths = self.plan[c.name], c.kind != "generate"
+        return {k: placed(v, rows(place, v.shape, lengths=lengths)) for k, v in shapes.items()}
+
+    def whole(self, c: Call) -> jax.sharding.NamedSharding:
+        """On every device of a call, whole."""
+        return replicated(self.plan[c.name])
+
+    def key(self, c: Call) -> Any:
+        """Equal for calls of one model that read it in the same layout."""
+        return c.of, self.plan[c.name], self.rules[c.name].table
+
+    def here(self, c: Call) -> bool:
+        """Whether this process has a part of the call."""
+        return arrays.here(self.whole(c))
+
+    def context(self, c: Call) -> "_Context":
+        """To trace a call in."""
+        return _Context(self.rules[c.name])
+
+
+def placed(like: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of `like` with a sharding."""
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
+
+
+class _Context:
+    """While tracing: the call's mesh, and flax's logical axis rules for it."""
+
+    def __init__(self, r: Rules):
+        self._mesh = jax.set_mesh(mesh(r.placement))
+        self._rules = nn.logical_axis_rules(list(r.table))
+
+    def __enter__(self):
+        self._mesh.__enter__()
+        self._rules.__enter__()
+
+    def __exit__(self, *error):
+        self._rules.__exit__(*error)
+        self._mesh.__exit__(*error)

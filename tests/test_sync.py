@@ -1,0 +1,107 @@
+"""Weights that are sent by what has changed are those that are sent whole, bit for bit."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+import launch
+import numpy as np
+import pytest
+from launch import compiled_once  # noqa: F401 (fixture)
+
+from jaxrl_eff import stages, state
+from jaxrl_eff.parallel import Changes, Placement, Route, Sync, rules
+
+AXES = {"base": ("embed", "heads"), "head": ("embed",), "low": ("embed",)}
+SOURCE, TARGET = (
+    rules(p, {"embed": {64}, "heads": {32}}).tree(AXES)
+    for p in (Placement((0, 1, 2, 3), fsdp=2, tensor=2), Placement((3, 4), tensor=2))
+)
+STILL = {"base": True, "head": False, "low": False}
+
+
+def tree(seed, base=None):
+    rng = np.random.default_rng(seed)
+    new = {"head": rng.standard_normal(64), "low": rng.standard_normal(64).astype(jnp.bfloat16)}
+    new = jax.device_put({k: jnp.asarray(v) for k, v in new.items()}, {k: SOURCE[k] for k in new})
+    if base is None:
+        base = jax.device_put(rng.standard_normal((64, 32)).astype(np.float32), SOURCE["base"])
+    return new | {"base": base}
+
+
+def test_a_copy_is_what_a_route_gives_and_still_arrays_go_once():
+    first = tree(0)
+    sync = Sync(first, TARGET, still=STILL, changes=Changes(0.5, every=3, dense_below=1)).compile()
+    route, before, now = Route(first, TARGET), None, first
+    for t in range(6):
+        now = tree(t, first["base"] if t < 4 else tree(9)["base"] if t == 4 else now["base"])
+        copy, want = sync(now), route(now)
+        for k in want:
+            assert copy[k].sharding == want[k].sharding and copy[k].dtype == want[k].dtype
+            np.testing.assert_array_equal(np.asarray(copy[k]), np.asarray(want[k]))
+        if before is not None:
+            assert (copy["base"] is before) == (t != 4)
+            assert int(sync.done.drifted) == (0 if t == 3 else -1)
+        before = copy["base"]
+
+
+def after(algorithm, *changes, steps=3):
+    """Sampling on four devices, training on others: parameters; metrics and arrays by step."""
+    run = stages.assemble(launch.config(f"algorithm={algorithm},plan=apart", *changes))
+    (stage,) = run.stages
+    step = stage.step.build(stage.batch)
+    models, seen, arrays = state.initial(run, stage, {}), [], []
+    for t in range(steps):
+        models, _, m = step(models, next(stage.loader), stages.words(0, stage.name, t))
+        seen.append({k: float(v) for k, v in m.items()})
+        arrays.append(jax.tree.leaves(models["actor"].params))
+    stage.loader.close()
+    assert set(step.traces.values()) <= {0, 1}  # host calls are not traced
+    return jax.tree.map(np.asarray, models["actor"].params), seen, arrays
+
+
+def equal(a, b):
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+LORA = ("ppo.adapt.actor={'name': 'lora', 'rank': 2}", "ppo.loss.minibatches=2")
+SPARSE = (
+    "grpo.adapt.actor={'name': 'static', 'density': 0.1, 'granularity': 'row'}",
+    "model.param_dtype=bfloat16", "grpo.optim.actor.lr=0.1",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes"), [("ppo", LORA), ("grpo", SPARSE)], ids=["lora", "sparse"]
+)
+@pytest.mark.usefixtures("compiled_once")
+def test_a_run_is_the_same_however_weights_are_sent(algorithm, changes):
+    whole, first, _ = after(algorithm, *changes)
+    name = f"{algorithm}.sync={{'name': 'changes', 'every': 2}}"
+    ours, seen, arrays = after(algorithm, *changes, name)
+    equal(ours, whole)
+    for a, b in zip(seen, first, strict=True):
+        sync = {k for k in a if "/sync_" in k}
+        assert {k: v for k, v in a.items() if k not in sync} == b
+    assert not any("/sync_" in k for k in seen[0])
+    changed = [m["actor_gen/sync_changed"] for m in seen[1:]]
+    assert [m["actor_gen/sync_drifted"] for m in seen[1:]] == [-1, 0]
+    if algorithm == "ppo":  # the base is the same arrays; what is beside it, all changed
+        assert sum(map(operator.is_, arrays[0], arrays[-1])) >= len(arrays[0]) // 3
+        assert min(changed) > 0.5
+    else:
+        assert 0 < max(changed) < 0.11
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("grpo.sync.name=half", "config.grpo.sync: name is 'half', not 'whole' or 'changes'"),
+        ("grpo.sync.capacity=2.0", "config.grpo.sync: capacity=2.0, every=100; 0 to 1"),
+        ("grpo.sync.every=0", "every=0; 0 to 1 and at least 1 are needed"),
+    ],
+)
+def test_a_bad_setting_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        launch.config("algorithm=grpo", change)
