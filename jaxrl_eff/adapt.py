@@ -135,6 +135,8 @@ def _check(s: AdaptSettings, optim: OptimSettings) -> None:
             f"optim is {optim.name!r} with store={optim.store!r}; with adapt it must be one of "
             "optax's without a store, since entries keep what rounding loses by themselves."
         )
+    if optim.descent:
+        raise ValueError("optim.descent is for models that are trained whole, not with adapt.")
     if optim.frozen:
         raise ValueError(f"optim.frozen is {optim.frozen}; with adapt, name what is trained.")
 

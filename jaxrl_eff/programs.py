@@ -15,6 +15,7 @@ import optax
 
 from jaxrl_eff import meters, tree
 from jaxrl_eff.graph import Adaptation, Call, Model
+from jaxrl_eff.optim import mcf, precision_metrics
 
 
 def key_of(name: str, words: jax.Array) -> jax.Array:
@@ -211,13 +212,18 @@ def _update(
         shape = jax.eval_shape(sums, first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape[:3])
         zero_grads = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shape[3]
+            lambda x: jnp.zeros(x.shape, mcf.wide_dtype(x.dtype)), shape[3]
         )
         zeros[2].update({k: _lowest(v) for k, v in zeros[2].items()})
         (loss, weight, m, grads), _ = jax.lax.scan(body, (*zeros, zero_grads), parts)
 
     scale = 1.0 / jnp.maximum(weight, 1e-8)
-    grads = jax.tree.map(lambda g, p: (g * scale.astype(g.dtype)).astype(p.dtype), grads, leaves)
+
+    def scaled(g: jax.Array, p: jax.Array) -> jax.Array:
+        wide = mcf.wide(g)  # or the scale itself would be rounded to the gradient's dtype
+        return (wide * scale.astype(wide.dtype)).astype(p.dtype)
+
+    grads = jax.tree.map(scaled, grads, leaves)
     norm = tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
@@ -228,6 +234,7 @@ def _update(
     m["loss"] = meters.Mean(loss.astype(jnp.float32), weight.astype(jnp.float32))
     m["grad_norm"] = meters.Mean(norm, one)
     m["finite"] = finite
+    m |= {f"descent_{k}": meters.Mean(v, one) for k, v in precision_metrics(opt).items()}
     return model, m
 
 

@@ -73,6 +73,8 @@ class OptimSettings:
     Attributes:
         store: "bf16x2", "int16", "int8" or "sr": how weights of 16 bits keep changes that are
             smaller than their rounding; "": not at all. `collage_adamw` does it by itself.
+        descent: whether the metrics say how much of the wanted change reaches the weights that are
+            seen, and those that are stored, and what share of the changes is lost.
     """
 
     name: str = "adamw"
@@ -83,6 +85,7 @@ class OptimSettings:
     clip_norm: float = 1.0
     weight_decay: float = 0.0
     store: str = ""
+    descent: bool = False
     frozen: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -554,6 +554,7 @@ def model_specs(
                     clip_norm=o.clip_norm,
                     weight_decay=o.weight_decay,
                     store=o.store,
+                    descent=o.descent,
                     frozen=o.frozen,
                     options=o.options,
                 )

@@ -1,12 +1,13 @@
 """Optimizers for weights of 16 bits, chosen in a config and run by the training loop."""
 
 import jax
+import jax.numpy as jnp
 import launch
 import numpy as np
 import pytest
 
 from jaxrl_eff import metrics, optim, stages, state, tree
-from jaxrl_eff.dataflow import compile
+from jaxrl_eff.dataflow import Graph, Placement, Spec, compile, train
 
 BF16 = "model.param_dtype='bfloat16'"
 
@@ -77,6 +78,48 @@ def test_a_plan_changes_nothing_and_state_lies_beside_its_parameters():
     assert step.traces["actor_train"] == 1
 
 
+@pytest.mark.parametrize("microbatches", [1, 2, 4])
+def test_a_gradient_of_16_bits_is_rounded_once_however_rows_are_split(microbatches):
+    """One over the weight is not a number of 16 bits: the quotient is rounded, nothing before."""
+
+    def loss(p, batch, key):
+        x = batch["mask"]
+        return (p["w"][None, :].astype(jnp.float32) * x).sum(), jnp.float32(3 / 8) * x.shape[0], {}
+
+    graph = Graph("mask", (train("critic_train", of="critic", fn=loss, reads="mask"),))
+    like = {"w": jax.ShapeDtypeStruct((16,), jnp.bfloat16)}
+    spec = Spec(like, {"w": ("embed",)}, optim.optimizer("sgd", 1.0))
+    place = Placement((0,), microbatches=microbatches)
+    step = compile(graph, {"critic_train": place}, {"critic": spec})
+    where = step.home("critic").params["w"].sharding
+    models = {
+        "critic": step.init("critic", {"w": jax.device_put(jnp.zeros(16, jnp.bfloat16), where)})
+    }
+    rows = np.random.default_rng(0).integers(0, 8, (8, 16)).astype(np.float32)
+    models, _, _ = step(models, {"mask": rows}, np.zeros(2, np.uint32))
+    want = -(rows.sum(0) / np.float32(3)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(models["critic"].params["w"]), want)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keeps"),
+    [
+        (("sft.optim.actor.lr=1e-5",), False),
+        (("sft.optim.actor.name='collage_adamw'", "sft.optim.actor.lr=1e-5"), True),
+    ],
+    ids=["plain", "collage"],
+)
+def test_metrics_say_what_became_of_the_updates(changes, keeps, tmp_path):
+    run = launch.config(
+        "algorithm=sft,steps=2", BF16, "sft.optim.actor.descent=True", "export=False", *changes
+    )
+    assert launch.train(run, tmp_path)
+    for _, _, values in launch.numbers(tmp_path):
+        seen = {k: values[f"actor_train/descent_{k}"] for k in ("visible", "stored", "lost")}
+        assert (seen["lost"] < 0.01) == keeps
+        assert (abs(seen["stored"] - 1) < 0.01) == keeps and np.isfinite(seen["visible"])
+
+
 def test_what_would_do_nothing_is_refused():
     with pytest.raises(ValueError, match=r"16 bits, but config.model.param_dtype is 'float32'"):
         stages.assemble(launch.config("algorithm=sft", "sft.optim.actor.name='collage_adamw'"))
@@ -84,3 +127,6 @@ def test_what_would_do_nothing_is_refused():
         stages.assemble(launch.config("algorithm=sft", "sft.optim.actor.store='int16'"))
     with pytest.raises(ValueError, match=r"config.sft.optim.actor.*store is 'int4'"):
         stages.assemble(launch.config("algorithm=sft", BF16, "sft.optim.actor.store='int4'"))
+    lora = "sft.adapt.actor={'name': 'lora', 'rank': 2}"
+    with pytest.raises(ValueError, match="descent is for models that are trained whole"):
+        stages.assemble(launch.config("algorithm=sft", lora, "sft.optim.actor.descent=True"))

@@ -13,7 +13,7 @@ from jaxrl_eff.optim import mcf
 from jaxrl_eff.optim.codecs import WEIGHTS
 from jaxrl_eff.optim.collage import collage_adamw
 from jaxrl_eff.optim.paths import path_name
-from jaxrl_eff.optim.store import lowp_chain
+from jaxrl_eff.optim.store import lowp_chain, watch_descent
 
 OWN = {"collage_adamw": collage_adamw}
 
@@ -41,6 +41,7 @@ def optimizer(
     frozen: Sequence[str] = (),
     no_decay: Sequence[str] = (".*scale", ".*bias"),
     store: str = "",
+    descent: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
     """An optimizer by name, with what fine-tuning usually wants around it.
@@ -56,6 +57,7 @@ def optimizer(
         store: how weights of 16 bits keep changes below their rounding, as in `store_weights`:
             "bf16x2", "int16", "int8", "sr"; "" rounds each change to the nearest. For
             collage_adamw its variant says it.
+        descent: whether to keep the `Descent` of each update, for `precision_metrics`.
         options: further arguments of the function.
 
     Returns:
@@ -80,14 +82,17 @@ def optimizer(
         options.setdefault("weight_decay", weight_decay)
         if "mask" in known:
             options.setdefault("mask", lambda tree: _unnamed(tree, no_decay))
+    if descent and name in OWN:
+        options["metrics"] = True
     tx = fn(learning_rate, **options)
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     if name in OWN:
         tx = optax.chain(upcast(), *clip, tx)
     elif store:
-        tx = lowp_chain(*clip, tx, store=store)
+        tx = lowp_chain(*clip, tx, store=store, metrics=descent)
     else:
         tx = in_float32(optax.chain(*clip, tx) if clip else tx)
+        tx = watch_descent(tx) if descent else tx
     if frozen:
         tx = optax.chain(
             optax.masked(tx, lambda tree: _unnamed(tree, frozen)),

@@ -42,26 +42,30 @@ def full_precision_params(params: Any, opt_state: Any) -> Any:
 
 
 def set_full_precision_params(
-    params: Any, opt_state: Any, dtype: Any = jnp.bfloat16
+    params: Any, opt_state: Any, dtype: Any = jnp.bfloat16, *, like: Any = None
 ) -> tuple[Any, Any]:
     """The converse: float32 weights as `(visible ones, the state with the rest in it)`.
 
     Args:
         params: float32.
         opt_state: a state whose kept parts are replaced.
-        dtype: of the visible weights.
+        dtype: of the visible weights that have a kept part.
+        like: tree whose leaves' dtypes the visible weights get instead; without it, weights that
+            have no kept part stay as they are.
     """
     state = _store(opt_state)
     leaves, treedef = jax.tree.flatten(params)
     lows = treedef.flatten_up_to(state.low)
     visible, kept = [], []
-    for w, low in zip(leaves, lows, strict=True):
+    likes = [None] * len(leaves) if like is None else treedef.flatten_up_to(like)
+    for w, low, model in zip(leaves, lows, likes, strict=True):
         if isinstance(low, optax.MaskedNode):
-            visible.append(w)
+            visible.append(w if model is None else mcf.store(mcf.load(w), model.dtype))
             kept.append(low)
             continue
-        hi, rest = codecs.weight(codecs.kept_as(low.dtype)).start(mcf.load(w), jnp.dtype(dtype))
-        visible.append(hi.astype(dtype))
+        narrow = jnp.dtype(dtype if model is None else model.dtype)
+        hi, rest = codecs.weight(codecs.kept_as(low.dtype)).start(mcf.load(w), narrow)
+        visible.append(hi.astype(narrow))
         kept.append(rest)
     new = state._replace(low=treedef.unflatten(kept))
 

@@ -58,7 +58,12 @@ def load(x: Array) -> Array:
 
 def wide(tree: Any) -> Any:
     """A tree's arrays in float32, or in float64 if they are."""
-    return jax.tree.map(lambda x: x if x.dtype == jnp.float64 else load(x), tree)
+    return jax.tree.map(lambda x: x.astype(wide_dtype(x.dtype)), tree)
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """float32, or float64 for float64."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def fast_two_sum(a: Array, b: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:

@@ -279,3 +279,15 @@ def test_full_precision_in_and_out(codec):
     got = optim.full_precision_params(params, state)["a"]
     tolerance = {"bf16x2": 2.0**-17, "int16": 0, "int8": 2.0**-15}[codec]
     np.testing.assert_allclose(got, w["a"], rtol=tolerance, atol=0)
+
+
+def test_full_precision_goes_into_weights_like_those_given():
+    like = {"a": jnp.ones(8, BF16), "b": jnp.ones(8, jnp.float32), "c": jnp.ones(8, jnp.float16)}
+    tx = optax.masked(optim.lowp_chain(optax.sgd(1.0)), {"a": True, "b": True, "c": False})
+    full = {k: jnp.linspace(0.1, 0.9, 8, dtype=jnp.float32) for k in like}
+    params, state = optim.set_full_precision_params(full, tx.init(like), like=like)
+    assert {k: v.dtype for k, v in params.items()} == {k: v.dtype for k, v in like.items()}
+    np.testing.assert_array_equal(params["b"], full["b"])
+    np.testing.assert_array_equal(params["c"], full["c"].astype(jnp.float16))
+    got = optim.full_precision_params(params, state)["a"]
+    np.testing.assert_allclose(got, full["a"], rtol=2.0**-17, atol=0)
