@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_eff import tree
 from jaxrl_eff.graph import Adaptation, Spec
-from jaxrl_eff.models import LMConfig, lora, params
+from jaxrl_eff.models import LMConfig, lora, params, peft
 from jaxrl_eff.optim import OWN, optimizer, sparse
 from jaxrl_eff.optim.sparse import SampledLayers, SparseAdapt, SparseOverlay, Tiling
 from jaxrl_eff.settings import AdaptSettings, OptimSettings
@@ -49,9 +49,7 @@ def spec(
         wanted = s.targets or lora.TARGETS
         low_rank, logical = lora.lora_shapes(lm, s.rank, wanted, dora=s.name == "dora")
         shapes, axes = tree.with_leaves(shapes, low_rank), tree.with_leaves(axes, logical)
-    # A head that starts at 0 would otherwise stay there.
-    wanted = (*s.whole, *(("value/kernel",) if lm.head == "value" else ()))
-    whole = [k for k, v in tree.flat(tree.match(shapes, wanted)).items() if v] if wanted else []
+    whole = whole_names(s, lm)
     names = [k for k in low_rank if not k.endswith("lora_scale")] + whole
     parts: dict[str, Any] = {}
     if names:
@@ -97,6 +95,46 @@ def entries_of(
     return sparse.sparse_adapt(inner, on_drop=s.on_drop, **common)
 
 
+def whole_names(s: AdaptSettings, lm: LMConfig) -> list[str]:
+    """Parameters of the base model that are trained whole.
+
+    Raises:
+        ValueError: a pattern matches none.
+    """
+    # A head that starts at 0 would otherwise stay there.
+    wanted = (*s.whole, *(("value/kernel",) if lm.head == "value" else ()))
+    if not wanted:
+        return []
+    return [k for k, v in tree.flat(tree.match(params.abstract(lm), wanted)).items() if v]
+
+
+def started(s: AdaptSettings, lm: LMConfig) -> dict[str, jax.Array]:
+    """First values from the files that `start` names: leaves by name, none if it names none.
+
+    Raises:
+        FileNotFoundError, ValueError: there are no such files, or they do not fit the settings.
+    """
+    if not s.start:
+        return {}
+    leaves = peft.load_peft(s.start, lm)
+    dora = s.name == "dora"
+    shapes, _ = lora.lora_shapes(lm, s.rank, s.targets or lora.TARGETS, dora=dora)
+    wanted = {*shapes, *whole_names(s, lm)}
+    if wanted != set(leaves):
+        lacking, more = (
+            sorted(a - b)[:1] for a, b in ((wanted, set(leaves)), (set(leaves), wanted))
+        )
+        what = f"lacks {lacking[0]!r}" if lacking else f"has {more[0]!r} besides"
+        raise ValueError(f"start is {s.start!r}, which {what}; see targets, whole and name.")
+    for name, like in shapes.items():
+        if leaves[name].shape != like.shape:
+            raise ValueError(
+                f"start is {s.start!r}, whose {name!r} is {list(leaves[name].shape)}, but with "
+                f"rank {s.rank} it should be {list(like.shape)}."
+            )
+    return leaves
+
+
 def keeps_base(s: AdaptSettings | None) -> bool:
     """Whether the base model stays there unchanged, beside what is trained."""
     beside = s is not None and (s.name in lora.METHODS or s.mode == "overlay")
@@ -108,6 +146,8 @@ def _check(s: AdaptSettings, optim: OptimSettings) -> None:
         raise ValueError(f"name is {s.name!r}; there are {list(NAMES)}.")
     if s.name in lora.METHODS and not s.rank:
         raise ValueError(f"name is {s.name!r}, but rank is {s.rank}; it must be at least 1.")
+    if s.start and s.name not in lora.METHODS:
+        raise ValueError(f"start is {s.start!r}, but only {list(lora.METHODS)} start from files.")
     if s.granularity not in GRANULARITIES:
         raise ValueError(f"granularity is {s.granularity!r}; there are {list(GRANULARITIES)}.")
     if s.selector not in (*sparse.WEIGHTS, *sparse.GRADIENTS):
@@ -446,4 +486,12 @@ def _adaptation(
         probes=probes if by_gradient else None,
         reselect=reselect if entries is not None else None,
         probe=s.probe,
+        passes=_passes(s, entries),
     )
+
+
+def _passes(s: AdaptSettings, entries: Any) -> float:
+    """A single entry's gradient costs that of its whole kernel, a block's only its own."""
+    if isinstance(entries, _InTurn):
+        return 2 + s.layers / entries.layers
+    return 3.0 if entries is not None and s.granularity == "element" else 2.0

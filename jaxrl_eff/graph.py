@@ -146,6 +146,8 @@ class Adaptation:
             needs no gradient.
         reselect: (params, opt, gradients of the probes or None) -> (params, opt).
         probe: the gradient of the probes is taken of one in so many of the rows.
+        passes: what a training pass costs, in forward passes: 3 with gradients of all weights, 2
+            with none, not counting what is small.
     """
 
     init: Callable[[Any], Any]
@@ -158,6 +160,7 @@ class Adaptation:
     probes: Callable[[Any, Any], Any] | None = None
     reselect: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
     probe: int = 1
+    passes: float = 3.0
 
 
 class Spec(NamedTuple):

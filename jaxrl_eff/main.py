@@ -303,11 +303,9 @@ def _conclude(
     assembled: Any, done: Any, workdir: Path, writer: Any, console: Any, seconds: float
 ) -> bool:
     """Exports, prints the table, writes what the report needs."""
-    from jaxrl_eff import footprint, state, tree
-    from jaxrl_eff.models import save_hf
-    from jaxrl_eff.models.peft import save_peft
+    from jaxrl_eff import footprint
 
-    run, stage = assembled.run, done.stage
+    run = assembled.run
     rows: list[list[Any]] = []
     for key, value in done.results.items():
         name, _, when = key.partition("/")
@@ -329,15 +327,7 @@ def _conclude(
     passed = expectation(run, done.results)
     export = workdir / "export"
     if run.export:
-        role = stage.trained
-        lm = stage.lms[role]
-        trained = state.shared(done.models[role].params)
-        save_hf(export, lm, state.merged(lm, trained))
-        if any(name.endswith("lora_a") for name in tree.names(trained)):
-            save_peft(workdir / "adapter", lm, trained, base_model=run.model.path)
-            console.final(f"adapter: {workdir / 'adapter'}")
-        if _first():
-            assembled.tokenizer.save(export)
+        _export(assembled, done, workdir, console)
         console.final(f"exported: {export}")
     writer.document(
         "result",
@@ -350,6 +340,33 @@ def _conclude(
         },
     )
     return passed
+
+
+def _export(assembled: Any, done: Any, workdir: Path, console: Any) -> None:
+    """The last trained model, adapters merged; and LoRA in PEFT's format, with its base model if
+    that is in no directory yet."""
+    from jaxrl_eff import adapt, state
+    from jaxrl_eff.models import lora, save_hf
+    from jaxrl_eff.models.peft import save_peft
+
+    stage, role = done.stage, done.stage.trained
+    lm, part = stage.lms[role], stage.settings.adapt.get(role)
+    trained = state.shared(done.models[role].params)
+    save_hf(workdir / "export", lm, state.merged(lm, trained))
+    if _first():
+        assembled.tokenizer.save(workdir / "export")
+    if part is None or part.name not in lora.METHODS:
+        return
+    kind, name = stage.origins[role]
+    base = {"base": assembled.run.model.path, "directory": name}.get(kind, "")
+    if not base:
+        base = str(workdir / "base")
+        save_hf(base, lm, lora.base(trained))
+        if _first():
+            assembled.tokenizer.save(workdir / "base")
+    whole = adapt.whole_names(part, lm)
+    save_peft(workdir / "adapter", lm, trained, base_model=base, whole=whole)
+    console.final(f"adapter: {workdir / 'adapter'}, of {base}")
 
 
 def _first() -> bool:

@@ -211,9 +211,7 @@ def _update(
 
         shape = jax.eval_shape(sums, first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape[:3])
-        zero_grads = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, mcf.wide_dtype(x.dtype)), shape[3]
-        )
+        zero_grads = jax.tree.map(lambda x: jnp.zeros(x.shape, mcf.wide_dtype(x.dtype)), shape[3])
         zeros[2].update({k: _lowest(v) for k, v in zeros[2].items()})
         (loss, weight, m, grads), _ = jax.lax.scan(body, (*zeros, zero_grads), parts)
 

@@ -108,6 +108,7 @@ class AdaptSettings:
         whole: patterns of parameters that are trained whole besides, such as norms. A value head
             always is.
         rank, alpha: of LoRA; a sparse name with a rank above 0 trains both.
+        start: a directory in PEFT's format that LoRA starts from; its scale counts, not `alpha`.
         density: share of the entries that is trained.
         granularity: of what is chosen: "element", "block", "row", "column", or "head" (heads of
             attention, channels of the MLP). All but "element" spare the gradient of the rest.
@@ -133,6 +134,7 @@ class AdaptSettings:
     whole: tuple[str, ...] = ()
     rank: int = 0
     alpha: float = 16.0
+    start: str = ""
     density: float = 0.01
     granularity: str = "element"
     block: tuple[int, ...] = (128, 128)

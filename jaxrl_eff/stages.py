@@ -414,13 +414,13 @@ def roles_of(
     s: StageSettings, base: LMConfig, earlier: list[Stage]
 ) -> tuple[dict[str, tuple[str, str]], dict[str, LMConfig]]:
     """Where each role's parameters come from, and the shape of its model."""
-    given = {"actor": "base", **s.models}
-    given.setdefault("ref", given["actor"])
+    first = "reward" if s.algorithm == "reward_model" else "actor"
+    given = {first: "base", **s.models}
+    if first == "actor":
+        given.setdefault("ref", given["actor"])
     roles = ("actor", "ref", "critic", "reward")
     if unknown := sorted(set(given) - set(roles)):
         raise ValueError(f"models has unknown roles {unknown}; there are {[*roles]}.")
-    if s.algorithm == "reward_model":
-        given.setdefault("reward", "base")
     origins, lms = {}, {}
     by_name = {e.name: e for e in earlier}
     for role, where in given.items():
@@ -546,6 +546,7 @@ def model_specs(
             if role in s.adapt:
                 with at_path(f"config.{name}.adapt.{role}"):
                     specs[role] = adapt.spec(s.adapt[role], lms[role], o, schedules[role], updates)
+                    adapt.started(s.adapt[role], lms[role])
                 continue
             with at_path(f"config.{name}.optim.{role}"):
                 tx = optimizer(

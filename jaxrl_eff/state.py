@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxrl_eff import adapt, arrays, tree
 from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.dataflow import Adaptation, Model, Step
 from jaxrl_eff.models import LMConfig, lora, params
@@ -35,7 +37,11 @@ def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
     if role not in stage.settings.adapt or not isinstance(way, Adaptation):
         return _base(assembled, stage, role, shelf, where)
     base = _base(assembled, stage, role, shelf, lora.base(where))
-    return jax.jit(way.extended, out_shardings=where, donate_argnums=0)(base)
+    full = jax.jit(way.extended, out_shardings=where, donate_argnums=0)(base)
+    there = tree.flat(where)
+    given = adapt.started(stage.settings.adapt[role], stage.lms[role])
+    put = {k: arrays.from_whole(there[k], np.asarray(v)) for k, v in given.items()}
+    return tree.with_leaves(full, put)
 
 
 def _base(assembled: Assembled, stage: Stage, role: str, shelf: Shelf, where: Any) -> Any:
@@ -55,12 +61,12 @@ def _base(assembled: Assembled, stage: Stage, role: str, shelf: Shelf, where: An
     return jax.jit(lambda k: params.init(lm, k), out_shardings=where)(key)
 
 
-def merged(lm: LMConfig, tree: Any) -> Any:
+def merged(lm: LMConfig, params_: Any) -> Any:
     """Parameters with adapters merged into their kernels; others as they are."""
-    where = jax.tree.map(lambda x: x.sharding, lora.base(tree))
-    if jax.tree.structure(where) == jax.tree.structure(tree):
-        return tree
-    return jax.jit(lambda t: lora.merge(lm, t), out_shardings=where)(tree)
+    where = jax.tree.map(lambda x: x.sharding, lora.base(params_))
+    if jax.tree.structure(where) == jax.tree.structure(params_):
+        return params_
+    return jax.jit(lambda t: lora.merge(lm, t), out_shardings=where)(params_)
 
 
 def moved(models: Models, old: Step, new: Step) -> Models:

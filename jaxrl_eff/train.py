@@ -404,12 +404,14 @@ class _Log:
         return total
 
     def _flops(self, tokens: float) -> float:
-        """Useful FLOPs: a forward pass costs 1, a train pass 3, padding nothing."""
+        """Useful FLOPs: a forward pass costs 1, a train pass 3 or less, padding nothing."""
         total = 0.0
         for c in self._stage.step.calls:
             if c.of in self._stage.lms:
                 lm = self._stage.lms[c.of]
-                passes = 3 * c.epochs if c.kind == "train" else 1
+                way = self._stage.step.specs[c.of].tx
+                products = way.passes if isinstance(way, dataflow.Adaptation) else 3
+                passes = products * c.epochs if c.kind == "train" else 1
                 length = self._stage.settings.data.length or self._stage.settings.data.prompt_length
                 total += passes * tokens * params.flops_per_token(lm, length / 2)
         return total

@@ -9,12 +9,14 @@ import launch
 import numpy as np
 import pytest
 from launch import compiled_once  # noqa: F401 (fixture)
+from safetensors.numpy import load_file
 
-from jaxrl_eff import adapt, dataflow, metrics, settings, tree
+from jaxrl_eff import adapt, dataflow, metrics, settings, stages, state, tree
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.dataflow import Placement, Spec
-from jaxrl_eff.models import LMConfig, lora, params
+from jaxrl_eff.models import LMConfig, lora, params, save_hf
 from jaxrl_eff.optim import optimizer
+from jaxrl_eff.planner import works
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -213,3 +215,47 @@ def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
 def test_what_cannot_work_is_said(changes, message):
     with pytest.raises(ValueError, match=message):
         spec(**changes)
+
+
+@pytest.mark.parametrize(
+    ("way", "passes"),
+    [
+        (dict(name="lora", rank=2), 2),
+        (dict(name="static"), 3),
+        (dict(name="static", granularity="row"), 2),
+        (dict(name="lisa", layers=1), 2.5),
+    ],
+)
+def test_products_that_are_left_out_are_not_counted(way, passes):
+    of = spec(**way)
+    assert of.tx.passes == passes and works.role(LM, of, trained=True).passes == passes
+
+
+def test_training_goes_on_from_an_adapter_on_disk(tmp_path):
+    """The base and the adapter of one run, read by another, are the model that it ended with."""
+
+    def of(**way):
+        role = settings.AdaptSettings(name="lora", targets=TARGETS, **way)
+        run = launch.config("algorithm=reward_model,steps=1")
+        stage = dataclasses.replace(run.stage["reward_model"], adapt={"reward": role})
+        return dataclasses.replace(run, stage={"reward_model": stage})
+
+    assert launch.train(of(rank=2), tmp_path / "first")
+    start = str(tmp_path / "first" / "adapter")
+    model = settings.ModelSettings(path=str(tmp_path / "first" / "base"))
+    again = stages.assemble(dataclasses.replace(of(rank=2, start=start), model=model))
+    (stage,) = again.stages
+    params_, lm = state.initial(again, stage, {})["reward"].params, stage.lms["reward"]
+    assert np.any(np.asarray(params_["value"]["kernel"]))
+    save_hf(tmp_path / "back", lm, state.merged(lm, params_))
+    back, export = (load_file(tmp_path / d / "model.safetensors") for d in ("back", "first/export"))
+    assert back.keys() == export.keys()
+    for name, x in export.items():
+        np.testing.assert_allclose(back[name], x, rtol=1e-6, atol=1e-7, err_msg=name)
+    for way, error, message in (
+        (dict(rank=3, start=start), ValueError, r"adapt.reward: start.*with rank 3"),
+        (dict(rank=2, start=str(tmp_path)), FileNotFoundError, r"no adapter_config\.json"),
+        (dict(rank=2, start=start, whole=("final_norm/scale",)), ValueError, "lacks 'final_norm"),
+    ):
+        with pytest.raises(error, match=message):
+            stages.assemble(of(**way))

@@ -230,8 +230,7 @@ def _slice(stored: Any, tensor: Tensor, shape: tuple[int, ...], spans: list[rang
         cuts.append(slice(first.start * math.prod(rest), first.stop * math.prod(rest)))
         unfolded += [len(first), *rest]
     data = stored[tuple(cuts)].reshape(unfolded)
-    order = [axis for group in tensor.axes for axis in group]
-    data = data.transpose(np.argsort(order))
+    data = data.transpose(np.argsort(tensor.order))
     firsts = {group[0] for group in tensor.axes}
     keep = (slice(None) if a in firsts else slice(s.start, s.stop) for a, s in enumerate(spans))
     return data[tuple(keep)]

@@ -145,10 +145,9 @@ def _pieces(cfg: LMConfig, leaves: dict[str, Array]) -> Iterator[_Piece]:
         leaf = leaves[tensor.path]
         inner = leaf.shape[1:] if tensor.stacked else leaf.shape
         for layer in range(leaf.shape[0]) if tensor.stacked else (None,):
-            name = (
-                tensor.name[1:] if tensor.name[0] == "/" else "model." + tensor.name.format(layer)
+            yield _Piece(
+                tensor.full_name(layer), tensor, layer, tensor.shape(inner), jnp.dtype(leaf.dtype)
             )
-            yield _Piece(name, tensor, layer, tensor.shape(inner), jnp.dtype(leaf.dtype))
 
 
 def _write_weights(
@@ -170,9 +169,7 @@ def _write_weights(
             for piece in members:
                 array = gathered(leaves[piece.tensor.path], piece.layer, fetch=file is not None)
                 if file:
-                    order = [axis for group in piece.tensor.axes for axis in group]
-                    stored = array.transpose(order).reshape(piece.shape)
-                    file.write(np.ascontiguousarray(stored).tobytes())
+                    file.write(piece.tensor.fold(array).tobytes())
     if to and len(files) > 1:
         index = {
             "metadata": {"total_size": sum(p.nbytes for p in pieces)},

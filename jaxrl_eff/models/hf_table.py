@@ -6,6 +6,8 @@ Reading (`hf.py`) and writing (`hf_save.py`) both follow this one table.
 import dataclasses
 import math
 
+import numpy as np
+
 from jaxrl_eff.models.config import LMConfig
 
 CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names of dtypes
@@ -33,6 +35,24 @@ class Tensor:
     def shape(self, param: tuple[int, ...]) -> tuple[int, ...]:
         """The tensor's shape, from the parameter's shape without L."""
         return tuple(math.prod(param[a] for a in group) for group in self.axes)
+
+    @property
+    def order(self) -> list[int]:
+        """The parameter's axes (without L) in the order in which the tensor has them."""
+        return [axis for group in self.axes for axis in group]
+
+    def fold(self, array: np.ndarray) -> np.ndarray:
+        """The tensor of a parameter (of one layer)."""
+        return np.ascontiguousarray(array.transpose(self.order).reshape(self.shape(array.shape)))
+
+    def unfold(self, stored: np.ndarray, param: tuple[int, ...]) -> np.ndarray:
+        """The converse, for a parameter of this shape (without L)."""
+        return stored.reshape([param[a] for a in self.order]).transpose(np.argsort(self.order))
+
+    def full_name(self, layer: int | None) -> str:
+        """The tensor's name in a checkpoint."""
+        name = self.name.format(layer)
+        return name[1:] if name[0] == "/" else "model." + name
 
 
 def tensors(cfg: LMConfig) -> tuple[Tensor, ...]:

@@ -2,13 +2,15 @@
 
     adapter_config.json, adapter_model.safetensors
 
-PEFT multiplies by lora_alpha / r, so that is what the file says whatever the scale came from. A
-sparse overlay has no such format and is merged into the checkpoint instead.
+PEFT multiplies by lora_alpha / r, so that is what the file says whatever the scale came from.
+Parameters that were trained whole, such as a value head, are PEFT's `modules_to_save`. A sparse
+change has no such format: a model that has one is exported merged.
 """
 
 import json
 import math
 import re
+from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from jaxrl_eff import tree
 from jaxrl_eff.models import lora
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.hf_save import gathered
-from jaxrl_eff.models.hf_table import tensors
+from jaxrl_eff.models.hf_table import Tensor, tensors
 from jaxrl_eff.models.params import abstract
 from jaxrl_eff.shapes import Array, PyTree
 
@@ -33,7 +35,12 @@ _SUFFIXES = {
 
 
 def save_peft(
-    directory: str | PathLike[str], cfg: LMConfig, params: PyTree, *, base_model: str = ""
+    directory: str | PathLike[str],
+    cfg: LMConfig,
+    params: PyTree,
+    *,
+    base_model: str = "",
+    whole: Collection[str] = (),
 ) -> None:
     """Writes a model's LoRA for PEFT. In several processes all must call it; process 0 writes.
 
@@ -41,6 +48,7 @@ def save_peft(
         directory: made if it is not there; files of an adapter in it are replaced.
         params: with LoRA's leaves, sharded in any way.
         base_model: where the base model is, for PEFT's own loading.
+        whole: names of parameters that are saved as they are; with them those of the same module.
 
     Raises:
         ValueError: there is no LoRA, or one that PEFT's format cannot say.
@@ -69,6 +77,14 @@ def save_peft(
                 )
     if not stored:
         raise ValueError("the parameters have no LoRA to be saved.")
+    kept = {_module(t) for t in tensors(cfg) if t.path in whole}
+    if both := sorted(kept & set(modules)):
+        raise ValueError(f"PEFT's format cannot say that {both} have LoRA and are trained whole.")
+    for t in tensors(cfg):
+        for layer in range(cfg.layers if t.stacked else 1) if _module(t) in kept else ():
+            array = gathered(flat[t.path], layer if t.stacked else None, fetch=True)
+            # float32, since safetensors' numpy reader has no bfloat16.
+            stored[f"base_model.model.{t.full_name(layer)}"] = t.fold(array).astype(np.float32)
     if len(scales) > 1 or len(ranks) > 1:
         raise ValueError(f"PEFT wants one scale and one rank, got {sorted(scales)}, {ranks}.")
     if jax.process_index():
@@ -89,6 +105,7 @@ def save_peft(
         "use_rslora": False,
         "use_dora": any(k.endswith("lora_magnitude_vector") for k in stored),
         "fan_in_fan_out": False,
+        "modules_to_save": sorted(kept) or None,
         "inference_mode": True,
     }
     directory = Path(directory)
@@ -99,7 +116,7 @@ def save_peft(
 
 
 def load_peft(directory: str | PathLike[str], cfg: LMConfig) -> dict[str, Array]:
-    """LoRA's leaves by name, float32, for `tree.with_leaves`.
+    """LoRA's leaves by name, float32, and the parameters saved whole, for `tree.with_leaves`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -116,7 +133,7 @@ def load_peft(directory: str | PathLike[str], cfg: LMConfig) -> dict[str, Array]
     for field, allowed in (("peft_type", ("LORA",)), ("bias", ("none", None))):
         if config.get(field) not in allowed:
             raise ValueError(f"{directory}: {field} is {config.get(field)!r}, not {allowed[0]!r}.")
-    for field in ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "modules_to_save"):
+    for field in ("rank_pattern", "alpha_pattern", "fan_in_fan_out"):
         if config.get(field):
             raise ValueError(f"{directory}: {field} is {config[field]!r}, which is not read.")
     rank = config["r"]
@@ -149,9 +166,28 @@ def load_peft(directory: str | PathLike[str], cfg: LMConfig) -> dict[str, Array]
             rest -= set(names)
         if f"{path}lora_a" in out:
             out[f"{path}lora_scale"] = jnp.full(cfg.layers, scale, jnp.float32)
+    for t in tensors(cfg):
+        names = [
+            f"base_model.model.{t.full_name(i)}" for i in range(cfg.layers if t.stacked else 1)
+        ]
+        if not set(names) <= rest:
+            continue
+        like = flat[t.path]
+        inner = like.shape[1:] if t.stacked else like.shape
+        for k in names:
+            if stored[k].shape != t.shape(inner):
+                raise ValueError(f"{k!r} is {stored[k].shape}, but should be {t.shape(inner)}.")
+        parts = [jnp.asarray(t.unfold(stored[k], inner), like.dtype) for k in names]
+        out[t.path] = jnp.stack(parts) if t.stacked else parts[0]
+        rest -= set(names)
     if rest:
         raise ValueError(f"{directory} has {sorted(rest)[0]!r}, which the model does not have.")
     return out
+
+
+def _module(t: Tensor) -> str:
+    """What PEFT calls the module of a tensor: "q_proj", "score"."""
+    return t.name.rpartition(".")[0].rpartition(".")[2].removeprefix("/")
 
 
 def _projections(cfg: LMConfig) -> list[tuple[str, str, int]]:

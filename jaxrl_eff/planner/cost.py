@@ -281,7 +281,7 @@ def _train(role: Role, work: Work, p: Placement, c: Cluster, corrections: Correc
     rows = work.rows / (work.minibatches * p.row_shards * m)
     factor = corrections.flops.get(work.name, 1.0)
     one = _forward(shape, p, c, rows, work.length, rows * work.length, c.train_efficiency, factor)
-    passes = 4 if shape.remat else 3  # a backward pass is two products for each one forward
+    passes = role.passes + bool(shape.remat)
     u = passes * (one.compute + one.memory + one.overhead)
     collectives = (3 if shape.remat else 2) * one.tensor + passes * one.seq
     n = params_share(shape, p)

@@ -132,12 +132,15 @@ class Role:
         opt_bytes: optimizer state a parameter, in bytes (AdamW in float32: 8); 0 if not trained.
         grad_bytes: of one gradient entry; 0 if not trained.
         zero: the optimizer state is split over `data` too (ZeRO-1, arXiv:1910.02054).
+        passes: products of a training pass, in forward passes: the forward, gradients of the
+            activations and those of the weights, 3; fewer if not all weights have gradients.
     """
 
     shape: Shape
     opt_bytes: float | int = 0.0
     grad_bytes: float | int = 0.0
     zero: bool = False
+    passes: float | int = 3
 
 
 @dataclasses.dataclass(frozen=True)

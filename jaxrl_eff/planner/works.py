@@ -44,13 +44,14 @@ def role(cfg: LMConfig | None, spec: Spec | None, trained: bool) -> Role:
     sizes = _ONE if cfg is None else shape(cfg)
     if not trained:
         return Role(sizes)
-    opt, grad = 8.0, float(sizes.param_bytes)
+    opt, grad, passes = 8.0, float(sizes.param_bytes), 3.0
     if spec is not None and spec.tx is not None:
         state, size = jax.eval_shape(spec.tx.init, spec.shapes), max(1, tree.size(spec.shapes))
         opt = tree.nbytes(state) / size
         if isinstance(spec.tx, Adaptation):
             grad = tree.nbytes(jax.eval_shape(spec.tx.leaves, spec.shapes, state)) / size
-    return Role(sizes, opt_bytes=float(opt), grad_bytes=grad)
+            passes = spec.tx.passes
+    return Role(sizes, opt_bytes=float(opt), grad_bytes=grad, passes=passes)
 
 
 def works(

@@ -59,6 +59,26 @@ def test_peft_would_merge_to_the_same_checkpoint(base, kind, tmp_path):
     assert seen == 7 * CFG.layers
 
 
+def test_what_was_trained_whole_is_in_the_file(base, tmp_path):
+    """A value head and norms: PEFT's modules_to_save, under the names that it gives them."""
+    cfg = CFG.replace(head="value")
+    base = models.init(cfg, jax.random.key(3))
+    params = adapted(base, "lora")
+    peft.save_peft(tmp_path, cfg, params, whole=("value/kernel", "layers/attn_norm/scale"))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["input_layernorm", "score"]
+    assert config["task_type"] == "SEQ_CLS"
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert stored["base_model.model.score.weight"].shape == (1, CFG.width)
+    assert "base_model.model.model.layers.1.input_layernorm.weight" in stored
+    leaves = peft.load_peft(tmp_path, cfg)
+    assert {"value/kernel", "layers/attn_norm/scale"} <= set(leaves)
+    for name, x in leaves.items():
+        np.testing.assert_allclose(x, tree.flat(params)[name], rtol=1e-6, err_msg=name)
+    with pytest.raises(ValueError, match=r"\['q_proj'\] have LoRA and are trained whole"):
+        peft.save_peft(tmp_path, cfg, params, whole=("layers/attn/q/kernel",))
+
+
 def test_rank_stabilised_files_of_peft_are_read(base, tmp_path):
     peft.save_peft(tmp_path, CFG, adapted(base, "lora"))
     path = tmp_path / "adapter_config.json"
