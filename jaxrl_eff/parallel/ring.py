@@ -49,7 +49,7 @@ class _Tour(NamedTuple):
     backward: Callable[..., Any]
 
 
-def ring(axis: str = "seq", *, chunk: int = CHUNK) -> Attend:
+def ring(axis: str = "seq", *, chunk: int = CHUNK, unroll: int = 1) -> Attend:
     """Attention with keys and values going round `axis`, one permute a hop.
 
     P - 1 permutes forward; backward as many for keys and values, and P for their gradients, which
@@ -58,8 +58,11 @@ def ring(axis: str = "seq", *, chunk: int = CHUNK) -> Attend:
     Args:
         axis: of the mesh, over which tokens are spread.
         chunk: tokens in a chunk of queries or keys, at most.
+        unroll: hops in one iteration of the loop over them. More leave the compiler more freedom
+            to overlap, and let it hold as many pieces at once.
     """
-    return functools.partial(_spread, _RING, axis, chunk)
+    ways = (functools.partial(f, unroll) for f in (_ring_forward, _ring_backward))
+    return functools.partial(_spread, _Tour(*ways), axis, chunk)
 
 
 def gathered(axis: str = "seq", *, chunk: int = CHUNK) -> Attend:
@@ -157,38 +160,53 @@ def _alone_backward(axis, q, *rest):
 _ALONE = _Tour(_alone_forward, _alone_backward)
 
 
-# Ring
+# Ring. Hops are a loop, although it copies what came to where the next iteration finds it: of an
+# unrolled ring the compiler may send all pieces before anything is computed, and then every device
+# holds them all.
 
 
-def _ring_forward(axis, q, kv, q_where, k_where, window, softcap):
+def _ring_forward(unroll, axis, q, kv, q_where, k_where, *rest):
     parts = lax.axis_size(axis)
     places = lax.all_gather(k_where, axis)
-    met = hops.nothing(q)
-    for hop in range(parts):
-        # A send waits for the hop before it, or all pieces could be on one device at once.
-        kv, met = lax.optimization_barrier((kv, met))
-        coming = _next(kv, axis) if hop < parts - 1 else None
+
+    def compute(met, kv, hop):
+        return hops.forward(*met, q, kv, q_where, _of_hop(places, hop, axis), *rest)
+
+    def step(carry, hop):
+        kv, met = carry
+        coming = _next(kv, axis)
+        return (coming, compute(met, kv, hop)), None
+
+    carry, _ = lax.scan(step, (kv, hops.nothing(q)), jnp.arange(parts - 1), unroll=unroll)
+    kv, met = carry
+    return compute(met, kv, parts - 1)
+
+
+def _ring_backward(unroll, axis, q, dout, lse, delta, kv, q_where, k_where, *rest):
+    parts = lax.axis_size(axis)
+    places = lax.all_gather(k_where, axis)
+
+    def compute(dq, kv, hop):
         there = _of_hop(places, hop, axis)
-        met = hops.forward(*met, q, kv, q_where, there, window, softcap)
-        kv = coming
-    return met
+        return hops.backward(dq, q, dout, lse, delta, kv, q_where, there, *rest)
 
-
-def _ring_backward(axis, q, dout, lse, delta, kv, q_where, k_where, window, softcap):
-    parts = lax.axis_size(axis)
-    places = lax.all_gather(k_where, axis)
-    dq, dkv = hops.nothing(q)[0], None
-    for hop in range(parts):
-        kv, dq, dkv = lax.optimization_barrier((kv, dq, dkv))
-        coming = _next(kv, axis) if hop < parts - 1 else None
+    def last(dq, kv, dkv, hop):
         # What earlier devices found for the piece at hand arrives while this one computes.
-        found = _next(dkv, axis) if hop > 0 else None
-        there = _of_hop(places, hop, axis)
-        dq, dkv = hops.backward(
-            dq, q, dout, lse, delta, kv, q_where, there, window, softcap
-        )  # fmt: skip
-        dkv = dkv if found is None else found + dkv
-        kv = coming
+        found = _next(dkv, axis)
+        dq, dkv = compute(dq, kv, hop)
+        return dq, found + dkv
+
+    def step(carry, hop):
+        dq, kv, dkv = carry
+        coming = _next(kv, axis)
+        dq, dkv = last(dq, kv, dkv, hop)
+        return (dq, coming, dkv), None
+
+    coming = _next(kv, axis)
+    dq, dkv = compute(hops.nothing(q)[0], kv, 0)
+    between = jnp.arange(1, parts - 1)
+    (dq, kv, dkv), _ = lax.scan(step, (dq, coming, dkv), between, unroll=unroll)
+    dq, dkv = last(dq, kv, dkv, parts - 1)
     return dq, _next(dkv, axis)
 
 
@@ -197,12 +215,9 @@ def _next(x: Array, axis: str) -> Array:
     return lax.ppermute(x, axis, [(i, (i + 1) % parts) for i in range(parts)])
 
 
-def _of_hop(places: Int[Array, "P m 2 B d"], hop: int, axis: str) -> Int[Array, "m 2 B d"]:
+def _of_hop(places: Int[Array, "P m 2 B d"], hop: int | Array, axis: str) -> Int[Array, "m 2 B d"]:
     source = (lax.axis_index(axis) - hop) % lax.axis_size(axis)
     return lax.dynamic_index_in_dim(places, source, keepdims=False)
-
-
-_RING = _Tour(_ring_forward, _ring_backward)
 
 
 # Gathered
