@@ -13,6 +13,7 @@ a chunk, R = G c.
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -26,7 +27,7 @@ Window = Int[Array, ""] | None
 
 def wide(dtype: Any) -> Any:
     """What sums of this dtype are kept in: float32, or float64 for its own."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def sees(
@@ -48,12 +49,13 @@ def merge(
 ) -> tuple[Float[Array, "*r H"], Float[Array, "*r"]]:
     """The attention over two sets of keys from that over each.
 
-    lse' = log(e^lse + e^other_lse), out' = e^(lse - lse') out + e^(other_lse - lse') other. No
-    exponent is positive, so nothing overflows.
+    lse' = log(e^lse + e^other_lse), out' = e^(lse - lse') out + e^(other_lse - lse') other, the
+    factors as sigmoids of lse - other_lse and its negative: they add up to 1 even where lse' is so
+    large that its rounding would show, and nothing overflows.
     """
-    total = jnp.maximum(lse, other_lse) + jnp.log1p(jnp.exp(-jnp.abs(lse - other_lse)))
-    out = jnp.exp(lse - total)[..., None] * out + jnp.exp(other_lse - total)[..., None] * other
-    return out, total
+    apart = lse - other_lse
+    out = lax.logistic(apart)[..., None] * out + lax.logistic(-apart)[..., None] * other
+    return out, jnp.maximum(lse, other_lse) + jnp.log1p(jnp.exp(-jnp.abs(apart)))
 
 
 def nothing(q: Float[Array, "n B K R H"]) -> tuple[Array, Array]:
@@ -74,20 +76,20 @@ def forward(
 ) -> tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]]:
     """(out, lse) after these keys, from that before them. `q` is scaled."""
 
-    def queries(_, chunk):
-        out, lse, q, q_where = chunk
+    def queries(met, chunk):
+        i, q, q_where = chunk
 
-        def keys(carry, chunk):
+        def keys(one, chunk):
             kv, k_where = chunk
             seen = sees(q_where, k_where, window)
-            met = lax.cond(
-                seen.any(), lambda: merge(*carry, *_piece(q, kv, seen, softcap)), lambda: carry
+            one = lax.cond(
+                seen.any(), lambda: merge(*one, *_piece(q, kv, seen, softcap)), lambda: one
             )
-            return met, None
+            return one, None
 
-        return None, _scan(keys, (out, lse), (kv, k_where))[0]
+        return _put(met, i, _scan(keys, _at(met, i), (kv, k_where))[0]), None
 
-    return _scan(queries, None, (out, lse, q, q_where))[1]
+    return _scan(queries, (out, lse), (jnp.arange(len(q)), q, q_where))[0]
 
 
 def backward(
@@ -112,20 +114,20 @@ def backward(
     def keys(dq, chunk):
         kv, k_where = chunk
 
-        def queries(dkv, chunk):
-            dq, q, q_where, *rest = chunk
+        def queries(carry, chunk):
+            dq, dkv = carry
+            i, q, q_where, *rest = chunk
             seen = sees(q_where, k_where, window)
 
             def add():
-                more = _piece_gradient(q, kv, seen, softcap, *rest)
-                return dq + more[0], dkv + more[1]
+                more, more_kv = _piece_gradient(q, kv, seen, softcap, *rest)
+                return _at(dq, i) + more, dkv + more_kv
 
-            dq, dkv = lax.cond(seen.any(), add, lambda: (dq, dkv))
-            return dkv, dq
+            one, dkv = lax.cond(seen.any(), add, lambda: (_at(dq, i), dkv))
+            return (_put(dq, i, one), dkv), None
 
-        none = jnp.zeros_like(kv, dq.dtype)
-        dkv, dq = _scan(queries, none, (dq, q, q_where, dout, lse, delta))
-        return dq, dkv
+        chunks = (jnp.arange(len(q)), q, q_where, dout, lse, delta)
+        return _scan(queries, (dq, jnp.zeros_like(kv, dq.dtype)), chunks)[0]
 
     return _scan(keys, dq, (kv, k_where))
 
@@ -168,6 +170,15 @@ def _scores(q, k, seen, softcap):
 def _product(letters: str, x: Array, y: Array) -> Array:
     """Of the dtype of the arrays that came in, which is `y`'s, in wide sums."""
     return jnp.einsum(letters, x.astype(y.dtype), y, preferred_element_type=wide(y.dtype))
+
+
+def _at(tree: Any, i: Array) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _put(tree: Any, i: Array, one: Any) -> Any:
+    """The i-th chunk replaced: in place in a loop, where an output of the loop would be a copy."""
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), tree, one)
 
 
 def _scan(body: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:

@@ -177,7 +177,9 @@ def _ring_forward(unroll, axis, q, kv, q_where, k_where, *rest):
         coming = _next(kv, axis)
         return (coming, compute(met, kv, hop)), None
 
-    carry, _ = lax.scan(step, (kv, hops.nothing(q)), jnp.arange(parts - 1), unroll=unroll)
+    carry, _ = lax.scan(
+        step, (kv, hops.nothing(q)), jnp.arange(parts - 1, dtype=jnp.int32), unroll=unroll
+    )
     kv, met = carry
     return compute(met, kv, parts - 1)
 
@@ -204,7 +206,7 @@ def _ring_backward(unroll, axis, q, dout, lse, delta, kv, q_where, k_where, *res
 
     coming = _next(kv, axis)
     dq, dkv = compute(hops.nothing(q)[0], kv, 0)
-    between = jnp.arange(1, parts - 1)
+    between = jnp.arange(1, parts - 1, dtype=jnp.int32)
     (dq, kv, dkv), _ = lax.scan(step, (dq, coming, dkv), between, unroll=unroll)
     dq, dkv = last(dq, kv, dkv, parts - 1)
     return dq, _next(dkv, axis)
