@@ -156,21 +156,23 @@ def test_a_model_on_a_mesh_is_the_model(key):
     params = models.init(cfg, key)
     rng = np.random.default_rng(7)
     position, segment = packed(rng)
-    rows = rng.integers(0, 11, position.shape, np.int32), position, segment
+    tokens = rng.integers(0, 11, position.shape, np.int32)
+    weight = rng.normal(size=(*position.shape, 8)).astype(np.float32) * (segment > 0)[..., None]
+    rows = weight, tokens, position, segment
     grid = Mesh(np.array(jax.devices()[:4]).reshape(1, 2, 2), ("data", "seq", "tensor"))
 
     @functools.partial(jax.jit, static_argnums=0)
-    def run(attend, params, rows):
+    def run(attend, params, weight, *rows):
         def loss(params):
             hidden, _ = models.apply(cfg, params, *rows, attend=attend)
-            return (hidden**2 * (rows[2] > 0)[..., None]).sum()
+            return (hidden * weight).sum()
 
         return jax.value_and_grad(loss)(params)
 
-    expected = run(attention.plain, params, rows)
-    striped = tuple(order.striped(LENGTH, 2).place(x) for x in rows)
+    expected = run(attention.plain, params, *rows)
+    striped = [order.striped(LENGTH, 2).place(x) for x in rows]
     with jax.set_mesh(grid):
-        got = run(ring.on_mesh(ring.ring(), grid), params, striped)
+        got = run(ring.on_mesh(ring.ring(), grid), params, *striped)
     for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * float(abs(x).max()))
 
