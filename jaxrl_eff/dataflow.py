@@ -302,6 +302,10 @@ class Step:
         programs = self._reselections if choosing else self._programs
         return programs[call].memory_analysis() if call in programs else None
 
+    def program(self, call: str) -> Any:
+        """A compiled call, to be looked at."""
+        return self._programs[call]
+
     def analysis(self) -> dict[str, dict[str, float]]:
         """What XLA says of every compiled call, see `lowering.analysis`."""
         return {name: lowering.analysis(p) for name, p in self._programs.items()}

@@ -4,7 +4,9 @@ A model's home is the placement of the call that trains it, or else of its first
 state never leaves it. Other calls borrow the parameters in a layout of their own.
 """
 
-from collections.abc import Mapping
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,8 +14,9 @@ from flax import linen as nn
 
 from jaxrl_eff import arrays, tree
 from jaxrl_eff.graph import Adaptation, Call, Graph, Model, Spec, order
+from jaxrl_eff.models.attention import Spread, spreading
 from jaxrl_eff.optim import state_shardings
-from jaxrl_eff.parallel import Placement, Rules, mesh, rows, rules
+from jaxrl_eff.parallel import Placement, Rules, mesh, rows, rules, spread
 from jaxrl_eff.parallel.sharding import in_host, replicated
 
 
@@ -99,9 +102,14 @@ class Layouts:
         """Whether this process has a part of the call."""
         return arrays.here(self.whole(c))
 
-    def context(self, c: Call) -> "_Context":
-        """To trace a call in."""
-        return _Context(self.rules[c.name])
+    @contextlib.contextmanager
+    def context(self, c: Call) -> Iterator[None]:
+        """To trace a call in: its mesh, flax's logical axis rules, how rows are spread over it."""
+        place = self.plan[c.name]
+        over = functools.partial(_spread, place) if place.seq > 1 and c.kind != "generate" else None
+        table = list(self.rules[c.name].table)
+        with jax.set_mesh(mesh(place)), nn.logical_axis_rules(table), spreading(over):
+            yield
 
 
 def placed(like: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
@@ -109,17 +117,9 @@ def placed(like: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
 
 
-class _Context:
-    """While tracing: the call's mesh, and flax's logical axis rules for it."""
-
-    def __init__(self, r: Rules):
-        self._mesh = jax.set_mesh(mesh(r.placement))
-        self._rules = nn.logical_axis_rules(list(r.table))
-
-    def __enter__(self):
-        self._mesh.__enter__()
-        self._rules.__enter__()
-
-    def __exit__(self, *error):
-        self._rules.__exit__(*error)
-        self._mesh.__exit__(*error)
+def _spread(place: Placement, length: int) -> Spread:
+    """Rows whose tokens do not divide stay whole."""
+    if length % place.seq:
+        return Spread()
+    ways = (functools.partial(f, parts=place.seq) for f in (spread.striped, spread.unstriped))
+    return Spread(spread.attend(place), *ways)

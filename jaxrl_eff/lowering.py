@@ -76,6 +76,9 @@ class Update(NamedTuple):
     def cost_analysis(self) -> Any:
         return self.program.cost_analysis()
 
+    def as_text(self) -> str:
+        return self.program.as_text()
+
 
 def _divided(leaves: Sequence[Any], still: Sequence[bool]) -> tuple[list[Any], list[Any]]:
     pairs = list(zip(leaves, still, strict=True))

@@ -6,7 +6,10 @@ is not farther back than the layer's window. `plain` is the definition that ever
 them as its `attend`.
 """
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +163,44 @@ def fused(
         implementation=KERNEL,
     )  # fmt: skip
     return jnp.where((q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
+
+
+def _same(x: Array) -> Array:
+    return x
+
+
+class Spread(NamedTuple):
+    """How the tokens of rows lie over devices that share them.
+
+    Attributes:
+        attend: the attention over all of them; None: any.
+        place: `[B, T]` -> the same in the order in which devices hold tokens.
+        restore: the converse.
+    """
+
+    attend: Attend | None = None
+    place: Callable[[Array], Array] = _same
+    restore: Callable[[Array], Array] = _same
+
+
+_spread: contextvars.ContextVar[Callable[[int], Spread] | None]
+_spread = contextvars.ContextVar("spread", default=None)
+
+
+@contextlib.contextmanager
+def spreading(of: Callable[[int], Spread] | None) -> Iterator[None]:
+    """While a call is traced: how rows of a length are spread; None: rows are whole."""
+    token = _spread.set(of)
+    try:
+        yield
+    finally:
+        _spread.reset(token)
+
+
+def spread(length: int) -> Spread:
+    """How rows of this length are spread, as the call's surroundings say."""
+    of = _spread.get()
+    return Spread() if of is None else of(length)
 
 
 def choose(cfg: LMConfig, platform: str | None = None) -> Attend:

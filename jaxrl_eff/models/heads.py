@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxrl_eff.models import attention
 from jaxrl_eff.models.attention import Attend
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.logits import Warp, entropy, log_softmax_at
@@ -51,12 +52,16 @@ def token_logprobs(
         attend: the attention; None: `attention.choose(cfg)`.
         with_entropy: False leaves the entropy out and returns zeros in its place.
     """
-    hidden, _ = apply(cfg, params, tokens, position, segment, attend=attend)
-    following = jnp.roll(tokens, -1, axis=1)
+    # Only numbers of tokens change places between devices, never hidden states.
+    over = attention.spread(tokens.shape[1])
+    where = map(over.place, (tokens, position, segment))
+    hidden, _ = apply(cfg, params, *where, attend=attend or over.attend)
+    following = over.place(jnp.roll(tokens, -1, axis=1))
     fn = functools.partial(_of_hidden, cfg, params, warp, with_entropy)
-    logp, spread = _in_chunks(fn, hidden, following, _pieces(cfg, tokens.shape, chunk))
+    found = _in_chunks(fn, hidden, following, _pieces(cfg, tokens.shape, chunk))
     chosen = (position > 0) & (segment > 0)
-    return _shift(logp, chosen), _shift(spread, chosen)
+    logp, spread = (_shift(over.restore(x), chosen) for x in found)
+    return logp, spread
 
 
 def _of_hidden(cfg, params, warp, with_entropy, hidden, following):
@@ -110,8 +115,10 @@ def scalar_head(
     attend: Attend | None = None,
 ) -> Float[Array, "B T"]:
     """The value head's number after reading token t (not shifted); 0 at padding."""
-    hidden, _ = apply(cfg, params, tokens, position, segment, attend=attend)
-    return jnp.where(segment > 0, scalar(cfg, params, hidden), 0.0)
+    over = attention.spread(tokens.shape[1])
+    where = map(over.place, (tokens, position, segment))
+    hidden, _ = apply(cfg, params, *where, attend=attend or over.attend)
+    return jnp.where(segment > 0, over.restore(scalar(cfg, params, hidden)), 0.0)
 
 
 def token_values(

@@ -1,0 +1,67 @@
+"""Rows whose tokens are split over devices: no algorithm's parameters show it."""
+
+import collections
+import re
+
+import jax
+import launch
+import numpy as np
+import pytest
+from test_plan_law import check, models_after
+
+from jaxrl_eff import dataflow, stages
+from jaxrl_eff.models import LMConfig, attention, logical_axes, params
+from jaxrl_eff.parallel import Placement, spread
+
+ALGORITHMS = ("sft", "reward_model", "dpo", "ppo", "grpo")
+FEW = ("dpo", "ppo")  # between them every loss: likelihood, pairs, values, ratios
+
+
+def run(algorithm, **place):
+    plan = f"{algorithm}.plan={{'default': {place!r}}}"
+    return stages.assemble(launch.config(f"algorithm={algorithm},optim=sgd", plan))
+
+
+@pytest.mark.parametrize(
+    "algorithm", [a if a in FEW else pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS]
+)
+def test_tokens_over_devices_give_the_same_parameters(algorithm):
+    want = models_after(run(algorithm, devices=[0]))
+    check(models_after(run(algorithm, devices=[3, 0, 2, 1], data=2, seq=2)), want)
+
+
+def test_a_call_takes_the_ring_and_gathers_no_hidden_states():
+    lm = LMConfig(vocab=40, layers=2, width=48, heads=2, kv_heads=1, head_dim=16, ffn=64, unroll=1)
+    spec = dataflow.Spec(params.abstract(lm), logical_axes(lm))
+    seen = []
+
+    def fn(p, batch, key):
+        over = attention.spread(batch["tokens"].shape[1])
+        seen.append(over.attend)
+        from jaxrl_eff.models import heads
+
+        row = (batch[k] for k in ("tokens", "position", "segment"))
+        return {"logp": heads.token_logprobs(lm, p, *row, with_entropy=False)[0]}
+
+    call = dataflow.infer("inf", of="m", fn=fn, reads="tokens position segment", writes="logp")
+    graph = dataflow.Graph("tokens position segment", (call,))
+    place = Placement((0, 1, 2, 3), seq=4)
+    step = dataflow.compile(graph, {"inf": place}, {"m": spec})
+    shape = jax.ShapeDtypeStruct((2, 64), np.int32)
+    step.build(dict.fromkeys(("tokens", "position", "segment"), shape))
+    assert seen == [spread.attend(place)]
+    text = step.program("inf").as_text()
+    count = collections.Counter(re.findall(r"(collective-permute|all-to-all)\(", text))
+    assert count["collective-permute"] >= 1
+    for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]\S* all-gather\(", text):
+        size = np.prod([int(n) for n in dims.split(",")])
+        assert kind == "s32" or size <= 2 * 64, (kind, dims)  # one number a token at most
+
+
+def test_what_is_striped_comes_back():
+    x = jax.random.normal(jax.random.key(0), (3, 24))
+    there = spread.striped(x, 4)
+    np.testing.assert_array_equal(there[:, :6], x[:, ::4])
+    np.testing.assert_array_equal(spread.unstriped(there, 4), x)
+    with pytest.raises(ValueError, match="'star'; there are"):
+        spread.attend(Placement((0, 1), seq=2), "star")
