@@ -348,7 +348,7 @@ class Step:
         if not self.built:
             self._check_single_process()
             self.build(batch)
-        words = _words(key)
+        words = key_words(key)
         timing = self.timeline.begin()
         run = _Running(dict(models), self.put(batch), {}, {}, timing, words, {}, reselect)
         for op in self.operations:
@@ -501,7 +501,7 @@ class _Running:
 _SLOWEST = ("train", "generate", "infer", "local")  # to compile
 
 
-def _words(key: Any) -> np.ndarray:
+def key_words(key: Any) -> np.ndarray:
     """The two words of a key. A typed key is fetched; pass words to stay off the device."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)

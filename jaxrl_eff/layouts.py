@@ -6,7 +6,7 @@ state never leaves it. Other calls borrow the parameters in a layout of their ow
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,10 +27,18 @@ class Layouts:
         graph, plan, specs: what they follow from.
         calls: of the graph, in the order in which they run.
         rules: call -> how logical axes are sharded where it runs.
+        mixed: calls read rows of devices and rows of groups side by side, see `mixed`.
     """
 
-    def __init__(self, graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spec]):
-        self.graph, self.plan, self.specs = graph, plan, specs
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Mapping[str, Placement],
+        specs: Mapping[str, Spec],
+        *,
+        mixed: bool = False,
+    ):
+        self.graph, self.plan, self.specs, self.mixed = graph, plan, specs, mixed
         self.calls = order(graph)
         self.rules = {c.name: self._rules_of(c) for c in self.calls}
         self._opt_shapes = {
@@ -48,7 +56,7 @@ class Layouts:
                 for axis, n in zip(axes, leaf.shape, strict=True):
                     if axis is not None:
                         sizes.setdefault(axis, set()).add(n)
-        return rules(self.plan[c.name], sizes, lengths=c.kind != "generate")
+        return rules(self.plan[c.name], sizes, lengths=c.kind != "generate", mixed=self.mixed)
 
     def trained(self, model: str) -> bool:
         """Whether a call of the graph trains it."""
@@ -103,10 +111,16 @@ class Layouts:
         return arrays.here(self.whole(c))
 
     @contextlib.contextmanager
-    def context(self, c: Call) -> Iterator[None]:
-        """To trace a call in: its mesh, flax's logical axis rules, how rows are spread over it."""
+    def context(self, c: Call, local: int | None = None) -> Iterator[None]:
+        """To trace a call in: its mesh, flax's logical axis rules, how rows are spread over it.
+
+        Args:
+            local: of mixed rows, how many of their tokens are the device's own.
+        """
         place = self.plan[c.name]
         over = functools.partial(_spread, place) if place.seq > 1 and c.kind != "generate" else None
+        if local is not None:
+            over = functools.partial(_both, place, local)
         table = list(self.rules[c.name].table)
         with jax.set_mesh(mesh(place)), nn.logical_axis_rules(table), spreading(over):
             yield
@@ -123,3 +137,19 @@ def _spread(place: Placement, length: int) -> Spread:
         return Spread()
     ways = (functools.partial(f, parts=place.seq) for f in (spread.striped, spread.unstriped))
     return Spread(spread.attend(place), *ways)
+
+
+def _both(place: Placement, local: int, length: int) -> Spread:
+    del length
+
+    def on_each(turn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def turned(x: Any) -> Any:
+            halves = map(turn, spread.divided(x, local, place.seq))
+            return spread.joined(*halves, place.seq)
+
+        return turned
+
+    plain = Spread()
+    return Spread(
+        spread.both(place, local), next=on_each(plain.next), previous=on_each(plain.previous)
+    )

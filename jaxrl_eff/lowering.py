@@ -113,23 +113,34 @@ def trace(
         seen()
         return program(*operands)
 
-    return _traced(layouts, c, counted, model, args)
+    return traced(layouts, c, counted, model, dict(args))
 
 
-def lower(layouts: Layouts, c: Call, traced: Traced, made: Mapping[str, Any]) -> Lowered:
+def lower(layouts: Layouts, c: Call, found: Traced, made: Mapping[str, Any]) -> Lowered:
     """The traced call with the layouts of its results, ready to be compiled.
 
     Args:
         made: what it writes, with shapes and layouts.
     """
     if c.kind == "train":
-        return _update(layouts, c, traced)
+        return update(layouts, c, found)
     where = {k: v.sharding for k, v in made.items()}
-    run = traced.function()
+    return lowered(layouts, c, found, (where, layouts.whole(c)))
+
+
+def lowered(
+    layouts: Layouts, c: Call, found: Traced, where: Any, *, donate: tuple[int, ...] = ()
+) -> Lowered:
+    """A traced program, its results laid out as `where` says.
+
+    Args:
+        donate: operands that it consumes.
+    """
+    run = found.function()
     run.__name__ = c.name
     with layouts.context(c):
-        jitted = jax.jit(run, out_shardings=(where, layouts.whole(c)))
-        return Lowered(jitted.lower(*traced.operands))
+        jitted = jax.jit(run, out_shardings=where, donate_argnums=donate)
+        return Lowered(jitted.lower(*found.operands))
 
 
 def reselects(layouts: Layouts, c: Call) -> bool:
@@ -143,23 +154,31 @@ def lower_reselection(layouts: Layouts, c: Call, args: Mapping[str, Any]) -> Low
     model = layouts.home(c.of)._replace(past=())
     away = layouts.plan[c.name].offload == "opt"
     run = functools.partial(programs.reselect_program, c, layouts.specs[c.of].tx, away)
-    return _update(layouts, c, _traced(layouts, c, lambda *x: (run(*x), {}), model, args))
+    return update(layouts, c, traced(layouts, c, lambda *x: (run(*x), {}), model, dict(args)))
 
 
-def _traced(layouts: Layouts, c: Call, run: Callable, model: Any, args: Any) -> Traced:
+def traced(
+    layouts: Layouts, c: Call, run: Callable, model: Any, args: Any, local: int | None = None
+) -> Traced:
+    """A program of a call, `run(model, args, key)`, traced where the call runs.
+
+    Args:
+        local: see `Layouts.context`.
+    """
     key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=layouts.whole(c))
-    operands = (model, dict(args), key)
-    with layouts.context(c):
+    operands = (model, args, key)
+    with layouts.context(c, local):
         jaxpr, out = jax.make_jaxpr(run, return_shape=True)(*operands)
     return Traced(jaxpr, operands, out)
 
 
-def _update(layouts: Layouts, c: Call, traced: Traced) -> Lowered:
-    model, args, key = traced.operands
+def update(layouts: Layouts, c: Call, found: Traced) -> Lowered:
+    """A traced program that updates its model, as an `Update`."""
+    model, args, key = found.operands
     leaves, structure = jax.tree.flatten(model)
-    still = tuple(jax.tree.leaves(traced.still))
+    still = tuple(jax.tree.leaves(found.still))
     kept, rest = _divided(leaves, still)
-    call = traced.function()
+    call = found.function()
 
     def run(rest, kept, args, key):
         new, metrics = call(structure.unflatten(_joined(kept, rest, still)), args, key)

@@ -6,8 +6,8 @@ change a gradient beyond the rounding of reordered sums.
 
 import functools
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ import optax
 from jaxrl_eff import meters, tree
 from jaxrl_eff.graph import Adaptation, Call, Model
 from jaxrl_eff.optim import mcf, precision_metrics
+
+# (parameters, arrays, key) -> sums of loss and weight over rows, meters.
+Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]
 
 
 def key_of(name: str, words: jax.Array) -> jax.Array:
@@ -107,7 +110,7 @@ def train_program(
         model = model._replace(opt=jax.device_put(model.opt, jax.memory.Space.Device))
     key = key_of(c.name, words)
     updates = c.epochs * c.minibatches
-    way = tx if isinstance(tx, Adaptation) else _whole(tx)
+    way = way_of(tx)
     update = functools.partial(_update, c, way, microbatches, key)
     if updates == 1:
         model, seen = update(model, batch)
@@ -119,10 +122,14 @@ def train_program(
         model, seen = jax.lax.scan(
             lambda carry, rows: update(carry, jax.tree.map(lambda x: x[rows], batch)), model, index
         )
-    out = {k: meters.combine(v) for k, v in seen.items() if k != "finite"}
-    metrics = _numbers(out)
+    return model, read(seen)
+
+
+def read(seen: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The metrics of a train call from what its updates saw, stacked."""
+    metrics = _numbers({k: meters.combine(v) for k, v in seen.items() if k != "finite"})
     metrics["finite"] = seen["finite"].min().astype(jnp.float32)
-    return model, metrics
+    return metrics
 
 
 def reselect_program(
@@ -149,6 +156,11 @@ def reselect_program(
     return model._replace(params=params, opt=opt)
 
 
+def way_of(tx: optax.GradientTransformation | Adaptation) -> Adaptation:
+    """How a model is trained: in part, or whole by an optax transform."""
+    return tx if isinstance(tx, Adaptation) else _whole(tx)
+
+
 def _whole(tx: optax.GradientTransformation) -> Adaptation:
     """Training all parameters by an optax transform."""
 
@@ -169,6 +181,67 @@ def _whole(tx: optax.GradientTransformation) -> Adaptation:
     )
 
 
+class Sums(NamedTuple):
+    """What rows add up to: sums of the loss and its weight, meters, gradients."""
+
+    loss: jax.Array
+    weight: jax.Array
+    seen: dict[str, Any]
+    grads: Any
+
+    def plus(self, more: "Sums") -> "Sums":
+        """Of both."""
+        return Sums(
+            self.loss + more.loss,
+            self.weight + more.weight,
+            {k: meters.add(self.seen[k], more.seen[k]) for k in more.seen},
+            jax.tree.map(lambda a, g: a + g.astype(a.dtype), self.grads, more.grads),
+        )
+
+    @classmethod
+    def zeros(cls, like: "Sums") -> "Sums":
+        """Nothing yet, in the shapes of `like`; gradients at least in float32."""
+        loss, weight, seen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like[:3])
+        wide = jax.tree.map(lambda x: jnp.zeros(x.shape, mcf.wide_dtype(x.dtype)), like.grads)
+        return cls(loss, weight, {k: _lowest(v) for k, v in seen.items()}, wide)
+
+
+def sums(loss: Loss, way: Adaptation, key: jax.Array, model: Model, leaves: Any, part: Any) -> Sums:
+    """Of some rows."""
+
+    def total(leaves: Any, part: Any) -> Any:
+        value, weight, seen = loss(way.attach(model.params, model.opt, leaves), part, key)
+        return value, (weight, seen)
+
+    (value, (weight, seen)), grads = jax.value_and_grad(total, has_aux=True)(leaves, part)
+    return Sums(value, weight, seen, grads)
+
+
+def updated(way: Adaptation, model: Model, leaves: Any, done: Sums) -> tuple[Model, dict]:
+    """One optimizer update from the sums of all rows.
+
+    An update with a loss or gradient that is not finite is withheld: parameters and optimizer state
+    stay as they were.
+    """
+    scale = 1.0 / jnp.maximum(done.weight, 1e-8)
+
+    def scaled(g: jax.Array, p: jax.Array) -> jax.Array:
+        wide = mcf.wide(g)  # or the scale itself would be rounded to the gradient's dtype
+        return (wide * scale.astype(wide.dtype)).astype(p.dtype)
+
+    grads = jax.tree.map(scaled, done.grads, leaves)
+    norm = tree.norm(grads)
+    finite = jnp.isfinite(done.loss) & jnp.isfinite(norm)
+    params, opt = way.update(grads, model.opt, model.params, finite)
+    one = jnp.float32(1)
+    seen = dict(done.seen)
+    seen["loss"] = meters.Mean(done.loss.astype(jnp.float32), done.weight.astype(jnp.float32))
+    seen["grad_norm"] = meters.Mean(norm, one)
+    seen["finite"] = finite
+    seen |= {f"descent_{k}": meters.Mean(v, one) for k, v in precision_metrics(opt).items()}
+    return model._replace(params=params, opt=opt), seen
+
+
 def _update(
     c: Call,
     way: Adaptation,
@@ -180,60 +253,18 @@ def _update(
     """One optimizer update from one minibatch.
 
     Losses and gradients are summed over microbatches and divided once by the global weight, so
-    that the split cannot change the gradient. An update with a loss or gradient that is not finite
-    is withheld: parameters and optimizer state stay as they were.
+    that the split cannot change the gradient.
     """
-
     leaves = way.leaves(model.params, model.opt)
-
-    def total(leaves, part):
-        loss, weight, m = c.fn(way.attach(model.params, model.opt, leaves), part, key)
-        return loss, (weight, m)
-
-    def sums(part):
-        (loss, (weight, m)), grads = jax.value_and_grad(total, has_aux=True)(leaves, part)
-        return loss, weight, m, grads
-
+    of = functools.partial(sums, c.fn, way, key, model, leaves)
     if microbatches == 1:
-        loss, weight, m, grads = sums(batch)
+        done = of(batch)
     else:
         parts = _split(batch, microbatches)
         first = jax.tree.map(lambda x: x[0], parts)
-
-        def body(carry, part):
-            loss, weight, m, grads = sums(part)
-            return (
-                carry[0] + loss,
-                carry[1] + weight,
-                {k: meters.add(carry[2][k], m[k]) for k in m},
-                jax.tree.map(lambda a, g: a + g.astype(a.dtype), carry[3], grads),
-            ), None
-
-        shape = jax.eval_shape(sums, first)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shape[:3])
-        zero_grads = jax.tree.map(lambda x: jnp.zeros(x.shape, mcf.wide_dtype(x.dtype)), shape[3])
-        zeros[2].update({k: _lowest(v) for k, v in zeros[2].items()})
-        (loss, weight, m, grads), _ = jax.lax.scan(body, (*zeros, zero_grads), parts)
-
-    scale = 1.0 / jnp.maximum(weight, 1e-8)
-
-    def scaled(g: jax.Array, p: jax.Array) -> jax.Array:
-        wide = mcf.wide(g)  # or the scale itself would be rounded to the gradient's dtype
-        return (wide * scale.astype(wide.dtype)).astype(p.dtype)
-
-    grads = jax.tree.map(scaled, grads, leaves)
-    norm = tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-
-    params, opt = way.update(grads, model.opt, model.params, finite)
-    model = model._replace(params=params, opt=opt)
-    one = jnp.float32(1)
-    m = dict(m)
-    m["loss"] = meters.Mean(loss.astype(jnp.float32), weight.astype(jnp.float32))
-    m["grad_norm"] = meters.Mean(norm, one)
-    m["finite"] = finite
-    m |= {f"descent_{k}": meters.Mean(v, one) for k, v in precision_metrics(opt).items()}
-    return model, m
+        start = Sums.zeros(jax.eval_shape(of, first))
+        done, _ = jax.lax.scan(lambda carry, part: (carry.plus(of(part)), None), start, parts)
+    return updated(way, model, leaves, done)
 
 
 def _lowest(meter: Any) -> Any:

@@ -169,6 +169,14 @@ def _same(x: Array) -> Array:
     return x
 
 
+def _next(x: Array) -> Array:
+    return jnp.roll(x, -1, axis=1)
+
+
+def _previous(x: Array) -> Array:
+    return jnp.roll(x, 1, axis=1)
+
+
 class Spread(NamedTuple):
     """How the tokens of rows lie over devices that share them.
 
@@ -176,11 +184,14 @@ class Spread(NamedTuple):
         attend: the attention over all of them; None: any.
         place: `[B, T]` -> the same in the order in which devices hold tokens.
         restore: the converse.
+        next, previous: `[B, T]` not placed -> what belongs to the token after, or before, each.
     """
 
     attend: Attend | None = None
     place: Callable[[Array], Array] = _same
     restore: Callable[[Array], Array] = _same
+    next: Callable[[Array], Array] = _next
+    previous: Callable[[Array], Array] = _previous
 
 
 _spread: contextvars.ContextVar[Callable[[int], Spread] | None]

@@ -56,11 +56,11 @@ def token_logprobs(
     over = attention.spread(tokens.shape[1])
     where = map(over.place, (tokens, position, segment))
     hidden, _ = apply(cfg, params, *where, attend=attend or over.attend)
-    following = over.place(jnp.roll(tokens, -1, axis=1))
+    following = over.place(over.next(tokens))
     fn = functools.partial(_of_hidden, cfg, params, warp, with_entropy)
     found = _in_chunks(fn, hidden, following, _pieces(cfg, tokens.shape, chunk))
     chosen = (position > 0) & (segment > 0)
-    logp, spread = (_shift(over.restore(x), chosen) for x in found)
+    logp, spread = (_shift(over, over.restore(x), chosen) for x in found)
     return logp, spread
 
 
@@ -100,9 +100,9 @@ def _in_chunks(fn, hidden, following, pieces: int):
     return jax.tree.map(back, outs)
 
 
-def _shift(x: Float[Array, "B T"], chosen: Array) -> Float[Array, "B T"]:
+def _shift(over: attention.Spread, x: Float[Array, "B T"], chosen: Array) -> Float[Array, "B T"]:
     """From "about the token after t" to "about token t"."""
-    return jnp.where(chosen, jnp.roll(x, 1, axis=1), 0.0)
+    return jnp.where(chosen, over.previous(x), 0.0)
 
 
 def scalar_head(
@@ -132,7 +132,8 @@ def token_values(
 ) -> Float[Array, "B T"]:
     """The value head's estimate before token t is chosen; 0 where a segment begins, at padding."""
     after = scalar_head(cfg, params, tokens, position, segment, attend=attend)
-    return _shift(after, (position > 0) & (segment > 0))
+    over = attention.spread(tokens.shape[1])
+    return _shift(over, after, (position > 0) & (segment > 0))
 
 
 def logprobs(

@@ -84,6 +84,11 @@ def ulysses(axis: str = "seq", *, chunk: int = CHUNK) -> Attend:
     return functools.partial(_ulysses, axis, chunk)
 
 
+def local(axis: str = "seq", *, chunk: int = CHUNK) -> Attend:
+    """Attention of every device to its own piece alone. Arguments as `ring`'s."""
+    return functools.partial(_spread, _ALONE, axis, chunk)
+
+
 def _spread(
     tour: _Tour,
     axis: str,
@@ -294,6 +299,7 @@ def on_mesh(
     axis: str = "seq",
     rows: Sequence[str] = ("data", "fsdp"),
     heads: str = "tensor",
+    split: bool = True,
 ) -> Attend:
     """`attend` on global arrays: rows, tokens and heads split over axes of `mesh`.
 
@@ -304,6 +310,8 @@ def on_mesh(
         attend: `ring(axis)`, `gathered(axis)` or `ulysses(axis)`.
         axis: over which tokens are split.
         rows, heads: axes over which these are, if the mesh has them.
+        split: False leaves rows whole, and splits them over `axis` behind `rows` instead of their
+            tokens.
 
     Raises:
         ValueError: `mesh` has no such axis for tokens.
@@ -311,7 +319,7 @@ def on_mesh(
     sizes = dict(mesh.shape)
     if axis not in sizes:
         raise ValueError(f"no axis {axis!r} in the mesh; it has {list(sizes)}.")
-    rows = tuple(a for a in rows if a in sizes)
+    rows = tuple(a for a in (*rows, *([] if split else [axis])) if a in sizes)
     ways = {"rows": math.prod(sizes[a] for a in rows), "heads": sizes.get(heads, 1)}
 
     def attention(
@@ -333,12 +341,14 @@ def on_mesh(
         if of_heads:
             repeats = head_repeats(q.shape[2], k.shape[2], ways["heads"], heads)
             k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
-        spec = PartitionSpec(of_rows, axis, of_heads)
+        of_tokens = axis if split else None
+        spec = PartitionSpec(of_rows, of_tokens, of_heads)
         where = {
             "q_position": q_position, "k_position": k_position, "q_segment": q_segment,
             "k_segment": k_segment,
         }  # fmt: skip
-        q, k, v, where = jax.tree.map(lambda x: _pad(x, sizes[axis]), (q, k, v, where))
+        pieces = sizes[axis] if split else 1
+        q, k, v, where = jax.tree.map(lambda x: _pad(x, pieces), (q, k, v, where))
         # A window may be traced, and what is traced goes in as an operand.
         windows = {} if window is None else {"window": jnp.asarray(window, jnp.int32)}
 
@@ -348,7 +358,7 @@ def on_mesh(
         out = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(spec, spec, spec, PartitionSpec(of_rows, axis), PartitionSpec()),
+            in_specs=(spec, spec, spec, PartitionSpec(of_rows, of_tokens), PartitionSpec()),
             out_specs=spec,
         )(q, k, v, where, windows)
         return out[:, :length]

@@ -89,7 +89,13 @@ class Rules:
         return jax.tree.map(self.sharding, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def rules(placement: Placement, sizes: Mapping[str, set[int]], *, lengths: bool = True) -> Rules:
+def rules(
+    placement: Placement,
+    sizes: Mapping[str, set[int]],
+    *,
+    lengths: bool = True,
+    mixed: bool = False,
+) -> Rules:
     """The table for a model whose logical axes have these sizes.
 
     Args:
@@ -97,10 +103,13 @@ def rules(placement: Placement, sizes: Mapping[str, set[int]], *, lengths: bool 
         sizes: logical parameter axis -> the sizes it takes in the model.
         lengths: whether the call's arrays have whole rows of T positions. Generation adds one
             position at a time, so its rows are not split over `seq`.
+        mixed: whether rows are split over `seq` as well, and their positions are not.
     """
     table, notes = dict(TABLE), []
-    if not lengths:
+    if not lengths or mixed:
         table["length"] = ()
+    if mixed:
+        table["batch"] = (*table["batch"], "seq")
     for axis, seen in sizes.items():
         ways = 1
         for name in table[axis]:
@@ -127,6 +136,12 @@ def rows(placement: Placement, shape: tuple[int, ...], *, lengths: bool = True) 
     if lengths and len(shape) > 1 and placement.seq > 1 and shape[1] % placement.seq == 0:
         spec.append("seq")
     return NamedSharding(mesh(placement), PartitionSpec(*spec))
+
+
+def mixed_rows(placement: Placement, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of a batch array with a row, or several, on every device along seq too."""
+    spec = PartitionSpec(("data", "fsdp", "seq")) if shape else PartitionSpec()
+    return NamedSharding(mesh(placement), spec)
 
 
 def in_host(sharding: NamedSharding) -> NamedSharding:

@@ -1,0 +1,321 @@
+"""A step over short and long sequences at once: each micro-step has rows of both kinds.
+
+Skrull (arXiv:2505.19609) keeps a short sequence on one device and shares a long one among the
+devices of a sequence axis. Here a *micro-batch* holds for G groups of P devices
+
+    local     rows [G P, Tl]    packed sequences, a row on each device
+    shared    rows [G, P Td]    packed sequences, a row on each group
+
+and a global batch is a list of them. Functions of calls see rows as always: every sequence lies in
+one row, so a loss is that of the local rows plus that of the shared ones, whatever it does with
+them. Only the model's forward pass takes both together (`spread.joined`), so that attention to
+local rows can be computed while keys of the shared ones travel.
+
+Gradients of all micro-batches are summed and divided once by their weight, so how sequences were
+scheduled can change nothing but the rounding of sums. Every shape of a micro-batch is one program a
+call, compiled ahead; the update is one more.
+
+Left out: graphs that generate, calls on devices of their own, minibatches.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from jaxrl_eff import arrays, edges, lowering, meters, operations, programs, tree
+from jaxrl_eff.dataflow import Step, key_words
+from jaxrl_eff.graph import Call, Graph, Model, Spec, check_plan
+from jaxrl_eff.layouts import Layouts, placed
+from jaxrl_eff.parallel import Placement, rows, spread
+from jaxrl_eff.parallel.sharding import mixed_rows
+
+MicroBatch = Mapping[str, Mapping[str, Any]]  # "local", "shared" -> arrays by name
+
+TOKENS = ("tokens", "position", "segment")
+
+
+def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spec]) -> "Mixed":
+    """As `dataflow.compile`, for steps over lists of micro-batches.
+
+    Raises:
+        ValueError: calls lie on several placements, or one generates, runs on the host or has
+            epochs, minibatches or microbatches of its own.
+    """
+    full = check_plan(graph, plan)
+    for c in graph.calls:
+        if c.kind in ("generate", "local") or c.host:
+            raise ValueError(f"{c.name} is a {c.kind} call; mixed rows are for infer and train.")
+        if c.epochs * c.minibatches * full[c.name].microbatches > 1:
+            raise ValueError(f"{c.name} has epochs or parts; mixed rows come in micro-batches.")
+        if c.kind == "train":
+            _parts(c)
+    if len({(p.devices, tuple(p.axes.items())) for p in full.values()}) > 1:
+        raise ValueError(f"mixed rows need one placement for all calls, got {full}.")
+    return Mixed(graph, full, specs, ())
+
+
+class Mixed(Step):
+    """A compiled graph. Call it as `models, {}, metrics = step(models, micro_batches, key)`."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._layouts = Layouts(self.graph, self.plan, self.specs, mixed=True)
+        self.share = (0, 1)  # schedules are of whole batches
+        self._place = next(iter(self.plan.values()))
+        self._trained = [c for c in self.calls if c.kind == "train"]
+        self._known: dict[tuple[int, int], dict[str, Any]] = {}  # shape -> call -> what it reads
+        self._made: dict[tuple[int, int], dict[str, Any]] = {}
+        self._zeros: dict[str, Any] = {}
+
+    # Compilation
+
+    def check(self, batch: Sequence[MicroBatch]) -> "Mixed":
+        """Walks the graph with shapes alone.
+
+        Args:
+            batch: a micro-batch of every shape that there may be, of anything with `shape` and
+                `dtype`.
+        """
+        self._known, self._made = {}, {}
+        for micro in batch:
+            shape, sides = shape_of(micro), {side: dict(there) for side, there in micro.items()}
+            args = self._known[shape] = {}
+            for c in self.calls:
+                args[c.name] = {
+                    side: self._placed(side, {k: there[k] for k in c.reads})
+                    for side, there in sides.items()
+                }
+                for there in args[c.name].values():
+                    edges.check(c.name, there)
+                if c.kind == "infer":
+                    out = self._traced_infer(c, shape).out
+                    sides = {side: sides[side] | out[side] for side in sides}
+        everyone = tuple(range(jax.process_count()))
+        self.operations = tuple(
+            operations.Operation("call", c.name, c.name, everyone) for c in self.calls
+        )
+        operations.agree(self.operations)
+        return self
+
+    def build(self, batch: Sequence[MicroBatch]) -> "Mixed":
+        """Compiles every call for all shapes of micro-batches, and the updates."""
+        if [*self._known] != [shape_of(micro) for micro in batch]:
+            self.check(batch)
+        with ThreadPoolExecutor(4) as pool:
+            carries = {c.name: self._carry(c) for c in self._trained}
+            started: dict[Any, Any] = {}
+            for shape in self._known:
+                for c in self.calls:
+                    self.traces[c.name] += 1
+                    lowered = (
+                        self._lower_sums(c, shape, carries[c.name])
+                        if c.kind == "train"
+                        else self._lower_infer(c, shape)
+                    )
+                    started[c.name, shape] = pool.submit(lowered.compile)
+            for c in self._trained:
+                started[c.name] = pool.submit(self._lower_update(c, carries[c.name]).compile)
+                self._zeros[c.name] = self._zero(c, carries[c.name])
+            self._programs = {key: one.result() for key, one in started.items()}
+        self.built = True
+        operations.meet("compiled")
+        return self
+
+    def _placed(self, side: str, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        of = mixed_rows if side == "local" else rows
+        return {k: placed(v, of(self._place, v.shape)) for k, v in shapes.items()}
+
+    def _traced_infer(self, c: Call, shape: tuple[int, int]) -> lowering.Traced:
+        run = functools.partial(_infer, c, self._place.seq)
+        params, args = self._layouts.borrowed(c), self._known[shape][c.name]
+        return lowering.traced(self._layouts, c, run, params, args, shape[0])
+
+    def _lower_infer(self, c: Call, shape: tuple[int, int]) -> lowering.Lowered:
+        found = self._traced_infer(c, shape)
+        made = {side: self._placed(side, out) for side, out in found.out.items()}
+        where = jax.tree.map(lambda x: x.sharding, made)
+        return lowering.lowered(self._layouts, c, found, where)
+
+    def _model(self, c: Call) -> Model:
+        return self._layouts.home(c.of)._replace(past=())
+
+    def _sums(self, c: Call, model: Model, args: MicroBatch, key: jax.Array) -> programs.Sums:
+        way = programs.way_of(self.specs[c.of].tx)
+        loss = functools.partial(_loss, c, self._place.seq)
+        leaves = way.leaves(model.params, model.opt)
+        return programs.sums(loss, way, programs.key_of(c.name, key), model, leaves, args)
+
+    def _carry(self, c: Call) -> programs.Sums:
+        """Shapes and layouts of the sums: gradients lie as the parameters of their name."""
+        model, (shape, args) = self._model(c), next(iter(self._known.items()))
+        run = functools.partial(self._sums, c)
+        like = lowering.traced(self._layouts, c, run, model, args[c.name], shape[0]).out
+        zeros = jax.eval_shape(programs.Sums.zeros, like)
+        whole, there = self._layouts.whole(c), tree.flat(model.params)
+
+        def beside(name: str, x: Any) -> Any:
+            same = name in there and there[name].shape == x.shape
+            return placed(x, there[name].sharding if same else whole)
+
+        small = jax.tree.map(lambda x: placed(x, whole), zeros._replace(grads=()))
+        return small._replace(grads=tree.map_with_name(beside, zeros.grads))
+
+    def _lower_sums(self, c: Call, shape: tuple[int, int], carry: Any) -> lowering.Lowered:
+        """`(carry, (model, arrays), key) -> carry`."""
+
+        def run(carry: programs.Sums, given: Any, key: jax.Array) -> programs.Sums:
+            return carry.plus(self._sums(c, *given, key))
+
+        given = self._model(c), self._known[shape][c.name]
+        found = lowering.traced(self._layouts, c, run, carry, given, shape[0])
+        where = jax.tree.map(lambda x: x.sharding, carry)
+        return lowering.lowered(self._layouts, c, found, where, donate=(0,))
+
+    def _lower_update(self, c: Call, carry: programs.Sums) -> lowering.Lowered:
+        """`(model, carry, key) -> (model, metrics)`."""
+        way = programs.way_of(self.specs[c.of].tx)
+
+        def run(model: Model, carry: programs.Sums, key: jax.Array) -> Any:
+            del key
+            leaves = way.leaves(model.params, model.opt)
+            new, seen = programs.updated(way, model, leaves, carry)
+            return new, programs.read(jax.tree.map(lambda x: x[None], seen))
+
+        found = lowering.traced(self._layouts, c, run, self._model(c), carry)
+        return lowering.update(self._layouts, c, found)
+
+    def _zero(self, c: Call, carry: programs.Sums) -> Any:
+        where = jax.tree.map(lambda x: x.sharding, carry)
+        with self._layouts.context(c):
+            run = jax.jit(lambda: programs.Sums.zeros(carry), out_shardings=where)
+            return run.lower().compile()
+
+    # Running
+
+    def __call__(
+        self,
+        models: Mapping[str, Model],
+        batch: Sequence[MicroBatch],
+        key: Any,
+        *,
+        reselect: tuple[str, ...] = (),
+    ) -> tuple[dict[str, Model], dict[str, jax.Array], dict[str, jax.Array]]:
+        """Runs the graph once.
+
+        Args:
+            models, key: as of `Step`.
+            batch: micro-batches of shapes that were built; every process brings all of them whole.
+
+        Raises:
+            ValueError: a micro-batch of another shape; or a model would choose anew what is
+                trained, which needs rows of one kind.
+        """
+        if reselect:
+            raise ValueError(f"{reselect} would choose anew what is trained; mixed rows cannot.")
+        timing, models, metrics = self.timeline.begin(), dict(models), {}
+        there = arrays.from_whole(self._layouts.whole(self.calls[0]), key_words(key))
+        sums = {c.name: self._zeros[c.name]() for c in self._trained}
+        for number, micro in enumerate(batch):
+            shape = shape_of(micro)
+            if shape not in self._known:
+                raise ValueError(
+                    f"a micro-batch has {shape} tokens a row, own and shared, but these are "
+                    f"compiled: {sorted(self._known)}."
+                )
+            data = self.put(micro)
+            for c in self.calls:
+                dispatched = timing.now()
+                args = {side: {k: x[k] for k in c.reads} for side, x in data.items()}
+                if c.kind == "train":
+                    given = models[c.of]._replace(past=()), args
+                    sums[c.name] = self._programs[c.name, shape](sums[c.name], given, there)
+                    continue
+                out = self._programs[c.name, shape](models[c.of].params, args, there)
+                data = {side: x | out[side] for side, x in data.items()}
+                token, name = jax.tree.leaves(out)[0], f"{c.name} {number}"
+                timing.add(name, self._place.devices, c.reads, c.writes, dispatched, token)
+        for c in self._trained:
+            dispatched = timing.now()
+            bare = models.pop(c.of)._replace(past=())
+            models[c.of], seen = self._programs[c.name](bare, sums.pop(c.name), there)
+            metrics |= {f"{c.name}/{k}": v for k, v in seen.items()}
+            token = next(iter(seen.values()))
+            timing.add(c.name, self._place.devices, c.reads, (), dispatched, token)
+        return models, {}, metrics
+
+    def put(self, batch: MicroBatch) -> dict[str, dict[str, jax.Array]]:
+        """A micro-batch as global arrays."""
+        inputs = self.graph.inputs.split()
+        there = {side: self._placed(side, {k: x[k] for k in inputs}) for side, x in batch.items()}
+        return {
+            side: {
+                k: arrays.from_whole(v.sharding, np.asarray(batch[side][k])) for k, v in x.items()
+            }
+            for side, x in there.items()
+        }
+
+
+def shape_of(micro: MicroBatch) -> tuple[int, int]:
+    """Tokens of a device's own row and of its stripe of the shared one, (Tl, Td)."""
+    local, shared = (next(iter(micro[side].values())) for side in ("local", "shared"))
+    ways = local.shape[0] // shared.shape[0]
+    return local.shape[1], shared.shape[1] // ways
+
+
+def _together(args: MicroBatch, parts: int, names: Sequence[str]) -> dict[str, jax.Array]:
+    """Arrays of both kinds of rows as the forward pass takes them."""
+    both = {k: spread.joined(args["local"][k], args["shared"][k], parts) for k in names}
+    return {k: nn.with_logical_constraint(v, ("batch", "length")) for k, v in both.items()}
+
+
+def _apart(found: Any, args: MicroBatch, parts: int) -> dict[str, Any]:
+    """Numbers a token, a tree of `[G P, Tl + Td]`, of either kind of rows."""
+    local = args["local"]["tokens"].shape[1]
+    leaves, structure = jax.tree.flatten(found)
+    halves = [spread.divided(x, local, parts) for x in leaves]
+    return {
+        side: structure.unflatten([h[i] for h in halves])
+        for i, side in enumerate(("local", "shared"))
+    }
+
+
+def _infer(c: Call, parts: int, params: Any, args: MicroBatch, words: jax.Array) -> Any:
+    both = _together(args, parts, c.reads)
+    out, _ = programs.outputs_and_metrics(c, params, both, words)
+    return _apart(out, args, parts)
+
+
+def _parts(c: Call) -> tuple[Callable, Any, Callable]:
+    """Loss, config and forward pass of a train call.
+
+    Raises:
+        ValueError: its function is not `partial(loss, config, forward)`.
+    """
+    fn = c.fn
+    if not isinstance(fn, functools.partial) or len(fn.args) != 2 or not callable(fn.args[1]):
+        raise ValueError(
+            f"the function of {c.name} is {fn!r}; with mixed rows it must be "
+            "partial(loss, config, forward), so that one forward pass serves both kinds."
+        )
+    return fn.func, fn.args[0], fn.args[1]
+
+
+def _loss(c: Call, parts: int, params: Any, args: MicroBatch, key: jax.Array) -> Any:
+    loss, cfg, forward = _parts(c)
+    both = _together(args, parts, TOKENS)
+    found = _apart(forward(params, *(both[k] for k in TOKENS)), args, parts)
+    done = [
+        loss(cfg, lambda *_, x=found[side]: x, params, there, key)
+        for side, there in args.items()
+        if there["tokens"].shape[1]
+    ]
+    total, weight, seen = done[0]
+    for more, heavier, saw in done[1:]:
+        total, weight = total + more, weight + heavier
+        seen = {k: meters.add(seen[k], saw[k]) for k in seen}
+    return total, weight, seen
