@@ -73,6 +73,10 @@ def plan(
         every = [ps for ps in (found | rest).values() if ps is not None]
         rest["mixed"] = [batch.best(same) for same in zip(*every, strict=True)]
         search.offer(rest, way, count)
+    tight = batch.tightened(search.plan)
+    if tight.seconds < search.plan.seconds:
+        search.plan, search.rule = tight, f"{search.rule}, tightened"
+        search.candidates["tightened"] = tight.seconds
     return batch.schedule(search.plan, search.rule, search.candidates)
 
 

@@ -14,6 +14,7 @@ from jaxrl_eff.data.schedules import Schedule, Shape
 from jaxrl_eff.data.skrull_cost import Cost
 
 _EIGHTHS = 8  # of the room, for the shapes of a micro-step whose groups fit one by one only
+_QUARTERS = 4  # of the way from the least columns to those of a micro-step, to be tried
 _REPAIR = 0.1  # slack of the balance rule there
 
 Cut = list[list[int]]  # micro-batches, each longest first; as many as groups times micro-steps
@@ -213,7 +214,13 @@ class Batch:
         sent = self.cost.exchange(shape.distributed, self.parts)
         mine = self.cost.products(shape.local)
         rest = self.cost.products(shape.columns) - mine
-        slowest = max([max(sent, mine + p.attention) + p.shared for p in parts])
+        kept = self.cost.overlap
+        slowest = max(
+            [
+                max(sent, mine + p.attention + kept * p.shared) + (1 - kept) * p.shared
+                for p in parts
+            ]
+        )
         return self.cost.micro_seconds + rest + slowest
 
     def planned(self, parts: Sequence[Part]) -> Plan:
@@ -253,6 +260,40 @@ class Batch:
                 return caps if self.shapes else self.shape(again) or caps, again
         again = [self.packed(p.members) for p in parts]
         return self.shape(again) or Shape(0, self.room), again
+
+    def tightened(self, plan: Plan) -> Plan:
+        """The same micro-steps in smaller shapes where that is faster.
+
+        Of groups side by side some hold more local tokens and others more distributed ones, and
+        the shape has room for the most of both. A group with room left among the distributed may
+        move sequences there.
+        """
+        return self.summed([self._tightened(*step) for step in plan.steps])
+
+    def _tightened(self, shape: Shape, parts: list[Part]) -> tuple[Shape, list[Part]]:
+        best = self.seconds(shape, parts), shape, parts
+        for caps in self.shapes or self._smaller(shape, parts):
+            if caps.columns >= shape.columns:
+                continue
+            again = self._within(caps, parts)
+            if again is not None:
+                held = caps if self.shapes else self.shape(again) or caps
+                best = min(best, (self.seconds(held, again), held, again), key=lambda b: b[0])
+        return best[1:]
+
+    def _smaller(self, shape: Shape, parts: list[Part]) -> list[Shape]:
+        """Shapes between this one and what the tokens need at least."""
+        whole = max([sum(map(self.stripes.__getitem__, p.members)) for p in parts])
+        mean = -(-sum(p.distributed for p in parts) // len(parts))
+        out = []
+        for shared in dict.fromkeys((shape.distributed, mean)):
+            least = max(0, whole - shared)
+            out += [
+                Shape(least + (shape.local - least) * q // _QUARTERS, shared)
+                for q in range(_QUARTERS)
+                if least < shape.local
+            ]
+        return out
 
     def _within(self, caps: Shape, parts: list[Part]) -> list[Part] | None:
         out = []

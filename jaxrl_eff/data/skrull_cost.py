@@ -4,7 +4,8 @@ A rank's seconds are (Skrull, arXiv:2505.19609, equations 1 to 5)
 
     Time_j = max(T_comm(V), T_comp(Local_j)) + T_comp(Dist)
 
-since the work of local sequences hides the exchange of the distributed ones. Unlike the paper's,
+since the work of local sequences hides the exchange of the distributed ones (`Cost.overlap`: and
+how much of their own). Unlike the paper's,
 FLOPs here are of a causal decoder with a gated MLP, grouped queries and its head, and static shapes
 are charged whole: every rank multiplies all columns of its row, whether tokens are in them or not,
 and the ring carries every column of the distributed part. Only attention skips what is empty.
@@ -74,6 +75,8 @@ class Cost:
         hop_seconds: of a hop, on top of its bytes.
         half: tokens at which a kernel reaches half its rate.
         micro_seconds, step_seconds: of a micro-step and of a step, whatever they hold.
+        overlap: share of the distributed sequences' own attention that hides the exchange, too:
+            0 as in the paper, 1 in a ring that sends on while it computes.
     """
 
     linear: float | int
@@ -87,6 +90,7 @@ class Cost:
     half: float | int = 300
     micro_seconds: float | int = 5e-3
     step_seconds: float | int = 0.0
+    overlap: float | int = 0.0
 
     def __post_init__(self):
         for name in ("linear", "flops_per_s", "attention_per_s", "bytes_per_s"):
@@ -95,6 +99,8 @@ class Cost:
         for name in ("square", "wire", "laps", "hop_seconds", "half", "micro_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"Cost.{name} is {getattr(self, name)}, but must be at least 0.")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"Cost.overlap is {self.overlap}, but must be in [0, 1].")
 
     def products(self, columns: float | int) -> float:
         """Seconds of all matrix products on a row with so many columns; none take none."""
@@ -133,8 +139,9 @@ class Cost:
         """
         whole = self.products(local + distributed)
         mine = self.products(local)  # a row's kernels are started once: what is left is the other's
-        hidden = max(self.exchange(distributed, parts), mine + attention)
-        return self.micro_seconds + hidden + (whole - mine) + shared
+        hides = mine + attention + self.overlap * shared
+        first = max(self.exchange(distributed, parts), hides)
+        return self.micro_seconds + first + (whole - mine) + (1 - self.overlap) * shared
 
     def perfect(self, lengths: np.ndarray, ranks: int) -> float:
         """Seconds that no schedule can beat: all FLOP at full rate, spread over the ranks evenly.
@@ -162,8 +169,9 @@ class Cost:
         sent = (parts - 1) * distributed * self.wire
         hops = (parts - 1) * self.laps * bool(distributed)
         kept = attention + shared
-        if self.exchange(distributed, parts) > self.products(local) + attention:
-            work, kept = work - mine, shared
+        hides = self.products(local) + attention + self.overlap * shared
+        if self.exchange(distributed, parts) > hides:
+            work, kept = work - mine, (1 - self.overlap) * shared
         else:
             sent = hops = 0.0
         scores = kept * self.attention_per_s
