@@ -19,12 +19,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jaxrl_eff.data.schedules import Quality, Schedule, Shape, quality
-from jaxrl_eff.data.skrull_batch import Batch, Cut, Part
+from jaxrl_eff.data.skrull_batch import Batch, Cut, Part, Plan
 from jaxrl_eff.data.skrull_cost import Cost
 
 SLACKS = (0.1, 0.0, 0.3)  # over the fair load, of the balance rule; the first is tried everywhere
 MORE = 3  # micro-steps to try beyond the fewest
 FINALISTS = 3  # cuts that all rules are tried on
+TIGHTENED = 2  # rules whose best plan is tightened
 
 Rule = Callable[[list[int]], Part | None]
 
@@ -64,41 +65,43 @@ def plan(
     rules["printed"] = batch.printed
     search = _Search(batch)
     tried = []
-    for way, count, cut in batch.cuts(more):
+    for way, cut in batch.cuts(more):
         found = {name: _placed(rule, cut) for name, rule in first.items()}
-        seconds = search.offer(found, way, count)
-        tried.append((seconds, len(tried), way, count, cut, found))
-    for _, _, way, count, cut, found in sorted(tried, key=lambda t: t[:2])[:finalists]:
+        seconds = search.offer(found, way)
+        tried.append((seconds, len(tried), way, cut, found))
+    for _, _, way, cut, found in sorted(tried, key=lambda t: t[:2])[:finalists]:
         rest = {name: _placed(rule, cut) for name, rule in rules.items() if name not in found}
         every = [ps for ps in (found | rest).values() if ps is not None]
         rest["mixed"] = [batch.best(same) for same in zip(*every, strict=True)]
-        search.offer(rest, way, count)
-    tight = batch.tightened(search.plan)
-    if tight.seconds < search.plan.seconds:
-        search.plan, search.rule = tight, f"{search.rule}, tightened"
-        search.candidates["tightened"] = tight.seconds
-    return batch.schedule(search.plan, search.rule, search.candidates)
+        search.offer(rest, way)
+    for name, (found, way) in sorted(search.best.items(), key=lambda b: b[1][0].seconds)[:TIGHTENED]:
+        search.take(batch.tightened(found), name, f"{way}, tightened")
+    return search.schedule()
 
 
 class _Search:
-    """The best plan so far."""
+    """The best plans so far: rule -> plan, and how its batch was cut."""
 
     def __init__(self, batch: Batch):
-        self.batch, self.plan, self.rule = batch, None, ""
-        self.candidates: dict[str, float] = {}
+        self.batch = batch
+        self.best: dict[str, tuple[Plan, str]] = {}
 
-    def offer(self, found: dict[str, list[Part] | None], way: str, count: int) -> float:
+    def offer(self, found: dict[str, list[Part] | None], way: str) -> float:
         """The least seconds of these: rule -> parts, or None."""
-        least = float("inf")
-        for name, parts in found.items():
-            if parts is None:
-                continue
-            plan = self.batch.planned(parts)
-            least = min(least, plan.seconds)
-            self.candidates[name] = min(plan.seconds, self.candidates.get(name, plan.seconds))
-            if self.plan is None or plan.seconds < self.plan.seconds:
-                self.plan, self.rule = plan, f"{name}, {way}"
-        return least
+        plans = {k: self.batch.planned(parts) for k, parts in found.items() if parts is not None}
+        for name, plan in plans.items():
+            self.take(plan, name, way)
+        return min([p.seconds for p in plans.values()], default=float("inf"))
+
+    def take(self, plan: Plan, rule: str, way: str) -> None:
+        if rule not in self.best or plan.seconds < self.best[rule][0].seconds:
+            self.best[rule] = plan, way
+
+    def schedule(self) -> Schedule:
+        rule = min(self.best, key=lambda name: self.best[name][0].seconds)
+        plan, way = self.best[rule]
+        seconds = {name: plan.seconds for name, (plan, _) in self.best.items()}
+        return self.batch.schedule(plan, f"{rule}, {way}", seconds)
 
 
 def _by_balance(batch: Batch, slack: float | int) -> Rule:
@@ -158,9 +161,9 @@ def packed(
     """Packed context parallelism: every sequence over all ranks, in the best cut of `plan`'s."""
     batch = Batch(lengths, groups, parts, room, cost, shapes)
     search = _Search(batch)
-    for way, count, cut in batch.cuts(more):
-        search.offer({"packed": _placed(batch.packed, cut)}, way, count)
-    return batch.schedule(search.plan, search.rule, search.candidates)
+    for way, cut in batch.cuts(more):
+        search.offer({"packed": _placed(batch.packed, cut)}, way)
+    return search.schedule()
 
 
 def printed(

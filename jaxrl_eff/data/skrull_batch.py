@@ -77,8 +77,8 @@ class Batch:
 
     # Micro-batches --------------------------------------------------------------------------------
 
-    def cuts(self, more: int) -> list[tuple[str, int, Cut]]:
-        """(way, micro-steps, micro-batches): from the fewest that fit to `more` beyond.
+    def cuts(self, more: int) -> list[tuple[str, Cut]]:
+        """(way, micro-batches): for every number of micro-steps from the fewest that fit to `more` beyond.
 
         Every micro-batch fits distributed whole. Then whatever is put beside whatever, a shape
         remains in which all groups can run.
@@ -93,7 +93,7 @@ class Batch:
                 ("graded", self._graded(count)),
             ):
                 if cut is not None:
-                    out.append((way, count, cut))
+                    out.append((way, cut))
                     last = count + more if last is None else last
             count += 1
             if count > len(self.lengths):
@@ -127,7 +127,8 @@ class Batch:
     def _levelled(self, count: int) -> Cut | None:
         """All micro-batches with about as many tokens, long and short ones in each."""
         out: Cut = [[] for _ in range(self.groups * count)]
-        return out if self._fill(out, 0, sum(self.stripes) + 1) else None
+        whole = sum(self.stripes) + 1
+        return out if self._fill(out, 0, whole) == len(self.stripes) else None
 
     def _graded(self, count: int) -> Cut | None:
         """Micro-steps with about as many tokens, those of the longest sequences first."""
@@ -138,7 +139,7 @@ class Batch:
             out += step
         return out if k == len(self.stripes) else None
 
-    def _fill(self, into: Cut, k: int, until: float) -> int:
+    def _fill(self, into: Cut, k: int, until: float | int) -> int:
         """Fills micro-batches from sequence k on, each into that with the fewest tokens.
 
         Stops where nothing fits, or where all tokens so far come nearest to `until`; returns the
