@@ -49,9 +49,7 @@ def lattice(
         ValueError: a length that does not fit, or no shape to give.
     """
     if shapes < 1 or batch < 1 or batches < 1 or multiple < 1:
-        raise ValueError(
-            f"{shapes=}, {batch=}, {batches=} and {multiple=} must all be at least 1."
-        )
+        raise ValueError(f"{shapes=}, {batch=}, {batches=} and {multiple=} must all be at least 1.")
     n = np.asarray(lengths)
     if n.size and n.max() > room * parts:
         raise ValueError(
@@ -147,7 +145,8 @@ def _shelf(
         for i, edge in enumerate(levels, start=1):
             before = [
                 (
-                    rows[-1][j][0] + (counts[i - 1] - (counts[j - 1] if j else 0)) * (edge + shared),
+                    rows[-1][j][0]
+                    + (counts[i - 1] - (counts[j - 1] if j else 0)) * (edge + shared),
                     j,
                 )
                 for j in range(i)
@@ -155,5 +154,11 @@ def _shelf(
             price, j = min(before)
             row.append((price, (*rows[-1][j][1], edge)))
         rows.append(row)
-        out.append((lost + row[-1][0], row[-1][1]))
+        # The largest may be left to (0, room).
+        whole = float(times.sum())
+        ends = [
+            (p + (whole - c) * room, edges) for (p, edges), c in zip(row[1:], counts, strict=True)
+        ]
+        price, edges = min(ends, key=lambda end: end[0])
+        out.append((lost + price, edges))
     return out

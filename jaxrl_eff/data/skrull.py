@@ -66,6 +66,8 @@ def plan(
     search = _Search(batch)
     tried = []
     for way, cut in batch.cuts(more):
+        if batch.least(cut) > search.seconds:
+            continue
         found = {name: _placed(rule, cut) for name, rule in first.items()}
         seconds = search.offer(found, way)
         tried.append((seconds, len(tried), way, cut, found))
@@ -74,7 +76,9 @@ def plan(
         every = [ps for ps in (found | rest).values() if ps is not None]
         rest["mixed"] = [batch.best(same) for same in zip(*every, strict=True)]
         search.offer(rest, way)
-    for name, (found, way) in sorted(search.best.items(), key=lambda b: b[1][0].seconds)[:TIGHTENED]:
+    for name, (found, way) in sorted(search.best.items(), key=lambda b: b[1][0].seconds)[
+        :TIGHTENED
+    ]:
         search.take(batch.tightened(found), name, f"{way}, tightened")
     return search.schedule()
 
@@ -85,6 +89,7 @@ class _Search:
     def __init__(self, batch: Batch):
         self.batch = batch
         self.best: dict[str, tuple[Plan, str]] = {}
+        self.seconds = float("inf")
 
     def offer(self, found: dict[str, list[Part] | None], way: str) -> float:
         """The least seconds of these: rule -> parts, or None."""
@@ -96,6 +101,7 @@ class _Search:
     def take(self, plan: Plan, rule: str, way: str) -> None:
         if rule not in self.best or plan.seconds < self.best[rule][0].seconds:
             self.best[rule] = plan, way
+            self.seconds = min(self.seconds, plan.seconds)
 
     def schedule(self) -> Schedule:
         rule = min(self.best, key=lambda name: self.best[name][0].seconds)
@@ -175,7 +181,7 @@ def printed(
     cost: Cost,
     shapes: Sequence[Shape] | None = None,
 ) -> Schedule:
-    """Skrull as printed but for its roll-back: the fewest micro-steps in which its rule succeeds."""
+    """Skrull as printed but for its roll-back: in the fewest micro-steps that its rule finds."""
     batch = Batch(lengths, groups, parts, room, cost, shapes)
     for _, cut in batch.strided():
         found = _placed(batch.printed, cut)

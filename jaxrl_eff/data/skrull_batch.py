@@ -78,7 +78,7 @@ class Batch:
     # Micro-batches --------------------------------------------------------------------------------
 
     def cuts(self, more: int) -> list[tuple[str, Cut]]:
-        """(way, micro-batches): for every number of micro-steps from the fewest that fit to `more` beyond.
+        """(way, micro-batches), from the fewest micro-steps that fit to `more` beyond.
 
         Every micro-batch fits distributed whole. Then whatever is put beside whatever, a shape
         remains in which all groups can run.
@@ -107,6 +107,14 @@ class Batch:
             cut = self._strided(shares, count)
             if cut is not None:
                 yield count, cut
+
+    def least(self, cut: Cut) -> float:
+        """Seconds that no placing of these micro-batches can beat."""
+        steps = -(-sum(map(bool, cut)) // self.groups)
+        cost, ranks = self.cost, self.groups * self.parts
+        started = cost.micro_seconds + cost.linear * cost.half / cost.flops_per_s
+        whole = cost.step_seconds + steps * started + cost.perfect(self.given, ranks)
+        return whole * (1 - 1e-9)  # rounding
 
     def _shares(self) -> Cut:
         """For each group its sequences: longest first, to the group with the least to do."""
@@ -139,15 +147,15 @@ class Batch:
             out += step
         return out if k == len(self.stripes) else None
 
-    def _fill(self, into: Cut, k: int, until: float | int) -> int:
-        """Fills micro-batches from sequence k on, each into that with the fewest tokens.
+    def _fill(self, into: Cut, first: int, until: float | int) -> int:
+        """Fills micro-batches with sequences from `first` on, each into that with the fewest tokens.
 
         Stops where nothing fits, or where all tokens so far come nearest to `until`; returns the
         first sequence left.
         """
         heap = [(0, i) for i in range(len(into))]
-        done = sum(self.stripes[:k])
-        for k in range(k, len(self.stripes)):
+        done = sum(self.stripes[:first])
+        for k in range(first, len(self.stripes)):
             c = self.stripes[k]
             load, i = heap[0]
             if done + 0.5 * c >= until or load + c > self.room:
@@ -217,10 +225,7 @@ class Batch:
         rest = self.cost.products(shape.columns) - mine
         kept = self.cost.overlap
         slowest = max(
-            [
-                max(sent, mine + p.attention + kept * p.shared) + (1 - kept) * p.shared
-                for p in parts
-            ]
+            [max(sent, mine + p.attention + kept * p.shared) + (1 - kept) * p.shared for p in parts]
         )
         return self.cost.micro_seconds + rest + slowest
 
@@ -332,9 +337,7 @@ class Batch:
         )
 
 
-def _checked(
-    lengths: Sequence[int] | np.ndarray, groups: int, parts: int, room: int
-) -> np.ndarray:
+def _checked(lengths: Sequence[int] | np.ndarray, groups: int, parts: int, room: int) -> np.ndarray:
     if min(groups, parts, room) < 1:
         raise ValueError(f"{groups=}, {parts=} and {room=} must all be at least 1.")
     n = np.asarray(lengths)

@@ -132,7 +132,7 @@ class _Slot(NamedTuple):
 
 
 def _slots(schedule: Schedule) -> list[_Slot]:
-    """By index, every sequence behind those of lower index; segments count distributed ones first."""
+    """Every sequence behind those of lower index; segments count distributed ones first."""
     parts, stripes = schedule.parts, schedule.stripes().tolist()
     ends: dict[tuple[int, int, int], int] = {}  # step, group, rank -> columns in use
     segments: dict[tuple[int, int], int] = {}

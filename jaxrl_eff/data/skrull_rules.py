@@ -78,7 +78,9 @@ def balanced(
 def _roomy(used: list[int], load: list[float], most: int, lightest: float) -> int:
     """The least loaded rank with at most so many tokens and so many seconds, or -1."""
     fitting = [
-        (w, t) for t, (n, w) in enumerate(zip(used, load, strict=True)) if n <= most and w <= lightest
+        (w, t)
+        for t, (n, w) in enumerate(zip(used, load, strict=True))
+        if n <= most and w <= lightest
     ]
     return min(fitting)[1] if fitting else -1
 
@@ -97,9 +99,9 @@ def printed(
     it is distributed; if the fullest rank cannot take its share, a local sequence there, the first
     placed, is distributed instead, and it is tried again.
 
-    As printed, a roll-back takes S - S / N from the rank's room where it should give it, and charges
-    the other ranks nothing for their shares. Here all are charged; a rank that this overfills
-    rolls back in turn.
+    As printed, a roll-back takes S - S / N from the rank's room where it should give it, and
+    charges the other ranks nothing for their shares. Here all are charged; a rank that this
+    overfills rolls back in turn.
 
     Args:
         as of `balanced`, but shortest first.

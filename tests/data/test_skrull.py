@@ -36,9 +36,9 @@ def obey(s):
     """Equations 6, 7, 9 and 10 of the paper, with shares rounded up to stripes, and shapes."""
     k = len(s.lengths)
     assert s.step.shape == s.group.shape == s.rank.shape == (k,)
-    assert ((-1 <= s.rank) & (s.rank < s.parts)).all()  # (6): one rank, or distributed
-    assert ((0 <= s.group) & (s.group < s.groups)).all()
-    assert ((0 <= s.step) & (s.step < len(s.shapes))).all()
+    assert ((s.rank >= -1) & (s.rank < s.parts)).all()  # (6): one rank, or distributed
+    assert ((s.group >= 0) & (s.group < s.groups)).all()
+    assert ((s.step >= 0) & (s.step < len(s.shapes))).all()
     used = np.zeros((len(s.shapes), s.groups, s.parts), int)
     local = np.zeros_like(used)
     for i in range(k):
@@ -144,7 +144,9 @@ def test_printed_is_the_literal_rule_where_nothing_is_rolled_back():
         room = sum(n) // parts + 200
         stripes, seconds = [-(-k // parts) for k in n], [k * (k + 50.0) for k in n]
         same = {"parts": parts, "room": room}
-        assert skrull_rules.printed(n, stripes, seconds, **same) == literal(n, stripes, seconds, **same)
+        assert skrull_rules.printed(n, stripes, seconds, **same) == literal(
+            n, stripes, seconds, **same
+        )
 
 
 @checked
