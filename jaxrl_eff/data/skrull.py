@@ -3,8 +3,8 @@
 Skrull (arXiv:2505.19609): within a micro-step a short sequence is *local*, whole on one rank and
 without communication, and a long one *distributed* over the ranks of its group. Which, and which
 sequences make a micro-step, is chosen from lengths alone: as the paper prints it (with its
-roll-back repaired), by balance, and all distributed; the least estimated time wins, so that a plan
-is never estimated slower than packed context parallelism. It fits memory by construction.
+roll-back repaired), by balance, and all distributed, as packed context parallelism has it; the
+least estimated time wins, so that no other rule here is estimated faster. Every plan fits memory.
 
 All groups run one program at a micro-step, so they share its shape and wait for the slowest: what
 is minimised is the sum over micro-steps of the largest time of a group, not, as in the paper's
@@ -76,6 +76,7 @@ def plan(
         every = [ps for ps in (found | rest).values() if ps is not None]
         rest["mixed"] = [batch.best(same) for same in zip(*every, strict=True)]
         search.offer(rest, way)
+    search.offer({"printed": _printed(batch)}, "strided")
     for name, (found, way) in sorted(search.best.items(), key=lambda b: b[1][0].seconds)[
         :TIGHTENED
     ]:
@@ -183,11 +184,15 @@ def printed(
 ) -> Schedule:
     """Skrull as printed but for its roll-back: in the fewest micro-steps that its rule finds."""
     batch = Batch(lengths, groups, parts, room, cost, shapes)
-    for _, cut in batch.strided():
+    plan = batch.planned(_printed(batch))
+    return batch.schedule(plan, "printed, strided", {"printed": plan.seconds})
+
+
+def _printed(batch: Batch) -> list[Part]:
+    for cut in batch.strided():
         found = _placed(batch.printed, cut)
         if found is not None:
-            plan = batch.planned(found)
-            return batch.schedule(plan, "printed, strided", {"printed": plan.seconds})
+            return found
     raise AssertionError("a sequence alone always has a place")
 
 

@@ -100,13 +100,13 @@ class Batch:
                 break
         return out
 
-    def strided(self) -> Iterator[tuple[int, Cut]]:
-        """(micro-steps, micro-batches) of the paper's Algorithm 2, for every number that fits."""
+    def strided(self) -> Iterator[Cut]:
+        """Micro-batches of the paper's Algorithm 2, for every number of micro-steps that fits."""
         shares = self._shares()
         for count in range(1, len(self.lengths) + 1):
             cut = self._strided(shares, count)
             if cut is not None:
-                yield count, cut
+                yield cut
 
     def least(self, cut: Cut) -> float:
         """Seconds that no placing of these micro-batches can beat."""
@@ -148,7 +148,7 @@ class Batch:
         return out if k == len(self.stripes) else None
 
     def _fill(self, into: Cut, first: int, until: float | int) -> int:
-        """Fills micro-batches with sequences from `first` on, each into that with the fewest tokens.
+        """Fills micro-batches with sequences from `first` on, each where the fewest tokens are.
 
         Stops where nothing fits, or where all tokens so far come nearest to `until`; returns the
         first sequence left.
