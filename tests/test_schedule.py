@@ -170,7 +170,7 @@ def test_a_study_adds_up():
 def test_as_a_command(lengths, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "jaxrl_eff.schedule", *command(lengths, model="x")],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=environment("/nonexistent"), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "jaxrl_eff.schedule: error: --model=x" in done.stderr
