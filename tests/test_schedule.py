@@ -59,7 +59,7 @@ def test_it_prints_every_rule_and_draws_a_page(lengths, tmp_path, capsys):
 def test_the_same_command_says_the_same(lengths, capsys):
     said = []
     for _ in range(2):
-        schedule.main(command(lengths))
+        schedule.main(command(lengths, "--batch=8"))
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
 

@@ -1,9 +1,13 @@
 """Few shapes for many schedules, since every shape of a micro-step is a program to compile.
 
-A lattice is a short list of shapes (local columns, distributed columns). A micro-step takes the
-cheapest that holds it, and pads up to it. Which shapes pad least is found exactly, by dynamic
-programming, among lattices of shelves: a few numbers of distributed columns, and for each of them
-a few numbers of local ones.
+A lattice is a short list of shapes (local columns, distributed columns). A micro-step is planned
+into the cheapest that holds it, and pads up to it. What it wants is mostly columns: local
+sequences can be moved among the distributed ones where those have room left. So a shape (l, d) is
+counted as holding a wanted one (l', d') if d' <= d and l' + d' <= l + d.
+
+Among lattices of shelves, a few numbers of distributed columns and for each a few numbers of all
+columns, dynamic programming finds the one that pads least, where every wanted shape takes the
+lowest shelf that it can: sharing out more than that would be slower, though it might pad less.
 """
 
 from collections.abc import Sequence
@@ -28,7 +32,7 @@ def lattice(
     cost: Cost,
     counts: Sequence[int] | np.ndarray | None = None,
     shapes: int = 12,
-    batches: int = 24,
+    batches: int = 64,
     seed: int = 0,
     multiple: int = MULTIPLE,
 ) -> tuple[Shape, ...]:
@@ -69,96 +73,68 @@ def lattice(
 def chosen(
     wanted: Sequence[Shape], *, room: int, shapes: int, multiple: int = MULTIPLE
 ) -> tuple[Shape, ...]:
-    """The lattice of at most so many shapes that holds all wanted ones with the fewest columns.
+    """The lattice of at most so many shapes in which the wanted ones take the fewest columns.
 
-    Wanted shapes that are near each other are one to it: at most 24 levels of either number are
-    told apart. Where (0, room) is all that a shelf could be without breaking the room, it is.
+    At most 24 levels of either number are told apart, by quantiles. What rounding up puts beyond
+    the room is left to (0, room).
     """
-    asked = sorted({(_up(d, room, multiple), _up(s, room, multiple)) for s, d in wanted})
-    weight = dict.fromkeys(asked, 0)
-    for s, d in wanted:
-        weight[_up(d, room, multiple), _up(s, room, multiple)] += 1
-    points = np.array([(d, s) for d, s in asked], np.int64)
-    times = np.array([weight[p] for p in asked], np.int64)
+    shared = np.array([_up(d, multiple) for _, d in wanted], np.int64)
+    total = np.array([max(_up(s + d, multiple), _up(d, multiple)) for s, d in wanted], np.int64)
     full = Shape(0, room)
-    if shapes == 1:
+    fits = total <= room
+    if shapes == 1 or not fits.any():
         return (full,)
-    shelves = _levels(points[:, 0], times)
-    best = _shelves(points, times, shelves, room, shapes - 1)
+    best = _shelves(shared[fits], total[fits], room, shapes - 1)
     return tuple(sorted({full, *best}, key=lambda s: (s.columns, s)))
 
 
-def _up(n: int, room: int, multiple: int) -> int:
-    return min(room, -(-n // multiple) * multiple)
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
-def _levels(values: np.ndarray, times: np.ndarray) -> list[int]:
-    """At most `_LEVELS` of the values, ascending: quantiles by how often each is asked for."""
-    found, at = np.unique(values, return_inverse=True)
+def _levels(values: np.ndarray) -> list[int]:
+    """At most `_LEVELS` of the values, ascending, the largest among them."""
+    found = np.unique(values)
     if len(found) > _LEVELS:
-        below = np.cumsum(np.bincount(at, weights=times)) / times.sum()
-        edges = np.searchsorted(below, np.arange(1, _LEVELS + 1) / _LEVELS - 1e-9)
-        found = found[np.unique(np.minimum(edges, len(found) - 1))]
+        quantiles = np.arange(1, _LEVELS + 1) / _LEVELS
+        found = np.unique(np.quantile(values, quantiles, method="higher"))
     return found.tolist()
 
 
-def _shelves(
-    points: np.ndarray, times: np.ndarray, levels: list[int], room: int, shapes: int
-) -> list[Shape]:
-    """Dynamic programming over shelves: least[i][m] of the first i levels with m shapes.
-
-    What a shelf cannot hold within the room goes to (0, room), at the price of its columns.
-    """
-    start = (0.0, ())
-    least = [{0: start}]
-    for i in range(1, len(levels) + 1):
+def _shelves(shared: np.ndarray, total: np.ndarray, room: int, shapes: int) -> list[Shape]:
+    """Dynamic programming over shelves: least[i][m], of the first i levels with m shapes."""
+    levels = _levels(shared)
+    least: list[dict[int, tuple[float, tuple[Shape, ...]]]] = [{0: (0.0, ())}]
+    for i, top in enumerate(levels, start=1):
         row: dict[int, tuple[float, tuple[Shape, ...]]] = {}
         for j in range(i):
-            low, top = levels[j - 1] if j else -1, levels[i - 1]
-            here = (points[:, 0] > low) & (points[:, 0] <= top)
-            options = _shelf(points[here, 1], times[here], top, room, shapes)
+            here = (shared > (levels[j - 1] if j else -1)) & (shared <= top)
+            options = _shelf(np.maximum(total[here], top), room, shapes)
             for m, (before, taken) in least[j].items():
-                for k, (price, edges) in enumerate(options):
-                    total = before + price
-                    if m + k <= shapes and total < row.get(m + k, (np.inf, ()))[0]:
-                        row[m + k] = total, (*taken, *(Shape(e, top) for e in edges))
+                for k, (price, edges) in enumerate(options[: shapes - m + 1]):
+                    if before + price < row.get(m + k, (np.inf, ()))[0]:
+                        more = tuple(Shape(e - top, top) for e in edges)
+                        row[m + k] = before + price, taken + more
         least.append(row)
-    return list(min(least[-1].values(), key=lambda f: (f[0], len(f[1])))[1])
+    return list(min(least[-1].values(), key=lambda found: (found[0], len(found[1])))[1])
 
 
-def _shelf(
-    local: np.ndarray, times: np.ndarray, shared: int, room: int, shapes: int
-) -> list[tuple[float, tuple[int, ...]]]:
-    """For 0, 1, .. shapes with so many shared columns: all columns paid, and the local edges."""
-    fits = local + shared <= room
-    lost = float(times[~fits].sum() * room)
-    local, times = local[fits], times[fits]
-    nothing = lost + float(times.sum() * room)
-    out: list[tuple[float, tuple[int, ...]]] = [(nothing, ())]
-    if not len(local):
-        return out
-    levels = _levels(local, times)
-    counts = [float(times[local <= e].sum()) for e in levels]
-    rows = [[(0.0, ())] + [(np.inf, ())] * len(levels)]
+def _shelf(total: np.ndarray, room: int, shapes: int) -> list[tuple[float, tuple[int, ...]]]:
+    """For 0, 1, .. edges: the columns that micro-steps of these totals take, and the edges.
+
+    Each takes the next edge, and what is above all of them the whole room.
+    """
+    levels = _levels(total)
+    below = [0.0, *(float((total <= e).sum()) for e in levels)]
+    rest = [(below[-1] - b) * room for b in below]
+    row: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] + [(np.inf, ())] * len(levels)
+    out = [(rest[0], ())]
     for _ in range(min(shapes, len(levels))):
-        row = [(np.inf, ())]
-        for i, edge in enumerate(levels, start=1):
-            before = [
-                (
-                    rows[-1][j][0]
-                    + (counts[i - 1] - (counts[j - 1] if j else 0)) * (edge + shared),
-                    j,
-                )
-                for j in range(i)
-            ]
-            price, j = min(before)
-            row.append((price, (*rows[-1][j][1], edge)))
-        rows.append(row)
-        # The largest may be left to (0, room).
-        whole = float(times.sum())
-        ends = [
-            (p + (whole - c) * room, edges) for (p, edges), c in zip(row[1:], counts, strict=True)
+        # row[i]: the last edge is the i-th level.
+        row = [(np.inf, ())] + [
+            min((row[j][0] + (below[i] - below[j]) * edge, (*row[j][1], edge)) for j in range(i))
+            for i, edge in enumerate(levels, start=1)
         ]
-        price, edges = min(ends, key=lambda end: end[0])
-        out.append((lost + price, edges))
+        ends = [(price + r, edges) for (price, edges), r in zip(row, rest, strict=True)]
+        out.append(min(ends))
     return out
