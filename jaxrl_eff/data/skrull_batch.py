@@ -92,7 +92,7 @@ class Batch:
                 ("levelled", self._levelled(count)),
                 ("graded", self._graded(count)),
             ):
-                if cut is not None:
+                if cut is not None and all(cut != other for _, other in out[-2:]):
                     out.append((way, cut))
                     last = count + more if last is None else last
             count += 1
