@@ -15,6 +15,7 @@ from jaxrl_eff.data.skrull_study import Study, rows
 WIDTH, BAR, GAP = 1000, 11, 8  # of the timeline, in its own units
 _MOST = 64  # ranks that are drawn
 _COLORS = {"local sequences": 2, "distributed sequences": 0, "waiting for the exchange": 4}
+_PALE = ' opacity="0.35"'
 _LONG = 8  # times the schedule: longer bars end there
 
 
@@ -32,10 +33,16 @@ def page(title: str, facts: Mapping[str, str], found: Study) -> str:
 no rank waits. Rules that pack have the same shapes; those that take sequences one by one have exact
 ones.</p></section>
 <section><h2>The first batch, by rank</h2><div class=wide>{timeline(first)}</div>
-{report.legend(_COLORS)}<p class=dim>{_text(first.rule)}. Gaps are ranks waiting for the slowest and
-fixed costs. Hold the pointer over a bar for its tokens.</p></section>"""
+{report.legend(_COLORS)}<p class=dim>{_text(first.rule)}. {_drawn(first)}Paler is padding; gaps are
+ranks waiting for the slowest, and fixed costs. Hold the pointer over a bar for its tokens.</p>
+</section>"""
     text = report.PAGE.format(title=_text(title), style=report.STYLE, script=report.SCRIPT)
     return text.replace("<!--body-->", body)
+
+
+def _drawn(s: Schedule) -> str:
+    ranks = s.groups * s.parts
+    return f"The first {_MOST} of {ranks} ranks. " if ranks > _MOST else ""
 
 
 def _bars(found: Study) -> str:
@@ -113,21 +120,27 @@ def _step(
     left, y, scale = at
     shape, c = s.shapes[j], s.cost
     mine, shared = (float(x) for x in attention)
-    local = c.products(shape.local) + mine
     whole = c.seconds(*shape, s.parts, mine, shared) - c.micro_seconds
-    rest = c.products(shape.columns) - c.products(shape.local) + shared
-    waits = max(0.0, whole - local - rest)
+    local, rest = c.products(shape.local), c.products(shape.columns) - c.products(shape.local)
+    empty = [c.linear * float(n - m) / c.flops_per_s for n, m in zip(shape, tokens, strict=True)]
+    waits = max(0.0, whole - local - mine - rest - shared)
     told = (
         f"rank {rank}, micro-step {j}: {tokens[0]:,} local tokens of {shape.local:,} columns, "
         f"{tokens[1]:,} distributed of {shape.distributed:,}; {number(whole * 1e3)} ms"
     )
     x, bars = left + (start + c.micro_seconds) * scale, []
-    for name, length in zip(_COLORS, (local, rest, waits), strict=True):
+    for color, length, paler in (
+        (_COLORS["local sequences"], local + mine - empty[0], False),
+        (_COLORS["local sequences"], empty[0], True),
+        (_COLORS["distributed sequences"], rest + shared - empty[1], False),
+        (_COLORS["distributed sequences"], empty[1], True),
+        (_COLORS["waiting for the exchange"], waits, False),
+    ):
         wide = length * scale
         if wide > 0.05:
             bars.append(
                 f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="{BAR - 2}" '
-                f'style="fill:{charts.color(_COLORS[name])}"/>'
+                f'style="fill:{charts.color(color)}"{_PALE * paler}/>'
             )
         x += wide
     return f"<g><title>{_text(told)}</title>{''.join(bars)}</g>"

@@ -54,6 +54,14 @@ def test_it_prints_every_rule_and_draws_a_page(lengths, tmp_path, capsys):
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
     for rank in range(8):
         assert f"rank {rank}, micro-step 0: " in text
+    assert "the first 64" not in text.lower()
+
+
+def test_a_page_of_many_ranks_says_how_many_it_shows(lengths, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    schedule.main(command(lengths, "--shapes=0", f"--page={page}", mesh="data8,seq16"))
+    assert "The first 64 of 128 ranks" in page.read_text()
+    assert "rank 63, " in page.read_text() and "rank 64, " not in page.read_text()
 
 
 def test_the_same_command_says_the_same(lengths, capsys):
