@@ -3,8 +3,8 @@
 Skrull (arXiv:2505.19609): within a micro-step a short sequence is *local*, whole on one rank and
 without communication, and a long one *distributed* over the ranks of its group. Which, and which
 sequences make a micro-step, is chosen from lengths alone: as the paper prints it (with its
-roll-back repaired), by balance, and all distributed, as packed context parallelism has it; the
-least estimated time wins, so that no other rule here is estimated faster. Every plan fits memory.
+roll-back repaired), by balance, and all distributed, as packed context parallelism has it. The
+least estimated time wins, so a plan is estimated no slower than those two; and it fits memory.
 
 All groups run one program at a micro-step, so they share its shape and wait for the slowest: what
 is minimised is the sum over micro-steps of the largest time of a group, not, as in the paper's
@@ -77,9 +77,8 @@ def plan(
         rest["mixed"] = [batch.best(same) for same in zip(*every, strict=True)]
         search.offer(rest, way)
     search.offer({"printed": _printed(batch)}, "strided")
-    for name, (found, way) in sorted(search.best.items(), key=lambda b: b[1][0].seconds)[
-        :TIGHTENED
-    ]:
+    ranking = sorted(search.best.items(), key=lambda best: best[1][0].seconds)
+    for name, (found, way) in ranking[:TIGHTENED]:
         search.take(batch.tightened(found), name, f"{way}, tightened")
     return search.schedule()
 

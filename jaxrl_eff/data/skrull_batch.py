@@ -199,9 +199,9 @@ class Batch:
 
     def _of(self, members: list[int]) -> tuple[list[int], list[int], list[float]]:
         return (
-            [self.lengths[k] for k in members],
-            [self.stripes[k] for k in members],
-            [self.weights[k] for k in members],
+            list(map(self.lengths.__getitem__, members)),
+            list(map(self.stripes.__getitem__, members)),
+            list(map(self.weights.__getitem__, members)),
         )
 
     def _part(self, members: list[int], places: list[int]) -> Part:
