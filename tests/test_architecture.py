@@ -25,7 +25,8 @@ RANKS = (
     ("train",),
     ("report", "doctor", "generate", "delta"),
     ("plan_page",),
-    ("main", "plan"),
+    ("schedule_page",),
+    ("main", "plan", "schedule"),
 )
 # Within a line, who may import whom.
 APART = {

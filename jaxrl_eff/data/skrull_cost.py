@@ -1,0 +1,268 @@
+"""What a micro-step of sequences of many lengths takes, from plain numbers.
+
+A rank's seconds are (Skrull, arXiv:2505.19609, equations 1 to 5)
+
+    Time_j = max(T_comm(V), T_comp(Local_j)) + T_comp(Dist)
+
+since the work of local sequences hides the exchange of the distributed ones (`Cost.overlap`: and
+how much of their own). Unlike the paper's,
+FLOPs here are of a causal decoder with a gated MLP, grouped queries and its head, and static shapes
+are charged whole: every rank multiplies all columns of its row, whether tokens are in them or not,
+and the ring carries every column of the distributed part. Only attention skips what is empty.
+
+The constants are of one mesh and drift with it: `refit` corrects them by measured steps.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_TRAIN = 3  # forward and backward, in forward passes
+
+
+class Model(NamedTuple):
+    """A decoder's sizes: gated MLP, causal attention, one unembedding."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+
+    @property
+    def linear(self) -> int:
+        """FLOP of training on one token, attention scores left out."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        block = 2 * self.width * (q + 2 * kv) + 2 * q * self.width + 6 * self.width * self.ffn
+        return _TRAIN * (self.layers * block + 2 * self.width * self.vocab)
+
+    @property
+    def square(self) -> int:
+        """FLOP of training on a sequence's attention scores, divided by its tokens squared."""
+        return _TRAIN * 2 * self.layers * self.heads * self.head_dim
+
+    @property
+    def wire(self) -> int:
+        """Bytes that one token's keys and values are on their way round the ring, all layers.
+
+        Two bytes a number forward and again backward, and their gradients in four.
+        """
+        return self.layers * 16 * self.kv_heads * self.head_dim
+
+    def flops(self, tokens: int) -> int:
+        """FLOP of training on a sequence of so many tokens."""
+        return self.linear * tokens + self.square * tokens**2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds from tokens, lengths and bytes.
+
+    A kernel on n tokens reaches n / (n + half) of its rate, so that it takes what n + half tokens
+    would. Products over a row are one kernel; attention is one for every sequence and rank.
+
+    Attributes:
+        linear, square: FLOP a token, and a token squared; see `Model`.
+        wire: bytes a token of the distributed part sends in one hop, over the whole micro-step.
+        laps: times that the ring is gone round in a micro-step; each has parts - 1 hops.
+        flops_per_s, attention_per_s: of one rank, for products and for attention.
+        bytes_per_s: of one rank to its neighbour.
+        hop_seconds: of a hop, on top of its bytes.
+        half: tokens at which a kernel reaches half its rate.
+        micro_seconds, step_seconds: of a micro-step and of a step, whatever they hold.
+        overlap: share of the distributed sequences' own attention that hides the exchange, too:
+            0 as in the paper, 1 in a ring that sends on while it computes.
+    """
+
+    linear: float | int
+    square: float | int
+    wire: float | int
+    laps: int
+    flops_per_s: float | int
+    attention_per_s: float | int
+    bytes_per_s: float | int
+    hop_seconds: float | int = 2e-5
+    half: float | int = 300
+    micro_seconds: float | int = 5e-3
+    step_seconds: float | int = 0.0
+    overlap: float | int = 0.0
+
+    def __post_init__(self):
+        for name in ("linear", "flops_per_s", "attention_per_s", "bytes_per_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Cost.{name} is {getattr(self, name)}, but must be above 0.")
+        for name in ("square", "wire", "laps", "hop_seconds", "half", "micro_seconds"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Cost.{name} is {getattr(self, name)}, but must be at least 0.")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(f"Cost.overlap is {self.overlap}, but must be in [0, 1].")
+
+    def products(self, columns: float | int) -> float:
+        """Seconds of all matrix products on a row with so many columns; none take none."""
+        return self.linear * (columns + self.half) / self.flops_per_s if columns else 0.0
+
+    def attention(self, lengths: np.ndarray, parts: int = 1) -> np.ndarray:
+        """Seconds of every sequence's attention, float64 [K], on each of the ranks it is cut over.
+
+        Each rank has `tokens / parts` queries in its kernels, and all keys pass by.
+        """
+        n = np.asarray(lengths, np.float64)
+        return self.square * n * (n / parts + self.half) / self.attention_per_s
+
+    def exchange(self, columns: float | int, parts: int) -> float:
+        """Seconds until keys, values and their gradients of so many columns went round."""
+        if not columns or parts == 1:
+            return 0.0
+        each = self.laps * self.hop_seconds + columns * self.wire / self.bytes_per_s
+        return (parts - 1) * each
+
+    def seconds(
+        self,
+        local: float | int,
+        distributed: float | int,
+        parts: int,
+        attention: float | int = 0.0,
+        shared: float | int = 0.0,
+    ) -> float:
+        """Seconds of a micro-step on one rank.
+
+        Args:
+            local, distributed: columns of the two parts of its row.
+            parts: ranks that the distributed part is cut over.
+            attention: seconds of attention of its local sequences.
+            shared: the same of its share of the distributed ones.
+        """
+        whole = self.products(local + distributed)
+        mine = self.products(local)  # a row's kernels are started once: what is left is the other's
+        hides = mine + attention + self.overlap * shared
+        first = max(self.exchange(distributed, parts), hides)
+        return self.micro_seconds + first + (whole - mine) + (1 - self.overlap) * shared
+
+    def perfect(self, lengths: np.ndarray, ranks: int) -> float:
+        """Seconds that no schedule can beat: all FLOP at full rate, spread over the ranks evenly.
+
+        Fixed costs, kernels that are small, padding and the exchange are left out.
+        """
+        n = np.asarray(lengths, np.float64)
+        each = self.linear * n / self.flops_per_s + self.square * n * n / self.attention_per_s
+        return float(each.sum()) / ranks
+
+    def terms(
+        self,
+        local: float | int,
+        distributed: float | int,
+        parts: int,
+        attention: float | int = 0.0,
+        shared: float | int = 0.0,
+    ) -> np.ndarray:
+        """`seconds` in pieces: how often each constant of `CONSTANTS` is paid, float64 [6].
+
+        Of what runs at the same time only the longer counts, judged by the constants as they are.
+        """
+        work = self.linear * (local + distributed + self.half * bool(local + distributed))
+        mine = self.linear * (local + self.half) if local else 0.0
+        sent = (parts - 1) * distributed * self.wire
+        hops = (parts - 1) * self.laps * bool(distributed)
+        kept = attention + shared
+        hides = self.products(local) + attention + self.overlap * shared
+        if self.exchange(distributed, parts) > hides:
+            work, kept = work - mine, (1 - self.overlap) * shared
+        else:
+            sent = hops = 0.0
+        scores = kept * self.attention_per_s
+        return np.array([0.0, 1.0, work, scores, sent, hops])
+
+
+# In the order of `Cost.terms`; a rate stands for its inverse.
+CONSTANTS = (
+    "step_seconds",
+    "micro_seconds",
+    "flops_per_s",
+    "attention_per_s",
+    "bytes_per_s",
+    "hop_seconds",
+)
+_LEAST = 1e-3  # of a constant as it was: none is fitted to less, since a rate is its inverse
+
+
+def cost_of(
+    model: Model,
+    *,
+    flops_per_s: float | int,
+    bytes_per_s: float | int,
+    attention_share: float | int = 0.75,
+    **others: float | int,
+) -> Cost:
+    """The cost of training a model on ranks of these rates.
+
+    Args:
+        attention_share: of `flops_per_s`, what attention reaches.
+        others: further fields of `Cost`.
+    """
+    return Cost(
+        linear=model.linear,
+        square=model.square,
+        wire=model.wire,
+        laps=3 * model.layers,  # keys and values forward and backward, gradients backward
+        flops_per_s=flops_per_s,
+        attention_per_s=attention_share * flops_per_s,
+        bytes_per_s=bytes_per_s,
+        **others,
+    )
+
+
+def refit(
+    cost: Cost, rows: Sequence[tuple[np.ndarray, float | int]], *, trust: float | int = 0.03
+) -> Cost:
+    """The cost whose constants explain measured steps best.
+
+    Minimises the relative errors sum_i (a_i.x / t_i - 1)^2 + trust^2 sum_j (x_j / x0_j - 1)^2 over
+    x >= 0. The second sum keeps near what they were the constants that the rows do not tell apart,
+    as the two fixed costs when every step has as many micro-steps.
+
+    Args:
+        rows: for every step its terms, [6], see `Schedule.terms`, and the seconds it took.
+        trust: of a constant as it was, against one row: that share of error weighs as much.
+
+    Raises:
+        ValueError: no rows, or a step that took no time.
+    """
+    if not rows:
+        raise ValueError("refit needs at least one measured step.")
+    times = np.array([t for _, t in rows], np.float64)
+    if not (times > 0).all():
+        raise ValueError(f"a step took {times.min()} s, but must have taken some time.")
+    now = np.array([_slope(cost, name) for name in CONSTANTS])
+    scale = np.where(now > 0, now, 1e-3)  # a fixed cost of none so far: in milliseconds
+    a = np.stack([terms for terms, _ in rows]) * scale / times[:, None]
+    a = np.concatenate([a, trust * np.eye(len(scale))])
+    b = np.concatenate([np.ones(len(times)), trust * (now / scale)])
+    x = non_negative(a, b) * scale
+    changed = {}
+    for name, value, before in zip(CONSTANTS, x, now, strict=True):
+        value = max(float(value), _LEAST * float(before))
+        changed[name] = 1 / value if name.endswith("per_s") else value
+    return dataclasses.replace(cost, **changed)
+
+
+def _slope(cost: Cost, name: str) -> float:
+    value = float(getattr(cost, name))
+    return 1 / value if name.endswith("per_s") else value
+
+
+def non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """argmin |a x - b| over x >= 0, exactly, for a few columns: every set of them is tried."""
+    best, found = np.inf, np.zeros(a.shape[1])
+    for n in range(a.shape[1] + 1):
+        for chosen in itertools.combinations(range(a.shape[1]), n):
+            x = np.zeros(a.shape[1])
+            x[list(chosen)] = np.linalg.lstsq(a[:, list(chosen)], b, rcond=None)[0]
+            error = float(np.sum((a @ x - b) ** 2))
+            if (x >= 0).all() and error < best:
+                best, found = error, x
+    return found

@@ -1,0 +1,152 @@
+"""Which sequences of one micro-batch stay whole on a rank, and which are cut over all of them.
+
+A place is a rank, or -1: distributed. All rules keep, for every rank j,
+
+    sum_k P_kj S_k + D_k ceil(S_k / N) <= C                             (Skrull, equation 7)
+
+with a distributed sequence's share rounded up to the stripes that it is laid out in. They are
+deterministic, ties go to the lower rank, and they give None where they find no such places.
+"""
+
+from collections.abc import Sequence
+
+Places = list[int]
+
+
+def distributed(lengths: Sequence[int]) -> Places:
+    """All sequences over all ranks: packed context parallelism."""
+    return [-1] * len(lengths)
+
+
+def balanced(
+    lengths: Sequence[int],
+    stripes: Sequence[int],
+    seconds: Sequence[float],
+    *,
+    parts: int,
+    room: int,
+    slack: float | int,
+    local: int | None = None,
+    shared: int | None = None,
+) -> Places | None:
+    """Shares out what outweighs a rank's fair load W = sum seconds / N, and balances the rest.
+
+    The rest go, longest first, each to the least loaded rank that has room for it and stays within
+    (1 + slack) W; where there is none they are distributed, and where that is full, too, to the
+    least loaded rank with room.
+
+    Args:
+        lengths: tokens of each sequence, longest first.
+        stripes: tokens of each on every rank if it is distributed, ceil(length / parts).
+        seconds: of each on one rank.
+        parts, room: N and C.
+        slack: by how much of W a rank may be above it.
+        local, shared: tokens that local and distributed sequences may take of a rank; `room` by
+            default.
+    """
+    local, shared = room if local is None else local, room if shared is None else shared
+    limit = (1 + slack) * sum(seconds) / parts
+    used, load = [0] * parts, [0.0] * parts
+    spread, share, fullest = 0, 0.0, 0
+    space = min(local, room)
+    out = []
+    for s, c, w in zip(lengths, stripes, seconds, strict=True):
+        least = min(load)
+        t = -1
+        if s <= space and least + share + w <= limit:
+            t = load.index(least)
+            if used[t] + s > space:
+                t = _roomy(used, load, space - s, limit - share - w)
+        if t < 0:
+            if spread + c <= shared and fullest + spread + c <= room:
+                spread += c
+                share += w / parts
+                space = min(local, room - spread)
+                out.append(-1)
+                continue
+            t = _roomy(used, load, space - s, float("inf"))
+            if t < 0:
+                return None
+        used[t] += s
+        load[t] += w
+        if used[t] > fullest:
+            fullest = used[t]
+        out.append(t)
+    return out
+
+
+def _roomy(used: list[int], load: list[float], most: int, lightest: float) -> int:
+    """The least loaded rank with at most so many tokens and so many seconds, or -1."""
+    fitting = [
+        (w, t)
+        for t, (n, w) in enumerate(zip(used, load, strict=True))
+        if n <= most and w <= lightest
+    ]
+    return min(fitting)[1] if fitting else -1
+
+
+def printed(
+    lengths: Sequence[int],
+    stripes: Sequence[int],
+    seconds: Sequence[float],
+    *,
+    parts: int,
+    room: int,
+) -> Places | None:
+    """Skrull's Algorithm 1 with its roll-back repaired.
+
+    Shortest first: a sequence goes to the least loaded rank, else to the one with most room, else
+    it is distributed; if the fullest rank cannot take its share, a local sequence there, the first
+    placed, is distributed instead, and it is tried again.
+
+    As printed, a roll-back takes S - S / N from the rank's room where it should give it, and
+    charges the other ranks nothing for their shares. Here all are charged; a rank that this
+    overfills rolls back in turn.
+
+    Args:
+        as of `balanced`, but shortest first.
+    """
+    left, load = [room] * parts, [0.0] * parts
+    mine: list[list[int]] = [[] for _ in range(parts)]  # what is on a rank, in order, from `first`
+    first = [0] * parts
+    out = [-1] * len(lengths)
+
+    def spread(k: int) -> None:
+        out[k], c, w = -1, stripes[k], seconds[k] / parts
+        for j in range(parts):
+            left[j] -= c
+            load[j] += w
+
+    def roll_back(t: int) -> bool:
+        """Distributes a local sequence of rank t, and of those that have no room for its share."""
+        while True:
+            if first[t] == len(mine[t]):
+                return False
+            k = mine[t][first[t]]
+            first[t] += 1
+            left[t] += lengths[k]
+            load[t] -= seconds[k]
+            spread(k)
+            tight = min(left)
+            if tight >= 0:
+                return True
+            t = left.index(tight)
+
+    for k, (s, c, w) in enumerate(zip(lengths, stripes, seconds, strict=True)):
+        while True:
+            t = load.index(min(load))
+            if left[t] < s:
+                t = left.index(max(left))
+            if left[t] >= s:
+                out[k] = t
+                left[t] -= s
+                load[t] += w
+                mine[t].append(k)
+                break
+            t = left.index(min(left))
+            if left[t] >= c:
+                spread(k)
+                break
+            if not roll_back(t):
+                return None
+    return out
