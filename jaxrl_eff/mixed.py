@@ -54,6 +54,10 @@ def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spe
             raise ValueError(f"{c.name} has epochs or parts; mixed rows come in micro-batches.")
         if c.kind == "train":
             _parts(c)
+            if getattr(specs[c.of].tx, "due", None) is not None:
+                raise ValueError(
+                    f"{c.name} would choose anew what it trains by a gradient of rows of one kind."
+                )
     if len({(p.devices, tuple(p.axes.items())) for p in full.values()}) > 1:
         raise ValueError(f"mixed rows need one placement for all calls, got {full}.")
     return Mixed(graph, full, specs, ())
@@ -212,11 +216,9 @@ class Mixed(Step):
             batch: micro-batches of shapes that were built; every process brings all of them whole.
 
         Raises:
-            ValueError: a micro-batch of another shape; or a model would choose anew what is
-                trained, which needs rows of one kind.
+            ValueError: a micro-batch of another shape.
         """
-        if reselect:
-            raise ValueError(f"{reselect} would choose anew what is trained; mixed rows cannot.")
+        del reselect  # `compile` refuses models that choose
         timing, models, metrics = self.timeline.begin(), dict(models), {}
         there = arrays.from_whole(self._layouts.whole(self.calls[0]), key_words(key))
         sums = {c.name: self._zeros[c.name]() for c in self._trained}

@@ -223,6 +223,35 @@ class SearchSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """How sequences of many lengths become a step (sft, dpo, reward_model).
+
+    Attributes:
+        name: "rows": into packed rows of `data.length`, `batch` of them; "skrull": `batch`
+            sequences (or pairs) a step, short ones whole on a device and long ones over the plan's
+            `seq` axis, in micro-batches chosen by estimated time. `data.length` is the longest
+            sequence then; 0 is all that the devices of a `seq` axis hold.
+        room: tokens that a device holds at once; 0: found by compiling the model for two sizes.
+        shapes: of micro-batches, at most; each is a program to compile.
+        sample: examples whose lengths the shapes are chosen by.
+    """
+
+    name: str = "rows"
+    room: int = 0
+    shapes: int = 12
+    sample: int = 1024
+
+    def __post_init__(self):
+        if self.name not in ("rows", "skrull"):
+            raise ValueError(f"name is {self.name!r}, not 'rows' or 'skrull'.")
+        if self.room < 0 or self.shapes < 1 or self.sample < 1:
+            raise ValueError(
+                f"room={self.room}, shapes={self.shapes}, sample={self.sample}; at least 0, 1 and "
+                "1 are needed."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SyncSettings:
     """How trained weights get to calls on other devices. What arrives is the same.
 
@@ -270,6 +299,7 @@ class StageSettings:
             `plans.plan`.
         search: how, if the plan is "search".
         sync: how trained weights get to calls on other devices.
+        schedule: how sequences of many lengths become a step.
         staleness: how many steps old the weights are that sample. 0 is synchronous; 1 lets
             sampling and training overlap on devices of their own.
         evaluate: held-out measurement.
@@ -289,6 +319,7 @@ class StageSettings:
     plan: str | dict[str, dict[str, Any]] = "all"
     search: SearchSettings = SearchSettings()
     sync: SyncSettings = SyncSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
     staleness: int = 0
     evaluate: EvalSettings = EvalSettings()
     samples_every: int = 10

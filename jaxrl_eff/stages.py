@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import adapt, algorithms, calibrate, dataflow, optim, plans
+from jaxrl_eff import adapt, algorithms, calibrate, dataflow, long, optim, plans
 from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.data import encode, loader, sources, toys
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
@@ -24,7 +24,7 @@ from jaxrl_eff.evaluate import Evaluation
 from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.optim import optimizer, warmup_then
 from jaxrl_eff.parallel import Changes
-from jaxrl_eff.planner import works
+from jaxrl_eff.planner import hardware, works
 from jaxrl_eff.rewards import verify
 from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.settings import DataSettings, RewardSettings, Run, StageSettings, build
@@ -82,7 +82,7 @@ class Stage:
             ("stage", "sft/actor"), ("directory", path) or ("kl", "").
         step: the compiled graph's executor, checked for the stage's batches.
         loader: batches, this process's rows.
-        batch: name -> global shape and dtype.
+        batch: name -> global shape and dtype; or of a scheduled stage a list of micro-batches.
         evaluation: held-out measurement, if any.
         schedules: trained role -> learning rate by optimizer update.
         source: the examples, for samples.
@@ -245,6 +245,14 @@ def _stage(
         raise ValueError(f"models lacks the roles {missing}; say where each comes from.")
 
     specs, schedules = model_specs(s, graph, lms, name)
+    if s.schedule.name == "skrull":
+        step, batches, shapes, plan = _scheduled(
+            s, name, graph, specs, lms, source, encoder, kind, seed, tokenizer
+        )
+        evaluation = _evaluation(run, name, tokenizer, lms, specs, plan, graph, held_out, sampling)
+        return Stage(
+            name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling
+        )
     shapes, searched = batch_shapes(s, kind), None
     with at_path(f"config.{name}.plan"):
         if s.plan == "search":
@@ -274,6 +282,47 @@ def _stage(
         name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
         searched,
     )  # fmt: skip
+
+
+def _scheduled(
+    s: StageSettings,
+    name: str,
+    graph: Graph,
+    specs: dict[str, Spec],
+    lms: dict[str, LMConfig],
+    source: Any,
+    encoder: Callable,
+    kind: str,
+    seed: int,
+    tokenizer: Tokenizer,
+) -> tuple[Any, Any, Any, dict[str, Placement]]:
+    """Step, loader, shapes and plan of a stage over sequences of many lengths."""
+    if kind == "prompts":
+        raise ValueError(f"schedule is 'skrull', which is not for {s.algorithm}.")
+    if s.plan == "search":
+        raise ValueError("schedule is 'skrull', whose plan is not searched: say its seq axis.")
+    with at_path(f"config.{name}.plan"):
+        plan = plans.plan(s.plan, graph, jax.device_count())
+        place = next(iter(plan.values()))
+    with at_path(f"config.{name}.schedule"):
+        trained = next(c.of for c in graph.calls if c.kind == "train")
+        lengths = long.lengths_of(source, encoder, kind, s.schedule.sample)
+        made = long.prepared(
+            s.schedule, graph, plan, specs, lms[trained], lengths, batch=s.batch,
+            longest=s.data.length, cluster=hardware.local(),
+        )  # fmt: skip
+    one_by_one = loader.batches(
+        source,
+        encode=encoder,
+        batch=s.batch,
+        kind=kind,
+        seed=seed,
+        length=s.data.length or made.room * place.seq,
+        overlong=s.data.overlong,
+        packed=False,
+        pad=tokenizer.pad or 0,
+    )
+    return made.step, made.batches(one_by_one, pad=tokenizer.pad or 0), made.batch, plan
 
 
 def algorithm_of(s: StageSettings) -> tuple[Any, str]:

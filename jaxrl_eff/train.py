@@ -17,12 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxrl_eff import dataflow, evaluate, hardware, state
 from jaxrl_eff.calibrate import Calibration
 from jaxrl_eff.checkpoint import Checkpoints
 from jaxrl_eff.console import Console
+from jaxrl_eff.data.schedules import Schedule, quality
 from jaxrl_eff.metrics import Writer
 from jaxrl_eff.models import params
 from jaxrl_eff.parallel import Route
@@ -179,7 +179,9 @@ def _run_stage(
                 models, batch, words(run.seed, name, at.step), reselect=stage.step.due(at.step)
             )
         at.step += 1
-        step = _Dispatched(at.step, metrics, stage.step.timeline.newest, _tokens(batch))
+        schedule = getattr(stage.loader, "schedule", None)
+        times = stage.step.timeline.newest
+        step = _Dispatched(at.step, metrics, times, _tokens(batch), schedule)
         if pending is not None:
             log(pending)
         pending = step
@@ -314,10 +316,13 @@ class _Dispatched:
     metrics: dict[str, jax.Array]
     times: StepTimes
     tokens: int
+    schedule: Schedule | None = None
 
 
-def _tokens(batch: dict[str, np.ndarray]) -> int:
+def _tokens(batch: Any) -> int:
     """Tokens of a batch from the source: of packed rows, or of prompts. This process's."""
+    if isinstance(batch, list):
+        return sum(_tokens(rows) for micro in batch for rows in micro.values())
     if "segment" in batch:
         return int((batch["segment"] > 0).sum())
     return int(batch["prompt_length"].sum())
@@ -330,7 +335,7 @@ class _Log:
         self, stage: Stage, out: Outlets, offset: int, nonfinite: str, seen: Calibration | None
     ):
         self._stage, self._out, self._offset, self._nonfinite = stage, out, offset, nonfinite
-        self._calibration = seen
+        self._calibration, self._scheduled = seen, False
         # (end, tokens, FLOPs) of the last steps: rates over a few of them, since the clock of a
         # single step waits for a thread to be scheduled.
         self._window = collections.deque([(time.perf_counter(), 0.0, 0.0)], maxlen=RATE_STEPS + 1)
@@ -362,7 +367,10 @@ class _Log:
             update = (done.step - 1) * self._stage.updates(role)
             values[f"{role}/lr"] = float(schedule(update))
         tokens = self._all_tokens(done.tokens, values)
-        self._window.append((max(end, self._window[-1][0]), tokens, self._flops(tokens)))
+        flops = self._flops(tokens, done.schedule)
+        self._window.append((max(end, self._window[-1][0]), tokens, flops))
+        if done.schedule is not None:
+            values |= self._of_schedule(done.schedule)
         elapsed = self._window[-1][0] - self._window[0][0]
         tokens, flops = (sum(row[i] for row in list(self._window)[1:]) for i in (1, 2))
         # Steps of microseconds can seem to end together, and have no rate then.
@@ -403,7 +411,23 @@ class _Log:
             total = samples * (total + length * self._stage.settings.batch)
         return total
 
-    def _flops(self, tokens: float) -> float:
+    def _of_schedule(self, schedule: Schedule) -> dict[str, float]:
+        """A schedule in numbers; tells the loader how long it took."""
+        seconds = self._window[-1][0] - self._window[-2][0] if len(self._window) > 1 else 0.0
+        if self._scheduled:  # the first step has more to do
+            self._stage.loader.measured(schedule, seconds)
+        self._scheduled = True
+        found = quality(schedule)
+        return {
+            "schedule/padding": found.padding,
+            "schedule/balance": found.time_balance,
+            "schedule/distributed": found.distributed,
+            "schedule/micro_steps": float(found.steps),
+            "schedule/planned_seconds": found.seconds,
+            "schedule/measured_seconds": seconds,
+        }
+
+    def _flops(self, tokens: float, schedule: Schedule | None) -> float:
         """Useful FLOPs: a forward pass costs 1, a train pass 3 or less, padding nothing."""
         total = 0.0
         for c in self._stage.step.calls:
@@ -413,6 +437,9 @@ class _Log:
                 products = way.passes if isinstance(way, dataflow.Adaptation) else 3
                 passes = products * c.epochs if c.kind == "train" else 1
                 length = self._stage.settings.data.length or self._stage.settings.data.prompt_length
+                if schedule is not None:  # the mean a token looks back
+                    n = schedule.lengths.astype(float)
+                    length = float((n * n).sum() / n.sum())
                 total += passes * tokens * params.flops_per_token(lm, length / 2)
         return total
 

@@ -151,6 +151,16 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
+        rows = self._next_rows()
+        index, count = self._process
+        share = len(rows) // count
+        return self._arrays(rows, slice(index * share, (index + 1) * share))
+
+    def items(self) -> list[Item]:
+        """The examples of the next batch, of all processes, before they are laid out in rows."""
+        return [item for row in self._next_rows() for item in row]
+
+    def _next_rows(self) -> list[list[Item]]:
         carried = len(self._pool)
         self._fill_pool()
         rows, left = self._choose_rows(carried)
@@ -160,11 +170,9 @@ class Loader:
             raise StopIteration
         if self._layout["remainder"] == "drop" and not all(rows):
             self._counts["remainder"] += len(used)
-            return next(self)
+            return self._next_rows()
         self._count(used)
-        index, count = self._process
-        share = len(rows) // count
-        return self._arrays(rows, slice(index * share, (index + 1) * share))
+        return rows
 
     def share(self, process: tuple[int, int]) -> None:
         """From now on gives the block of process (index, count); (0, 1) is everything."""

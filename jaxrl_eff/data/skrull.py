@@ -11,7 +11,7 @@ is minimised is the sum over micro-steps of the largest time of a group, not, as
 equation 8, the largest sum. The same batch in another order is planned the same way, and ties go
 to the lower index, so every host can plan for itself.
 
-`skrull_layout` makes arrays of a schedule, `lattice` keeps its shapes few.
+`scheduled` makes arrays of a schedule, `lattice` keeps its shapes few.
 """
 
 from collections.abc import Callable, Sequence
