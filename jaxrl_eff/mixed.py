@@ -112,7 +112,7 @@ class Mixed(Step):
             self.check(batch)
         with ThreadPoolExecutor(4) as pool:
             carries = {c.name: self._carry(c) for c in self._trained}
-            started: dict[Any, Any] = {}
+            started: dict[str, Any] = {}
             for shape in self._known:
                 for c in self.calls:
                     self.traces[c.name] += 1
@@ -121,7 +121,7 @@ class Mixed(Step):
                         if c.kind == "train"
                         else self._lower_infer(c, shape)
                     )
-                    started[c.name, shape] = pool.submit(lowered.compile)
+                    started[_of(c, shape)] = pool.submit(lowered.compile)
             for c in self._trained:
                 started[c.name] = pool.submit(self._lower_update(c, carries[c.name]).compile)
                 self._zeros[c.name] = self._zero(c, carries[c.name])
@@ -235,9 +235,9 @@ class Mixed(Step):
                 args = {side: {k: x[k] for k in c.reads} for side, x in data.items()}
                 if c.kind == "train":
                     given = models[c.of]._replace(past=()), args
-                    sums[c.name] = self._programs[c.name, shape](sums[c.name], given, there)
+                    sums[c.name] = self._programs[_of(c, shape)](sums[c.name], given, there)
                     continue
-                out = self._programs[c.name, shape](models[c.of].params, args, there)
+                out = self._programs[_of(c, shape)](models[c.of].params, args, there)
                 data = {side: x | out[side] for side, x in data.items()}
                 token, name = jax.tree.leaves(out)[0], f"{c.name} {number}"
                 timing.add(name, self._place.devices, c.reads, c.writes, dispatched, token)
@@ -260,6 +260,11 @@ class Mixed(Step):
             }
             for side, x in there.items()
         }
+
+
+def _of(c: Call, shape: tuple[int, int]) -> str:
+    """The name of a call's program for micro-batches of a shape."""
+    return f"{c.name} {shape[0]}+{shape[1]}"
 
 
 def shape_of(micro: MicroBatch) -> tuple[int, int]:

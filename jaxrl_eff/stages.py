@@ -18,6 +18,7 @@ import numpy as np
 from jaxrl_eff import adapt, algorithms, calibrate, dataflow, long, optim, plans
 from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.data import encode, loader, sources, toys
+from jaxrl_eff.data.scheduled import Scheduled
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.dataflow import Graph, Placement, Spec, Step
 from jaxrl_eff.evaluate import Evaluation
@@ -94,8 +95,8 @@ class Stage:
     lms: dict[str, LMConfig]
     origins: dict[str, tuple[str, str]]
     step: Step
-    loader: loader.Loader
-    batch: dict[str, jax.ShapeDtypeStruct]
+    loader: loader.Loader | Scheduled
+    batch: dict[str, jax.ShapeDtypeStruct] | list[dict[str, dict[str, jax.ShapeDtypeStruct]]]
     evaluation: Evaluation | None
     schedules: dict[str, Any]
     source: Any

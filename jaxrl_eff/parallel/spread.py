@@ -87,4 +87,5 @@ def striped(x: Array, parts: int) -> Array:
 
 def unstriped(x: Array, parts: int) -> Array:
     """The converse of `striped`."""
-    return striped(x, x.shape[1] // parts)
+    rows, length = x.shape
+    return x.reshape(rows, parts, length // parts).swapaxes(1, 2).reshape(rows, length)
