@@ -20,7 +20,7 @@ from jaxrl_eff.models import LMConfig
 from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.settings import ScheduleSettings
 
-PROBES = (256, 512)  # tokens of a device, of the two programs by which room is found
+TRIES = 6  # sizes at which room is looked for
 SHARE = 0.9  # of a device's memory that may be planned for
 BLOCK = 128  # tokens: columns of micro-batches are multiples of it
 
@@ -81,9 +81,9 @@ def prepared(
     names = graph.inputs.split()
     room = s.room
     if not room:
-        useful = _useful(lengths, place, batch=batch, longest=longest)
+        most = _useful(lengths, place, batch=batch, longest=longest)
         make = functools.partial(mixed.compile, graph, plan, specs)
-        room = min(useful, found_room(make, names, place, cluster.memory_bytes))
+        room = found_room(make, names, place, cluster.memory_bytes, most)
     most = room * place.seq
     if longest > most:
         raise ValueError(
@@ -143,29 +143,47 @@ def _useful(lengths: Sequence[int], place: Placement, *, batch: int, longest: in
 
 
 def found_room(
-    make: Callable[[], mixed.Mixed], names: Sequence[str], place: Placement, capacity: float
+    make: Callable[[], mixed.Mixed],
+    names: Sequence[str],
+    place: Placement,
+    capacity: float,
+    most: int,
 ) -> int:
-    """Tokens that a device holds while it trains: memory is a line through two compiled programs.
+    """Tokens that a device holds while it trains, by the memory that compiled programs need.
 
     Args:
+        make: a step that is not checked yet.
         capacity: bytes of a device.
+        most: tokens beyond which there is no use.
 
     Raises:
-        ValueError: there is no room for one token.
+        ValueError: there is no room for one block of tokens.
     """
-    need = []
-    for tokens in PROBES:
-        micro = [of_shape(names, Shape(tokens, 0), place)]
-        step = make().check(micro).build(micro)
-        need.append(max(v["bytes"] for v in step.analysis().values()) + _beside(step))
-    each = max((need[1] - need[0]) / (PROBES[1] - PROBES[0]), 1.0)
-    room = int((SHARE * capacity - (need[0] - each * PROBES[0])) / each)
-    if room < 1:
-        raise ValueError(
-            f"a device of {capacity / 1e9:.1f} GB has no room for a token beside the model and its "
-            f"optimizer; {each / 1e3:.1f} kB a token would be needed."
-        )
-    return room
+    budget = SHARE * capacity
+
+    def need(tokens: int) -> float:
+        shapes = [Shape(tokens, 0), Shape(0, tokens)][: 1 if place.seq == 1 else 2]
+        micro = [of_shape(names, shape, place) for shape in shapes]
+        step = make().build(micro)
+        return max(v["bytes"] for v in step.analysis().values()) + _beside(step)
+
+    room = most
+    for _ in range(TRIES):
+        bytes_ = need(room)
+        if bytes_ <= budget:
+            return room
+        # Memory is nearly a line through the static part; what a token takes shows at two sizes.
+        smaller = max(BLOCK, room // 2)
+        each = (bytes_ - need(smaller)) / max(room - smaller, 1)
+        static = bytes_ - each * room
+        fit = int((budget - static) / each) if each > 0 else 0
+        room = BLOCK * (min(fit, room - 1) // BLOCK)
+        if room < BLOCK:
+            break
+    raise ValueError(
+        f"a device of {capacity / 1e9:.2f} GB has no room for {BLOCK} tokens beside the model and "
+        f"its optimizer, which take {static / 1e9:.2f} GB; a token takes {each / 1e3:.1f} kB."
+    )
 
 
 def _beside(step: mixed.Mixed) -> float:

@@ -23,6 +23,9 @@ class ModelSettings:
         shape: fields of `models.LMConfig`, for a model from scratch.
         dtype, param_dtype: of compute and of parameters; "" keeps the shape's or float32.
         remat: recomputation policy of `models.LMConfig`; "" keeps the shape's.
+        rope: fields of `models.config.Rope` to change, e.g. dict(kind="yarn", factor=4.0), to
+            stretch the context of a model; its `original_length` is the model's if not given.
+        max_length: tokens; 0 keeps the shape's, times the factor if `rope` has one.
     """
 
     path: str = ""
@@ -30,6 +33,8 @@ class ModelSettings:
     dtype: str = ""
     param_dtype: str = ""
     remat: str = ""
+    rope: dict[str, Any] = dataclasses.field(default_factory=dict)
+    max_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +42,7 @@ class DataSettings:
     """Where examples come from and how they become tokens.
 
     Attributes:
-        source: "jsonl", "parquet", "inline", or a toy: "reverse", "sort".
+        source: "jsonl", "parquet", "inline", or a toy: "reverse", "sort", "needles".
         path: the file, for jsonl and parquet.
         format: "text", "completion", "messages", "preference", "prompt" or "chat_prompt".
         fields: the encoder's argument -> the example's field, e.g. {"prompt": "question"}.
@@ -47,8 +52,9 @@ class DataSettings:
         packed: False puts one example into a row.
         overlong: "drop", "truncate" or "error".
         held_out: examples set apart for evaluation (files only; toys have their own split).
-        options: arguments of a toy: digits, train, held_out, wrong, keep_length; or of "inline":
-            examples, a tuple of dicts.
+        options: arguments of a toy: digits, train, held_out, wrong, keep_length (of needles:
+            shortest, longest, long_share, train, held_out); or of "inline": examples, a tuple of
+            dicts.
     """
 
     source: str = "jsonl"

@@ -17,12 +17,13 @@ import numpy as np
 
 from jaxrl_eff import adapt, algorithms, calibrate, dataflow, long, optim, plans
 from jaxrl_eff.algorithms import ppo
-from jaxrl_eff.data import encode, loader, sources, toys
+from jaxrl_eff.data import encode, loader, needles, sources, toys
 from jaxrl_eff.data.scheduled import Scheduled
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.dataflow import Graph, Placement, Spec, Step
 from jaxrl_eff.evaluate import Evaluation
 from jaxrl_eff.models import LMConfig, lora, params
+from jaxrl_eff.models.config import Rope
 from jaxrl_eff.optim import optimizer, warmup_then
 from jaxrl_eff.parallel import Changes
 from jaxrl_eff.planner import hardware, works
@@ -204,12 +205,30 @@ def base_model(run: Run, tokenizer: Tokenizer) -> LMConfig:
     chosen = {k: getattr(m, k) for k in ("dtype", "param_dtype", "remat") if getattr(m, k)}
     if m.path and tokenizer.stop:
         chosen["eos"] = tuple(dict.fromkeys((*lm.eos, *tokenizer.stop)))
+    if m.rope:
+        chosen["rope"] = stretched(lm, m.rope)
+        chosen["max_length"] = int(lm.max_length * max(1.0, m.rope.get("factor", 1.0)))
+    if m.max_length:
+        chosen["max_length"] = m.max_length
     if lm.vocab < tokenizer.vocab:
         raise ValueError(
             f"the model's vocabulary of {lm.vocab} is smaller than the tokenizer's, "
             f"{tokenizer.vocab}."
         )
     return dataclasses.replace(lm, **chosen)
+
+
+def stretched(lm: LMConfig, changes: Mapping[str, Any]) -> Rope:
+    """The rotation of a model with some fields changed.
+
+    Raises:
+        ValueError: a field that there is not, or of another type.
+    """
+    there = dataclasses.asdict(lm.rope)
+    if changes.get("kind", lm.rope.kind) in ("yarn", "llama3") and not there["original_length"]:
+        there["original_length"] = lm.max_length
+    given = {k: v for k, v in {**there, **changes}.items() if v is not None}
+    return build(Rope, given, "config.model.rope")
 
 
 def _stage(
@@ -369,6 +388,8 @@ def _try(what: str, fn: Callable, source: Any) -> None:
 
 def _source(data: DataSettings, seed: int) -> tuple[Any, Any]:
     """Training and held-out examples."""
+    if data.source == "needles":
+        return _needles(data)
     if data.source in toys.TASKS:
         for field, unused in (("path", ""), ("held_out", 0), ("template", "{prompt}")):
             if getattr(data, field) != unused:
@@ -403,7 +424,8 @@ def _source(data: DataSettings, seed: int) -> tuple[Any, Any]:
     readers = {"jsonl": sources.jsonl, "parquet": sources.parquet}
     if data.source not in readers:
         raise ValueError(
-            f"data.source is {data.source!r}; there are {[*readers, 'inline', *toys.TASKS]}."
+            f"data.source is {data.source!r}; there are "
+            f"{[*readers, 'inline', 'needles', *toys.TASKS]}."
         )
     if not data.path:
         raise ValueError(f"data.path is empty; {data.source} needs a file.")
@@ -411,6 +433,17 @@ def _source(data: DataSettings, seed: int) -> tuple[Any, Any]:
     if data.held_out:
         return sources.holdout(source, data.held_out, seed=seed)
     return source, None
+
+
+def _needles(data: DataSettings) -> tuple[Any, Any]:
+    known = ("shortest", "longest", "long_share", "train", "held_out", "seed")
+    if unknown := sorted(set(data.options) - set(known)):
+        raise ValueError(f"data.options has unknown {unknown}; needles have {[*known]}.")
+    if data.format not in ("completion", "prompt"):
+        raise ValueError(f"data.format is {data.format!r}; needles are 'completion' or 'prompt'.")
+    options = {"train": 4096, "held_out": 128, **data.options}
+    counts = {k: options.pop(k) for k in ("train", "held_out")}
+    return tuple(needles.examples(n, split=k, **options) for k, n in counts.items())
 
 
 def _templated(source: Any, data: DataSettings) -> Any:

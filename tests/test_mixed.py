@@ -246,12 +246,13 @@ def test_room_is_what_compiled_programs_need():
     plan = dict.fromkeys((c.name for c in graph.calls), PLACE)
     make = functools.partial(mixed.compile, graph, plan, specs(graph))
     names, capacity = graph.inputs.split(), 60e6
-    room = long.found_room(make, names, PLACE, capacity)
+    room = long.found_room(make, names, PLACE, capacity, most=8192)
 
     def needs(tokens):
-        micro = [long.of_shape(names, Shape(tokens, 0), PLACE)]
+        micro = [long.of_shape(names, s, PLACE) for s in (Shape(tokens, 0), Shape(0, tokens))]
         return max(v["bytes"] for v in make().build(micro).analysis().values())
 
-    assert room > 1000 and needs(room) <= capacity < needs(int(1.4 * room))
-    with pytest.raises(ValueError, match="has no room for a token"):
-        long.found_room(make, names, PLACE, 1e4)
+    assert room >= 512 and needs(room) <= capacity < needs(int(1.6 * room))
+    assert long.found_room(make, names, PLACE, capacity, most=256) == 256
+    with pytest.raises(ValueError, match="has no room for 128 tokens"):
+        long.found_room(make, names, PLACE, 1e4, most=256)
