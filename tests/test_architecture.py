@@ -24,7 +24,7 @@ RANKS = (
     ("state",),
     ("train",),
     ("report", "doctor", "generate", "delta"),
-    ("plan_page",),
+    ("plan_page", "needle"),
     ("schedule_page",),
     ("main", "plan", "schedule"),
 )
