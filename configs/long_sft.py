@@ -40,6 +40,7 @@ def get_config(arg=None):
         c.model = common.tiny_model()
         c.model.shape.max_length = 1024
         c.sft.optim.actor.lr = 3e-3
+        c.sft.schedule.shapes = 4
         c.sft.data = dict(source="needles", format="completion", prompt_length=512, length=520)
         c.sft.evaluate = dict(problems=128, max_tokens=2, reward=dict(name="gold"))
     if a["stretch"] > 1:

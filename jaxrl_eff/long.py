@@ -34,6 +34,7 @@ class Long:
         shapes, room: tokens of a device: of micro-batches, and at most.
         cost: by which schedules are judged at first.
         batch: a micro-batch of every shape, shapes and dtypes alone.
+        lengths: of some units.
     """
 
     step: mixed.Mixed
@@ -41,13 +42,14 @@ class Long:
     room: int
     cost: Cost
     batch: list[dict[str, dict[str, jax.ShapeDtypeStruct]]]
+    lengths: list[int]
 
     def batches(self, source: loader.Loader, *, pad: int) -> Scheduled:
         """Its loader, from one that gives an example a row."""
         place = next(iter(self.step.plan.values()))
         return Scheduled(
             source, groups=place.row_shards, parts=place.seq, room=self.room, cost=self.cost,
-            shapes=self.shapes, pad=pad,
+            shapes=self.shapes, lengths=self.lengths, pad=pad,
         )  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def prepared(
     )  # fmt: skip
     micro = [of_shape(names, shape, place) for shape in shapes]
     step.check(micro)
-    return Long(step, shapes, room, cost, micro)
+    return Long(step, shapes, room, cost, micro, fits)
 
 
 def cost_on(cluster: Cluster, place: Placement, lm: LMConfig) -> Cost:

@@ -63,6 +63,7 @@ def write(workdir: str | Path) -> Path:
         _plan(plan, colors),
         _timeline(timeline, colors),
         _calibration(workdir, notes),
+        _schedule(workdir, notes, steps),
         _samples(samples),
         _config(config),
         _notes(notes),
@@ -385,6 +386,33 @@ def _calibration(workdir: Path, notes: list[str]) -> str:
         if rows
         else ""
     )
+
+
+def _schedule(workdir: Path, notes: list[str], steps: Sequence[Mapping[str, Any]]) -> str:
+    """Lengths of the sequences that were scheduled; what steps were planned to take, and took."""
+    if not (workdir / "schedule.json").is_file():
+        return ""
+    sections = []
+    for stage, told in _document(workdir, "schedule.json", notes).items():
+        rows = [r for r in steps if r.get("stage") == stage]
+        times = {
+            kind: [
+                (r["step"], r["values"][name])
+                for r in rows
+                if (name := f"schedule/{kind}_seconds") in r["values"]
+            ]
+            for kind in ("planned", "measured")
+        }
+        figures = figure_of("seconds a step", times) if any(times.values()) else ""
+        cells = [(f"up to {most:,}", f"{share:.1%}") for most, share in told.get("lengths", ())]
+        shapes = ", ".join(f"{own}+{shared}" for own, shared in told.get("shapes", ()))
+        sections.append(
+            f"<p>{_text(stage)}: {told.get('groups')} groups of {told.get('parts')} devices with "
+            f"{told.get('room', 0):,} tokens each; micro-batches of {_text(shapes)} tokens a "
+            f"device, its own + its share of long sequences.</p><div class=charts>{figures}</div>"
+            f"{_table(['tokens', 'of the sequences'], cells)}"
+        )
+    return f"<section><h2>Short and long sequences</h2>{''.join(sections)}</section>"
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -68,6 +68,7 @@ class Scheduled:
         groups, parts, room: as of `skrull.plan`.
         cost: by which schedules are judged, at first.
         shapes: that micro-steps may have.
+        lengths: of some units, to be told.
         pad: token id at padding.
         ahead: batches planned ahead.
 
@@ -84,9 +85,11 @@ class Scheduled:
         room: int,
         cost: Cost,
         shapes: Sequence[Shape],
+        lengths: Sequence[int] = (),
         pad: int = 0,
         ahead: int = 2,
     ):
+        self._lengths = np.asarray(lengths, np.int64)
         self._loader, self._cost, self._shapes, self._pad = loader, cost, tuple(shapes), pad
         self._mesh = {"groups": groups, "parts": parts, "room": room}
         self._ahead = ahead
@@ -129,6 +132,21 @@ class Scheduled:
         self.close()
         self._loader.restore(state)
         self._state, self._cost = state, Cost(**state["cost"])
+
+    def told(self) -> dict[str, Any]:
+        """What schedules are made for, as plain data: room, shapes, a histogram of lengths.
+
+        Returns:
+            `lengths` is a list of (most tokens, share of units), bins that double.
+        """
+        edges = 2 ** np.arange(1, max(2, int(self._lengths.max(initial=2)).bit_length() + 1))
+        bins = np.searchsorted(edges, self._lengths)
+        share = np.bincount(bins, minlength=len(edges))[: len(edges)] / max(1, len(self._lengths))
+        return {
+            **self._mesh,
+            "shapes": [list(shape) for shape in self._shapes],
+            "lengths": [[int(e), round(float(s), 6)] for e, s in zip(edges, share, strict=True)],
+        }
 
     def stats(self) -> dict[str, float]:
         """As `Loader.stats`, of batches drawn; padding is that of the batch given last."""
