@@ -48,6 +48,7 @@ __all__ = [
 
 # Logits that exist at once, as in models.heads.
 CHUNK_LOGITS, CHUNK_LOGITS_CPU = 2**27, 2**25
+RING_CHUNK = 512  # tokens, of attention over a sequence axis; as `parallel.ring.CHUNK`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,6 +272,8 @@ def _scores_bytes(
 ) -> float:
     if c.fused and shape.compute_bytes <= 2:
         return 0.0
+    if p.seq > 1:  # attention over a sequence axis has a piece of them at a time
+        return rows * shape.heads / cut.heads * min(length, RING_CHUNK) ** 2 * 8.0
     return rows * shape.heads / cut.heads * length * length / p.seq * (4 + shape.compute_bytes)
 
 

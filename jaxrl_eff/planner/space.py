@@ -49,6 +49,10 @@ class Strategy(NamedTuple):
     data: int
     fsdp: int
     tensor: int
+    seq: int = 1
+
+
+LONG = 2048  # tokens of a row from which its tokens may be spread over devices
 
 
 def meshes(cluster: Cluster, smallest: int = 1) -> tuple[Slice, ...]:
@@ -95,8 +99,21 @@ def sharded(count: int, per_host: int = 8) -> Iterator[Strategy]:
                 yield Strategy(1, count // (tensor * fsdp), fsdp, tensor)
 
 
+def spread(found: Iterable[Strategy], length: int) -> Iterator[Strategy]:
+    """Strategies with some of the data-parallel devices sharing rows of this length instead."""
+    for s in found:
+        for seq in divisors(s.data)[1:]:
+            if length % seq == 0:
+                yield s._replace(data=s.data // seq, seq=seq)
+
+
 def strategies(
-    count: int, *, executable: bool = True, per_host: int = 8, shape: Shape | None = None
+    count: int,
+    *,
+    executable: bool = True,
+    per_host: int = 8,
+    shape: Shape | None = None,
+    length: int = 0,
 ) -> tuple[Strategy, ...]:
     """Ways to parallelise a call on `count` devices.
 
@@ -105,8 +122,11 @@ def strategies(
         executable: only what `dataflow` runs; otherwise ReaL's strategies too.
         per_host: devices of a host; tensor parallelism stays inside one.
         shape: leaves out what does not divide this model's heads, widths or layers.
+        length: of rows whose tokens may be spread over devices; 0: none may.
     """
     found: Iterable[Strategy] = sharded(count, per_host)
+    if length >= LONG:
+        found = itertools.chain(found, spread(sharded(count, per_host), length))
     if not executable:
         found = itertools.chain(found, pipelined(count, per_host))
     found = dict.fromkeys(found)
@@ -183,6 +203,7 @@ def placement(where: Slice, s: Strategy, microbatches: int = 1, offload: str = "
         data=s.data,
         fsdp=s.fsdp,
         tensor=s.tensor,
+        seq=s.seq,
         microbatches=microbatches,
         offload=offload,
     )
@@ -214,6 +235,8 @@ def candidates(
     for count in dict.fromkeys(m.count for m in meshes(cluster, smallest)):
         found = []
         options = {"executable": executable, "per_host": cluster.per_host, "shape": shape}
+        if work.kind in ("infer", "train"):
+            options["length"] = work.length
         for s in strategies(count, **options):
             for offload in _offloads(problem, work, offloads):
                 before = float("inf")

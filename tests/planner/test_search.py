@@ -317,3 +317,16 @@ def test_cuts_and_tilings_fill_the_cluster():
                     *range(table.cluster.devices)
                 ]
         assert all(0 < k < table.cluster.devices for k in seeds.cuts(table))
+
+
+def test_a_long_row_is_spread_over_devices():
+    """One row of 32k tokens: devices can only share its tokens, or the model's heads."""
+    shape = Shape(24, 896, 4864, 14, 2, 64, 151_936)
+    train = Work("actor_train", "train", "actor", 1, ("tokens",), length=32_768)
+    step = Problem(
+        (train,), {"actor": Role(shape, opt_bytes=8, grad_bytes=4)}, {"tokens": 131_072.0}
+    )
+    plan, best = exhaustive(step, parse("h100:4"), smallest=4)
+    assert plan["actor_train"].seq > 1 and best.over_bytes == 0
+    alone = simulate(step, {"actor_train": Placement((0,))}, parse("h100:4"))
+    assert best.seconds < alone.seconds / 2 and alone.over_bytes > 0

@@ -152,3 +152,12 @@ def test_candidates_say_what_they_hold_and_fit():
     few = space.fitting(found, 20.0)
     assert all(c.bytes <= 20.0 for cs in few.values() for c in cs)
     assert not space.fitting(found, 1.0)
+
+
+def test_tokens_of_long_rows_may_be_spread_and_those_of_short_ones_not():
+    short, long = (space.strategies(8, length=n) for n in (512, 8192))
+    assert {s.seq for s in short} == {1} and {s.seq for s in long} == {1, 2, 4, 8}
+    assert set(short) < set(long) and len(set(long)) == len(long)
+    for s in long:
+        assert s.data * s.fsdp * s.tensor * s.seq == 8
+    assert all(s.seq in (1, 3) for s in space.strategies(6, length=3 * 1023))
