@@ -14,7 +14,7 @@ from typing import Any
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 ACTIVATIONS = ("silu", "gelu_tanh")
-REMATS = ("none", "full", "dots", "attention")
+REMATS = ("none", "full", "dots", "attention", "outputs", "host")
 HEADS = ("lm", "value")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -86,7 +86,11 @@ class LMConfig:
         dtype, param_dtype: of the arithmetic, and of the parameters at initialisation. Norms,
             softmax and logits are float32 whatever these are.
         remat: what the backward pass recomputes: "none"; "dots" all but matrix products without
-            batch dimensions; "attention" the attention scores alone; "full" whole layers.
+            batch dimensions; "attention" the attention scores alone; "outputs" whole layers but
+            for the outputs of attention (over a sequence axis: no second ring); "full" whole
+            layers; "host" as "outputs", with the inputs of layers waiting in host memory.
+        mlp_chunk: tokens of a row that go through an MLP at once, each chunk recomputed in the
+            backward pass; 0: all.
         unroll: layers per iteration of the loop over layers; 0 unrolls up to eight layers whole,
             which is faster and still quick to compile, and loops over deeper stacks.
         head: "lm" ends in the vocabulary, "value" in one number a token.
@@ -125,6 +129,7 @@ class LMConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    mlp_chunk: int = 0
     unroll: int = 0
     head: str = "lm"
     init_std: float = 0.02

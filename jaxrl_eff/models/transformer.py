@@ -17,11 +17,16 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_eff import tree
 from jaxrl_eff.models import adapters, attention, rope
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.shapes import Array, Float, Int, PyTree
+
+# Names that policies of recomputation know: an attention's output and its log-sum-exp (where a
+# ring makes them, `parallel.ring.NAMES`), and what goes into a layer.
+SAVED = ("attend_out", "attend_lse", "layer_input")
 
 
 @flax.struct.dataclass
@@ -216,6 +221,8 @@ class Attention(nn.Module):
             k, v, kv = _remember(kv, k, v, ctx.slot, layer)
         attend = jax.checkpoint(self._attend) if cfg.remat == "attention" else self._attend
         out = attend(q, k, v, local, ctx)
+        if not getattr(self.attend, "names", ()):  # a ring names its own, which suffices
+            out = checkpoint_name(out, SAVED[0])
         out = Linear(
             cfg, (cfg.heads, cfg.head_dim), (cfg.width,), ("heads", "head_dim", "embed"),
             cfg.o_bias, (2 * cfg.layers) ** -0.5, name="o",
@@ -276,6 +283,27 @@ class Mlp(nn.Module):
         )(y)  # fmt: skip
 
 
+class _Piece(Mlp):
+    """The MLP on a piece of every row."""
+
+    def __call__(self, carry: None, x: Float[Array, "B T D"]) -> tuple[None, Array]:
+        return carry, super().__call__(x)
+
+
+def _in_pieces(cfg: LMConfig, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """`Mlp` of `mlp_chunk` tokens of each row at a time. Called in a compact method."""
+    rows, length, width = x.shape
+    pieces = math.ceil(length / cfg.mlp_chunk)
+    extra = pieces * cfg.mlp_chunk - length
+    cut = jnp.pad(x, ((0, 0), (0, extra), (0, 0))).reshape(rows, pieces, cfg.mlp_chunk, width)
+    run = nn.scan(
+        nn.remat(_Piece), variable_broadcast=("params", "shared"), split_rngs={"params": False},
+        in_axes=1, out_axes=1,
+    )  # fmt: skip
+    _, y = run(cfg, name="mlp")(None, cut)
+    return y.reshape(rows, -1, width)[:, :length]
+
+
 class Block(nn.Module):
     """One layer. The carry is (hidden, keys and values or None)."""
 
@@ -285,10 +313,13 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, local, layer, ctx: _Context):
         cfg, (x, kv) = self.cfg, carry
+        x = checkpoint_name(x, SAVED[2])
         y = Norm(cfg, name="attn_norm")(x)
         y, kv = Attention(cfg, self.attend, name="attn")(y, local, ctx, kv, layer)
         x = x + (Norm(cfg, name="post_attn_norm")(y) if cfg.post_norms else y)
-        y = Mlp(cfg, name="mlp")(Norm(cfg, name="mlp_norm")(x))
+        y = Norm(cfg, name="mlp_norm")(x)
+        chunked = 0 < cfg.mlp_chunk < y.shape[1]
+        y = _in_pieces(cfg, y) if chunked else Mlp(cfg, name="mlp")(y)
         x = x + (Norm(cfg, name="post_mlp_norm")(y) if cfg.post_norms else y)
         return (nn.with_logical_constraint(x, ("batch", "length", "act_embed")), kv), None
 
@@ -417,7 +448,14 @@ def _remat(cfg: LMConfig):
     if cfg.remat in ("none", "attention"):
         return Block
     policies = jax.checkpoint_policies
-    policy = policies.dots_with_no_batch_dims_saveable if cfg.remat == "dots" else None
+    policy = {
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "outputs": policies.save_only_these_names(*SAVED[:2]),
+        "host": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(SAVED[:2]), names_which_can_be_offloaded=[SAVED[2]],
+            offload_src="device", offload_dst="pinned_host",
+        ),
+    }.get(cfg.remat)  # fmt: skip
     # Inside a loop nothing can be merged with the forward pass; unrolled it could, and would.
     return nn.remat(Block, policy=policy, prevent_cse=cfg.loop_unroll > 1)
 

@@ -363,6 +363,7 @@ def on_mesh(
         )(q, k, v, where, windows)
         return out[:, :length]
 
+    attention.names = NAMES
     return attention
 
 

@@ -100,12 +100,36 @@ def test_logits_in_half_precision_have_the_gradient_of_float32(full):
     assert jnp.linalg.norm(half - exact) < 0.02 * jnp.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "attention"])
+@pytest.mark.parametrize("remat", ["full", "dots", "attention", "outputs", "host"])
 def test_recomputing_changes_no_gradient(full, remat):
     data, grad = rows(FULL), jax.jit(jax.grad(loss, 1), static_argnums=0)
     expected = grad(FULL.replace(unroll=1), full, data)
     got = grad(FULL.replace(unroll=1, remat=remat), full, data)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), expected, got)
+
+
+@pytest.mark.parametrize("chunk", [3, 4])
+def test_an_mlp_in_pieces_is_the_mlp(full, chunk):
+    data, grad = rows(FULL), jax.jit(jax.grad(loss, 1), static_argnums=0)
+    expected = grad(FULL.replace(unroll=1), full, data)
+    got = grad(FULL.replace(unroll=1, mlp_chunk=chunk), full, data)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), expected, got)
+
+
+def test_memory_falls_from_rung_to_rung():
+    """None, all but attention's outputs, all; and an MLP in pieces needs less at once."""
+    cfg = LMConfig(vocab=24, layers=4, width=32, heads=4, kv_heads=2, head_dim=8, ffn=512, unroll=1)
+    shapes = models.abstract(cfg)
+    x = jax.ShapeDtypeStruct((2, 512), jnp.int32)
+
+    def needs(**changes):
+        of = cfg.replace(**changes)
+        run = jax.jit(jax.grad(lambda p, *row: models.apply(of, p, *row)[0].sum()))
+        return run.lower(shapes, x, x, x).compile().memory_analysis().temp_size_in_bytes
+
+    none, outputs, full = (needs(remat=r) for r in ("none", "outputs", "full"))
+    assert none > 1.5 * outputs > 1.5 * full
+    assert needs(remat="full", mlp_chunk=64) < 0.9 * full
 
 
 def test_gated_units_have_the_gradient_of_their_formula(key):
