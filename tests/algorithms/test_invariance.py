@@ -61,11 +61,11 @@ def sequences(lengths=((2, 3), (1, 5), (3, 1), (2, 4)), seed=0):
     return out
 
 
-def rows_of(seqs, layout, length):
+def rows_of(seqs, layout, length, dtype=np.float32):
     """Packs sequences: `layout` lists the sequences of each row."""
     ints = ("tokens", "segment", "position")
     batch = {k: np.zeros((len(layout), length), np.int32) for k in ints}
-    batch |= {k: np.zeros((len(layout), length), np.float32) for k in seqs[0] if k != "tokens"}
+    batch |= {k: np.zeros((len(layout), length), dtype) for k in seqs[0] if k != "tokens"}
     for b, row in enumerate(layout):
         at = 0
         for s, i in enumerate(row):
@@ -80,19 +80,24 @@ def rows_of(seqs, layout, length):
 PARAMS = {"w": jnp.asarray(np.random.default_rng(5).normal(size=(V, V)), jnp.float32)}
 
 
-def outcome(loss, seqs, microbatches, length):
-    """Mean loss, its gradient and the meters of rows that come in several microbatches."""
+def outcome(loss, seqs, microbatches, length, params=PARAMS):
+    """Mean loss, its gradient and the meters of rows that come in several microbatches.
+
+    `length` is of all rows, or of the rows of each microbatch.
+    """
     keep = lambda b: {k: v for k, v in b.items() if k in loss.reads}  # noqa: E731
-    batches = [keep(rows_of(seqs, layout, length)) for layout in microbatches]
+    sizes = [length] * len(microbatches) if isinstance(length, int) else length
+    parts = zip(microbatches, sizes, strict=True)
+    batches = [keep(rows_of(seqs, *part, params["w"].dtype)) for part in parts]
     step = jax.jit(
         jax.value_and_grad(
             lambda p, b: (lambda t, w, m: (t, (w, m)))(*loss.fn(p, b, jax.random.key(0))),
             has_aux=True,
         )
     )
-    (total, (weight, seen)), grads = step(PARAMS, batches[0])
+    (total, (weight, seen)), grads = step(params, batches[0])
     for batch in batches[1:]:
-        (t, (w, m)), g = step(PARAMS, batch)
+        (t, (w, m)), g = step(params, batch)
         total, weight = total + t, weight + w
         seen = {k: meters.add(seen[k], m[k]) for k in m}
         grads = jax.tree.map(jnp.add, grads, g)
@@ -165,6 +170,31 @@ def test_layout_never_changes_a_loss_its_gradient_or_its_meters(name):
         assert other_seen.keys() == seen.keys()
         for k in seen:
             np.testing.assert_allclose(other_seen[k], seen[k], rtol=1e-5, atol=1e-6, err_msg=k)
+
+
+def scheduled(units, seed):
+    """Any schedule: the units' rows of several micro-steps, some rows short and some long."""
+    rng = np.random.default_rng(seed)
+    steps = [[[] for _ in range(rng.integers(1, 4))] for _ in range(rng.integers(1, 4))]
+    for unit in rng.permutation(len(units)):
+        rows = steps[rng.integers(len(steps))]
+        rows[rng.integers(len(rows))] += units[unit]
+    steps = [rows for rows in steps if any(rows)]
+    return steps, [22 + int(rng.integers(9)) for _ in steps]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_schedule_changes_a_loss_in_double_precision(name):
+    pairs = name in ("rm", "dpo", "ipo", "hinge")
+    units = [[0, 1], [2, 3]] if pairs else [[0], [1], [2], [3]]
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        params = {"w": jnp.asarray(np.random.default_rng(5).normal(size=(V, V)))}
+        plain = ([[list(u) for u in units]], 22)
+        value, grad, _ = outcome(LOSSES[name], sequences(), *plain, params)
+        assert grad.dtype == jnp.float64
+        other, other_grad, _ = outcome(LOSSES[name], sequences(), *scheduled(units, 1), params)
+        np.testing.assert_allclose(other, value, rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(other_grad, grad, rtol=1e-10, atol=1e-10)
 
 
 # Loops over sequences, in float64
