@@ -4,6 +4,7 @@ import collections
 import re
 
 import jax
+import jax.numpy as jnp
 import launch
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from test_plan_law import check, models_after
 
 from jaxrl_eff import dataflow, stages
 from jaxrl_eff.models import LMConfig, attention, logical_axes, params
-from jaxrl_eff.parallel import Placement, spread
+from jaxrl_eff.parallel import Network, Placement, spread
 
 ALGORITHMS = ("sft", "reward_model", "dpo", "ppo", "grpo")
 FEW = ("dpo", "ppo")  # between them every loss: likelihood, pairs, values, ratios
@@ -47,7 +48,7 @@ def test_a_call_takes_the_ring_and_gathers_no_hidden_states():
     graph = dataflow.Graph("tokens position segment", (call,))
     place = Placement((0, 1, 2, 3), seq=4)
     step = dataflow.compile(graph, {"inf": place}, {"m": spec})
-    shape = jax.ShapeDtypeStruct((2, 64), np.int32)
+    shape = jax.ShapeDtypeStruct((2, 2048), np.int32)  # long enough for a ring to be best
     step.build(dict.fromkeys(("tokens", "position", "segment"), shape))
     assert seen == [spread.attend(place)]
     text = step.program("inf").as_text()
@@ -55,7 +56,22 @@ def test_a_call_takes_the_ring_and_gathers_no_hidden_states():
     assert count["collective-permute"] >= 1
     for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]\S* all-gather\(", text):
         size = np.prod([int(n) for n in dims.split(",")])
-        assert kind == "s32" or size <= 2 * 64, (kind, dims)  # one number a token at most
+        assert kind == "s32" or size <= 2 * 2048, (kind, dims)  # one number a token at most
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads", "rate", "way"),
+    [
+        (512, 32, 8, 400e9, "gathered"),  # messages are too small for a ring
+        (262_144, 14, 2, 400e9, "ring"),  # 14 heads do not divide by 8; compute hides the wire
+        (16_384, 64, 64, 45e9, "ulysses"),  # as many key heads as query heads on a slow wire
+    ],
+)
+def test_the_way_that_is_estimated_fastest_is_taken(length, heads, kv_heads, rate, way):
+    place, network = Placement(tuple(range(8)), seq=8), Network((0,) * 8, link_bytes_per_s=rate)
+    shape = (1, length, heads, 128)
+    got = spread.fastest(place, shape, kv_heads, jnp.bfloat16, network=network, flops_per_s=500e12)
+    assert got == way
 
 
 def test_what_is_striped_comes_back():

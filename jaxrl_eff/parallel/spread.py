@@ -4,32 +4,90 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from jaxrl_eff.hardware import peak_flops_per_s
 from jaxrl_eff.parallel import ring
+from jaxrl_eff.parallel.layout import Network
 from jaxrl_eff.parallel.mesh import Placement, mesh
 from jaxrl_eff.shapes import Array
 
+GATHERED_BYTES = 1 << 30  # keys and values of a layer that a device may hold whole
+CORE_FLOPS_PER_S = 5e10  # of a simulated device
 WAYS = {"ring": ring.ring, "gathered": ring.gathered, "ulysses": ring.ulysses}
 
 
 @functools.lru_cache(maxsize=256)
-def attend(place: Placement, way: str = "ring") -> Callable[..., Array]:
+def attend(place: Placement, way: str = "") -> Callable[..., Array]:
     """Attention on global arrays whose rows, tokens and heads are split as `place` says.
 
     One function for equal arguments, since a program is traced anew for another one.
 
     Args:
-        way: "ring", "gathered" or "ulysses".
+        way: "ring", "gathered" or "ulysses"; "": the one that is estimated fastest for the shapes
+            that it is traced with.
 
     Raises:
         ValueError: an unknown way.
     """
-    if way not in WAYS:
+    if way not in ("", *WAYS):
         raise ValueError(f"attention over the sequence axis is {way!r}; there are {list(WAYS)}.")
-    out = ring.on_mesh(WAYS[way]("seq"), mesh(place))
-    out.__name__ = way
-    return out
+    grid = mesh(place)
+    made = {name: ring.on_mesh(make("seq"), grid) for name, make in WAYS.items()}
+    if way or place.seq == 1:
+        return made[way or "ring"]
+
+    def chosen(q: Array, k: Array, v: Array, **how: Any) -> Array:
+        return made[fastest(place, q.shape, k.shape[2], q.dtype)](q, k, v, **how)
+
+    chosen.names = ring.NAMES
+    return chosen
+
+
+def fastest(
+    place: Placement,
+    shape: tuple[int, ...],
+    kv_heads: int,
+    dtype: Any,
+    *,
+    network: Network | None = None,
+    flops_per_s: float | int | None = None,
+) -> str:
+    """The way that is estimated to take least for one layer's forward pass.
+
+    A ring sends while it computes, but starts P - 1 messages; the others send at once, and wait.
+
+    Args:
+        place: where; its seq axis has P devices.
+        shape: of the queries, [B, T, N, H].
+        kv_heads: K.
+        network: rates of the wire; those typical of this platform if None.
+        flops_per_s: of a device; its published peak, or what is usual for a core, if None.
+    """
+    network = network or Network.local()
+    flops_per_s = flops_per_s or _peak(dtype)
+    rows, length, heads, dim = shape
+    rows, heads, kv = (max(1, n // w) for n, w in (
+        (rows, place.row_shards), (heads, place.tensor), (kv_heads, place.tensor)
+    ))  # fmt: skip
+    parts, itemsize = place.seq, jnp.dtype(dtype).itemsize
+    line = place.devices[: parts * place.tensor : place.tensor]
+    crosses = len({network.hosts[d] for d in line}) > 1
+    rate, start = network.rate(line[0], line[-1]), network.latency(crosses)
+    compute = 2.0 * rows * length * length * heads * dim / parts / flops_per_s
+    sizes = (rows * length, heads, kv, dim, parts, itemsize)
+    hop = ring.wire_bytes("ring", *sizes) / (parts - 1) / rate + start
+    seconds = {"ring": compute / parts + (parts - 1) * max(compute / parts, hop)}
+    if 2 * rows * length * kv * dim * itemsize <= GATHERED_BYTES:
+        seconds["gathered"] = compute + ring.wire_bytes("gathered", *sizes) / rate + start
+    if heads % parts == 0:
+        seconds["ulysses"] = compute + ring.wire_bytes("ulysses", *sizes) / rate + 2 * start
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _peak(dtype: Any) -> float:
+    return peak_flops_per_s(jax.devices()[0].device_kind, dtype) or CORE_FLOPS_PER_S
 
 
 @functools.lru_cache(maxsize=256)
