@@ -176,7 +176,8 @@ def heat(found_: Grid) -> str:
         parts.append(
             f'<rect x="{x}" y="{y}" width="{wide - 3}" height="{high - 3}" rx="3" '
             f'fill="{charts.color(2)}" fill-opacity="{0.08 + 0.92 * share:.3f}"/>'
-            f'<text x="{x + wide / 2 - 1}" y="{y + 15}" text-anchor="middle">{share:.0%}</text>'
+            f'<text x="{x + wide / 2 - 1}" y="{y + 15}" text-anchor="middle" '
+            f'style="fill:var(--fg)">{share:.0%}</text>'
         )
     bottom = top + len(depths) * high
     for i, depth in enumerate(depths):
@@ -185,7 +186,9 @@ def heat(found_: Grid) -> str:
     for i, length in enumerate(lengths):
         x = left + i * wide + wide / 2 - 1
         parts.append(f'<text x="{x}" y="{bottom + 13}" text-anchor="middle">{length:,}</text>')
-    return charts.svg_of("chart", bottom + 20, parts, width=left + len(lengths) * wide)
+    width = left + len(lengths) * wide
+    svg = charts.svg_of("chart", bottom + 20, parts, width=width)
+    return f'<div style="max-width:{1.3 * width:.0f}px">{svg}</div>'
 
 
 def page(title: str, found_: Grid, loss: Sequence[Any]) -> str:
