@@ -361,7 +361,7 @@ def _export(assembled: Any, done: Any, workdir: Path, console: Any) -> None:
     base = {"base": assembled.run.model.path, "directory": name}.get(kind, "")
     if not base:
         base = str(workdir / "base")
-        save_hf(base, lm, lora.base(trained))
+        save_hf(base, lm, state.merged(lm, lora.base(trained)))
         if _first():
             assembled.tokenizer.save(workdir / "base")
     whole = adapt.whole_names(part, lm)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import tree
-from jaxrl_eff.models import attention, lora
+from jaxrl_eff.models import attention, lora, quantised
 from jaxrl_eff.models import params as params_
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.transformer import Cache, apply, computed, unembed, unstack
@@ -67,6 +67,9 @@ def sample(
 
     def advance(params: PyTree, state: _State) -> _State:
         """Reads the last token, draws the next."""
+        if quantised.inside(params):
+            # Or the compiler dequantises all kernels once, before the loop over tokens.
+            params, state = jax.lax.optimization_barrier((params, state))
         segment = jnp.ones_like(state.token)[:, None]
         hidden, cache = apply(
             cfg, params, state.token[:, None], state.position[:, None], segment,
