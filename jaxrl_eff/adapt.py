@@ -340,7 +340,9 @@ class _InPlace(NamedTuple):
 
 
 class _Beside(NamedTuple):
-    """Entries whose changes stand beside the kernels, which are of dtype `stored` if dequantised."""
+    """Entries whose changes stand beside the kernels, which have the dtype `stored` if they are
+    dequantised.
+    """
 
     of: SparseOverlay
     stored: jnp.dtype

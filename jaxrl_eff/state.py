@@ -75,9 +75,9 @@ class _Keep(NamedTuple):
 
 
 def _base(
-    assembled: Assembled, stage: Stage, role: str, shelf: Shelf, where: Any, keep: _Keep | None = None
+    assembled: Assembled, stage: Stage, role: str, shelf: Shelf, where: Any, keep: Any = None
 ) -> Any:
-    """Parameters without an adapter at home; with `keep`, what is kept of each."""
+    """Parameters without an adapter at home; with a `_Keep`, what is kept of each."""
     if keep is not None:
         where = keep.layout()
     kind, name = stage.origins[role]

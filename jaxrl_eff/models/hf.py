@@ -74,7 +74,8 @@ def load_hf(
             read, so that never more than one of them is there as a whole; None: itself.
 
     Returns:
-        The parameters of `params.abstract(cfg)`, or what is kept of them. In several processes, each reads its own part.
+        The parameters of `params.abstract(cfg)`, or what is kept of them. In several processes,
+        each reads its own part.
 
     Raises:
         FileNotFoundError: no safetensors files, or one that the index names is missing.

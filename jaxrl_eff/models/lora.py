@@ -144,13 +144,15 @@ def merge(cfg: LMConfig, params: PyTree, *, low_rank: bool = True) -> PyTree:
 
 
 def _merged(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]) -> Array:
-    """One layer's kernel, of `inputs` contracted axes, from what it is kept as and its adapters.
+    """One layer's kernel, with `inputs` contracted axes, from what is kept of it and its adapters.
 
-    `dtype` is that of a kernel that is kept as codes; it is rounded to it before, as it is in use.
+    `dtype` is that of a kernel of which codes are kept.
     """
     kernel, leaves = pair
     if isinstance(kernel, dict):
-        kernel = quantised.dequantise(kernel, dtype)
+        kernel = quantised.dequantise(kernel, jnp.float32)
+    else:
+        dtype = kernel.dtype
     matrix = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
     if "delta" in leaves:
         index = leaves["delta_index"]
@@ -161,5 +163,5 @@ def _merged(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]
         if "dora" in leaves:
             size = leaves["dora"].reshape(-1) / adapters.column_norm(leaves, matrix)
             whole = whole * size[None]
-        matrix = whole.astype(kernel.dtype)
-    return matrix.reshape(kernel.shape)
+        matrix = whole
+    return matrix.astype(dtype).reshape(kernel.shape)

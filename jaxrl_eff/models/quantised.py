@@ -215,4 +215,5 @@ def _without(nested: Any, names: Any, path: str = "") -> Any:
     """Nested dicts without some leaves, which may be tuples."""
     if not isinstance(nested, dict):
         return nested
-    return {k: _without(v, names, f"{path}{k}/") for k, v in nested.items() if path + k not in names}
+    kept = {k: v for k, v in nested.items() if path + k not in names}
+    return {k: _without(v, names, f"{path}{k}/") for k, v in kept.items()}

@@ -27,7 +27,11 @@ WAYS = {
     "lora": dict(name="lora", rank=2),
     "dora": dict(name="dora", rank=2, targets=("layers/attn/[qo]/kernel",)),
     "overlay": dict(
-        name="static", mode="overlay", density=0.1, rank=2, selector="magnitude",
+        name="static",
+        mode="overlay",
+        density=0.1,
+        rank=2,
+        selector="magnitude",
         targets=("layers/attn/[qo]/kernel", "layers/mlp/up/kernel"),
     ),
 }
@@ -246,15 +250,13 @@ def test_sampling_dequantises_at_every_token(kept):
 
 def test_codes_are_what_is_gathered():
     """Over the fsdp axis, in the forward and in the backward pass; of floats only activations."""
-    place, of = Placement((0, 1, 2, 3), fsdp=2, tensor=2), spec(LARGE, name="lora", rank=4, base="nf4")
-    r = rules(place, {})
+    place = Placement((0, 1, 2, 3), fsdp=2, tensor=2)
+    r, of = rules(place, {}), spec(LARGE, name="lora", rank=4, base="nf4")
     opt = jax.eval_shape(of.tx.init, of.shapes)
     home = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), of.shapes, r.tree(of.axes)
     )
-    tokens = jax.ShapeDtypeStruct(
-        (4, 16), jnp.int32, sharding=jax.sharding.NamedSharding(mesh(place), r.spec(("batch", None)))
-    )
+    tokens = jax.ShapeDtypeStruct((4, 16), jnp.int32, sharding=r.sharding(("batch", None)))
 
     def run(p, *rows):
         def loss(given):
