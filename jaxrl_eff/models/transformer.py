@@ -469,6 +469,8 @@ def apply(
     Args:
         attend: the attention; None: `attention.choose(cfg)`.
     """
+    if quantised.inside(params):  # unrolled, a compiler may dequantise all layers before the first
+        cfg = cfg.replace(unroll=cfg.unroll or 1)
     model = LanguageModel(cfg, attend or attention.choose(cfg), stacked="layers" in params)
     params = dict(params)
     shared = params.pop("shared", {})  # what one array is of all layers, see `adapters`

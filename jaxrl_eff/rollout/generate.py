@@ -67,9 +67,6 @@ def sample(
 
     def advance(params: PyTree, state: _State) -> _State:
         """Reads the last token, draws the next."""
-        if quantised.inside(params):
-            # Or the compiler dequantises all kernels once, before the loop over tokens.
-            params, state = jax.lax.optimization_barrier((params, state))
         segment = jnp.ones_like(state.token)[:, None]
         hidden, cache = apply(
             cfg, params, state.token[:, None], state.position[:, None], segment,
@@ -88,7 +85,7 @@ def sample(
         # Once for all tokens; LoRA's few numbers are as quick beside the kernels.
         params = lora.merge(cfg, computed(cfg, params), low_rank=False)
         hidden, cache = _read(cfg, params, prompt, length, attend)
-        if unstacked:
+        if unstacked and not quantised.inside(params):  # or all would be dequantised at once
             params, cache = unstack(cfg, params), kv.unstack(cache)
         cache = kv.repeat(cache, sampling.samples)
         logits = jnp.repeat(unembed(cfg, params, hidden), sampling.samples, axis=0)
