@@ -227,27 +227,31 @@ def test_no_float_copy_of_a_stack_of_kernels():
     assert spare[0] <= spare[1] + one_layer < spare[1] + 12 * one_layer
 
 
-@functools.cache
-def sampled(kept):
-    cfg = LARGE.replace(layers=8, windowed=(), unroll=0)
-    of = spec(cfg, name="lora", rank=4, base="nf4")
-    prompt = {"prompt": jnp.ones((2, 4), jnp.int32), "prompt_length": jnp.full(2, 4, jnp.int32)}
-    p = jax.jit(of.tx.extended)(params.init(cfg, jax.random.key(0)))
-    unstack = None
-    if kept == "plain":  # in the form that is compiled sooner
-        p, cfg, unstack = quantised.plain(p, jnp.float32), cfg.replace(unroll=1), False
-    run = jax.jit(sample(cfg, Sampling(max_tokens=4, unstack=unstack)))
-    program = run.lower(p, prompt, jax.random.key(1)).compile()
-    return program, program(p, prompt, jax.random.key(1))
+PROMPT = np.ones((2, 4), np.int32)
+PROMPTS = {"prompt": PROMPT, "prompt_length": PROMPT.sum(1)}
 
 
 def test_sampling_dequantises_layer_by_layer():
     """At every token; never all kernels, before the loop over tokens or within it."""
-    (program, got), (_, want) = sampled("codes"), sampled("plain")
-    np.testing.assert_array_equal(got["tokens"], want["tokens"])
-    np.testing.assert_allclose(got["logp"], want["logp"], rtol=1e-4, atol=1e-5)
+    cfg = LARGE.replace(layers=8, windowed=(), unroll=0)
+    of = spec(cfg, name="lora", rank=4, base="nf4")
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), PROMPTS)
+    run = jax.jit(sample(cfg, Sampling(max_tokens=4)))
+    program = run.lower(of.shapes, like, jax.random.key(1)).compile()
     floats = 8 * 4 * 128 * (4 * 256 + 3 * 384)
     assert program.memory_analysis().temp_size_in_bytes < floats / 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compiled_once")
+def test_samples_from_codes_are_those_from_what_they_mean():
+    _, p = started("overlay", "nf4")
+    plain = jax.jit(lambda p: quantised.plain(p, jnp.float32))(p)
+    run = jax.jit(sample(CFG, Sampling(max_tokens=8)))
+    prompts = jax.tree.map(jnp.asarray, PROMPTS)
+    got, want = (run(p, prompts, jax.random.key(1)) for p in (p, plain))
+    np.testing.assert_array_equal(got["tokens"], want["tokens"])
+    np.testing.assert_allclose(got["logp"], want["logp"], rtol=1e-4, atol=1e-5)
 
 
 def test_codes_are_what_is_gathered():
