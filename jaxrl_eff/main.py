@@ -344,7 +344,11 @@ def _conclude(
 
 def _export(assembled: Any, done: Any, workdir: Path, console: Any) -> None:
     """The last trained model, adapters merged; and LoRA in PEFT's format, with its base model if
-    that is in no directory yet."""
+    that is in no directory yet.
+
+    A quantised base is dequantised, not read again from where it came: adapters were trained beside
+    its codes and make up for some of what these lose.
+    """
     from jaxrl_eff import adapt, state
     from jaxrl_eff.models import lora, save_hf
     from jaxrl_eff.models.peft import save_peft

@@ -123,7 +123,7 @@ class AdaptSettings:
             where the actor starts needs no arrays of its own. LoRA is beside them always.
         base: bits of the layers' projection kernels where training leaves them as they are (LoRA
             and overlays): "int8", "nf4" as in QLoRA, or "" as they come. What `whole` names,
-            embeddings, norms and heads stay as they come.
+            embeddings, norms, heads and other models (a reference of its own) stay as they come.
         on_drop: "revert" what is no longer trained to its first value, or "keep" it.
         probe: the choice sees the gradient of one in so many rows.
         tiles: tiles along `embed` (the fsdp axis) and along heads and channels (the tensor axis).

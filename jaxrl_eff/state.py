@@ -58,19 +58,11 @@ class _Keep(NamedTuple):
     kept: quantised.Quantised
     where: Any
 
-    def layout(self) -> Any:
-        """Shardings in which parameters are to be read: those to be quantised on the devices."""
-
-        def one(name: str, s: NamedSharding) -> NamedSharding:
-            host = name in self.kept.blocks and s.memory_kind == "pinned_host"
-            return s.with_memory_kind("device") if host else s
-
-        return tree.map_with_name(one, quantised.plain_layout(self.where))
-
     def __call__(self, name: str, x: jax.Array) -> dict[str, jax.Array]:
         if name not in self.kept.blocks:
             return {name: x}
-        there = {k: v for k, v in tree.flat(self.where).items() if k in self.kept.names(name)}
+        flat = tree.flat(self.where)
+        there = {k: flat[k] for k in self.kept.names(name)}
         return jax.jit(lambda x: self.kept.leaves(name, x), out_shardings=there)(x)
 
 
@@ -79,7 +71,7 @@ def _base(
 ) -> Any:
     """Parameters without an adapter at home; with a `_Keep`, what is kept of each."""
     if keep is not None:
-        where = keep.layout()
+        where = quantised.plain_layout(where)
     kind, name = stage.origins[role]
     if kind == "kl":
         return jax.device_put(ppo.kl_params(ppo.PPOConfig(**stage.settings.loss)), where)

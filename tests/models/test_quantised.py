@@ -4,6 +4,7 @@ import functools
 import math
 import re
 import statistics
+import weakref
 
 import flax.linen as nn
 import jax
@@ -153,6 +154,23 @@ def started(way, kind):
         if k.endswith(("lora_b", "dora", "/delta"))
     }
     return of, tree.with_leaves(full, moved)
+
+
+def test_kernels_are_quantised_one_by_one_as_they_are_read(tmp_path):
+    models.save_hf(tmp_path, CFG, jax.tree.map(jnp.asarray, base()))
+    kept = adapt.kept_in_bits(settings.AdaptSettings(name="lora", rank=1, base="nf4"), CFG)
+    seen = []
+
+    def keep(name, x):
+        assert all(one() is None for one in seen)
+        if name in kept.blocks:
+            seen.append(weakref.ref(x))
+        return kept.leaves(name, x)
+
+    got = models.load_hf(tmp_path, CFG, keep=keep)
+    assert len(seen) == len(quantised.kernels(got)) == 7
+    want = kept.params(jax.tree.map(jnp.asarray, base()))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 USUAL = [("nf4", "lora"), ("int8", "overlay")]
