@@ -173,7 +173,7 @@ def test_kernels_are_quantised_one_by_one_as_they_are_read(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-USUAL = [("nf4", "lora"), ("int8", "overlay")]
+USUAL = [("nf4", "overlay")]  # which has LoRA besides
 CASES = [
     pytest.param(*c, marks=() if c in USUAL else pytest.mark.slow)
     for c in [(kind, way) for kind in quantised.KINDS for way in WAYS]
