@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_eff import tree
 from jaxrl_eff.graph import Adaptation, Spec
-from jaxrl_eff.models import LMConfig, lora, params, peft
+from jaxrl_eff.models import LMConfig, lora, params, peft, quantised
 from jaxrl_eff.optim import OWN, optimizer, sparse
 from jaxrl_eff.optim.sparse import SampledLayers, SparseAdapt, SparseOverlay, Tiling
 from jaxrl_eff.settings import AdaptSettings, OptimSettings
@@ -59,8 +59,10 @@ def spec(
         of = entries_of(s, lm, optim, schedule, updates)
         if both := sorted(set(whole) & set(of.layout.tilings)):
             raise ValueError(f"whole has {both}, which are also trained by entries.")
-        parts["entries"] = (_InPlace if s.mode == "in_place" else _Beside)(of)
-        if s.mode == "overlay":
+        if s.mode == "in_place":
+            parts["entries"] = _InPlace(of)
+        else:
+            parts["entries"] = _Beside(of, jnp.dtype(lm.param_dtype))
             made, logical = parts["entries"].added(shapes)
             shapes, axes = tree.with_leaves(shapes, made), tree.with_leaves(axes, logical)
     if s.name == "lisa":
@@ -70,7 +72,10 @@ def spec(
             seed=s.seed,
         )  # fmt: skip
         parts["entries"] = _InTurn(of, lora.targets(lm, s.targets or lora.TARGETS), lm.layers)
-    return Spec(shapes, axes, _adaptation(s, optim.clip_norm, low_rank, parts))
+    if (kept := kept_in_bits(s, lm)) is not None:
+        shapes, axes = kept.shapes(shapes, axes)
+    way = _adaptation(s, optim.clip_norm, low_rank, parts, kept, jnp.dtype(lm.param_dtype))
+    return Spec(shapes, axes, way)
 
 
 def entries_of(
@@ -106,6 +111,29 @@ def whole_names(s: AdaptSettings, lm: LMConfig) -> list[str]:
     if not wanted:
         return []
     return [k for k, v in tree.flat(tree.match(params.abstract(lm), wanted)).items() if v]
+
+
+def kept_in_bits(s: AdaptSettings, lm: LMConfig) -> quantised.Quantised | None:
+    """Which kernels are quantised, None if the base is kept as it comes.
+
+    Raises:
+        ValueError: the method writes into kernels, the kind is unknown, or a kernel has no blocks.
+    """
+    if not s.base:
+        return None
+    if s.name not in lora.METHODS and s.mode != "overlay":
+        raise ValueError(
+            f"base is {s.base!r}, but {s.name!r} with mode={s.mode!r} writes into the kernels; "
+            f"only {list(lora.METHODS)} and mode='overlay' leave them as they are."
+        )
+    blocks, flat, whole = {}, tree.flat(params.abstract(lm)), whole_names(s, lm)
+    for name, axes in lora.targets(lm).items():
+        if name not in whole:
+            try:
+                blocks[name] = quantised.block_of(s.base, axes, flat[name].shape, s.tiles[1])
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    return quantised.Quantised(s.base, blocks)
 
 
 def started(s: AdaptSettings, lm: LMConfig) -> dict[str, jax.Array]:
@@ -312,9 +340,12 @@ class _InPlace(NamedTuple):
 
 
 class _Beside(NamedTuple):
-    """Entries whose changes stand beside the kernels."""
+    """Entries whose changes stand beside the kernels, which have the dtype `stored` if they are
+    dequantised.
+    """
 
     of: SparseOverlay
+    stored: jnp.dtype
 
     def added(self, shapes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Shapes and logical axes of what the parameters have besides."""
@@ -363,7 +394,8 @@ class _Beside(NamedTuple):
         return tree.with_leaves(params_, leaves), tree.where(finite, after, opt)
 
     def reselect(self, params_: Any, opt: Any, found: Any) -> tuple[Any, Any]:
-        new, opt = self.of.reselect(params_, opt, self._overlays(params_), found)
+        plain = quantised.plain(params_, self.stored)
+        new, opt = self.of.reselect(plain, opt, self._overlays(params_), found)
         return tree.with_leaves(params_, self._leaves(new)), opt
 
 
@@ -414,18 +446,27 @@ def _adaptation(
     clip_norm: float,
     low_rank: dict[str, jax.ShapeDtypeStruct],
     parts: dict[str, _Whole | _InPlace | _Beside | _InTurn],
+    kept: quantised.Quantised | None,
+    stored: jnp.dtype,
 ) -> Adaptation:
-    """Several parts as one way to train; optimizer state is theirs, by name."""
+    """Several parts as one way to train; optimizer state is theirs, by name.
+
+    `extended` quantises what `kept` names if that was not done before. `stored` is the dtype that
+    kernels have for what reads them; compiled, each is dequantised only if something does.
+    """
     entries, probe = parts.get("entries"), f"probe_{s.selector}"
 
     def extended(base: Any) -> Any:
         leaves: dict[str, jax.Array] = {}
+        if kept is not None and not quantised.inside(base):
+            base = kept.params(base)
+        plain = quantised.plain(base, stored)
         if low_rank:
             method = s.name if s.name in lora.METHODS else "lora"
             scale = lora.lora_scale(method, s.alpha, s.rank)
-            leaves |= lora.lora_init(base, low_rank, jax.random.key(s.seed), scale)
+            leaves |= lora.lora_init(plain, low_rank, jax.random.key(s.seed), scale)
         if isinstance(entries, _Beside):
-            leaves |= entries.start(base)
+            leaves |= entries.start(plain)
         return tree.with_leaves(base, leaves)
 
     def init(params_: Any) -> dict[str, Any]:

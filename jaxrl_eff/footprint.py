@@ -11,13 +11,15 @@ import jax.numpy as jnp
 
 from jaxrl_eff import tree
 from jaxrl_eff.dataflow import Adaptation, Step
+from jaxrl_eff.layouts import placed
+from jaxrl_eff.models import lora, quantised
 
 
 class Footprint(NamedTuple):
     """Bytes that the fullest device holds of one model.
 
     Attributes:
-        parameters: adapters included.
+        parameters: adapters included; of quantised kernels codes and scales.
         state: of the optimizer, with indices, original values and remainders.
         gradients: of what is trained, as they leave the backward pass.
     """
@@ -58,7 +60,12 @@ def planned(step: Step, model: str) -> Footprint:
 
 def whole(step: Step, model: str) -> Footprint:
     """The same model with all parameters trained by Adam with float32 moments, to compare with."""
-    params = [x for k, x in tree.flat(step.home(model).params).items() if "lora_" not in k]
+    there = lora.base(step.home(model).params)
+    if quantised.inside(there):
+        dtype = tree.flat(there)["embed/table"].dtype
+        where = quantised.plain_layout(jax.tree.map(lambda x: x.sharding, there))
+        there = jax.tree.map(placed, quantised.plain_shapes(there, dtype), where)
+    params = jax.tree.leaves(there)
     size = _bytes(params)
     return Footprint(size, 2 * _bytes(params, itemsize=4), size)
 

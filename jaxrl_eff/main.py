@@ -353,7 +353,11 @@ def _conclude(
 
 def _export(assembled: Any, done: Any, workdir: Path, console: Any) -> None:
     """The last trained model, adapters merged; and LoRA in PEFT's format, with its base model if
-    that is in no directory yet."""
+    that is in no directory yet.
+
+    A quantised base is dequantised, not read again from where it came: adapters were trained beside
+    its codes and make up for some of what these lose.
+    """
     from jaxrl_eff import adapt, state
     from jaxrl_eff.models import lora, save_hf
     from jaxrl_eff.models.peft import save_peft
@@ -370,7 +374,7 @@ def _export(assembled: Any, done: Any, workdir: Path, console: Any) -> None:
     base = {"base": assembled.run.model.path, "directory": name}.get(kind, "")
     if not base:
         base = str(workdir / "base")
-        save_hf(base, lm, lora.base(trained))
+        save_hf(base, lm, state.merged(lm, lora.base(trained)))
         if _first():
             assembled.tokenizer.save(workdir / "base")
     whole = adapt.whole_names(part, lm)

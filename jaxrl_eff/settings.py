@@ -127,11 +127,15 @@ class AdaptSettings:
         mode: sparse changes are written into the kernels ("in_place"), or kept beside them in
             float32 and added at every use ("overlay"), so that a reference policy that starts
             where the actor starts needs no arrays of its own. LoRA is beside them always.
+        base: bits of the layers' projection kernels where training leaves them as they are (LoRA
+            and overlays): "int8", "nf4" as in QLoRA, or "" as they come. What `whole` names,
+            embeddings, norms, heads and other models (a reference of its own) stay as they come.
         on_drop: "revert" what is no longer trained to its first value, or "keep" it.
         probe: the choice sees the gradient of one in so many rows.
         tiles: tiles along `embed` (the fsdp axis) and along heads and channels (the tensor axis).
             In each of them as many entries are trained; devices that hold whole tiles choose
-            without talking to each other. Part of what is computed, whatever the plan is.
+            without talking to each other; blocks of a quantised base keep within them. Part of
+            what is computed, whatever the plan is.
         seed: of random choices and first values.
     """
 
@@ -150,6 +154,7 @@ class AdaptSettings:
     share: float = 0.2
     decay: str = "linear"
     mode: str = "in_place"
+    base: str = ""
     on_drop: str = "revert"
     probe: int = 1
     tiles: tuple[int, ...] = (1, 1)

@@ -4,7 +4,7 @@ Model parameters come from scratch, from a Hugging Face directory, or from an ea
 ones depend on the run's seed and the shape alone, never on the mesh.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxrl_eff import adapt, arrays, tree
 from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.dataflow import Adaptation, Model, Step
-from jaxrl_eff.models import LMConfig, lora, params
+from jaxrl_eff.models import LMConfig, lora, params, quantised
 from jaxrl_eff.parallel import Placement, Route, mesh
 from jaxrl_eff.stages import Assembled, Stage
 
@@ -36,7 +36,10 @@ def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
     way = stage.step.specs[role].tx
     if role not in stage.settings.adapt or not isinstance(way, Adaptation):
         return _base(assembled, stage, role, shelf, where)
-    base = _base(assembled, stage, role, shelf, lora.base(where))
+    base_where = lora.base(where)
+    kept = adapt.kept_in_bits(stage.settings.adapt[role], stage.lms[role])
+    keep = kept and _Keep(kept, base_where)
+    base = _base(assembled, stage, role, shelf, base_where, keep)
     full = jax.jit(way.extended, out_shardings=where, donate_argnums=0)(base)
     there = tree.flat(where)
     given = adapt.started(stage.settings.adapt[role], stage.lms[role])
@@ -44,26 +47,62 @@ def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
     return tree.with_leaves(full, put)
 
 
-def _base(assembled: Assembled, stage: Stage, role: str, shelf: Shelf, where: Any) -> Any:
+class _Keep(NamedTuple):
+    """Quantises parameters one by one, as they are read.
+
+    Attributes:
+        kept: which, and how.
+        where: shardings of what is kept.
+    """
+
+    kept: quantised.Quantised
+    where: Any
+
+    def __call__(self, name: str, x: jax.Array) -> dict[str, jax.Array]:
+        if name not in self.kept.blocks:
+            return {name: x}
+        flat = tree.flat(self.where)
+        there = {k: flat[k] for k in self.kept.names(name)}
+        return jax.jit(lambda x: self.kept.leaves(name, x), out_shardings=there)(x)
+
+
+def _base(
+    assembled: Assembled, stage: Stage, role: str, shelf: Shelf, where: Any, keep: Any = None
+) -> Any:
+    """Parameters without an adapter at home; with a `_Keep`, what is kept of each."""
+    if keep is not None:
+        where = quantised.plain_layout(where)
     kind, name = stage.origins[role]
     if kind == "kl":
         return jax.device_put(ppo.kl_params(ppo.PPOConfig(**stage.settings.loss)), where)
     lm = stage.lms[role]
     if kind == "stage":
         source = _stage(assembled, name.split("/")[0])
-        return _adapted(shelf[name], source.lms[name.split("/")[1]], lm, where)
+        return _kept(_adapted(shelf[name], source.lms[name.split("/")[1]], lm, where), keep)
     directory = assembled.run.model.path if kind == "base" else name
     if directory:
         from jaxrl_eff.models import load_hf
 
-        return load_hf(directory, lm, where, dtype=lm.param_dtype)
+        return load_hf(directory, lm, where, dtype=lm.param_dtype, keep=keep)
     key = jax.random.key(assembled.run.seed)
-    return jax.jit(lambda k: params.init(lm, k), out_shardings=where)(key)
+    return _kept(jax.jit(lambda k: params.init(lm, k), out_shardings=where)(key), keep)
+
+
+def _kept(params_: Any, keep: _Keep | None) -> Any:
+    """What is kept of parameters, which die one by one."""
+    if keep is None:
+        return params_
+    found, flat = {}, tree.flat(params_)
+    del params_
+    for name in list(flat):
+        found |= keep(name, flat.pop(name))
+    return tree.with_leaves({}, found)
 
 
 def merged(lm: LMConfig, params_: Any) -> Any:
-    """Parameters with adapters merged into their kernels; others as they are."""
+    """Parameters with adapters merged into their kernels, dequantised; others as they are."""
     where = jax.tree.map(lambda x: x.sharding, lora.base(params_))
+    where = quantised.plain_layout(where)
     if jax.tree.structure(where) == jax.tree.structure(params_):
         return params_
     return jax.jit(lambda t: lora.merge(lm, t), out_shardings=where)(params_)

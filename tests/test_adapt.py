@@ -70,22 +70,29 @@ WAYS = {
     ),
     "overlay": dict(name="spiel_ag", selector="snip", every=2, mode="overlay"),
     "lisa": dict(name="lisa", layers=1, every=1),
+    "lora on nf4": dict(name="lora", rank=2, base="nf4"),
+    "overlay on int8": dict(name="spiel_ag", selector="snip", every=2, mode="overlay", base="int8"),
 }
 PLACES = {
     "entries": Placement((7, 6, 5, 4, 3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
     "blocks and lora": Placement((1, 3, 0, 2), tensor=2, seq=2, microbatches=4),
     "overlay": Placement((0, 1, 2, 3), fsdp=2, tensor=2, microbatches=2),
     "lisa": Placement((3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
+    "lora on nf4": Placement((0, 1, 2, 3), fsdp=2, tensor=2),
+    "overlay on int8": Placement((0, 1, 2, 3), fsdp=2, tensor=2, microbatches=2),
 }
+USUAL = ("entries", "lora on nf4")
+EXACT = ("index", "entries/layers", "kernel_codes", "kernel_scales")
 
 
 @pytest.mark.parametrize(
-    "way", [w if w == "entries" else pytest.param(w, marks=pytest.mark.slow) for w in WAYS]
+    "way",
+    [w if w in USUAL else pytest.param(w, marks=pytest.mark.slow) for w in WAYS],
 )
 def test_no_plan_changes_what_is_chosen_nor_learned(way):
     want, _ = train(spec(**WAYS[way]), ONE)
     got, _ = train(spec(**WAYS[way]), PLACES[way])
-    chosen = {k: v for k, v in tree.flat(want).items() if k.endswith(("index", "entries/layers"))}
+    chosen = {k: v for k, v in tree.flat(want).items() if k.endswith(EXACT)}
     assert chosen
     for name, index in chosen.items():
         np.testing.assert_array_equal(index, tree.flat(got)[name])
@@ -157,8 +164,15 @@ class Killed(BaseException):
     """Stands for SIGKILL within this process."""
 
 
-def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatch):
-    part = dict(name="spiel_ag", selector="gradient", every=2, density=0.1, rank=2)
+@pytest.mark.parametrize(
+    "part",
+    [
+        dict(name="spiel_ag", selector="gradient", every=2, density=0.1, rank=2),
+        pytest.param(dict(name="lora", rank=2, base="nf4"), marks=pytest.mark.slow),
+    ],
+    ids=["spiel", "nf4"],
+)
+def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatch, part):
     of = run("sft", 4, **part, targets=TARGETS)
     assert launch.train(of, tmp_path / "whole")
     write, left = metrics.Writer.step, [3]
@@ -180,7 +194,14 @@ def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [dict(name="lora", rank=2), dict(name="static", mode="overlay")])
+@pytest.mark.parametrize(
+    "way",
+    [
+        dict(name="lora", rank=2),
+        dict(name="static", mode="overlay"),
+        dict(name="lora", rank=2, base="nf4"),
+    ],
+)
 def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
     """No second model; and the KL to it starts at 0 and then does not stay there."""
     of = run("grpo", 2, **way, targets=TARGETS)
@@ -210,6 +231,7 @@ def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
         (dict(name="lisa", rank=2), "no rank and no overlay"),
         (dict(name="static", mode="under"), "mode is 'under'"),
         (dict(name="static", mode="overlay", on_drop="keep"), "an overlay always reverts"),
+        (dict(name="static", base="nf4"), "writes into the kernels"),
     ],
 )
 def test_what_cannot_work_is_said(changes, message):
@@ -231,11 +253,12 @@ def test_products_that_are_left_out_are_not_counted(way, passes):
     assert of.tx.passes == passes and works.role(LM, of, trained=True).passes == passes
 
 
-def test_training_goes_on_from_an_adapter_on_disk(tmp_path):
+@pytest.mark.parametrize("base_", ["", pytest.param("nf4", marks=pytest.mark.slow)])
+def test_training_goes_on_from_an_adapter_on_disk(tmp_path, base_):
     """The base and the adapter of one run, read by another, are the model that it ended with."""
 
     def of(**way):
-        role = settings.AdaptSettings(name="lora", targets=TARGETS, **way)
+        role = settings.AdaptSettings(name="lora", targets=TARGETS, base=base_, **way)
         run = launch.config("algorithm=reward_model,steps=1")
         stage = dataclasses.replace(run.stage["reward_model"], adapt={"reward": role})
         return dataclasses.replace(run, stage={"reward_model": stage})

@@ -29,6 +29,8 @@ WAYS = {
     "SpIEL-AG entries, 1 %": dict(name="spiel_ag", selector="gradient"),
     "overlay entries, 1 %": dict(name="static", mode="overlay"),
     "LoRA, rank 4": dict(name="lora", rank=4),
+    "LoRA, rank 4, on int8": dict(name="lora", rank=4, base="int8"),
+    "LoRA, rank 4, on nf4": dict(name="lora", rank=4, base="nf4"),
     "DoRA, rank 4": dict(name="dora", rank=4),
     "LISA, 1 of 12 layers": dict(name="lisa", layers=1),
     "one block of one matrix": dict(

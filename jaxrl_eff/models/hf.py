@@ -10,6 +10,7 @@ Left out: pickled checkpoints (`.bin`, `.pt`), which run code when read; quantiz
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -58,6 +59,7 @@ def load_hf(
     *,
     dtype: str | None = None,
     value_std: float = 0.0,
+    keep: Callable[[str, Array], dict[str, Array]] | None = None,
 ) -> PyTree:
     """Reads a checkpoint into parameters placed as asked.
 
@@ -68,9 +70,12 @@ def load_hf(
         dtype: of the parameters; None: `cfg.param_dtype`. The files may be f32, bf16 or f16.
         value_std: for `head="value"` where the directory holds no value head: standard deviation
             of the normal distribution its weights are drawn from. With 0 every value is 0.
+        keep: name, parameter -> what is kept of it, by name, and done to each as soon as it is
+            read, so that never more than one of them is there as a whole; None: itself.
 
     Returns:
-        The parameters of `params.abstract(cfg)`. In several processes, each reads its own part.
+        The parameters of `params.abstract(cfg)`, or what is kept of them. In several processes,
+        each reads its own part.
 
     Raises:
         FileNotFoundError: no safetensors files, or one that the index names is missing.
@@ -98,7 +103,12 @@ def load_hf(
             read = _reader(files, table[path], like.shape, jnp.dtype(dtype))
             return _place(like.shape, dtype, given.sharding, read)
 
-        return tree.map_with_name(leaf, shapes, shardings)
+        if keep is None:
+            return tree.map_with_name(leaf, shapes, shardings)
+        kept, given = {}, tree.flat(shardings)
+        for name, like in tree.flat(shapes).items():
+            kept |= keep(name, leaf(name, like, given[name]))
+        return tree.with_leaves({}, kept)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Adapters as part of a model's parameter tree: their shapes, first values, merging, removal."""
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import tree
-from jaxrl_eff.models import adapters, taps
+from jaxrl_eff.models import adapters, quantised, taps
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.params import abstract, logical_axes
 from jaxrl_eff.shapes import Array, Key, PyTree
@@ -117,27 +118,42 @@ def merge(cfg: LMConfig, params: PyTree, *, low_rank: bool = True) -> PyTree:
     """The same model with its adapters multiplied into its kernels: plain parameters.
 
     Sums are float32 and rounded once to the kernel's dtype. Gradients' taps are no part of a model
-    and must not be there.
+    and must not be there. Quantised kernels are dequantised, since the adapters were trained beside
+    these and not beside what they were made from.
 
     Args:
-        low_rank: False leaves LoRA beside the kernels and adds sparse overlays alone.
+        low_rank: False leaves LoRA beside the kernels and adds sparse overlays alone; all of this
+            stays beside kernels that are quantised.
     """
     flat, merged, gone = tree.flat(params), {}, set()
+    few_bits = quantised.kernels(params)
     for name, axes in targets(cfg, (".*",)).items():
         parent = name.removesuffix("kernel")
         wanted = adapters.LEAVES if low_rank else ("delta", "delta_index")
         leaves = {k: flat[parent + k] for k in wanted if parent + k in flat}
+        if name in few_bits:
+            if not low_rank:
+                continue
+            gone |= {parent + k for k in quantised.LEAVES}
         gone |= {parent + k for k in leaves}
-        if leaves:
-            rows = math.prod(flat[name].shape[1 : 1 + inputs_of(axes[1:])])
-            run = lambda pair, rows=rows: _merged(rows, *pair)  # noqa: E731
-            merged[name] = jax.lax.map(run, (flat[name], leaves))
+        if leaves or name in few_bits:
+            n, dtype = inputs_of(axes[1:]), jnp.dtype(cfg.param_dtype)
+            run = functools.partial(_merged, n, dtype)
+            merged[name] = jax.lax.map(run, (few_bits.get(name, flat.get(name)), leaves))
     return tree.with_leaves(tree.without(params, gone.__contains__), merged)
 
 
-def _merged(rows: int, kernel: Array, leaves: Mapping[str, Array]) -> Array:
-    """One layer's kernel."""
-    matrix = kernel.reshape(rows, -1)
+def _merged(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]) -> Array:
+    """One layer's kernel, with `inputs` contracted axes, from what is kept of it and its adapters.
+
+    `dtype` is that of a kernel of which codes are kept.
+    """
+    kernel, leaves = pair
+    if isinstance(kernel, dict):
+        kernel = quantised.dequantise(kernel, jnp.float32)
+    else:
+        dtype = kernel.dtype
+    matrix = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
     if "delta" in leaves:
         index = leaves["delta_index"]
         t = taps.tiling_of(matrix.shape, leaves["delta"], index)
@@ -147,5 +163,5 @@ def _merged(rows: int, kernel: Array, leaves: Mapping[str, Array]) -> Array:
         if "dora" in leaves:
             size = leaves["dora"].reshape(-1) / adapters.column_norm(leaves, matrix)
             whole = whole * size[None]
-        matrix = whole.astype(kernel.dtype)
-    return matrix.reshape(kernel.shape)
+        matrix = whole
+    return matrix.astype(dtype).reshape(kernel.shape)

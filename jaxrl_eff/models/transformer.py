@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_eff import tree
-from jaxrl_eff.models import adapters, attention, rope
+from jaxrl_eff.models import adapters, attention, quantised, rope
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.shapes import Array, Float, Int, PyTree
 
@@ -129,16 +129,16 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         dtype, stored = jnp.dtype(self.cfg.dtype), jnp.dtype(self.cfg.param_dtype)
-        box = nn.with_logical_partitioning(_normal(self.cfg, self.scale), self.axes)
-        kernel = _here(self.param("kernel", box, self.inputs + self.outputs, stored)).astype(dtype)
-        matrix = kernel.reshape(math.prod(self.inputs), math.prod(self.outputs))
         lead = x.shape[: x.ndim - len(self.inputs)]
-        found = {k: self.get_variable("params", k) for k in adapters.LEAVES}
-        here = {k: _here(leaf) for k, leaf in found.items() if leaf is not None}
-        names, whole = (self.axes[0], self.axes[len(self.inputs)]), None
-        if self.has_variable("shared", "whole"):
-            whole = self.get_variable("shared", "whole")
-        y = adapters.product(here, x.reshape(*lead, -1), matrix, names, _product, whole)
+        here = self._there(adapters.LEAVES)
+        if self.has_variable("params", quantised.LEAVES[0]):
+            # What is dequantised is made again in the backward pass, and never kept for it.
+            run = jax.checkpoint(self._multiply, prevent_cse=self.cfg.loop_unroll > 1)
+            y = run(self._there(quantised.LEAVES), here, x.reshape(*lead, -1))
+        else:
+            box = nn.with_logical_partitioning(_normal(self.cfg, self.scale), self.axes)
+            kernel = self.param("kernel", box, self.inputs + self.outputs, stored)
+            y = self._multiply({"kernel": kernel}, here, x.reshape(*lead, -1))
         y = y.reshape(*lead, *self.outputs)
         if not self.bias:
             return y
@@ -146,6 +146,27 @@ class Linear(nn.Module):
         box = nn.with_logical_partitioning(nn.initializers.zeros, axes)
         bias = _here(self.param("bias", box, self.outputs, stored)).astype(dtype)
         return y + bias.reshape((1,) * len(lead) + bias.shape)
+
+    def _there(self, names: tuple[str, ...]) -> dict[str, Array]:
+        found = {k: self.get_variable("params", k) for k in names}
+        return {k: leaf for k, leaf in found.items() if leaf is not None}
+
+    def _multiply(self, kept: dict[str, Array], beside: dict[str, Array], x: Array) -> Array:
+        """x times the kernel, or the kernel that codes stand for, with what stands beside it."""
+        dtype, whole = jnp.dtype(self.cfg.dtype), None
+        kept, beside = ({k: _here(leaf) for k, leaf in d.items()} for d in (kept, beside))
+        if "kernel" in kept:
+            kernel = kept["kernel"].astype(dtype)
+        else:
+            # Gathered over the fsdp axis as codes, in a fraction of the bytes.
+            axes = tuple(None if axis == "embed" else axis for axis in self.axes)
+            kept = {k: nn.with_logical_constraint(leaf, axes) for k, leaf in kept.items()}
+            kernel = quantised.dequantise(kept, dtype)
+        matrix = kernel.reshape(math.prod(self.inputs), math.prod(self.outputs))
+        names = self.axes[0], self.axes[len(self.inputs)]
+        if self.has_variable("shared", "whole"):
+            whole = self.get_variable("shared", "whole")
+        return adapters.product(beside, x, matrix, names, _product, whole)
 
 
 def _product(x: Float[Array, "... D"], matrix: Float[Array, "D F"], dtype=None) -> Array:
@@ -486,6 +507,8 @@ def apply(
     Args:
         attend: the attention; None: `attention.choose(cfg)`.
     """
+    if quantised.inside(params):  # unrolled, a compiler may dequantise all layers before the first
+        cfg = cfg.replace(unroll=cfg.unroll or 1)
     model = LanguageModel(cfg, attend or attention.choose(cfg), stacked="layers" in params)
     params = dict(params)
     shared = params.pop("shared", {})  # what one array is of all layers, see `adapters`

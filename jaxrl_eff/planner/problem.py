@@ -35,7 +35,7 @@ class Shape:
     gated: bool = True
     tied: bool = False
     value: bool = False
-    param_bytes: int = 4
+    param_bytes: int | float = 4
     compute_bytes: int = 4
     remat: bool = False
     window: int | None = None

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff import tree
 from jaxrl_eff.edges import EDGES
 from jaxrl_eff.graph import Adaptation, Call, Graph, Spec, order
-from jaxrl_eff.models import LMConfig
+from jaxrl_eff.models import LMConfig, abstract, lora, quantised
 from jaxrl_eff.planner.problem import Lengths, Problem, Role, Shape, Work
 from jaxrl_eff.rollout import Sampling
 
@@ -42,11 +43,15 @@ def shape(cfg: LMConfig) -> Shape:
 def role(cfg: LMConfig | None, spec: Spec | None, trained: bool) -> Role:
     """A model and, if a call trains it, its optimizer state by the bytes that optax would hold."""
     sizes = _ONE if cfg is None else shape(cfg)
+    if cfg is not None and spec is not None and quantised.inside(spec.shapes):
+        held = tree.nbytes(lora.base(spec.shapes)) / tree.size(abstract(cfg))
+        sizes = dataclasses.replace(sizes, param_bytes=held)
     if not trained:
         return Role(sizes)
     opt, grad, passes = 8.0, float(sizes.param_bytes), 3.0
     if spec is not None and spec.tx is not None:
-        state, size = jax.eval_shape(spec.tx.init, spec.shapes), max(1, tree.size(spec.shapes))
+        state = jax.eval_shape(spec.tx.init, spec.shapes)
+        size = max(1, tree.size(quantised.plain_shapes(spec.shapes, jnp.float32)))
         opt = tree.nbytes(state) / size
         if isinstance(spec.tx, Adaptation):
             grad = tree.nbytes(jax.eval_shape(spec.tx.leaves, spec.shapes, state)) / size

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import tree
-from jaxrl_eff.models import attention, lora
+from jaxrl_eff.models import attention, lora, quantised
 from jaxrl_eff.models import params as params_
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.transformer import Cache, apply, computed, unembed, unstack
@@ -85,7 +85,7 @@ def sample(
         # Once for all tokens; LoRA's few numbers are as quick beside the kernels.
         params = lora.merge(cfg, computed(cfg, params), low_rank=False)
         hidden, cache = _read(cfg, params, prompt, length, attend)
-        if unstacked:
+        if unstacked and not quantised.inside(params):  # or all would be dequantised at once
             params, cache = unstack(cfg, params), kv.unstack(cache)
         cache = kv.repeat(cache, sampling.samples)
         logits = jnp.repeat(unembed(cfg, params, hidden), sampling.samples, axis=0)
