@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import adapt, algorithms, calibrate, dataflow, long, optim, plans
+from jaxrl_eff import adapt, algorithms, calibrate, dataflow, examples, long, optim, plans
 from jaxrl_eff.algorithms import ppo
-from jaxrl_eff.data import encode, loader, needles, sources, toys
+from jaxrl_eff.data import encode, loader, sources, toys
 from jaxrl_eff.data.scheduled import Scheduled
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.dataflow import Graph, Placement, Spec, Step
@@ -29,7 +29,7 @@ from jaxrl_eff.parallel import Changes
 from jaxrl_eff.planner import hardware, works
 from jaxrl_eff.rewards import verify
 from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.settings import DataSettings, RewardSettings, Run, StageSettings, build
+from jaxrl_eff.settings import RewardSettings, Run, StageSettings, build
 
 # Algorithm -> its config, and the kind of batch that it reads.
 ALGORITHMS: dict[str, tuple[Any, type, str]] = {
@@ -45,16 +45,6 @@ ALGORITHMS: dict[str, tuple[Any, type, str]] = {
     "rloo": (algorithms.rloo, algorithms.rloo.RLOOConfig, "prompts"),
     "remax": (algorithms.remax, algorithms.remax.ReMaxConfig, "prompts"),
     "raft": (algorithms.raft, algorithms.raft.RAFTConfig, "prompts"),
-}
-
-# Format -> kind of batch and encoder. Chat formats write their own special tokens.
-FORMATS: dict[str, tuple[str, Callable]] = {
-    "text": ("sft", encode.encode_text),
-    "completion": ("sft", encode.encode_prompt_completion),
-    "messages": ("sft", encode.encode_messages),
-    "preference": ("preference", encode.encode_preference),
-    "prompt": ("prompts", encode.encode_prompt),
-    "chat_prompt": ("prompts", encode.encode_chat_prompt),
 }
 
 REWARDS: dict[str, Callable[..., Callable]] = {
@@ -241,9 +231,9 @@ def _stage(
             raise ValueError(f"{field} is {getattr(s, field)}, but must be at least 1.")
     cfg = loss_of(s, name)
     seed = (run.seed + zlib.crc32(name.encode())) % 2**32
-    source, held_out = _source(s.data, seed)
-    encoder = _encoder(s, kind, tokenizer)
-    _try("data", encoder, source)
+    source, held_out = examples.source(s.data, seed)
+    encoder = examples.encoder(s, kind, tokenizer)
+    examples.check("data", encoder, source)
 
     sampling, reward = sampling_of(s, name, tokenizer), None
     origins, lms = roles_of(s, base, earlier)
@@ -253,7 +243,7 @@ def _stage(
         else:
             with at_path(f"config.{name}.reward"):
                 score = reward_fn(s.reward)
-                _try(s.reward.name, lambda example: score(example, "0"), source)
+                examples.check(s.reward.name, lambda example: score(example, "0"), source)
                 reward = verify.host_reward(score, source, tokenizer)
     _check_length(s, lms, sampling)
     graph = graph_of(s, room, cfg, lms, reward, sampling)
@@ -373,110 +363,6 @@ def sampling_of(s: StageSettings, name: str, tokenizer: Tokenizer) -> Sampling |
         return None
     pad = tokenizer.pad if tokenizer.pad is not None else 0
     return build(Sampling, {"pad": pad, **s.sampling}, f"config.{name}.sampling")
-
-
-def _try(what: str, fn: Callable, source: Any) -> None:
-    """Applies a function to the first example, so that one that cannot work is found now."""
-    if not len(source):
-        raise ValueError(f"{what}: there are no examples.")
-    try:
-        fn(source[0])
-    except Exception as error:
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{what} fails for the first example: {reason}") from None
-
-
-def _source(data: DataSettings, seed: int) -> tuple[Any, Any]:
-    """Training and held-out examples."""
-    if data.source == "needles":
-        return _needles(data)
-    if data.source in toys.TASKS:
-        for field, unused in (("path", ""), ("held_out", 0), ("template", "{prompt}")):
-            if getattr(data, field) != unused:
-                raise ValueError(
-                    f"data.{field} is {getattr(data, field)!r}, but the toy {data.source!r} makes "
-                    "its own examples; see data.options."
-                )
-        options = dict(data.options)
-        wrong = {k: options.pop(k) for k in ("wrong",) if k in options}
-        keep_length = {k: options.pop(k) for k in ("keep_length",) if k in options}
-        known = ("digits", "train", "held_out", "seed")
-        if unknown := sorted(set(options) - set(known)):
-            raise ValueError(
-                f"data.options has unknown {unknown}; a toy has {[*known, 'wrong', 'keep_length']}."
-            )
-        make = {"reverse": toys.reverse_digits, "sort": toys.sort_digits}[data.source]
-        task = make(**options)
-        held_out = toys.prompts(task, "held_out")
-        if data.format == "preference":
-            return toys.preferences(task, seed=seed, **keep_length), held_out
-        if data.format == "completion":
-            return toys.completions(task, seed=seed, **wrong), held_out
-        return toys.prompts(task), held_out
-    if data.source == "inline":
-        examples = data.options.get("examples", ())
-        if set(data.options) - {"examples"} or not all(isinstance(e, dict) for e in examples):
-            raise ValueError("data.options of an inline source is examples, a tuple of dicts.")
-        source = _templated(sources.python_source(list(examples)), data)
-        if data.held_out:
-            return sources.holdout(source, data.held_out, seed=seed)
-        return source, None
-    readers = {"jsonl": sources.jsonl, "parquet": sources.parquet}
-    if data.source not in readers:
-        raise ValueError(
-            f"data.source is {data.source!r}; there are "
-            f"{[*readers, 'inline', 'needles', *toys.TASKS]}."
-        )
-    if not data.path:
-        raise ValueError(f"data.path is empty; {data.source} needs a file.")
-    source = _templated(readers[data.source](data.path), data)
-    if data.held_out:
-        return sources.holdout(source, data.held_out, seed=seed)
-    return source, None
-
-
-def _needles(data: DataSettings) -> tuple[Any, Any]:
-    known = ("shortest", "longest", "long_share", "train", "held_out", "seed")
-    if unknown := sorted(set(data.options) - set(known)):
-        raise ValueError(f"data.options has unknown {unknown}; needles have {[*known]}.")
-    if data.format not in ("completion", "prompt"):
-        raise ValueError(f"data.format is {data.format!r}; needles are 'completion' or 'prompt'.")
-    options = {"train": 4096, "held_out": 128, **data.options}
-    counts = {k: options.pop(k) for k in ("train", "held_out")}
-    return tuple(needles.examples(n, split=k, **options) for k, n in counts.items())
-
-
-def _templated(source: Any, data: DataSettings) -> Any:
-    if "{prompt}" not in data.template:
-        raise ValueError(f"data.template {data.template!r} has no {{prompt}} in it.")
-    if data.template == "{prompt}":
-        return source
-    field = data.fields.get("prompt") or data.fields.get("field") or "prompt"
-
-    def wrap(example: Mapping[str, Any]) -> dict[str, Any]:
-        text = encode.read(dict(example), field)
-        return {**example, field: data.template.replace("{prompt}", text)}
-
-    return sources.mapped(source, wrap)
-
-
-def _encoder(s: StageSettings, kind: str, tokenizer: Tokenizer) -> Callable:
-    data = s.data
-    if data.format not in FORMATS:
-        raise ValueError(f"data.format is {data.format!r}; there are {list(FORMATS)}.")
-    gives, make = FORMATS[data.format]
-    if gives != kind:
-        fit = [f for f, (k, _) in FORMATS.items() if k == kind]
-        raise ValueError(f"data.format is {data.format!r}; {s.algorithm} needs one of {fit}.")
-    options: dict[str, Any] = dict(data.fields)
-    if data.format in ("text", "completion", "preference"):
-        options |= {"bos": data.bos, "eos": data.eos}
-    elif data.format == "prompt":
-        options |= {"bos": data.bos}
-    try:
-        return make(tokenizer, **options)
-    except TypeError as error:
-        raise ValueError(f"data.fields {data.fields}: {error}.") from None
 
 
 def reward_fn(reward: RewardSettings) -> Callable:
@@ -697,7 +583,7 @@ def _evaluation(
         if "actor" not in graph.models:
             raise ValueError(f"{s.algorithm} trains no model that generates.")
         if e.data:
-            held_out = _templated(sources.jsonl(e.data), s.data)
+            held_out = examples.templated(sources.jsonl(e.data), s.data)
         if held_out is None:
             raise ValueError("there is nothing held out; set data.held_out or evaluate.data.")
         if e.problems > len(held_out):
@@ -715,8 +601,9 @@ def _evaluation(
         else:
             encoder = encode.encode_chat_prompt(tokenizer, **fields)
         score = reward_fn(e.reward)
-        _try("the prompt", encoder, held_out)
-        _try(f"the reward {e.reward.name!r}", lambda example: score(example, "0"), held_out)
+        examples.check("the prompt", encoder, held_out)
+        what = f"the reward {e.reward.name!r}"
+        examples.check(what, lambda example: score(example, "0"), held_out)
         home = "actor_gen" if "actor_gen" in plan else graph.home("actor").name
         stop = sampling.stop if sampling else ()
         return Evaluation.of(

@@ -20,7 +20,7 @@ RANKS = (
     ("algorithms",),
     ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts"),
     ("evaluate", "calibrate"),
-    ("adapt", "footprint", "long", "stages"),
+    ("adapt", "examples", "footprint", "long", "stages"),
     ("state",),
     ("train",),
     ("report", "doctor", "generate", "delta"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-MODULES = ("main", "doctor", "generate", "delta", "report", "plan")
+MODULES = ("main", "doctor", "generate", "delta", "report", "plan", "schedule", "needle")
 
 
 def ppo_graph():

@@ -1,0 +1,128 @@
+"""From a config's data section to examples and the function that makes tokens of one."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxrl_eff.data import encode, needles, sources, toys
+from jaxrl_eff.data.tokenizer import Tokenizer
+from jaxrl_eff.settings import DataSettings, StageSettings
+
+# Format -> kind of batch and encoder. Chat formats write their own special tokens.
+FORMATS: dict[str, tuple[str, Callable]] = {
+    "text": ("sft", encode.encode_text),
+    "completion": ("sft", encode.encode_prompt_completion),
+    "messages": ("sft", encode.encode_messages),
+    "preference": ("preference", encode.encode_preference),
+    "prompt": ("prompts", encode.encode_prompt),
+    "chat_prompt": ("prompts", encode.encode_chat_prompt),
+}
+
+
+def check(what: str, fn: Callable, source: Any) -> None:
+    """Applies a function to the first example, so that one that cannot work is found now."""
+    if not len(source):
+        raise ValueError(f"{what}: there are no examples.")
+    try:
+        fn(source[0])
+    except Exception as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what} fails for the first example: {reason}") from None
+
+
+def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
+    """Training and held-out examples."""
+    if data.source == "needles":
+        return _needles(data)
+    if data.source in toys.TASKS:
+        for field, unused in (("path", ""), ("held_out", 0), ("template", "{prompt}")):
+            if getattr(data, field) != unused:
+                raise ValueError(
+                    f"data.{field} is {getattr(data, field)!r}, but the toy {data.source!r} makes "
+                    "its own examples; see data.options."
+                )
+        options = dict(data.options)
+        wrong = {k: options.pop(k) for k in ("wrong",) if k in options}
+        keep_length = {k: options.pop(k) for k in ("keep_length",) if k in options}
+        known = ("digits", "train", "held_out", "seed")
+        if unknown := sorted(set(options) - set(known)):
+            raise ValueError(
+                f"data.options has unknown {unknown}; a toy has {[*known, 'wrong', 'keep_length']}."
+            )
+        make = {"reverse": toys.reverse_digits, "sort": toys.sort_digits}[data.source]
+        task = make(**options)
+        held_out = toys.prompts(task, "held_out")
+        if data.format == "preference":
+            return toys.preferences(task, seed=seed, **keep_length), held_out
+        if data.format == "completion":
+            return toys.completions(task, seed=seed, **wrong), held_out
+        return toys.prompts(task), held_out
+    if data.source == "inline":
+        given = data.options.get("examples", ())
+        if set(data.options) - {"examples"} or not all(isinstance(e, dict) for e in given):
+            raise ValueError("data.options of an inline source is examples, a tuple of dicts.")
+        found = templated(sources.python_source(list(given)), data)
+        if data.held_out:
+            return sources.holdout(found, data.held_out, seed=seed)
+        return found, None
+    readers = {"jsonl": sources.jsonl, "parquet": sources.parquet}
+    if data.source not in readers:
+        raise ValueError(
+            f"data.source is {data.source!r}; there are "
+            f"{[*readers, 'inline', 'needles', *toys.TASKS]}."
+        )
+    if not data.path:
+        raise ValueError(f"data.path is empty; {data.source} needs a file.")
+    found = templated(readers[data.source](data.path), data)
+    if data.held_out:
+        return sources.holdout(found, data.held_out, seed=seed)
+    return found, None
+
+
+def _needles(data: DataSettings) -> tuple[Any, Any]:
+    known = ("shortest", "longest", "long_share", "train", "held_out", "seed")
+    if unknown := sorted(set(data.options) - set(known)):
+        raise ValueError(f"data.options has unknown {unknown}; needles have {[*known]}.")
+    if data.format not in ("completion", "prompt"):
+        raise ValueError(f"data.format is {data.format!r}; needles are 'completion' or 'prompt'.")
+    options = {"train": 4096, "held_out": 128, **data.options}
+    counts = {k: options.pop(k) for k in ("train", "held_out")}
+    return tuple(needles.examples(n, split=k, **options) for k, n in counts.items())
+
+
+def templated(source: Any, data: DataSettings) -> Any:
+    """Examples with the section's template around their prompt."""
+    if "{prompt}" not in data.template:
+        raise ValueError(f"data.template {data.template!r} has no {{prompt}} in it.")
+    if data.template == "{prompt}":
+        return source
+    field = data.fields.get("prompt") or data.fields.get("field") or "prompt"
+
+    def wrap(example: Mapping[str, Any]) -> dict[str, Any]:
+        text = encode.read(dict(example), field)
+        return {**example, field: data.template.replace("{prompt}", text)}
+
+    return sources.mapped(source, wrap)
+
+
+def encoder(s: StageSettings, kind: str, tokenizer: Tokenizer) -> Callable:
+    """What makes tokens of an example, for batches of a kind.
+
+    Raises:
+        ValueError: the format is unknown, of another kind, or lacks a field.
+    """
+    data = s.data
+    if data.format not in FORMATS:
+        raise ValueError(f"data.format is {data.format!r}; there are {list(FORMATS)}.")
+    gives, make = FORMATS[data.format]
+    if gives != kind:
+        fit = [f for f, (k, _) in FORMATS.items() if k == kind]
+        raise ValueError(f"data.format is {data.format!r}; {s.algorithm} needs one of {fit}.")
+    options: dict[str, Any] = dict(data.fields)
+    if data.format in ("text", "completion", "preference"):
+        options |= {"bos": data.bos, "eos": data.eos}
+    elif data.format == "prompt":
+        options |= {"bos": data.bos}
+    try:
+        return make(tokenizer, **options)
+    except TypeError as error:
+        raise ValueError(f"data.fields {data.fields}: {error}.") from None
