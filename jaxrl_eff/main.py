@@ -368,10 +368,14 @@ def _export(assembled: Any, done: Any, workdir: Path, console: Any) -> None:
     save_hf(workdir / "export", lm, state.merged(lm, trained))
     if _first():
         assembled.tokenizer.save(workdir / "export")
-    if part is None or part.name not in lora.METHODS:
+    if part is None:
         return
     kind, name = stage.origins[role]
     base = {"base": assembled.run.model.path, "directory": name}.get(kind, "")
+    if part.name not in lora.METHODS:
+        if base and not part.rank and _first():
+            _export_delta(base, workdir, part.name, console)
+        return
     if not base:
         base = str(workdir / "base")
         save_hf(base, lm, state.merged(lm, lora.base(trained)))
@@ -380,6 +384,24 @@ def _export(assembled: Any, done: Any, workdir: Path, console: Any) -> None:
     whole = adapt.whole_names(part, lm)
     save_peft(workdir / "adapter", lm, trained, base_model=base, whole=whole)
     console.final(f"adapter: {workdir / 'adapter'}, of {base}")
+
+
+def _export_delta(base: str, workdir: Path, method: str, console: Any) -> None:
+    """What a sparse change did to the base, as a file that `jaxrl_eff.delta` takes back."""
+    from jaxrl_eff import deltas
+
+    before, after = (deltas.read_directory(d) for d in (base, workdir / "export"))
+    if {k: v.dtype for k, v in before.items()} != {k: v.dtype for k, v in after.items()}:
+        console.final(
+            "no delta file: the base model has other dtypes than config.model.param_dtype"
+        )
+        return
+    delta = deltas.diff(before, after, method=method)
+    size = deltas.save(delta, workdir / "delta.safetensors")
+    console.final(
+        f"delta: {workdir / 'delta.safetensors'}, {delta.count:,} entries in {size:,} bytes; "
+        f"python -m jaxrl_eff.delta remove --model={workdir / 'export'} --delta=... gives the base"
+    )
 
 
 def _first() -> bool:

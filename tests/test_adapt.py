@@ -11,7 +11,7 @@ import pytest
 from launch import compiled_once  # noqa: F401 (fixture)
 from safetensors.numpy import load_file
 
-from jaxrl_eff import adapt, dataflow, metrics, settings, stages, state, tree
+from jaxrl_eff import adapt, dataflow, deltas, metrics, settings, stages, state, tree
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.dataflow import Placement, Spec
 from jaxrl_eff.models import LMConfig, lora, params, save_hf
@@ -282,3 +282,19 @@ def test_training_goes_on_from_an_adapter_on_disk(tmp_path, base_):
     ):
         with pytest.raises(error, match=message):
             stages.assemble(of(**way))
+
+
+def test_a_run_leaves_a_file_that_takes_its_change_back(tmp_path):
+    """Sparse training of a directory: the export without the delta is that directory, by hash."""
+    first = run("sft", 1, name="static", targets=TARGETS)
+    assert launch.train(dataclasses.replace(first), tmp_path / "first")
+    assert not (tmp_path / "first" / "delta.safetensors").exists()  # there was no directory
+    base = tmp_path / "first" / "export"
+    model = settings.ModelSettings(path=str(base))
+    again = dataclasses.replace(run("sft", 2, name="static", targets=TARGETS), model=model)
+    assert launch.train(again, tmp_path / "second")
+    delta = deltas.load(tmp_path / "second" / "delta.safetensors")
+    assert set(delta.tensors) and delta.count and delta.method == "static"
+    deltas.rollback(tmp_path / "second" / "export", delta, tmp_path / "back")
+    hashes = [deltas.content_hash(deltas.read_directory(d)) for d in (base, tmp_path / "back")]
+    assert hashes[0] == hashes[1] == delta.base

@@ -84,23 +84,18 @@ def _name(tensor: Tensor, layer: int, prefix: str) -> str:
     return prefix + tensor.name.format(layer)
 
 
-def _order(tensor: Tensor) -> list[int]:
-    """The parameter's axes as they follow each other in the file."""
-    return [axis for group in tensor.axes for axis in group]
-
-
 def _stored(tensor: Tensor, entries: Entries) -> tuple[np.ndarray, np.ndarray]:
     """Of each entry: the layer (0 without layers), and the flat index in the file's tensor."""
     where = np.unravel_index(entries.indices, entries.shape)
     layer, inner = (where[0], where[1:]) if tensor.stacked else (np.zeros(len(entries), int), where)
     shape = entries.shape[1:] if tensor.stacked else entries.shape
-    order = _order(tensor)
+    order = tensor.order
     return layer, np.ravel_multi_index([inner[a] for a in order], [shape[a] for a in order])
 
 
 def _param(tensor: Tensor, indices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The flat index in one layer's parameter, from that in the file's tensor."""
-    order = _order(tensor)
+    order = tensor.order
     where = np.unravel_index(indices, [shape[a] for a in order])
     return np.ravel_multi_index([where[order.index(a)] for a in range(len(shape))], shape)
 
