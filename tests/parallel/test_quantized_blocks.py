@@ -76,11 +76,11 @@ def test_exact_numbers_travel_as_their_bytes(bits, dtype):
 
 def test_hadamard_is_orthogonal_and_its_own_inverse():
     for n in (2, 8, 64, 256):
-        x = numbers(3, n)
-        once = np.asarray(rotate(x))
+        x = jnp.asarray(numbers(3, n))
+        once = rotate(x)
         np.testing.assert_allclose(np.linalg.norm(once), np.linalg.norm(x), rtol=1e-5)
         np.testing.assert_allclose(rotate(once), x, atol=1e-5)
-        first = np.asarray(rotate(np.eye(n, dtype=np.float32)))
+        first = np.asarray(rotate(jnp.eye(n)))
         np.testing.assert_allclose(np.abs(first), n**-0.5, rtol=1e-5)
 
 
