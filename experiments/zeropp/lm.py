@@ -43,9 +43,9 @@ class Vector:
     training: np.ndarray
     validation: np.ndarray
 
-    def batches(self, seed: int, count: int) -> np.ndarray:
-        """[count, rows, length] of the training text."""
-        return rows(self.training, seed, count)
+    def batches(self, seed: int, count: int, *, validation: bool = False) -> np.ndarray:
+        """[count, rows, length] random pieces of the text."""
+        return rows(self.validation if validation else self.training, seed, count)
 
 
 def language_model() -> Vector:
