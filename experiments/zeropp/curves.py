@@ -36,6 +36,8 @@ WAYS = {
     "int4 without feedback": (Plan(Rung("", 8, 4, hadamard=True)), False),
     "int4": (Plan(rung("int4")), False),
     "qgz": (Plan(rung("qgz")), False),
+    "int4, plain": (Plan(Rung("", 8, 4)), False),
+    "int4, feedback without Hadamard": (Plan(Rung("", 8, 4, feedback=True)), False),
     "int4 weights": (Plan(Rung("", 4, 32)), False),
     "int4, deltas in int4": (Plan(Rung("", 16, 4, hadamard=True, feedback=True)), True),
 }

@@ -32,7 +32,7 @@ class Rung:
     secondary: bool = False
 
 
-# By error, the least first.
+# By bytes on both axes, the most first.
 LADDER = (
     Rung("exact", 16, 16),
     Rung("int8", 8, 8, secondary=True),
