@@ -210,7 +210,8 @@ def gather_held(stage: jax.Array, slot: jax.Array, plan: Plan) -> jax.Array:
 
     Args:
         stage: [N, ..., bytes] uint8.
-        slot: [..., N, m] float32 zeros, whose gradient is that of `reduce_fast`.
+        slot: [..., N, m] float32 zeros, whose gradient is that of `reduce_fast`. Where
+            `shard_map` checks what varies, they must vary over both axes.
 
     Returns:
         [..., N A m] of the plan's dtype.
