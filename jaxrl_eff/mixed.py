@@ -43,8 +43,8 @@ def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spe
     """As `dataflow.compile`, for steps over lists of micro-batches.
 
     Raises:
-        ValueError: calls lie on several placements, or one generates, runs on the host or has
-            epochs, minibatches or microbatches of its own.
+        ValueError: calls lie on several placements, or one generates, runs on the host, offloads,
+            or has epochs, minibatches or microbatches of its own.
     """
     full = check_plan(graph, plan)
     for c in graph.calls:
@@ -52,6 +52,10 @@ def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spe
             raise ValueError(f"{c.name} is a {c.kind} call; mixed rows are for infer and train.")
         if c.epochs * c.minibatches * full[c.name].microbatches > 1:
             raise ValueError(f"{c.name} has epochs or parts; mixed rows come in micro-batches.")
+        if full[c.name].offload:
+            raise ValueError(
+                f"{c.name} offloads {full[c.name].offload!r}, which mixed rows cannot."
+            )
         if c.kind == "train":
             _parts(c)
             if getattr(specs[c.of].tx, "due", None) is not None:
@@ -73,7 +77,6 @@ class Mixed(Step):
         self._place = next(iter(self.plan.values()))
         self._trained = [c for c in self.calls if c.kind == "train"]
         self._known: dict[tuple[int, int], dict[str, Any]] = {}  # shape -> call -> what it reads
-        self._made: dict[tuple[int, int], dict[str, Any]] = {}
         self._zeros: dict[str, Any] = {}
 
     # Compilation
@@ -85,7 +88,7 @@ class Mixed(Step):
             batch: a micro-batch of every shape that there may be, of anything with `shape` and
                 `dtype`.
         """
-        self._known, self._made = {}, {}
+        self._known = {}
         for micro in batch:
             shape, sides = shape_of(micro), {side: dict(there) for side, there in micro.items()}
             args = self._known[shape] = {}

@@ -233,6 +233,7 @@ def test_a_scheduled_run_stops_and_goes_on(tmp_path, monkeypatch):
         (("sft.data.length=100",), r"data.length is 100, but 2 devices .* 24 tokens each hold 48"),
         (("sft.plan={'default': {'microbatches': 2}}",), "actor_train has epochs or parts"),
         (("sft.data.length=2",), "no example has at most 2 tokens"),
+        (("sft.plan={'default': {'offload': 'opt'}}",), "actor_train offloads 'opt'"),
     ],
 )
 def test_what_cannot_be_scheduled_is_said(changes, message):
