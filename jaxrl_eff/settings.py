@@ -24,7 +24,8 @@ class ModelSettings:
         dtype, param_dtype: of compute and of parameters; "" keeps the shape's or float32.
         remat: recomputation policy of `models.LMConfig`; "" keeps the shape's.
         rope: fields of `models.config.Rope` to change, e.g. dict(kind="yarn", factor=4.0), to
-            stretch the context of a model; its `original_length` is the model's if not given.
+            stretch the context of a model; its `original_length` is the model's if not given. Kinds
+            are "linear", "yarn", "llama3", and "ntk", which changes the base alone.
         max_length: tokens; 0 keeps the shape's, times the factor if `rope` has one.
     """
 

@@ -211,10 +211,21 @@ def base_model(run: Run, tokenizer: Tokenizer) -> LMConfig:
 def stretched(lm: LMConfig, changes: Mapping[str, Any]) -> Rope:
     """The rotation of a model with some fields changed.
 
+    "ntk" is a larger base of the frequencies, so that the slowest turns `factor` times slower and
+    the fastest as before: theta factor^(H / (H - 2)).
+
     Raises:
-        ValueError: a field that there is not, or of another type.
+        ValueError: a field that there is not, or of another type; "ntk" of a scaled rotation.
     """
     there = dataclasses.asdict(lm.rope)
+    if changes.get("kind") == "ntk":
+        if lm.rope.kind != "default" or set(changes) != {"kind", "factor"}:
+            raise ValueError(
+                f"config.model.rope is {dict(changes)}, of a rotation that is {lm.rope.kind!r}; "
+                "ntk takes a factor alone, and a rotation without a scaling."
+            )
+        power = lm.head_dim / (lm.head_dim - 2)
+        return dataclasses.replace(lm.rope, theta=lm.rope.theta * changes["factor"] ** power)
     if changes.get("kind", lm.rope.kind) in ("yarn", "llama3") and not there["original_length"]:
         there["original_length"] = lm.max_length
     given = {k: v for k, v in {**there, **changes}.items() if v is not None}

@@ -5,12 +5,14 @@ import time
 from pathlib import Path
 
 import jax
+import launch
 import pytest
 from launch import ROOT, TINY
 
 from jaxrl_eff import arguments, main, settings, stages
 from jaxrl_eff.algorithms.ppo import PPOConfig
 from jaxrl_eff.arguments import ConfigError
+from jaxrl_eff.models.rope import frequencies
 
 MODEL = {"shape": {"layers": 1}}
 SFT = {"algorithm": "sft", "steps": 1, "batch": 2, "data": {}}
@@ -185,3 +187,26 @@ def test_every_config_that_needs_no_file_fits_its_devices(path, monkeypatch):
     assert [s.name for s in assembled.stages] == list(out.stages)
     if out.expect.metric:
         assert main.expectation(out, {out.expect.metric: 2.0, out.expect.rises_over: 0.0})
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])
+def test_a_context_is_stretched(kind):
+    """The slowest wave turns as far over the long context as before over the short one."""
+    run = launch.config("algorithm=sft", f"model.rope={{'kind': '{kind}', 'factor': 4.0}}")
+    lm = stages.base_model(run, stages.tokenizer_of(run))
+    before = stages.base_model(launch.config("algorithm=sft"), stages.tokenizer_of(run))
+    assert lm.max_length == 4 * before.max_length
+    ours, theirs = (frequencies(m.rope, m.head_dim)[0] for m in (lm, before))
+    assert ours[-1] * 4 == pytest.approx(theirs[-1], rel=1e-5)
+    assert (ours[0] == theirs[0]) == (kind != "linear")
+
+
+def test_a_stretch_that_cannot_be_is_said():
+    for rope, message in (
+        ("{'kind': 'ntk'}", "ntk takes a factor alone"),
+        ("{'kind': 'dynamic'}", "Rope.kind='dynamic'"),
+        ("{'knid': 'yarn'}", "config.model.rope has no field 'knid'"),
+    ):
+        run = launch.config("algorithm=sft", f"model.rope={rope}")
+        with pytest.raises(ValueError, match=message):
+            stages.base_model(run, stages.tokenizer_of(run))
