@@ -1,0 +1,109 @@
+r"""Measured steps over mixed lengths on 8 simulated devices: scheduled, all shared, one by one.
+
+  NPROC=32 python experiments/long_context/measure.py
+
+Lengths of the printed Wikipedia histogram divided by 16, a small model, 2 groups of 4 devices. The
+same batches under three rules, interleaved. The cost is fitted to the first half of the steps and
+predicts the second.
+"""
+
+import dataclasses
+import os
+import statistics
+import time
+
+os.environ.setdefault("NPROC", "32")
+
+from jaxrl_eff import host
+
+host.simulate(8)
+
+import jax
+import lengths as published
+import numpy as np
+import optax
+
+from jaxrl_eff import long, mixed
+from jaxrl_eff.algorithms import sft
+from jaxrl_eff.data import skrull
+from jaxrl_eff.data.lattice import lattice
+from jaxrl_eff.data.scheduled import arrange
+from jaxrl_eff.data.schedules import Shape
+from jaxrl_eff.data.skrull_cost import refit
+from jaxrl_eff.dataflow import Placement, Spec
+from jaxrl_eff.models import LMConfig, logical_axes, params
+from jaxrl_eff.planner import hardware
+
+LM = LMConfig(
+    vocab=512, layers=2, width=64, heads=4, kv_heads=2, head_dim=16, ffn=256, unroll=1,
+    remat="outputs", max_length=8192,
+)  # fmt: skip
+PLACE = Placement(tuple(range(8)), data=2, seq=4)
+BATCH, ROOM, BATCHES = 128, 1024, 10
+
+
+def batches() -> list[np.ndarray]:
+    drawn = published.sample_lengths("wikipedia", BATCH * BATCHES, 0)
+    short = np.clip(np.ceil(np.asarray(drawn) / 16), 2, ROOM * PLACE.seq).astype(int)
+    return list(short.reshape(BATCHES, BATCH))
+
+
+def main() -> None:
+    every = batches()
+    cost = dataclasses.replace(long.cost_on(hardware.local(), PLACE, LM))
+    size = {"groups": 2, "parts": 4, "room": ROOM}
+    shapes = lattice(np.concatenate(every), batch=BATCH, cost=cost, shapes=5, batches=16, **size)
+    one_by_one = sorted({Shape(0, 64), Shape(0, 256), Shape(0, ROOM)} | set(shapes))
+    graph = sft.graph(sft.SFTConfig(), LM)
+    spec = Spec(params.abstract(LM), logical_axes(LM), optax.sgd(0.1))
+    step = mixed.compile(graph, {"actor_train": PLACE}, {"actor": spec})
+    names = graph.inputs.split()
+    step.build([long.of_shape(names, shape, PLACE) for shape in one_by_one])
+    where = jax.tree.map(lambda x: x.sharding, step.home("actor").params)
+    start = jax.jit(lambda k: params.init(LM, k), out_shardings=where)(jax.random.key(0))
+    models = {"actor": step.init("actor", start)}
+    rng = np.random.default_rng(0)
+
+    def rounded(schedule):
+        """Of rules with exact shapes: the smallest compiled one that holds each."""
+        up = [next(s for s in one_by_one if s[0] == 0 and s[1] >= shape.distributed)
+              for shape in schedule.shapes]  # fmt: skip
+        return dataclasses.replace(schedule, shapes=tuple(up))
+
+    seen: dict[str, list] = {"scheduled": [], "all shared": [], "one by one": []}
+    for number, lengths in enumerate(every):
+        units = [((rng.integers(0, LM.vocab, n).astype(np.int32), np.ones(n, np.float32)),)
+                 for n in lengths]  # fmt: skip
+        plans = {
+            "scheduled": skrull.plan(lengths, cost=cost, shapes=shapes, **size),
+            "all shared": skrull.packed(lengths, cost=cost, shapes=shapes, **size),
+            "one by one": rounded(skrull.unpacked(lengths, cost=cost, **size)),
+        }
+        for name, schedule in plans.items():
+            batch = arrange(schedule, units)
+            began = time.perf_counter()
+            models, _, m = step(models, batch, np.array([0, number], np.uint32))
+            jax.block_until_ready(m)
+            seen[name].append((schedule, time.perf_counter() - began))
+    half = BATCHES // 2
+    rows = [(s.terms(), t) for found in seen.values() for s, t in found[1:half]]
+    fitted = refit(cost, rows)
+    print("tokens/s, and seconds over those scheduled: measured, predicted (median of late steps)")
+    late = {name: found[half:] for name, found in seen.items()}
+    ours = statistics.median(t for _, t in late["scheduled"])
+
+    def predicted(schedule):
+        return float(dataclasses.replace(schedule, cost=fitted).rank_seconds().max((1, 2)).sum())
+
+    own = statistics.median(predicted(s) for s, _ in late["scheduled"])
+    for name, found in late.items():
+        seconds = statistics.median(t for _, t in found)
+        tokens = statistics.median(s.lengths.sum() / t for s, t in found)
+        guess = statistics.median(predicted(s) for s, _ in found)
+        steps = statistics.median(len(s.shapes) for s, _ in found)
+        ratios = f"{seconds / ours:6.2f} {guess / own:6.2f}"
+        print(f"{name:11} {tokens:9,.0f} {ratios}   {steps:.0f} micro-steps")
+
+
+if __name__ == "__main__":
+    main()
