@@ -88,7 +88,8 @@ def test_choosing_and_writing_need_no_collective(granularity):
     home = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
     )
-    state = placed_like(jax.eval_shape(of.init, shapes), of)
+    state, ma = placed_like(jax.eval_shape(of.init, shapes), of), entries(name="spiel_ma")
+    ma_state = placed_like(jax.eval_shape(ma.init, shapes), ma)
     there = jax.tree.map(lambda x: x.sharding, state)
 
     def step(p, s, taps_):
