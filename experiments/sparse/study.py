@@ -1,14 +1,14 @@
 r"""Which entries to train: selectors and schedules against LoRA and full fine-tuning.
 
   python experiments/sparse/study.py train [--steps=80] [--only NAME ...]
-  python experiments/sparse/study.py train --model=DIR --source=FILE --target=FILE
+  python experiments/sparse/study.py train --model=DIR --label=NAME --source=FILE --target=FILE
   python experiments/sparse/study.py tables
 
 train: a character model of 0.2M parameters learns the sources of Python's standard library, and
 from there, by every method, the English of Python's reference manual (`pydoc_data.topics`), with
-hundreds of thousands of characters or with 4,000. For every method all learning rates, seeds and
+hundreds of thousands of characters or with 2,000. For every method all learning rates, seeds and
 amounts of data run side by side in one program; held-out loss on the new text and on the old is
-kept at four points of each run. With --model a checkpoint in Hugging Face's format is adapted
+kept half way and at the end. With --model a checkpoint in Hugging Face's format is adapted
 instead, by fewer methods; `source` is then text like what it was trained on. Results are added to
 `results.json`; what is there already is not run again. tables: the tables of README.md and
 `frontier.svg` from that file.
@@ -42,11 +42,12 @@ from jaxrl_eff.models import LMConfig, init, load_hf, token_logprobs
 from jaxrl_eff.settings import AdaptSettings, OptimSettings
 
 HERE = Path(__file__).parent
-LENGTH, ROWS, PROBE_ROWS, EVERY = 64, 8, 16, 10
-LITTLE = 4_000  # tokens
+LENGTH, ROWS, PROBE_ROWS, EVERY = 64, 4, 8, 10
+LITTLE = 2_000  # tokens
 HELD_OUT = 50_000
 EVALUATED = 64  # rows of held-out text
 SPARSE = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+HIGHER = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +71,22 @@ def methods(percent: int) -> dict[str, Method]:
     low = {"alpha": 2.0, **thin} if percent == 1 else {"alpha": 4.0, "rank": 2}
     grow = {"selector": "gradient", "on_drop": "keep"}
     return {
-        "random": sparse(selector="random"),
-        "magnitude": sparse(selector="magnitude"),
-        "smallest": sparse(selector="smallest"),
+        "random": sparse(rates=HIGHER, selector="random"),
+        "magnitude": sparse(rates=HIGHER, selector="magnitude"),
+        "smallest": sparse(rates=HIGHER, selector="smallest"),
         "gradient": sparse(selector="gradient"),
         "fisher": sparse(selector="fisher"),
         "snip": sparse(selector="snip"),
         "gallop": sparse(selector="gallop"),
-        "lift": sparse(selector="lift"),
+        "lift": sparse(rates=HIGHER, selector="lift"),
         "periodic": sparse("periodic", **grow),
         "spiel_ag": sparse("spiel_ag", selector="gradient"),
-        "spiel_ma": sparse("spiel_ma", (3e-3, 1e-2, 3e-2, 1e-1, 3e-1), "sm3"),
+        "spiel_ma": sparse("spiel_ma", HIGHER, "sm3"),
         "blocks": sparse("periodic", granularity="block", block=(4, 4), **grow),
         "lora": Method(SPARSE, {"name": "lora", **low}),
-        "lisa": Method((3e-4, 1e-3, 3e-3, 1e-2, 3e-2), {"name": "lisa", "layers": 1, "every": EVERY}),
+        "lisa": Method(
+            (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), {"name": "lisa", "layers": 1, "every": EVERY}
+        ),
         "full": Method((1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
     }
 
@@ -189,8 +192,8 @@ def study(data, lm: LMConfig, base, name: str, method: Method, args) -> list[dic
     seed = jnp.array([lane[1] for lane in lanes], jnp.int32)
     runs, began = Runs(lm, method, args.steps), time.time()
     model = runs.start(base, rate, seed)
-    before = np.asarray(runs.measure(model, held_out))[0]
-    seen, marks = [], {round(args.steps * q / 4 / EVERY) * EVERY for q in (1, 2, 3, 4)}
+    before = [float(jax.jit(functools.partial(loss, lm))(base, x)) for x in held_out]
+    seen, marks = [], {args.steps // 2 // EVERY * EVERY, args.steps}
     for at in range(0, args.steps, EVERY):
         if runs.due(at):
             model = runs.choose(model, rate, seed, probes[:, at // EVERY])
@@ -261,7 +264,9 @@ def read(path: str) -> str:
 def characters(source: str, target: str) -> tuple[dict[str, np.ndarray], int]:
     known = sorted({c for c in source if c.isascii()})
     number = {c: i for i, c in enumerate(known)}
-    return split(*([number[c] for c in text if c in number] for text in (source, target)), len(known))
+    return split(
+        *([number[c] for c in text if c in number] for text in (source, target)), len(known)
+    )
 
 
 def split(source: list[int], target: list[int], vocab: int) -> tuple[dict[str, np.ndarray], int]:
@@ -310,16 +315,15 @@ def train(args) -> None:
         )  # fmt: skip
         base = pretrained(lm, data["source"], args.pretrain)
     file = HERE / "results.json"
+    kept = lambda: json.loads(file.read_text()) if file.exists() else {}  # noqa: E731
     for percent in args.percent:
         for name, method in methods(percent).items():
-            key = f"{Path(args.model).name or 'characters'} {percent} % {name}"
-            if name in ("full", "lisa"):
-                key = key.replace(f"{percent} %", "100 %" if name == "full" else "25 %")
-            results = json.loads(file.read_text()) if file.exists() else {}
-            if key in results or (args.only and name not in args.only):
+            share = {"full": 100, "lisa": 25}.get(name, percent)
+            key = f"{args.label} {share} % {name}"
+            if key in kept() or (args.only and name not in args.only):
                 continue
-            results[key] = study(data, lm, base, key, method, args)
-            lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in results.items()]
+            runs = study(data, lm, base, key, method, args)
+            lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in {**kept(), key: runs}.items()]
             file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
@@ -331,6 +335,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=["much", "little"])
     parser.add_argument("--pretrain", type=int, default=1500)
     parser.add_argument("--percent", type=int, nargs="*", default=[1, 5])
+    parser.add_argument("--label", default="characters", help="what results call the model")
     parser.add_argument("--model", default="")
     parser.add_argument("--source", default="")
     parser.add_argument("--target", default="")
