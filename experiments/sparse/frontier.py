@@ -72,11 +72,9 @@ def row(runs: dict) -> dict:
         [at_forgetting(r, t, limit) for r, t in zip(rises, targets, strict=True)]
         for limit in FORGETTING
     ]
-    halves = np.array([[runs[r, s]["target"] for r in rates] for s in seeds]).min(-1)
     return {
         "rate": rates[best], "edge": best in (0, len(rates) - 1),
         "best": targets[:, best + 1], "rise": rises[:, best + 1], "equal": equal,
-        "stopped": halves.mean(0).min(),
         "changed": np.mean([runs[rates[best], s]["changed"] for s in seeds]),
         "rises": rises.mean(0), "targets": targets.mean(0),
     }  # fmt: skip
@@ -106,8 +104,8 @@ def figure(panels: dict[str, dict[str, dict]]) -> str:
     for i, (title, methods) in enumerate(panels.items()):
         start = np.mean([r["targets"][0] for r in methods.values()])
         low = min(r["targets"].min() for r in methods.values())
-        high = start + 0.15 * (start - low)
-        x_high = 1.6 * max(r["rise"].mean() for r in methods.values())
+        low, high = low - 0.05 * (start - low), start + 0.1 * (start - low)
+        x_high = 1.3 * max(r["rise"].mean() for r in methods.values())
         x0, wide, tall = left + i * width, width - 70, height - 70
 
         def at_x(x, x0=x0, x_high=x_high, wide=wide):
@@ -116,7 +114,8 @@ def figure(panels: dict[str, dict[str, dict]]) -> str:
         def at_y(y, low=low, high=high, tall=tall):
             return 30 + (high - y) / (high - low) * tall
 
-        parts.append(f'<text class="t" x="{x0}" y="18">{html.escape(title)}</text>')
+        title = html.escape(f"loss on the new text: {title}")
+        parts.append(f'<text class="t" x="{x0}" y="18">{title}</text>')
         for tick in charts.ticks(0, x_high, 5):
             parts.append(f'<path class="g" d="M{at_x(tick):.1f} 30v{tall}"/>')
             label = f"{tick:.2g}"

@@ -177,13 +177,13 @@ class Runs:
         self.changed = jax.jit(jax.vmap(changed, in_axes=(0, None)))
 
 
-def study(data, lm: LMConfig, base, name: str, method: Method, args) -> list[dict]:
+def study(data, lm, base, name: str, method: Method, amounts, args) -> list[dict]:
     """One entry a run: what it was and what it reached."""
-    lanes = list(itertools.product(method.rates, range(args.seeds), args.data))
+    lanes = list(itertools.product(method.rates, range(args.seeds), amounts))
     pieces = {
         (seed, amount): pieces_of(data, amount, seed, args.steps)
         for seed in range(args.seeds)
-        for amount in args.data
+        for amount in amounts
     }
     rows = np.stack([pieces[seed, amount][0] for _, seed, amount in lanes])
     probes = np.stack([pieces[seed, amount][1] for _, seed, amount in lanes])
@@ -320,10 +320,14 @@ def train(args) -> None:
         for name, method in methods(percent).items():
             share = {"full": 100, "lisa": 25}.get(name, percent)
             key = f"{args.label} {share} % {name}"
-            if key in kept() or (args.only and name not in args.only):
+            there = {run["data"] for run in kept().get(key, [])}
+            amounts = [x for x in args.data if x not in there]
+            if not amounts or (args.only and name not in args.only):
                 continue
-            runs = study(data, lm, base, key, method, args)
-            lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in {**kept(), key: runs}.items()]
+            runs = study(data, lm, base, key, method, amounts, args)
+            results = kept()
+            results[key] = results.get(key, []) + runs
+            lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in results.items()]
             file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
