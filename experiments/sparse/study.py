@@ -1,17 +1,16 @@
 r"""Which entries to train: selectors and schedules against LoRA and full fine-tuning.
 
-  python experiments/sparse/study.py train [--steps=80] [--only NAME ...]
-  python experiments/sparse/study.py train --model=DIR --label=NAME --source=FILE --target=FILE
-  python experiments/sparse/study.py tables
+  python experiments/sparse/study.py [--percent 1 5] [--data much little] [--only NAME ...]
+  python experiments/sparse/study.py --model=DIR --label=NAME --source=FILE --target=FILE
+  python experiments/sparse/frontier.py
 
-train: a character model of 0.2M parameters learns the sources of Python's standard library, and
-from there, by every method, the English of Python's reference manual (`pydoc_data.topics`), with
-hundreds of thousands of characters or with 2,000. For every method all learning rates, seeds and
-amounts of data run side by side in one program; held-out loss on the new text and on the old is
-kept half way and at the end. With --model a checkpoint in Hugging Face's format is adapted
-instead, by fewer methods; `source` is then text like what it was trained on. Results are added to
-`results.json`; what is there already is not run again. tables: the tables of README.md and
-`frontier.svg` from that file.
+A character model of 0.2M parameters learns the sources of Python's standard library without their
+comments and docstrings, and from there, by every method, the English of Python's reference manual
+(`pydoc_data.topics`), with all of its 400,000 characters or with 2,000. For every method all
+learning rates, seeds and amounts of data run side by side in one program; held-out loss on the new
+text and on the old is kept half way and at the end. With --model a checkpoint in Hugging Face's
+format is adapted instead; `source` is then text like what it was trained on. Results are added to
+`results.json`; what is there already is not run again.
 """
 
 import argparse
@@ -29,7 +28,6 @@ from pydoc_data.topics import topics
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,8 +44,8 @@ LENGTH, ROWS, PROBE_ROWS, EVERY = 64, 4, 8, 10
 LITTLE = 2_000  # tokens
 HELD_OUT = 50_000
 EVALUATED = 64  # rows of held-out text
-SPARSE = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-HIGHER = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+SPARSE = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+HIGHER = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # for entries with small gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +79,13 @@ def methods(percent: int) -> dict[str, Method]:
         "lift": sparse(rates=HIGHER, selector="lift"),
         "periodic": sparse("periodic", **grow),
         "spiel_ag": sparse("spiel_ag", selector="gradient"),
-        "spiel_ma": sparse("spiel_ma", HIGHER, "sm3"),
+        "spiel_ma": sparse("spiel_ma", (*HIGHER, 1.0), "sm3"),
         "blocks": sparse("periodic", granularity="block", block=(4, 4), **grow),
         "lora": Method(SPARSE, {"name": "lora", **low}),
         "lisa": Method(
-            (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), {"name": "lisa", "layers": 1, "every": EVERY}
+            (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), {"name": "lisa", "layers": 1, "every": EVERY}
         ),
-        "full": Method((1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
+        "full": Method((3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
     }
 
 
@@ -161,8 +159,8 @@ class Runs:
             return jax.lax.scan(step, model, rows)[0]
 
         def measure(model, rows):
-            each = jax.lax.map(functools.partial(loss, lm, model.params), rows.reshape(-1, 32, 64))
-            return each.reshape(2, -1).mean(1)
+            of = functools.partial(loss, lm, model.params)
+            return jax.lax.map(of, rows.reshape(-1, 32, LENGTH)).reshape(2, -1).mean(1)
 
         def changed(model, base):
             new, old = tree.flat(model.params), tree.flat(base)
@@ -177,13 +175,11 @@ class Runs:
         self.changed = jax.jit(jax.vmap(changed, in_axes=(0, None)))
 
 
-def study(data, lm, base, name: str, method: Method, amounts, args) -> list[dict]:
+def study(data, lm, base, name: str, method: Method, lanes, args) -> list[dict]:
     """One entry a run: what it was and what it reached."""
-    lanes = list(itertools.product(method.rates, range(args.seeds), amounts))
     pieces = {
         (seed, amount): pieces_of(data, amount, seed, args.steps)
-        for seed in range(args.seeds)
-        for amount in amounts
+        for seed, amount in {lane[1:] for lane in lanes}
     }
     rows = np.stack([pieces[seed, amount][0] for _, seed, amount in lanes])
     probes = np.stack([pieces[seed, amount][1] for _, seed, amount in lanes])
@@ -320,11 +316,14 @@ def train(args) -> None:
         for name, method in methods(percent).items():
             share = {"full": 100, "lisa": 25}.get(name, percent)
             key = f"{args.label} {share} % {name}"
-            there = {run["data"] for run in kept().get(key, [])}
-            amounts = [x for x in args.data if x not in there]
-            if not amounts or (args.only and name not in args.only):
+            if args.only and name not in args.only:
                 continue
-            runs = study(data, lm, base, key, method, amounts, args)
+            there = {(r["rate"], r["seed"], r["data"]) for r in kept().get(key, [])}
+            every = itertools.product(method.rates, range(args.seeds), args.data)
+            lanes = [lane for lane in every if lane not in there]
+            if not lanes:
+                continue
+            runs = study(data, lm, base, key, method, lanes, args)
             results = kept()
             results[key] = results.get(key, []) + runs
             lines = [f" {json.dumps(k)}: {json.dumps(v)}" for k, v in results.items()]
@@ -333,22 +332,17 @@ def train(args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("train", "tables"))
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", nargs="*", default=["much", "little"])
     parser.add_argument("--pretrain", type=int, default=1500)
     parser.add_argument("--percent", type=int, nargs="*", default=[1, 5])
-    parser.add_argument("--label", default="characters", help="what results call the model")
+    parser.add_argument("--label", default="characters", help="what the results call the model")
     parser.add_argument("--model", default="")
     parser.add_argument("--source", default="")
     parser.add_argument("--target", default="")
     parser.add_argument("--only", nargs="*", choices=list(methods(1)))
-    args = parser.parse_args()
-    if args.part == "train":
-        train(args)
-    else:
-        frontier.main(HERE)
+    train(parser.parse_args())
 
 
 if __name__ == "__main__":
