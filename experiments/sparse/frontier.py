@@ -92,9 +92,8 @@ def number(values, sign: str = "") -> str:
 
 def table(methods: dict[str, dict]) -> None:
     limits = " | ".join(f"at a rise of {x}" for x in FORGETTING)
-    print(
-        f"| method | rate | best loss | its rise | {limits} | minus random's at {FORGETTING[1]} | changed |"
-    )
+    paired = f"minus random's at {FORGETTING[1]}"
+    print(f"| method | rate | best loss | its rise | {limits} | {paired} | changed |")
     print("|---" * (6 + len(FORGETTING)) + "|")
     for name, r in sorted(methods.items(), key=lambda item: item[1]["best"].mean()):
         equal = " | ".join(number(x) for x in r["equal"])
