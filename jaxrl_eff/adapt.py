@@ -24,7 +24,7 @@ from jaxrl_eff.optim.sparse import SampledLayers, SparseAdapt, SparseOverlay, Ti
 from jaxrl_eff.settings import AdaptSettings, OptimSettings
 
 GRANULARITIES = ("element", "block", "row", "column", "head")
-SCHEDULES = ("static", "periodic", "spiel_ag")
+SCHEDULES = ("static", "periodic", "spiel_ag", "spiel_ma")
 NAMES = (*SCHEDULES, "lisa", *lora.METHODS)
 
 
@@ -90,7 +90,10 @@ def entries_of(
     Args:
         schedule, updates: as for `spec`.
     """
-    inner = optimizer(optim.name, 1.0, weight_decay=optim.weight_decay, options=optim.options)
+    if s.name == "spiel_ma":
+        inner = sparse.SM3()
+    else:
+        inner = optimizer(optim.name, 1.0, weight_decay=optim.weight_decay, options=optim.options)
     common = {
         "selector": s.selector, "schedule": _schedule(s, updates), "learning_rate": schedule,
         "layout": _Layout(s, lm, s.targets or lora.TARGETS), "seed": s.seed,
@@ -186,6 +189,10 @@ def _check(s: AdaptSettings, optim: OptimSettings) -> None:
             f"spiel_ag grows by a gradient, but selector is {s.selector!r}; there are "
             f"{list(sparse.GRADIENTS)}."
         )
+    if s.name == "spiel_ma":
+        _check_accumulators(s, optim)
+    elif s.name in SCHEDULES and optim.name == "sm3":
+        raise ValueError(f"name is {s.name!r}, but of entries only spiel_ma is updated by sm3.")
     if s.name == "periodic" and s.selector == "random":
         raise ValueError("periodic with selector 'random' would choose the same again.")
     if s.name == "lisa" and (s.rank or s.mode != "in_place"):
@@ -209,12 +216,32 @@ def _check(s: AdaptSettings, optim: OptimSettings) -> None:
         raise ValueError(f"optim.frozen is {optim.frozen}; with adapt, name what is trained.")
 
 
+def _check_accumulators(s: AdaptSettings, optim: OptimSettings) -> None:
+    if s.selector not in sparse.WEIGHTS:
+        raise ValueError(
+            f"spiel_ma grows by accumulators, and the selector of its start is {s.selector!r}; "
+            f"there are {list(sparse.WEIGHTS)}."
+        )
+    if optim.name != "sm3" or optim.weight_decay or optim.options:
+        raise ValueError(
+            f"spiel_ma updates by SM3, but optim is {optim.name!r} with weight_decay="
+            f"{optim.weight_decay} and options={optim.options}; it must be 'sm3' without them."
+        )
+    if s.granularity != "element" or s.mode != "in_place":
+        raise ValueError(
+            f"spiel_ma trains single entries in place, but granularity is {s.granularity!r} and "
+            f"mode is {s.mode!r}."
+        )
+
+
 def _schedule(s: AdaptSettings, updates: int) -> Any:
     first = s.selector in sparse.GRADIENTS
     if s.name == "periodic":
         return sparse.Periodic(s.every, first=first)
     if s.name == "spiel_ag":
         return sparse.Spiel(s.every, s.share, updates, s.decay)
+    if s.name == "spiel_ma":
+        return sparse.Spiel(s.every, s.share, updates, s.decay, first=False)
     return sparse.Static(first=first)
 
 

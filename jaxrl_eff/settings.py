@@ -108,9 +108,10 @@ class AdaptSettings:
 
     Attributes:
         name: "lora", "rslora" or "dora"; or, for sparse changes of the kernels in place, when the
-            trained entries are chosen: "static" (once), "periodic" (anew every `every` steps) or
-            "spiel_ag" (drop the smallest changes, grow the largest gradients); or "lisa": the
-            projections of a few layers, others every `every` steps.
+            trained entries are chosen: "static" (once), "periodic" (anew every `every` steps),
+            "spiel_ag" (drop the smallest changes, grow the largest gradients) or "spiel_ma" (grow
+            where the sums of SM3, which must be the optimizer, are largest: the least state); or
+            "lisa": the projections of a few layers, others every `every` steps.
         targets: patterns of kernels; () is every projection of the layers.
         whole: patterns of parameters that are trained whole besides, such as norms. A value head
             always is.
@@ -122,9 +123,10 @@ class AdaptSettings:
         block: rows and columns of a block.
         selector: how: "random", "magnitude", "smallest", "lift" by the weights, or "gradient",
             "fisher", "snip", "gallop" by the gradient on the batch. For RL random is the safe one.
+            For "spiel_ma", of the start alone and by the weights.
         layers: how many at a time, for "lisa".
         every: steps between two choices.
-        share, decay: of "spiel_ag", see `optim.sparse.Spiel`.
+        share, decay: of "spiel_ag" and "spiel_ma", see `optim.sparse.Spiel`.
         mode: sparse changes are written into the kernels ("in_place"), or kept beside them in
             float32 and added at every use ("overlay"), so that a reference policy that starts
             where the actor starts needs no arrays of its own. LoRA is beside them always.

@@ -41,7 +41,8 @@ def batch(rows=8, length=12):
 
 def spec(**changes):
     s = settings.AdaptSettings(**{"tiles": (2, 2), "density": 0.1, "targets": TARGETS, **changes})
-    return adapt.spec(s, LM, OPTIM, lambda count: 1e-2, 100)
+    sm3 = dataclasses.replace(OPTIM, name="sm3")
+    return adapt.spec(s, LM, sm3 if s.name == "spiel_ma" else OPTIM, lambda count: 1e-2, 100)
 
 
 @functools.cache
@@ -68,6 +69,7 @@ WAYS = {
     "blocks and lora": dict(
         name="periodic", selector="fisher", every=2, granularity="block", block=(4, 4), rank=2
     ),
+    "accumulators": dict(name="spiel_ma", every=2, share=0.5),
     "overlay": dict(name="spiel_ag", selector="snip", every=2, mode="overlay"),
     "lisa": dict(name="lisa", layers=1, every=1),
     "lora on nf4": dict(name="lora", rank=2, base="nf4"),
@@ -76,6 +78,7 @@ WAYS = {
 PLACES = {
     "entries": Placement((7, 6, 5, 4, 3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
     "blocks and lora": Placement((1, 3, 0, 2), tensor=2, seq=2, microbatches=4),
+    "accumulators": Placement((0, 1, 2, 3), fsdp=2, tensor=2, microbatches=2),
     "overlay": Placement((0, 1, 2, 3), fsdp=2, tensor=2, microbatches=2),
     "lisa": Placement((3, 2, 1, 0), fsdp=2, tensor=2, microbatches=2),
     "lora on nf4": Placement((0, 1, 2, 3), fsdp=2, tensor=2),
@@ -221,6 +224,9 @@ def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
         (dict(name="static", granularity="bit"), "granularity is 'bit'"),
         (dict(name="static", selector="best"), "selector is 'best'"),
         (dict(name="spiel_ag"), "grows by a gradient"),
+        (dict(name="spiel_ma", selector="gradient"), "selector of its start is 'gradient'"),
+        (dict(name="spiel_ma", granularity="row"), "granularity is 'row'"),
+        (dict(name="spiel_ma", mode="overlay"), "mode is 'overlay'"),
         (dict(name="periodic"), "choose the same again"),
         (dict(name="static", granularity="block"), r"attn/o/kernel: blocks of \(128, 128\)"),
         (dict(name="static", tiles=(0, 1)), r"tiles is \(0, 1\)"),
@@ -237,6 +243,14 @@ def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
 def test_what_cannot_work_is_said(changes, message):
     with pytest.raises(ValueError, match=message):
         spec(**changes)
+
+
+def test_spiel_ma_brings_its_own_optimizer():
+    with pytest.raises(ValueError, match="updates by SM3, but optim is 'adam'"):
+        adapt.spec(settings.AdaptSettings(name="spiel_ma"), LM, OPTIM, lambda count: 1e-2, 100)
+    sm3 = dataclasses.replace(OPTIM, name="sm3")
+    with pytest.raises(ValueError, match="only spiel_ma"):
+        adapt.spec(settings.AdaptSettings(name="static"), LM, sm3, lambda count: 1e-2, 100)
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,20 @@ def placed_like(like, of):
     return tree.map_with_name(one, like)
 
 
+def by_rows_and_columns(of, home, state, where, tap):
+    """SpIEL-MA's programs, lowered."""
+    there = where, jax.tree.map(lambda x: x.sharding, state)
+
+    def step(p, s, taps_):
+        updates, s = of.update(taps_, s, p)
+        return of.apply(p, updates), s
+
+    return {
+        "update by SM3": jax.jit(step, out_shardings=there).lower(home, state, tap),
+        "grow by SM3": jax.jit(of.reselect, out_shardings=there).lower(home, state),
+    }
+
+
 @pytest.mark.parametrize("granularity", ["element", "block"])
 def test_choosing_and_writing_need_no_collective(granularity):
     of = entries(selector="magnitude", granularity=granularity, block=(2, 2))
@@ -74,7 +88,8 @@ def test_choosing_and_writing_need_no_collective(granularity):
     home = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
     )
-    state = placed_like(jax.eval_shape(of.init, shapes), of)
+    state, ma = placed_like(jax.eval_shape(of.init, shapes), of), entries(name="spiel_ma")
+    ma_state = placed_like(jax.eval_shape(ma.init, shapes), ma)
     there = jax.tree.map(lambda x: x.sharding, state)
 
     def step(p, s, taps_):
@@ -96,6 +111,8 @@ def test_choosing_and_writing_need_no_collective(granularity):
                 home, state, found
             ),
         }
+        if granularity == "element":
+            programs |= by_rows_and_columns(ma, home, ma_state, where, tap)
         found = {k: collectives(p.compile()) for k, p in programs.items()}
         assert not any(found.values()), found
         # That the search finds them: one tile over all devices cannot do without.

@@ -200,6 +200,71 @@ def test_spiel_drops_the_smallest_changes_and_grows_the_largest_gradients():
         assert list(got) == spiel_twin(index, change, found, score, exchanged)
 
 
+def sm3_twin(w, masks, grads, exchanged):
+    """SpIEL-MA on dense float32 arrays of one tile: a choice with that many before each update."""
+    row, column = np.zeros(w.shape[0], np.float32), np.zeros(w.shape[1], np.float32)
+    start, mask = w.copy(), masks.copy()
+    for g, count in zip(grads, exchanged, strict=True):
+        active, change = np.flatnonzero(mask), np.abs(w - start).reshape(-1)
+        score = np.outer(row, column).reshape(-1) * ~mask.reshape(-1)
+        best = [u for u in np.argsort(-score, kind="stable")[:count] if score[u] > 0]
+        gone = active[np.argsort(change[active], kind="stable")[: len(best)]]
+        mask.reshape(-1)[gone], mask.reshape(-1)[best] = False, True
+        w = np.where(mask, w, start)
+        v = np.where(mask, np.minimum(row[:, None], column[None]) + g * g, 0)
+        row, column = np.maximum(row, v.max(1)), np.maximum(column, v.max(0))
+        w = np.where(mask, w - np.float32(0.05) * g / np.sqrt(np.where(v > 0, v, 1)), w)
+    return w, mask, row, column
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
+def test_spiel_ma_is_a_dense_twin(grid):
+    """Updates on the support, accumulators, and what is dropped and grown, tile by tile."""
+    params, rng = {"w": jax.random.normal(jax.random.key(0), (2, 16, 24))}, np.random.default_rng(0)
+    adapt = sparse.sparse_adapt(
+        sparse.SM3(), schedule=sparse.Spiel(3, share=0.5, updates=12, first=False),
+        layout=lambda name, leaf: sparse.tiling(leaf.shape, 0.2, stack=1, grid=grid),
+        learning_rate=0.05,
+    )  # fmt: skip
+    t, state = adapt.layout("w", params["w"]), adapt.init(params)
+    grads = rng.normal(size=(9, 2, 16, 24)).astype(np.float32)
+
+    def on(index):
+        at = jnp.zeros(params["w"].shape, bool)
+        return np.asarray(sparse.scatter(at, index, jnp.ones(index.shape, bool), t))
+
+    first, w, choose = on(state.active["w"].index), np.asarray(params["w"]), jax.jit(adapt.reselect)
+
+    @jax.jit
+    def step(params, state, g):
+        taps = sparse.dense_to_sparse({"w": g}, state, adapt.layout)
+        updates, state = adapt.update(taps, state, params)
+        return adapt.apply(params, updates), state
+
+    exchanged = [0] * 9
+    for i, g in enumerate(grads):
+        if adapt.schedule.due(i):
+            exchanged[i] = int(np.floor(0.5 * (1 - i / 12) * t.count + 1e-4))
+            params, state = choose(params, state)
+        params, state = step(params, state, g)
+    assert np.count_nonzero(exchanged) == 2
+    last, accumulators, (r, c) = on(state.active["w"].index), state.active["w"].inner, t.tile
+    for layer, i, j in np.ndindex(2, *grid):
+        part = np.s_[layer, i * r : (i + 1) * r, j * c : (j + 1) * c]
+        ours = (params["w"][part], last[part], *(x[layer, i, j] for x in accumulators))
+        theirs = sm3_twin(w[part], first[part], grads[(slice(None), *part)], exchanged)
+        assert (theirs[1] != first[part]).any()
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-6, atol=1e-6)
+
+
+def test_sm3_keeps_rows_and_columns_alone():
+    adapt = sparse.sparse_adapt(sparse.SM3(), density=0.01)
+    state = adapt.init({"w": jnp.zeros((256, 128), jnp.bfloat16)})
+    used = sum(x.nbytes for x in jax.tree.leaves(state.active))
+    assert used == round(0.01 * 256 * 128) * (4 + 2 + 2) + (256 + 128) * 4
+
+
 @pytest.mark.parametrize("selector", ["magnitude", "smallest", "lift"])
 def test_selectors_of_weights_choose_what_they_say(selector, monkeypatch):
     monkeypatch.setattr(selectors, "LIFT_RANK", 3)
@@ -246,6 +311,8 @@ def test_state_is_as_small_as_what_is_active():
         (dict(inner=optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(1.0))), "elementwise"),
         (dict(selector={"b": np.eye(8, 12, dtype=bool)[:, :3]}), "mask of 'b'"),
         (dict(selector={}, schedule=sparse.Periodic(3)), "never chosen anew"),
+        (dict(inner=sparse.SM3(), block=(4, 4)), r"single entries, but units are blocks of \(4, 4"),
+        (dict(inner=sparse.SM3(), schedule=sparse.Spiel()), "needs one of .* and first=False"),
     ],
 )
 def test_what_cannot_work_is_said(change, message):

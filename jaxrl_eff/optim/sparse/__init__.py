@@ -15,11 +15,12 @@ from jaxrl_eff.optim.sparse.overlay import Overlay, OverlayState, SparseOverlay,
 from jaxrl_eff.optim.sparse.per_entry import per_entry
 from jaxrl_eff.optim.sparse.schedules import Periodic, Spiel, Static
 from jaxrl_eff.optim.sparse.selectors import GRADIENTS, WEIGHTS
+from jaxrl_eff.optim.sparse.sm3 import SM3, SM3State
 from jaxrl_eff.optim.sparse.tiling import Tiling, gather, scatter, tiling
 
 __all__ = [
-    "GRADIENTS", "WEIGHTS", "Active", "LayersState", "Overlay", "OverlayState", "Periodic",
-    "SampledLayers", "SparseAdapt", "SparseOverlay", "SparseState", "SparseUpdate", "Spiel",
-    "Static", "Tiling", "apply_sparse_updates", "dense_to_sparse", "from_dense", "gather",
+    "GRADIENTS", "SM3", "WEIGHTS", "Active", "LayersState", "Overlay", "OverlayState", "Periodic",
+    "SM3State", "SampledLayers", "SparseAdapt", "SparseOverlay", "SparseState", "SparseUpdate",
+    "Spiel", "Static", "Tiling", "apply_sparse_updates", "dense_to_sparse", "from_dense", "gather",
     "per_entry", "sampled_layers", "scatter", "sparse_adapt", "sparse_overlay", "tiling",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ from jaxrl_eff.optim import mcf
 from jaxrl_eff.optim.paths import path_name
 from jaxrl_eff.optim.sparse import schedules, selectors
 from jaxrl_eff.optim.sparse.per_entry import check_elementwise, per_entry
+from jaxrl_eff.optim.sparse.sm3 import SM3
 from jaxrl_eff.optim.sparse.tiling import Tiling, gather, per_shard, scatter, tiling
 
 Layout = Callable[[str, Any], Tiling | None]
@@ -34,7 +35,7 @@ class Active(NamedTuple):
     """State of one parameter's active units."""
 
     index: Any  # int32[*stack, R, C, k], ascending in every tile
-    inner: Any  # the inner optimizer's, a counter and moments for every unit
+    inner: Any  # a counter and moments for every unit, or the `SM3State` of rows and columns
     original: Any  # values before training, in the parameter's dtype
     remainder: Any  # int16 values, for bfloat16 parameters; () for float32 ones
 
@@ -82,7 +83,7 @@ class SparseAdapt(NamedTuple):
 
 
 def sparse_adapt(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | SM3,
     *,
     selector: str | Mapping[str, Any] = "random",
     schedule: Any = None,
@@ -98,6 +99,8 @@ def sparse_adapt(
     Args:
         inner: e.g. `optax.adam(1.0)`. It sees each entry with its own counter and, as parameters,
             the entry's distance from its original value, so weight decay pulls to the base model.
+            Or `SM3()`, which with `Spiel` also says what grows, so that the selector, one of
+            `selectors.WEIGHTS`, chooses the start alone: SpIEL-MA.
         selector: one of `selectors.WEIGHTS` or `selectors.GRADIENTS`, or for every parameter by
             name a boolean mask (numpy) of its entries, with as many in every tile.
         schedule: `Static`, `Periodic` or `Spiel`; None: `Static`.
@@ -114,7 +117,6 @@ def sparse_adapt(
     Raises:
         ValueError: an option that does not exist or does not fit.
     """
-    check_elementwise(inner)
     masks = selector if isinstance(selector, Mapping) else None
     selector = "mask" if masks is not None else selector
     known = (*selectors.WEIGHTS, *selectors.GRADIENTS)
@@ -125,6 +127,14 @@ def sparse_adapt(
     schedule = schedule or schedules.Static(first=selector in selectors.GRADIENTS)
     if selector == "mask" and type(schedule) is not schedules.Static:
         raise ValueError(f"a mask is never chosen anew, but the schedule is {schedule}.")
+    grows = isinstance(inner, SM3) and isinstance(schedule, schedules.Spiel)
+    if not isinstance(inner, SM3):
+        check_elementwise(inner)
+    elif grows and (schedule.first or selector in selectors.GRADIENTS):
+        raise ValueError(
+            f"SM3 grows by what it saw since the start, but the selector is {selector!r} and the "
+            f"schedule {schedule}; it needs one of {[*selectors.WEIGHTS]} and first=False."
+        )
     tiled = layout or partial(_matrices, density, block)
     if masks is not None:
         tiled = partial(_masked_tiling, masks, tiled)
@@ -150,7 +160,7 @@ def sparse_adapt(
         for name, (x, t) in adapted(params).items():
             index = choice(name, x, t)
             original = per_shard(partial(gather, t=t), t, "pt", "t")(x, index)
-            active[name] = Active(index, *_fresh(inner, t, original))
+            active[name] = _fresh(inner, t, index, original)
         return SparseState(jnp.int32(0), active)
 
     def update(grads: Any, state: SparseState, params: Any):
@@ -162,7 +172,10 @@ def sparse_adapt(
             exact = exact_value(visible, old.remainder)
             change = exact - old.original.astype(jnp.float32)
             g = grads[name].astype(jnp.float32)
-            u, after = per_entry(inner, len(t.unit)).update(g, old.inner, change)
+            if isinstance(inner, SM3):
+                u, after = inner.update(g, old.inner, old.index, t)
+            else:
+                u, after = per_entry(inner, len(t.unit)).update(g, old.inner, change)
             value, remainder = rounded(exact + jnp.float32(rate) * u, x.dtype)
             updates[name] = SparseUpdate(old.index, value)
             active[name] = Active(old.index, after, old.original, remainder)
@@ -192,14 +205,16 @@ def sparse_adapt(
         updates, active = {}, {}
         tilings = adapted(params)
         for name, (x, t) in tilings.items():
-            old = state.active[name]
-            if found is None:
+            old, best = state.active[name], None if found is None else found[name]
+            if grows:
+                best = inner.grown(old.inner, old.index, t)
+            if best is None:
                 new = selectors.select(name, selector, x, t, seed)
             else:
                 run = partial(_choose, schedule, t)
                 rest = _some(old.remainder)
                 new = per_shard(run, t, "pttt" + "t" * len(rest) + "-", "t")(
-                    x, old.index, old.original, found[name], *rest, state.count
+                    x, old.index, old.original, best, *rest, state.count
                 )
             leave = partial(_left, t, on_drop)
             back = per_shard(leave, t, "pttt", "t")(x, old.index, new, old.original)
@@ -210,8 +225,12 @@ def sparse_adapt(
         for name, (x, t) in named.items():
             old, new = state.active[name], active[name]
             original = per_shard(partial(gather, t=t), t, "pt", "t")(x, new)
-            fresh = Active(new, *_fresh(inner, t, original))
-            active[name] = carried(t, old, fresh)
+            fresh = _fresh(inner, t, new, original)
+            if isinstance(inner, SM3):  # rows and columns stay
+                moved = carried(t, old._replace(inner=()), fresh._replace(inner=()))
+                active[name] = moved._replace(inner=old.inner)
+            else:
+                active[name] = carried(t, old, fresh)
         return params, SparseState(state.count, active)
 
     def revert(params: Any, state: SparseState) -> Any:
@@ -303,12 +322,14 @@ def rounded(exact: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
     return (exact, ()) if dtype == jnp.float32 else mcf.split_bits(exact)
 
 
-def _fresh(inner: Any, t: Tiling, original: jax.Array) -> tuple[Any, jax.Array, Any]:
-    """Inner state, original and remainder of units that were never trained."""
-    zeros = jnp.zeros(original.shape, jnp.float32)
-    start = per_entry(inner, len(t.unit)).init(zeros)
+def _fresh(inner: Any, t: Tiling, index: jax.Array, original: jax.Array) -> Active:
+    """State of units that were never trained."""
+    if isinstance(inner, SM3):
+        start = inner.init(index, t)
+    else:
+        start = per_entry(inner, len(t.unit)).init(jnp.zeros(original.shape, jnp.float32))
     narrow = original.dtype == jnp.bfloat16
-    return start, original, jnp.zeros(original.shape, jnp.int16) if narrow else ()
+    return Active(index, start, original, jnp.zeros(original.shape, jnp.int16) if narrow else ())
 
 
 def _choose(schedule: Any, t: Tiling, x, index, original, found, *rest):

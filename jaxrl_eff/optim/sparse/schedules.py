@@ -3,7 +3,7 @@
     Static()      never; a selector of gradients chooses once, before the first step
     Periodic()    every M steps the best units, all of them anew; what stays keeps its state
     Spiel()       SpIEL-AG (arXiv:2401.16405): every R steps drop the smallest changes, grow the
-                  largest gradients
+                  largest gradients; with `SM3`, SpIEL-MA
 
 `due(step)` is asked on the host, so that a step between two choices runs a program without any
 trace of choosing; `choose` runs on the device.
@@ -55,10 +55,11 @@ class Spiel:
     """Update, drop and grow.
 
     Attributes:
-        every: R, steps between two choices; the first is before the first step.
-        share: p0, of the active units that may be exchanged. All are, the first time.
+        every: R, steps between two choices.
+        share: p0, of the active units that may be exchanged. Before the first step all are.
         updates: optimizer updates of the whole training, over which the share falls to 0.
         decay: "linear", p = p0 (1 - s/T), or "cosine", p = p0 (1 + cos(pi s/T)) / 2.
+        first: whether the first choice is before the first step.
     """
 
     every: int = 20
@@ -76,7 +77,7 @@ class Spiel:
             raise ValueError(f"decay is {self.decay!r}, not 'linear' or 'cosine'.")
 
     def due(self, step: int) -> bool:
-        return step % self.every == 0
+        return step % self.every == 0 and (self.first or step > 0)
 
     def choose(self, index, change, found, score, updates):
         """The units active from now on, ascending.
