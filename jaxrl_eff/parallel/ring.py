@@ -108,13 +108,23 @@ def _spread(
     heads = k.shape[2]
     folded = hops.fold(q * jnp.asarray(scale, q.dtype), heads, chunk)
     kv = jnp.stack([hops.fold(x, heads, chunk) for x in (k, v)], axis=1)
-    q_where = hops.fold_where(q_position, q_segment, chunk)
+    q_where = hops.fold_where(q_position, q_segment, chunk) + _zero_of(q)
     k_where = hops.fold_where(k_position, k_segment, chunk)
     windows = [] if window is None else [jnp.asarray(window, jnp.int32)]
     operands = _varying(axis, folded, kv, q_where, k_where, *windows)
     tour = tour if lax.axis_size(axis) > 1 else _ALONE
     out = _attention(tour, axis, softcap, *operands[:4], operands[4] if windows else None)
     return hops.unfold(out, q.shape[1], chunk)
+
+
+def _zero_of(q: Array) -> Int[Array, ""]:
+    """0, but JAX does not know.
+
+    What a loop over layers computes of positions alone JAX would compute before the loop and keep,
+    since it is the same for all layers: the masks of all chunks at once.
+    """
+    one = q[0, 0, 0, 0]
+    return ((one != one) & False).astype(jnp.int32)
 
 
 def _varying(axis: str, *arrays: Array) -> list[Array]:

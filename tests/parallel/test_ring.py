@@ -434,3 +434,26 @@ def test_what_cannot_be_split_is_named():
         ring.on_mesh(ring.ring("context"), line(2), axis="context")
     with pytest.raises(ValueError, match="variant is 'rings'"):
         ring.wire_bytes("rings", 8, 4, 2, 4, 2, 2)
+
+
+@pytest.mark.parametrize("attend", [ring.ring("seq", chunk=128), ring.gathered("seq", chunk=128)])
+def test_a_loop_over_layers_keeps_nothing_of_two_lengths(attend):
+    """Masks are the same for all layers; before the loop they would be all there at once."""
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("seq",))
+    over = ring.on_mesh(attend, one)
+
+    def temporaries(length):
+        q, k = (jax.ShapeDtypeStruct((1, length, n, 8), jnp.float32) for n in (2, 1))
+        ints = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+        def loss(q, k, v, position, segment):
+            where = dict(q_position=position, k_position=position)
+            where |= dict(q_segment=segment, k_segment=segment)
+            layer = lambda x, _: (over(x, k, v, **where, scale=0.3), None)  # noqa: E731
+            return jax.lax.scan(layer, q, None, length=2)[0].sum()
+
+        run = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, ints, ints)
+        return run.compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(1024), temporaries(4096)
+    assert long < 4.5 * short
