@@ -99,6 +99,8 @@ class Step:
         sync: as given to `compile`.
     """
 
+    _mixed = False  # see `Layouts`
+
     def __init__(
         self,
         graph: Graph,
@@ -108,7 +110,7 @@ class Step:
         sync: Changes | None = None,
     ):
         self.graph, self.plan, self.specs, self.keep, self.sync = graph, plan, specs, keep, sync
-        self._layouts = Layouts(graph, plan, specs)
+        self._layouts = Layouts(graph, plan, specs, mixed=self._mixed)
         self.calls = self._layouts.calls
         self.traces = dict.fromkeys((c.name for c in self.calls), 0)
         self.timeline = Timeline()

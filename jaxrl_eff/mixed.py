@@ -30,7 +30,7 @@ from flax import linen as nn
 from jaxrl_eff import arrays, edges, lowering, meters, operations, programs, tree
 from jaxrl_eff.dataflow import Step, key_words
 from jaxrl_eff.graph import Call, Graph, Model, Spec, check_plan
-from jaxrl_eff.layouts import Layouts, placed
+from jaxrl_eff.layouts import placed
 from jaxrl_eff.parallel import Placement, rows, spread
 from jaxrl_eff.parallel.sharding import mixed_rows
 
@@ -70,9 +70,10 @@ def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spe
 class Mixed(Step):
     """A compiled graph. Call it as `models, {}, metrics = step(models, micro_batches, key)`."""
 
+    _mixed = True
+
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self._layouts = Layouts(self.graph, self.plan, self.specs, mixed=True)
         self.share = (0, 1)  # schedules are of whole batches
         self._place = next(iter(self.plan.values()))
         self._trained = [c for c in self.calls if c.kind == "train"]
@@ -88,7 +89,7 @@ class Mixed(Step):
             batch: a micro-batch of every shape that there may be, of anything with `shape` and
                 `dtype`.
         """
-        self._known = {}
+        self._known, self._traced = {}, {}
         for micro in batch:
             shape, sides = shape_of(micro), {side: dict(there) for side, there in micro.items()}
             args = self._known[shape] = {}
@@ -100,8 +101,8 @@ class Mixed(Step):
                 for there in args[c.name].values():
                     edges.check(c.name, there)
                 if c.kind == "infer":
-                    out = self._traced_infer(c, shape).out
-                    sides = {side: sides[side] | out[side] for side in sides}
+                    found = self._traced[_of(c, shape)] = self._traced_infer(c, shape)
+                    sides = {side: sides[side] | found.out[side] for side in sides}
         everyone = tuple(range(jax.process_count()))
         self.operations = tuple(
             operations.Operation("call", c.name, c.name, everyone) for c in self.calls
@@ -143,7 +144,7 @@ class Mixed(Step):
         return lowering.traced(self._layouts, c, run, params, args, shape[0])
 
     def _lower_infer(self, c: Call, shape: tuple[int, int]) -> lowering.Lowered:
-        found = self._traced_infer(c, shape)
+        found = self._traced.pop(_of(c, shape), None) or self._traced_infer(c, shape)
         made = {side: self._placed(side, out) for side, out in found.out.items()}
         where = jax.tree.map(lambda x: x.sharding, made)
         return lowering.lowered(self._layouts, c, found, where)

@@ -37,12 +37,8 @@ def arrange(schedule: Schedule, units: Sequence[Unit], *, pad: int = 0) -> list[
         For each micro-step of shape (Tl, Td) the arrays of `packing.pack`: "local", rank r of group
         g in row g P + r of [G P, Tl], and "shared", [G, P Td].
     """
-    steps, parts = range(len(schedule.shapes)), schedule.parts
-    local: list[list[list[packing.Segment]]]
-    local = [[[] for _ in range(schedule.groups * parts)] for _ in steps]
-    shared: list[list[list[packing.Segment]]] = [
-        [[] for _ in range(schedule.groups)] for _ in steps
-    ]
+    steps, groups, parts = len(schedule.shapes), schedule.groups, schedule.parts
+    local, shared = _rows(steps, groups * parts), _rows(steps, groups)
     places = zip(schedule.step, schedule.group, schedule.rank, units, strict=True)
     for step, group, rank, unit in places:
         row = shared[step][group] if rank < 0 else local[step][group * parts + rank]

@@ -39,7 +39,7 @@ def to_hf(delta: Delta, cfg: LMConfig, *, base: str = "", prefix: str = "model."
             start, end = np.searchsorted(layer, [i, i + 1])  # C order: layers follow each other
             here = start + np.argsort(flat[start:end])
             columns = [None if x is None else x[here] for x in (entries.values, entries.originals)]
-            out[_name(tensor, i, prefix)] = Entries(
+            out[tensor.full_name(i, prefix)] = Entries(
                 tensor.shape(inner), entries.dtype, flat[here], *columns
             )
     return dataclasses.replace(delta, tensors=out, base=base)
@@ -63,7 +63,7 @@ def from_hf(delta: Delta, cfg: LMConfig, *, base: str = "", prefix: str = "model
         inner = shape[1:] if tensor.stacked else shape
         parts, places = [], []
         for i in range(shape[0] if tensor.stacked else 1):
-            name = _name(tensor, i, prefix)
+            name = tensor.full_name(i, prefix)
             if (entries := left.pop(name, None)) is None:
                 continue
             if entries.shape != tensor.shape(inner):
@@ -76,12 +76,6 @@ def from_hf(delta: Delta, cfg: LMConfig, *, base: str = "", prefix: str = "model
     if left:
         raise ValueError(f"the model has no tensor {sorted(left)[0]!r} ({len(left)} such).")
     return dataclasses.replace(delta, tensors=out, base=base)
-
-
-def _name(tensor: Tensor, layer: int, prefix: str) -> str:
-    if tensor.name.startswith("/"):
-        return tensor.name[1:]
-    return prefix + tensor.name.format(layer)
 
 
 def _stored(tensor: Tensor, entries: Entries) -> tuple[np.ndarray, np.ndarray]:

@@ -49,10 +49,10 @@ class Tensor:
         """The converse, for a parameter of this shape (without L)."""
         return stored.reshape([param[a] for a in self.order]).transpose(np.argsort(self.order))
 
-    def full_name(self, layer: int | None) -> str:
-        """The tensor's name in a checkpoint."""
+    def full_name(self, layer: int | None, prefix: str = "model.") -> str:
+        """The tensor's name in a checkpoint whose decoder has this prefix."""
         name = self.name.format(layer)
-        return name[1:] if name[0] == "/" else "model." + name
+        return name[1:] if name[0] == "/" else prefix + name
 
 
 def tensors(cfg: LMConfig) -> tuple[Tensor, ...]:
