@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import mixed, tree
+from jaxrl_eff import mixed, schedule_cost, tree
 from jaxrl_eff.data import loader
 from jaxrl_eff.data.lattice import lattice
 from jaxrl_eff.data.scheduled import Scheduled
 from jaxrl_eff.data.schedules import Shape
-from jaxrl_eff.data.skrull_cost import Cost, Model, cost_of
+from jaxrl_eff.data.skrull_cost import Cost
 from jaxrl_eff.dataflow import Graph, Placement, Spec
 from jaxrl_eff.models import LMConfig
 from jaxrl_eff.planner.hardware import Cluster
@@ -107,18 +107,10 @@ def prepared(
 
 def cost_on(cluster: Cluster, place: Placement, lm: LMConfig) -> Cost:
     """Estimated seconds of a training micro-step where a call runs."""
-    near = place.seq * place.tensor <= cluster.domain
-    rate = cluster.link_bytes_per_s if near else cluster.nic_bytes_per_s
-    start = cluster.link_latency if near else cluster.nic_latency
-    itemsize = jnp.dtype(lm.dtype).itemsize
-    model = Model(lm.layers, lm.width, lm.heads, lm.kv_heads, lm.head_dim, lm.ffn, lm.vocab)
-    return cost_of(
-        model,
-        flops_per_s=place.tensor * cluster.train_efficiency * cluster.peak(itemsize),
-        bytes_per_s=place.tensor * rate,
-        hop_seconds=start,
-        overlap=1.0,
-    )
+    return schedule_cost.cost_on(
+        cluster, schedule_cost.model_of(lm), seq=place.seq, tensor=place.tensor,
+        itemsize=jnp.dtype(lm.dtype).itemsize,
+    )  # fmt: skip
 
 
 def of_shape(

@@ -23,9 +23,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_eff import schedule_cost
 from jaxrl_eff.arguments import explained
-from jaxrl_eff.data.skrull_cost import Cost, Model, cost_of
+from jaxrl_eff.data.skrull_cost import Cost, Model
 from jaxrl_eff.data.skrull_study import Study, rows, study
+from jaxrl_eff.planner import hardware as known
 
 AXES = ("data", "fsdp", "seq", "tensor")
 ROOM = 26_000
@@ -119,8 +121,7 @@ def read_model(text: str) -> Model:
     if (Path(text) / "config.json").is_file():
         from jaxrl_eff.models.hf_config import config_from_hf
 
-        c = config_from_hf(text)
-        return Model(c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab)
+        return schedule_cost.model_of(config_from_hf(text))
     raise ValueError(
         f"--model={text} is no directory with a config.json, and no model that is known: "
         f"{', '.join(MODELS)}."
@@ -128,15 +129,11 @@ def read_model(text: str) -> Model:
 
 
 def cost_on(hardware: str, mesh: dict[str, int], model: Model) -> Cost:
-    """The cost on a mesh of this hardware, neighbours on the `seq` axis next to each other.
-
-    The ring sends while it computes, so that attention of distributed sequences hides the exchange.
+    """The cost on a mesh of this hardware, see `schedule_cost`.
 
     Raises:
         ValueError: unknown hardware, or more devices than there are.
     """
-    from jaxrl_eff.planner import hardware as known
-
     names = [n for n in known.NAMES if n != "local"]
     if hardware.lower() not in names:
         raise ValueError(f"--hardware={hardware} is unknown; there is {', '.join(names)}.")
@@ -146,18 +143,7 @@ def cost_on(hardware: str, mesh: dict[str, int], model: Model) -> Cost:
     else:
         per_host = min(8, devices)
         cluster = known.parse(f"{hardware}:{-(-devices // per_host)}x{per_host}")
-    near = mesh["seq"] * tensor <= cluster.domain
-    if near:
-        rate, start = cluster.link_bytes_per_s * cluster.link_efficiency, cluster.link_latency
-    else:
-        rate, start = cluster.nic_bytes_per_s * cluster.nic_efficiency, cluster.nic_latency
-    return cost_of(
-        model,
-        flops_per_s=tensor * cluster.train_efficiency * cluster.peak(2),
-        bytes_per_s=tensor * rate,  # each has its share of the heads to send
-        hop_seconds=start,
-        overlap=1.0,
-    )
+    return schedule_cost.cost_on(cluster, model, seq=mesh["seq"], tensor=tensor, itemsize=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ RANKS = (
     ("algorithms",),
     ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts"),
     ("evaluate", "calibrate"),
-    ("adapt", "examples", "footprint", "long", "stages"),
+    ("adapt", "examples", "footprint", "schedule_cost", "long", "stages"),
     ("state",),
     ("train",),
     ("report", "doctor", "generate", "delta"),

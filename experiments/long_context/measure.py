@@ -50,7 +50,7 @@ def batches() -> list[np.ndarray]:
 
 def main() -> None:
     every = batches()
-    cost = dataclasses.replace(long.cost_on(hardware.local(), PLACE, LM))
+    cost = long.cost_on(hardware.local(), PLACE, LM)
     size = {"groups": 2, "parts": 4, "room": ROOM}
     shapes = lattice(np.concatenate(every), batch=BATCH, cost=cost, shapes=5, batches=16, **size)
     one_by_one = sorted({Shape(0, 64), Shape(0, 256), Shape(0, ROOM)} | set(shapes))

@@ -1,0 +1,33 @@
+"""A schedule's cost from what is known of a model and of a cluster."""
+
+from typing import Any
+
+from jaxrl_eff.data.skrull_cost import Cost, Model, cost_of
+from jaxrl_eff.planner.hardware import Cluster
+
+
+def model_of(lm: Any) -> Model:
+    """The sizes of an `LMConfig` that count."""
+    return Model(lm.layers, lm.width, lm.heads, lm.kv_heads, lm.head_dim, lm.ffn, lm.vocab)
+
+
+def cost_on(cluster: Cluster, model: Model, *, seq: int, tensor: int, itemsize: int) -> Cost:
+    """Seconds of training micro-steps, neighbours on the `seq` axis next to each other.
+
+    The ring sends while it computes, so that attention of distributed sequences hides the exchange.
+
+    Args:
+        seq, tensor: sizes of these axes.
+        itemsize: bytes of a number in the model's arithmetic.
+    """
+    if seq * tensor <= cluster.domain:
+        rate, start = cluster.link_bytes_per_s * cluster.link_efficiency, cluster.link_latency
+    else:
+        rate, start = cluster.nic_bytes_per_s * cluster.nic_efficiency, cluster.nic_latency
+    return cost_of(
+        model,
+        flops_per_s=tensor * cluster.train_efficiency * cluster.peak(itemsize),
+        bytes_per_s=tensor * rate,  # each has its share of the heads to send
+        hop_seconds=start,
+        overlap=1.0,
+    )
