@@ -81,27 +81,28 @@ def main() -> None:
         }
         for name, schedule in plans.items():
             batch = arrange(schedule, units)
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             models, _, m = step(models, batch, np.array([0, number], np.uint32))
             jax.block_until_ready(m)
-            seen[name].append((schedule, time.perf_counter() - began))
+            seconds = time.perf_counter() - began
+            seen[name].append((schedule, seconds, time.process_time() - worked))
     half = BATCHES // 2
-    rows = [(s.terms(), t) for found in seen.values() for s, t in found[1:half]]
+    rows = [(s.terms(), t) for found in seen.values() for s, t, _ in found[1:half]]
     fitted = refit(cost, rows)
-    print("tokens/s, and seconds over those scheduled: measured, predicted (median of late steps)")
+    print("tokens/s; over the scheduled: seconds, predicted, CPU seconds (medians of late steps)")
     late = {name: found[half:] for name, found in seen.items()}
-    ours = statistics.median(t for _, t in late["scheduled"])
+    ours, work = (statistics.median(row[i] for row in late["scheduled"]) for i in (1, 2))
 
     def predicted(schedule):
         return float(dataclasses.replace(schedule, cost=fitted).rank_seconds().max((1, 2)).sum())
 
-    own = statistics.median(predicted(s) for s, _ in late["scheduled"])
+    own = statistics.median(predicted(s) for s, *_ in late["scheduled"])
     for name, found in late.items():
-        seconds = statistics.median(t for _, t in found)
-        tokens = statistics.median(s.lengths.sum() / t for s, t in found)
-        guess = statistics.median(predicted(s) for s, _ in found)
-        steps = statistics.median(len(s.shapes) for s, _ in found)
-        ratios = f"{seconds / ours:6.2f} {guess / own:6.2f}"
+        seconds, busy = (statistics.median(row[i] for row in found) for i in (1, 2))
+        tokens = statistics.median(s.lengths.sum() / t for s, t, _ in found)
+        guess = statistics.median(predicted(s) for s, *_ in found)
+        steps = statistics.median(len(s.shapes) for s, *_ in found)
+        ratios = f"{seconds / ours:6.2f} {guess / own:6.2f} {busy / work:6.2f}"
         print(f"{name:11} {tokens:9,.0f} {ratios}   {steps:.0f} micro-steps")
 
 
