@@ -15,7 +15,7 @@ RANKS = (
     ("optim",),
     ("models", "parallel", "data"),
     ("rollout", "graph", "rewards", "timeline", "deltas"),
-    ("layouts", "movements", "programs", "lowering", "dataflow", "mixed"),
+    ("layouts", "movements", "programs", "lowering", "summed", "dataflow", "mixed", "packed"),
     ("planner",),
     ("algorithms",),
     ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts"),
