@@ -54,6 +54,26 @@ def lattice(
     """
     if shapes < 1 or batch < 1 or batches < 1 or multiple < 1:
         raise ValueError(f"{shapes=}, {batch=}, {batches=} and {multiple=} must all be at least 1.")
+    wanted = asked(
+        lengths, groups=groups, parts=parts, room=room, batch=batch, cost=cost, counts=counts,
+        batches=batches, seed=seed,
+    )  # fmt: skip
+    return chosen(wanted, room=room, shapes=shapes, multiple=multiple)
+
+
+def asked(
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    groups: int,
+    parts: int,
+    room: int,
+    batch: int,
+    cost: Cost,
+    counts: Sequence[int] | np.ndarray | None = None,
+    batches: int = 64,
+    seed: int = 0,
+) -> list[Shape]:
+    """The exact shapes of the schedules of batches drawn from lengths; arguments of `lattice`."""
     n = np.asarray(lengths)
     if n.size and n.max() > room * parts:
         raise ValueError(
@@ -67,7 +87,7 @@ def lattice(
         drawn = n[rng.choice(len(n), size=batch, p=share)]
         found = skrull.plan(drawn, groups=groups, parts=parts, room=room, cost=cost)
         wanted += found.shapes
-    return chosen(wanted, room=room, shapes=shapes, multiple=multiple)
+    return wanted
 
 
 def chosen(
