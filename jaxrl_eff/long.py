@@ -145,7 +145,7 @@ def rollouts(
     s: ScheduleSettings,
     step: packed.Packed,
     lm: LMConfig,
-    prompts: Sequence[int],
+    prompts: Sequence[int] | np.ndarray,
     answer: int,
     *,
     cluster: Cluster,
@@ -185,7 +185,7 @@ def rollouts(
     return step.scheduled(packed.Packing(shapes, room, cost))
 
 
-def guessed(prompts: Sequence[int], answer: int, *, count: int = 512) -> list[np.ndarray]:
+def guessed(prompts: Sequence[int] | np.ndarray, answer: int, *, count: int = 512) -> list[np.ndarray]:
     """Lengths of sequences that nobody has sampled yet, from short responses to cut-off ones.
 
     Every pool has the given prompts, repeated. Responses have exponential lengths, cut off at the

@@ -112,6 +112,10 @@ class Packed(dataflow.Step):
     - `micro_steps`: programs that ran, of all packed calls.
     - `planned_seconds`: estimated for the train calls.
     - `planning_seconds`: that the host took to make schedules and maps.
+
+    Attributes:
+        place: of the packed calls.
+        packing: as given to `scheduled`.
     """
 
     def __init__(self, *args: Any):
@@ -120,7 +124,7 @@ class Packed(dataflow.Step):
         self.place: Placement = self.plan[next(iter(self._prefix))]
         self._over = Layouts(self.graph, self.plan, self.specs, mixed=True)
         self._infers: dict[str, _Infer] = {}
-        self._packing: Packing | None = None
+        self.packing: Packing | None = None
         self._schedules: Schedules | None = None
 
     @property
@@ -140,7 +144,7 @@ class Packed(dataflow.Step):
                 f"rows have {longest} tokens, but {self.place.seq} devices of a seq axis with room "
                 f"for {packing.room} tokens each hold {packing.room * self.place.seq}."
             )
-        self._packing, self._schedules = packing, Schedules(packing, self.place)
+        self.packing, self._schedules = packing, Schedules(packing, self.place)
         self._schedules.plan(np.array([longest]))
         return self
 
@@ -157,8 +161,8 @@ class Packed(dataflow.Step):
         return {
             "groups": self.place.row_shards,
             "parts": self.place.seq,
-            "room": self._packing.room,
-            "shapes": [list(shape) for shape in self._packing.shapes],
+            "room": self.packing.room,
+            "shapes": [list(shape) for shape in self.packing.shapes],
             "lengths": [],
         }
 
@@ -196,7 +200,7 @@ class Packed(dataflow.Step):
             raise ValueError("say what schedules are made for, by scheduled(..), before build.")
         self._traced.pop(c.name, None)
         call = _Packed(self._schedules, c, self._prefix[c.name])
-        return _Lowered(call, self._pieces(c, self._packing.shapes))
+        return _Lowered(call, self._pieces(c, self.packing.shapes))
 
     def _pieces(self, c: Call, shapes: Sequence[Shape]) -> dict[Any, lowering.Lowered]:
         """The programs of a packed call: by shape what it does with a micro-batch, and others."""
