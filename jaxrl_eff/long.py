@@ -185,7 +185,9 @@ def rollouts(
     return step.scheduled(packed.Packing(shapes, room, cost))
 
 
-def guessed(prompts: Sequence[int] | np.ndarray, answer: int, *, count: int = 512) -> list[np.ndarray]:
+def guessed(
+    prompts: Sequence[int] | np.ndarray, answer: int, *, count: int = 512
+) -> list[np.ndarray]:
     """Lengths of sequences that nobody has sampled yet, from short responses to cut-off ones.
 
     Every pool has the given prompts, repeated. Responses have exponential lengths, cut off at the

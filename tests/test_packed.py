@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from launch import compiled_once  # noqa: F401 (fixture)
-
 from test_plan_law import check, models_after
 
 from jaxrl_eff import dataflow, long, metrics, packed, report, stages
@@ -196,7 +195,7 @@ def test_no_schedule_changes_a_parameter_in_double_precision(place, kinds, wide,
     for kind in kinds:
         how = {"kind": kind, "seed": 0} if isinstance(kind, str) else {"seed": kind}
         plan = OWN if kind == "own" else functools.partial(at_random, **how)
-        monkeypatch.setattr(packed.skrull, "plan", plan)
+        monkeypatch.setattr(skrull, "plan", plan)
         got, seen = outcome(step, sampled())
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert a.dtype == b.dtype
@@ -220,7 +219,7 @@ def test_nothing_is_compiled_for_other_lengths(wide, monkeypatch):
         shapes.add(found.shapes)
         return found
 
-    monkeypatch.setattr(packed.skrull, "plan", plan)
+    monkeypatch.setattr(skrull, "plan", plan)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         for _ in range(8):
@@ -244,9 +243,7 @@ def test_maps_take_every_token_once_and_keep_sequences_apart(seed):
     how = {"groups": 2, "parts": 2, "room": 16, "cost": COST, "shapes": SHAPES[FOUR]}
     schedule = at_random(lengths, seed=seed, **how)
     taken = []
-    for shape, micro in zip(
-        schedule.shapes, scheduled.maps(schedule, rows, width=13), strict=True
-    ):
+    for shape, micro in zip(schedule.shapes, scheduled.maps(schedule, rows, width=13), strict=True):
         assert micro["local"]["source"].shape == (4, shape.local)
         assert micro["shared"]["source"].shape == (2, 2 * shape.distributed)
         for side in micro.values():
@@ -332,7 +329,8 @@ def test_a_run_that_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
         (("grpo.plan={'default': {'devices': [0]}, 'ref_inf': {'devices': [1]}}",),
          "packed rows need one placement for these calls"),
         (("grpo.loss.minibatches=3",), r"32 rows, which do not divide by 3 \(minibatches\)"),
-        (("grpo.adapt={'actor': {'name': 'spiel_ag', 'selector': 'gradient', 'every': 1}}",), "would choose anew what it trains"),
+        (("grpo.adapt={'actor': {'name': 'spiel_ag', 'selector': 'gradient', 'every': 1}}",),
+         "would choose anew what it trains"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_packed_is_said(changes, message):

@@ -40,7 +40,7 @@ LM = LMConfig(
 )
 PROMPT, ANSWER, PROMPTS, SAMPLES = 64, 448, 8, 4
 MEDIAN, SPREAD = 40, 1.2  # of the log-normal lengths of responses, tokens and nats
-STEPS = 10
+STEPS = 12
 PLACES = {
     "one device": Placement((0,)),
     "2 groups of 2": Placement(tuple(range(DEVICES)), data=2, seq=2),
