@@ -15,7 +15,7 @@ Gradients of all micro-batches are summed and divided once by their weight, so h
 scheduled can change nothing but the rounding of sums. Every shape of a micro-batch is one program a
 call, compiled ahead; the update is one more.
 
-Left out: graphs that generate, calls on devices of their own, minibatches.
+Left out: graphs that generate (see `packed`), calls on devices of their own, minibatches.
 """
 
 import functools

@@ -295,7 +295,7 @@ class Infer:
         args: that, with layouts.
 
     Raises:
-        ValueError: it writes something else than a number a token.
+        ValueError: it writes something else than a number a token, or metrics.
     """
 
     def __init__(self, layouts: Layouts, c: Call, prefix: str, args: Mapping[str, Any]):
@@ -326,7 +326,10 @@ class Infer:
     def _of(self, params: Any, args: Any, maps: Any, words: jax.Array) -> dict[str, jax.Array]:
         there = gathered(self._place, self._prefix, args, maps)
         both = mixed.together(there, self._place.seq, self._call.reads)
-        return dict(self._numbers(params, both, programs.key_of(self._call.name, words)))
+        out = dict(self._numbers(params, both, programs.key_of(self._call.name, words)))
+        if "metrics" in out:
+            raise ValueError(f"{self._call.name} has metrics, which packed rows do not add up.")
+        return out
 
     def _finished(self, found: Any, args: Any, words: jax.Array) -> dict[str, jax.Array]:
         key = programs.key_of(self._call.name, words)

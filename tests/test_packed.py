@@ -290,6 +290,23 @@ def test_a_scheduled_algorithm_gives_the_same_parameters(algorithm, place):
     check(models_after(stages.assemble(run(algorithm, room, **place))), padded(algorithm))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [
+        "grpo.staleness=1",
+        "grpo.sync.name=changes",
+        "grpo.adapt={'actor': {'name': 'lora', 'rank': 2}}",
+    ],
+)
+def test_sampling_may_be_elsewhere_with_old_weights_changes_or_an_adapter(change):
+    same = () if "sync" in change else (change,)
+    want = models_after(stages.assemble(run("grpo", *same, devices=[0])), steps=3)
+    plan = "grpo.plan={'default': {'devices': [0, 1], 'seq': 2}, 'actor_gen': {'devices': [2, 3]}}"
+    config = launch.config("algorithm=grpo,optim=sgd", plan, skrull_of("grpo"), change)
+    check(models_after(stages.assemble(config), steps=3), want)
+
+
 def test_a_run_that_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
     arg = "algorithm=grpo,steps=3,every=1"
     plan = "grpo.plan={'default': {'devices': [0]}}"
