@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrl_eff import mixed, packed, schedule_cost, tree
 from jaxrl_eff.data import loader
-from jaxrl_eff.data.lattice import asked, chosen, lattice
+from jaxrl_eff.data.lattice import fitted, lattice
 from jaxrl_eff.data.scheduled import Scheduled
 from jaxrl_eff.data.schedules import Shape
 from jaxrl_eff.data.skrull_cost import Cost
@@ -26,6 +26,7 @@ from jaxrl_eff.settings import ScheduleSettings
 
 TRIES = 6  # sizes at which room is looked for
 SHARE = 0.9  # of a device's memory that may be planned for
+DRAWN = 3  # batches of each pool of guessed lengths and each number of sequences
 BLOCK = 128  # tokens: columns of micro-batches are multiples of it
 
 
@@ -171,17 +172,15 @@ def rollouts(
         most = _useful(pools[-1], place, batch=counts[-1], longest=longest)
         room = found_room(step.needs, place, cluster.memory_bytes, most)
     cost = cost_on(cluster, place, lm)
-    size = {"groups": place.row_shards, "parts": place.seq, "room": room}
+    shapes = (Shape(0, room),)
     if room * place.seq >= longest:  # or `scheduled` says so
-        wanted = [
-            shape
-            for pool in pools
-            for count in counts
-            for shape in asked(pool, **size, batch=count, cost=cost, batches=4)
-        ]
-        shapes = chosen(wanted, room=room, shapes=s.shapes, multiple=min(BLOCK, room))
-    else:
-        shapes = (Shape(0, room),)
+        rng = np.random.default_rng(0)
+        drawn = [rng.choice(pool, n) for _ in range(DRAWN) for n in counts for pool in pools]
+        shapes = fitted(
+            [drawn[i] for i in rng.permutation(len(drawn))],
+            groups=place.row_shards, parts=place.seq, room=room, cost=cost, longest=longest,
+            shapes=s.shapes, multiple=min(BLOCK, room),
+        )  # fmt: skip
     return step.scheduled(packed.Packing(shapes, room, cost))
 
 
