@@ -1,4 +1,8 @@
-"""Stages over sequences of many lengths: from settings to a schedule's cost, room and shapes."""
+"""Stages over sequences of many lengths: from settings to a schedule's cost, room and shapes.
+
+Lengths are those of examples (`prepared`), or of what will be sampled (`rollouts`), which are
+guessed.
+"""
 
 import dataclasses
 import functools
@@ -9,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import mixed, schedule_cost, tree
+from jaxrl_eff import mixed, packed, schedule_cost, tree
 from jaxrl_eff.data import loader
-from jaxrl_eff.data.lattice import lattice
+from jaxrl_eff.data.lattice import fitted, lattice
 from jaxrl_eff.data.scheduled import Scheduled
 from jaxrl_eff.data.schedules import Shape
 from jaxrl_eff.data.skrull_cost import Cost
@@ -22,6 +26,7 @@ from jaxrl_eff.settings import ScheduleSettings
 
 TRIES = 6  # sizes at which room is looked for
 SHARE = 0.9  # of a device's memory that may be planned for
+DRAWN = 3  # batches of each pool of guessed lengths and each number of sequences
 BLOCK = 128  # tokens: columns of micro-batches are multiples of it
 
 
@@ -85,7 +90,8 @@ def prepared(
     if not room:
         most = _useful(lengths, place, batch=batch, longest=longest)
         make = functools.partial(mixed.compile, graph, plan, specs)
-        room = found_room(make, names, place, cluster.memory_bytes, most)
+        need = functools.partial(needed, make, names, place)
+        room = found_room(need, place, cluster.memory_bytes, most)
     most = room * place.seq
     if longest > most:
         raise ValueError(
@@ -136,17 +142,76 @@ def _useful(lengths: Sequence[int], place: Placement, *, batch: int, longest: in
     return BLOCK * -(-int(np.ceil(need)) // BLOCK)
 
 
+def rollouts(
+    s: ScheduleSettings,
+    step: packed.Packed,
+    lm: LMConfig,
+    prompts: Sequence[int] | np.ndarray,
+    answer: int,
+    *,
+    cluster: Cluster,
+) -> packed.Packed:
+    """Finds room and shapes for sequences that will be sampled.
+
+    Args:
+        step: checked.
+        lm: of the model that is trained.
+        prompts: lengths of some.
+        answer: tokens of a response, at most.
+        cluster: rates of the devices.
+
+    Raises:
+        ValueError: nothing fits into memory, or rows are longer than fits.
+    """
+    place, sizes = step.place, step.sizes()
+    longest = max(length for _, length in sizes.values())
+    counts = sorted({count for count, _ in sizes.values()})
+    pools = guessed(prompts, answer)
+    room = s.room
+    if not room:
+        most = _useful(pools[-1], place, batch=counts[-1], longest=longest)
+        room = found_room(step.needs, place, cluster.memory_bytes, most)
+    cost = cost_on(cluster, place, lm)
+    shapes = (Shape(0, room),)
+    if room * place.seq >= longest:  # or `scheduled` says so
+        rng = np.random.default_rng(0)
+        drawn = [rng.choice(pool, n) for _ in range(DRAWN) for n in counts for pool in pools]
+        shapes = fitted(
+            [drawn[i] for i in rng.permutation(len(drawn))],
+            groups=place.row_shards, parts=place.seq, room=room, cost=cost, longest=longest,
+            shapes=s.shapes, multiple=min(BLOCK, room),
+        )  # fmt: skip
+    return step.scheduled(packed.Packing(shapes, room, cost))
+
+
+def guessed(
+    prompts: Sequence[int] | np.ndarray, answer: int, *, count: int = 512
+) -> list[np.ndarray]:
+    """Lengths of sequences that nobody has sampled yet, from short responses to cut-off ones.
+
+    Every pool has the given prompts, repeated. Responses have exponential lengths, cut off at the
+    limit, of means that double from a 32nd of it; in the last pool all are cut off.
+
+    Args:
+        prompts: tokens of each.
+        answer: tokens of a response, at most.
+        count: of a pool.
+    """
+    rng = np.random.default_rng(0)
+    before = np.resize(np.asarray(prompts), count)
+    means = answer / 2.0 ** np.arange(5, 0, -1)
+    drawn = [np.clip(np.ceil(rng.exponential(m, count)), 1, answer) for m in means]
+    return [before + x.astype(int) for x in (*drawn, np.full(count, answer))]
+
+
 def found_room(
-    make: Callable[[], mixed.Mixed],
-    names: Sequence[str],
-    place: Placement,
-    capacity: float,
-    most: int,
+    need: Callable[[list[Shape]], float], place: Placement, capacity: float, most: int
 ) -> int:
     """Tokens that a device holds while it trains, by the memory that compiled programs need.
 
     Args:
-        make: a step that is not checked yet.
+        need: shapes of micro-batches -> bytes of a device.
+        place: where they run.
         capacity: bytes of a device.
         most: tokens beyond which there is no use.
 
@@ -155,20 +220,17 @@ def found_room(
     """
     budget = SHARE * capacity
 
-    def need(tokens: int) -> float:
-        shapes = [Shape(tokens, 0), Shape(0, tokens)][: 1 if place.seq == 1 else 2]
-        micro = [of_shape(names, shape, place) for shape in shapes]
-        step = make().build(micro)
-        return max(v["bytes"] for v in step.analysis().values()) + _beside(step)
+    def bytes_of(tokens: int) -> float:
+        return need([Shape(tokens, 0), Shape(0, tokens)][: 1 if place.seq == 1 else 2])
 
     room = most
     for _ in range(TRIES):
-        bytes_ = need(room)
+        bytes_ = bytes_of(room)
         if bytes_ <= budget:
             return room
         # Memory is nearly a line through the static part; what a token takes shows at two sizes.
         smaller = max(BLOCK, room // 2)
-        each = (bytes_ - need(smaller)) / max(room - smaller, 1)
+        each = (bytes_ - bytes_of(smaller)) / max(room - smaller, 1)
         static = bytes_ - each * room
         fit = int((budget - static) / each) if each > 0 else 0
         room = BLOCK * (min(fit, room - 1) // BLOCK)
@@ -178,6 +240,22 @@ def found_room(
         f"a device of {capacity / 1e9:.2f} GB has no room for {BLOCK} tokens beside the model and "
         f"its optimizer, which take {static / 1e9:.2f} GB; a token takes {each / 1e3:.1f} kB."
     )
+
+
+def needed(
+    make: Callable[[], mixed.Mixed],
+    names: Sequence[str],
+    place: Placement,
+    shapes: Sequence[Shape],
+) -> float:
+    """Bytes that a device needs for micro-batches of these shapes.
+
+    Args:
+        make: a step that is not checked yet.
+        names: of the graph's inputs.
+    """
+    step = make().build([of_shape(names, shape, place) for shape in shapes])
+    return max(v["bytes"] for v in step.analysis().values()) + _beside(step)
 
 
 def _beside(step: mixed.Mixed) -> float:
@@ -194,6 +272,9 @@ def lengths_of(source: Any, encode: Callable[[Any], Any], kind: str, count: int)
     out = []
     for i in at:
         found = encode(source[int(i)])
+        if kind == "prompts":
+            out.append(max(1, len(found)))
+            continue
         segments = found if kind == "preference" else (found,)
         out.append(max(1, sum(len(ids) for ids, _ in segments)))
     return out

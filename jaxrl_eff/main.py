@@ -186,7 +186,7 @@ def train(run: settings.Run, workdir: Path, *, quiet: bool = False) -> bool:
         writer.document("plan", {s.name: s.step.plan_table() for s in assembled.stages})
         scheduled = [s for s in assembled.stages if s.settings.schedule.name == "skrull"]
         if scheduled:
-            writer.document("schedule", {s.name: s.loader.told() for s in scheduled})
+            writer.document("schedule", {s.name: s.told() for s in scheduled})
         console.header(f"jaxrl_eff: {' → '.join(run.stages)}", _facts(assembled, workdir))
         out = loop.Outlets(console, writer, checkpoints, run.checkpoint.every)
         try:
@@ -291,7 +291,7 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
         memory = max(held.values()) / 1e6
         facts[stage.name] = f"{text}; models and optimizers about {memory:,.1f} MB a device"
         if stage.settings.schedule.name == "skrull":
-            told = stage.loader.told()
+            told = stage.told()
             shapes = ", ".join(f"{own}+{shared}" for own, shared in told["shapes"])
             facts[f"{stage.name}/schedule"] = (
                 f"{told['room']:,} tokens a device; micro-batches of {shapes} (own + shared)"

@@ -15,7 +15,7 @@ Gradients of all micro-batches are summed and divided once by their weight, so h
 scheduled can change nothing but the rounding of sums. Every shape of a micro-batch is one program a
 call, compiled ahead; the update is one more.
 
-Left out: graphs that generate, calls on devices of their own, minibatches.
+Left out: graphs that generate (see `packed`), calls on devices of their own, minibatches.
 """
 
 import functools
@@ -27,12 +27,13 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from jaxrl_eff import arrays, edges, lowering, meters, operations, programs, tree
+from jaxrl_eff import arrays, edges, lowering, meters, operations, programs
 from jaxrl_eff.dataflow import Step, key_words
 from jaxrl_eff.graph import Call, Graph, Model, Spec, check_plan
 from jaxrl_eff.layouts import placed
 from jaxrl_eff.parallel import Placement, rows, spread
 from jaxrl_eff.parallel.sharding import mixed_rows
+from jaxrl_eff.summed import Summed, read_one
 
 MicroBatch = Mapping[str, Mapping[str, Any]]  # "local", "shared" -> arrays by name
 
@@ -57,7 +58,7 @@ def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spe
                 f"{c.name} offloads {full[c.name].offload!r}, which mixed rows cannot."
             )
         if c.kind == "train":
-            _parts(c)
+            forward_of(c)
             if getattr(specs[c.of].tx, "due", None) is not None:
                 raise ValueError(
                     f"{c.name} would choose anew what it trains by a gradient of rows of one kind."
@@ -115,20 +116,20 @@ class Mixed(Step):
         if [*self._known] != [shape_of(micro) for micro in batch]:
             self.check(batch)
         with ThreadPoolExecutor(4) as pool:
-            carries = {c.name: self._carry(c) for c in self._trained}
+            summed = {c.name: self._summed(c) for c in self._trained}
             started: dict[str, Any] = {}
             for shape in self._known:
                 for c in self.calls:
                     self.traces[c.name] += 1
                     lowered = (
-                        self._lower_sums(c, shape, carries[c.name])
+                        summed[c.name].sums(self._known[shape][c.name], shape[0])
                         if c.kind == "train"
                         else self._lower_infer(c, shape)
                     )
                     started[_of(c, shape)] = pool.submit(lowered.compile)
             for c in self._trained:
-                started[c.name] = pool.submit(self._lower_update(c, carries[c.name]).compile)
-                self._zeros[c.name] = self._zero(c, carries[c.name])
+                started[c.name] = pool.submit(summed[c.name].update(read_one).compile)
+                self._zeros[c.name] = summed[c.name].zero().compile()
             self._programs = {key: one.result() for key, one in started.items()}
         self.built = True
         operations.meet("compiled")
@@ -149,59 +150,10 @@ class Mixed(Step):
         where = jax.tree.map(lambda x: x.sharding, made)
         return lowering.lowered(self._layouts, c, found, where)
 
-    def _model(self, c: Call) -> Model:
-        return self._layouts.home(c.of)._replace(past=())
-
-    def _sums(self, c: Call, model: Model, args: MicroBatch, key: jax.Array) -> programs.Sums:
-        way = programs.way_of(self.specs[c.of].tx)
-        loss = functools.partial(_loss, c, self._place.seq)
-        leaves = way.leaves(model.params, model.opt)
-        return programs.sums(loss, way, programs.key_of(c.name, key), model, leaves, args)
-
-    def _carry(self, c: Call) -> programs.Sums:
-        """Shapes and layouts of the sums: gradients lie as the parameters of their name."""
-        model, (shape, args) = self._model(c), next(iter(self._known.items()))
-        run = functools.partial(self._sums, c)
-        like = lowering.traced(self._layouts, c, run, model, args[c.name], shape[0]).out
-        zeros = jax.eval_shape(programs.Sums.zeros, like)
-        whole, there = self._layouts.whole(c), tree.flat(model.params)
-
-        def beside(name: str, x: Any) -> Any:
-            same = name in there and there[name].shape == x.shape
-            return placed(x, there[name].sharding if same else whole)
-
-        small = jax.tree.map(lambda x: placed(x, whole), zeros._replace(grads=()))
-        return small._replace(grads=tree.map_with_name(beside, zeros.grads))
-
-    def _lower_sums(self, c: Call, shape: tuple[int, int], carry: Any) -> lowering.Lowered:
-        """`(carry, (model, arrays), key) -> carry`."""
-
-        def run(carry: programs.Sums, given: Any, key: jax.Array) -> programs.Sums:
-            return carry.plus(self._sums(c, *given, key))
-
-        given = self._model(c), self._known[shape][c.name]
-        found = lowering.traced(self._layouts, c, run, carry, given, shape[0])
-        where = jax.tree.map(lambda x: x.sharding, carry)
-        return lowering.lowered(self._layouts, c, found, where, donate=(0,))
-
-    def _lower_update(self, c: Call, carry: programs.Sums) -> lowering.Lowered:
-        """`(model, carry, key) -> (model, metrics)`."""
-        way = programs.way_of(self.specs[c.of].tx)
-
-        def run(model: Model, carry: programs.Sums, key: jax.Array) -> Any:
-            del key
-            leaves = way.leaves(model.params, model.opt)
-            new, seen = programs.updated(way, model, leaves, carry)
-            return new, programs.read(jax.tree.map(lambda x: x[None], seen))
-
-        found = lowering.traced(self._layouts, c, run, self._model(c), carry)
-        return lowering.update(self._layouts, c, found)
-
-    def _zero(self, c: Call, carry: programs.Sums) -> Any:
-        where = jax.tree.map(lambda x: x.sharding, carry)
-        with self._layouts.context(c):
-            run = jax.jit(lambda: programs.Sums.zeros(carry), out_shardings=where)
-            return run.lower().compile()
+    def _summed(self, c: Call) -> Summed:
+        shape, args = next(iter(self._known.items()))
+        run = functools.partial(loss, c, self._place.seq)
+        return Summed(self._layouts, c, run, args[c.name], shape[0])
 
     # Running
 
@@ -278,15 +230,19 @@ def shape_of(micro: MicroBatch) -> tuple[int, int]:
     return local.shape[1], shared.shape[1] // ways
 
 
-def _together(args: MicroBatch, parts: int, names: Sequence[str]) -> dict[str, jax.Array]:
-    """Arrays of both kinds of rows as the forward pass takes them."""
+def together(args: MicroBatch, parts: int, names: Sequence[str]) -> dict[str, jax.Array]:
+    """Arrays of both kinds of rows as the forward pass takes them, `[G P, Tl + Td]`."""
     both = {k: spread.joined(args["local"][k], args["shared"][k], parts) for k in names}
     return {k: nn.with_logical_constraint(v, ("batch", "length")) for k, v in both.items()}
 
 
-def _apart(found: Any, args: MicroBatch, parts: int) -> dict[str, Any]:
-    """Numbers a token, a tree of `[G P, Tl + Td]`, of either kind of rows."""
-    local = args["local"]["tokens"].shape[1]
+def apart(found: Any, local: int, parts: int) -> dict[str, Any]:
+    """Numbers a token, a tree of `[G P, Tl + Td]`, of either kind of rows.
+
+    Args:
+        local: Tl.
+        parts: P.
+    """
     leaves, structure = jax.tree.flatten(found)
     halves = [spread.divided(x, local, parts) for x in leaves]
     return {
@@ -296,35 +252,49 @@ def _apart(found: Any, args: MicroBatch, parts: int) -> dict[str, Any]:
 
 
 def _infer(c: Call, parts: int, params: Any, args: MicroBatch, words: jax.Array) -> Any:
-    both = _together(args, parts, c.reads)
+    both = together(args, parts, c.reads)
     out, _ = programs.outputs_and_metrics(c, params, both, words)
-    return _apart(out, args, parts)
+    return apart(out, args["local"]["tokens"].shape[1], parts)
 
 
-def _parts(c: Call) -> tuple[Callable, Any, Callable]:
-    """Loss, config and forward pass of a train call.
+def forward_of(c: Call) -> tuple[Callable, int]:
+    """A train call's forward pass, and which of its function's arguments it is.
 
     Raises:
-        ValueError: its function is not `partial(loss, config, forward)`.
+        ValueError: its function is not `partial(loss, ..)` with one function among the arguments.
     """
     fn = c.fn
-    if not isinstance(fn, functools.partial) or len(fn.args) != 2 or not callable(fn.args[1]):
+    given = fn.args if isinstance(fn, functools.partial) else ()
+    at = [i for i, x in enumerate(given) if callable(x)]
+    if len(at) != 1:
         raise ValueError(
-            f"the function of {c.name} is {fn!r}; with mixed rows it must be "
-            "partial(loss, config, forward), so that one forward pass serves both kinds."
+            f"the function of {c.name} is {fn!r}; with mixed rows it must be partial(loss, .., "
+            "forward, ..), so that one forward pass serves both kinds."
         )
-    return fn.func, fn.args[0], fn.args[1]
+    return given[at[0]], at[0]
 
 
-def _loss(c: Call, parts: int, params: Any, args: MicroBatch, key: jax.Array) -> Any:
-    loss, cfg, forward = _parts(c)
-    both = _together(args, parts, TOKENS)
-    found = _apart(forward(params, *(both[k] for k in TOKENS)), args, parts)
-    done = [
-        loss(cfg, lambda *_, x=found[side]: x, params, there, key)
-        for side, there in args.items()
-        if there["tokens"].shape[1]
-    ]
+def loss(
+    c: Call, parts: int, params: Any, args: MicroBatch, key: jax.Array, *, prefix: str = ""
+) -> Any:
+    """A train call's loss of both kinds of rows, after one forward pass.
+
+    Args:
+        parts: P.
+        prefix: of the names of what it reads.
+    """
+    forward, at = forward_of(c)
+    names = [prefix + k for k in TOKENS]
+    both = together(args, parts, names)
+    numbers = forward(params, *(both[k] for k in names))
+    found = apart(numbers, args["local"][names[0]].shape[1], parts)
+
+    def of(side: str) -> Any:
+        given = [*c.fn.args]
+        given[at] = lambda *_: found[side]
+        return c.fn.func(*given, params, args[side], key, **c.fn.keywords)
+
+    done = [of(side) for side in args if args[side][names[0]].shape[1]]
     total, weight, seen = done[0]
     for more, heavier, saw in done[1:]:
         total, weight = total + more, weight + heavier

@@ -116,13 +116,21 @@ def train_program(
         model, seen = update(model, batch)
         seen = jax.tree.map(lambda x: x[None], seen)
     else:
-        n = next(iter(batch.values())).shape[0]
-        shuffled = [jax.random.permutation(jax.random.fold_in(key, e), n) for e in range(c.epochs)]
-        index = jnp.stack(shuffled).reshape(updates, n // c.minibatches)
+        index = shuffled(c, key, next(iter(batch.values())).shape[0])
         model, seen = jax.lax.scan(
             lambda carry, rows: update(carry, jax.tree.map(lambda x: x[rows], batch)), model, index
         )
     return model, read(seen)
+
+
+def shuffled(c: Call, key: jax.Array, rows: int) -> jax.Array:
+    """The rows of every update of a train call, int32 `[updates, rows / minibatches]`.
+
+    Args:
+        key: the call's own.
+    """
+    each = [jax.random.permutation(jax.random.fold_in(key, e), rows) for e in range(c.epochs)]
+    return jnp.stack(each).reshape(c.epochs * c.minibatches, rows // c.minibatches)
 
 
 def read(seen: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -410,7 +410,7 @@ def _schedule(workdir: Path, notes: list[str], steps: Sequence[Mapping[str, Any]
             f"<p>{_text(stage)}: {told.get('groups')} groups of {told.get('parts')} devices with "
             f"{told.get('room', 0):,} tokens each; micro-batches of {_text(shapes)} tokens a "
             f"device, its own + its share of long sequences.</p><div class=charts>{figures}</div>"
-            f"{_table(['tokens', 'of the sequences'], cells)}"
+            f"{_table(['tokens', 'of the sequences'], cells) if cells else ''}"
         )
     return f"<section><h2>Short and long sequences</h2>{''.join(sections)}</section>"
 

@@ -238,15 +238,17 @@ class SearchSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
-    """How sequences of many lengths become a step (sft, dpo, reward_model).
+    """How sequences of many lengths become a step.
 
     Attributes:
         name: "rows": into packed rows of `data.length`, `batch` of them; "skrull": `batch`
             sequences (or pairs) a step, short ones whole on a device and long ones over the plan's
             `seq` axis, in micro-batches chosen by estimated time. `data.length` is the longest
-            sequence then; 0 is all that the devices of a `seq` axis hold.
+            sequence then; 0 is all that the devices of a `seq` axis hold. Of algorithms that
+            sample: "rows": log-probabilities, values, rewards and training of padded rows;
+            "skrull": of micro-batches chosen likewise once the responses' lengths are known.
         room: tokens that a device holds at once; 0: found by compiling the model for two sizes.
-        shapes: of micro-batches, at most; each is a program to compile.
+        shapes: of micro-batches, at most; each is a program to compile, for every call.
         sample: examples whose lengths the shapes are chosen by.
     """
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import adapt, algorithms, calibrate, dataflow, examples, long, optim, plans
+from jaxrl_eff import adapt, algorithms, calibrate, dataflow, examples, long, optim, packed, plans
 from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.data import encode, loader, sources, toys
 from jaxrl_eff.data.scheduled import Scheduled
@@ -93,6 +93,10 @@ class Stage:
     source: Any
     sampling: Sampling | None
     searched: calibrate.Searched | None = None
+
+    def told(self) -> dict[str, Any]:
+        """Of a scheduled stage: what schedules are made for, see `Scheduled.told`."""
+        return (self.loader if isinstance(self.loader, Scheduled) else self.step).told()
 
     @property
     def trained(self) -> str:
@@ -266,7 +270,9 @@ def _stage(
         raise ValueError(f"models lacks the roles {missing}; say where each comes from.")
 
     specs, schedules = model_specs(s, graph, lms, name)
-    if s.schedule.name == "skrull":
+    if s.schedule.name == "skrull" and s.plan == "search":
+        raise ValueError("schedule is 'skrull', whose plan is not searched: say its seq axis.")
+    if s.schedule.name == "skrull" and kind != "prompts":
         step, batches, shapes, plan = _scheduled(
             s, name, graph, specs, lms, source, encoder, kind, seed, tokenizer
         )
@@ -283,8 +289,10 @@ def _stage(
         else:
             plan = plans.plan(s.plan, graph, jax.device_count())
     keep = "tokens segment mask score example" if kind == "prompts" else ""
-    step = dataflow.compile(graph, plan, specs, keep=keep, sync=changes_of(s))
-    step.check(shapes)
+    if s.schedule.name == "skrull":
+        step = _packed(s, name, graph, specs, lms, shapes, plan, keep, sampling, source, encoder)
+    else:
+        step = dataflow.compile(graph, plan, specs, keep=keep, sync=changes_of(s)).check(shapes)
     batches = loader.batches(
         source,
         encode=encoder,
@@ -318,10 +326,6 @@ def _scheduled(
     tokenizer: Tokenizer,
 ) -> tuple[Any, Any, Any, dict[str, Placement]]:
     """Step, loader, shapes and plan of a stage over sequences of many lengths."""
-    if kind == "prompts":
-        raise ValueError(f"schedule is 'skrull', which is not for {s.algorithm}.")
-    if s.plan == "search":
-        raise ValueError("schedule is 'skrull', whose plan is not searched: say its seq axis.")
     with at_path(f"config.{name}.plan"):
         plan = plans.plan(s.plan, graph, jax.device_count())
         place = next(iter(plan.values()))
@@ -344,6 +348,30 @@ def _scheduled(
         pad=tokenizer.pad or 0,
     )
     return made.step, made.batches(one_by_one, pad=tokenizer.pad or 0), made.batch, plan
+
+
+def _packed(
+    s: StageSettings,
+    name: str,
+    graph: Graph,
+    specs: dict[str, Spec],
+    lms: dict[str, LMConfig],
+    shapes: Any,
+    plan: dict[str, Placement],
+    keep: str,
+    sampling: Sampling,
+    source: Any,
+    encoder: Callable,
+) -> packed.Packed:
+    """The step of a stage that computes what it sampled packed."""
+    with at_path(f"config.{name}.schedule"):
+        step = packed.compile(graph, plan, specs, keep=keep, sync=changes_of(s)).check(shapes)
+        trained = next(c.of for c in step.packed if c.kind == "train")
+        prompts = long.lengths_of(source, encoder, "prompts", s.schedule.sample)
+        return long.rollouts(
+            s.schedule, step, lms[trained], np.minimum(prompts, s.data.prompt_length),
+            sampling.max_tokens, cluster=hardware.local(),
+        )  # fmt: skip
 
 
 def algorithm_of(s: StageSettings) -> tuple[Any, str]:

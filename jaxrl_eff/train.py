@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxrl_eff import dataflow, evaluate, hardware, state
+from jaxrl_eff import dataflow, evaluate, hardware, packed, state
 from jaxrl_eff.calibrate import Calibration
 from jaxrl_eff.checkpoint import Checkpoints
 from jaxrl_eff.console import Console
@@ -378,6 +378,9 @@ class _Log:
             n / elapsed if elapsed > 1e-6 else None for n in (tokens, flops)
         )
         seconds = {s.call: s.end - s.start for s in self.spans}
+        if isinstance(self._stage.step, packed.Packed):
+            trained = (c.name for c in self._stage.step.packed if c.kind == "train")
+            values["schedule/measured_seconds"] = sum(seconds[name] for name in trained)
         if self._calibration is not None:
             length = next((v for k, v in values.items() if k.endswith("/length")), None)
             step = self._window[-1][0] - self._window[-2][0]

@@ -246,14 +246,14 @@ def test_room_is_what_compiled_programs_need():
     graph = GRAPHS["sft"]()
     plan = dict.fromkeys((c.name for c in graph.calls), PLACE)
     make = functools.partial(mixed.compile, graph, plan, specs(graph))
-    names, capacity = graph.inputs.split(), 60e6
-    room = long.found_room(make, names, PLACE, capacity, most=8192)
+    capacity = 60e6
+    need = functools.partial(long.needed, make, graph.inputs.split(), PLACE)
+    room = long.found_room(need, PLACE, capacity, most=8192)
 
     def needs(tokens):
-        micro = [long.of_shape(names, s, PLACE) for s in (Shape(tokens, 0), Shape(0, tokens))]
-        return max(v["bytes"] for v in make().build(micro).analysis().values())
+        return need([Shape(tokens, 0), Shape(0, tokens)])
 
     assert room >= 512 and needs(room) <= capacity < needs(int(1.6 * room))
-    assert long.found_room(make, names, PLACE, capacity, most=256) == 256
+    assert long.found_room(need, PLACE, capacity, most=256) == 256
     with pytest.raises(ValueError, match="has no room for 128 tokens"):
-        long.found_room(make, names, PLACE, 1e4, most=256)
+        long.found_room(need, PLACE, 1e4, most=256)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxrl_eff import meters
 from jaxrl_eff.algorithms import advantages, losses
 from jaxrl_eff.dataflow import Call, generate, infer, local
+from jaxrl_eff.edges import Rowwise
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import logprobs, score
 from jaxrl_eff.rollout import Sampling, sample
@@ -88,6 +89,9 @@ def _prefixed(fn: Callable, *, reads: str, writes: str) -> Callable:
     """fn on a batch whose names carry a prefix. The batch is the last argument but one, the key."""
     if not reads and not writes:
         return fn
+    if isinstance(fn, Rowwise):
+        both = (_prefixed(part, reads=reads, writes=writes) for part in (fn.tokens, fn.rows))
+        return Rowwise(*both)
 
     def call(*args):
         *before, batch, key = args

@@ -211,7 +211,8 @@ def policy_loss(
     if cfg.entropy:
         loss = loss - cfg.entropy * entropy
     if "ref_logp" in batch:
-        beta = batch.get("kl_coef", jnp.full_like(mask[:, 0], cfg.kl_coef))[:, None]
+        beta = batch.get("kl_coef", jnp.full_like(mask, cfg.kl_coef))
+        beta = beta if beta.ndim == 2 else beta[:, None]  # of packed rows it comes a token
         loss = loss + beta * losses.kl_penalty(logp, batch["ref_logp"], mask, cfg.kl_estimator)
     total, weight = losses.aggregate(loss, mask, batch["segment"], "token_mean")
     return (

@@ -75,21 +75,45 @@ def lattice(
         )
     share = None if counts is None else np.asarray(counts, np.float64) / np.sum(counts)
     rng = np.random.default_rng(seed)
-    same = {"groups": groups, "parts": parts, "room": room, "cost": cost}
     drawn = [n[rng.choice(len(n), size=batch, p=share)] for _ in range(batches)]
-    exact = [skrull.plan(lengths, **same) for lengths in drawn]
+    return fitted(
+        drawn, groups=groups, parts=parts, room=room, cost=cost, longest=int(n.max(initial=0)),
+        shapes=shapes, multiple=multiple,
+    )  # fmt: skip
+
+
+def fitted(
+    batches: Sequence[np.ndarray],
+    *,
+    groups: int,
+    parts: int,
+    room: int,
+    cost: Cost,
+    longest: int,
+    shapes: int = 12,
+    multiple: int = MULTIPLE,
+) -> tuple[Shape, ...]:
+    """As `lattice`, of batches at hand.
+
+    Args:
+        batches: lengths of the sequences of each. The first 16 are those on which lattices are
+            compared.
+        longest: tokens of a sequence, at most.
+    """
+    same = {"groups": groups, "parts": parts, "room": room, "cost": cost}
+    exact = [skrull.plan(lengths, **same) for lengths in batches]
     wanted = [shape for s in exact for shape in s.shapes]
     rare = _rare(wanted, room=room, count=shapes // _RARE, multiple=multiple)
     shapes -= len(rare)
     found = [chosen(wanted, room=room, shapes=shapes, multiple=multiple)]
-    longest = min(_up(-(-int(n.max(initial=0)) // parts), multiple), room)
+    longest = min(_up(-(-longest // parts), multiple), room)
     for depths in _depths(wanted, longest, room=room, multiple=multiple):
         asked = [shape for s in exact for shape in _on(s, depths, multiple)]
         found.append(_on_shelves(asked, depths, room=room, shapes=shapes))
     found = list(dict.fromkeys(_sorted([*one, *rare], room) for one in found))
 
     def seconds(shapes: tuple[Shape, ...]) -> float:
-        judges = drawn[:_JUDGES]
+        judges = batches[:_JUDGES]
         return sum(skrull.plan(lengths, shapes=shapes, **same).seconds for lengths in judges)
 
     return min(found, key=seconds) if len(found) > 1 else found[0]

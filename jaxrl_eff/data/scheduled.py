@@ -23,6 +23,7 @@ Unit = tuple[packing.Segment, ...]
 MicroBatch = dict[str, dict[str, np.ndarray]]
 
 KEPT = 64  # measured steps, for the next fit
+NOWHERE = 2**31 - 1  # beyond any array
 
 
 def arrange(schedule: Schedule, units: Sequence[Unit], *, pad: int = 0) -> list[MicroBatch]:
@@ -37,23 +38,67 @@ def arrange(schedule: Schedule, units: Sequence[Unit], *, pad: int = 0) -> list[
         For each micro-step of shape (Tl, Td) the arrays of `packing.pack`: "local", rank r of group
         g in row g P + r of [G P, Tl], and "shared", [G, P Td].
     """
-    steps, groups, parts = len(schedule.shapes), schedule.groups, schedule.parts
-    local, shared = _rows(steps, groups * parts), _rows(steps, groups)
-    places = zip(schedule.step, schedule.group, schedule.rank, units, strict=True)
-    for step, group, rank, unit in places:
-        row = shared[step][group] if rank < 0 else local[step][group * parts + rank]
-        row.extend(unit)
+    lengths = _lengths(schedule)
     return [
         {
-            "local": packing.lay_out(local[i], length=shape.local, pad=pad),
-            "shared": packing.lay_out(shared[i], length=shape.distributed * parts, pad=pad),
+            side: packing.lay_out(
+                [[s for k in row for s in units[k]] for row in rows], length=length[side], pad=pad
+            )
+            for side, rows in micro.items()
         }
-        for i, shape in enumerate(schedule.shapes)
+        for micro, length in zip(_rows(schedule), lengths, strict=True)
     ]
 
 
-def _rows(steps: int, rows: int) -> list[list[list[packing.Segment]]]:
-    return [[[] for _ in range(rows)] for _ in range(steps)]
+def maps(schedule: Schedule, rows: Sequence[int] | np.ndarray, *, width: int) -> list[MicroBatch]:
+    """Where the tokens of every micro-step come from, if each sequence is the begin of a row.
+
+    Args:
+        schedule: of the lengths of K sequences.
+        rows: int [K], in which row of an array [B, T] each is.
+        width: T.
+
+    Returns:
+        For each micro-step "local" and "shared", with rows as of `arrange`: "source" int32, row *
+        width + column in the array, or `NOWHERE` at padding; "segment" int32, 1, 2, .. within the
+        row, 0 at padding.
+    """
+    out = []
+    for micro, length in zip(_rows(schedule), _lengths(schedule), strict=True):
+        both = {}
+        for side, there in micro.items():
+            source = np.full((len(there), length[side]), NOWHERE, np.int32)
+            segment = np.zeros(source.shape, np.int32)
+            for b, row in enumerate(there):
+                start = 0
+                for s, k in enumerate(row, start=1):
+                    n, first = int(schedule.lengths[k]), int(rows[k]) * width
+                    here = slice(start, start + n)
+                    source[b, here], segment[b, here] = np.arange(first, first + n), s
+                    start += n
+            both[side] = {"source": source, "segment": segment}
+        out.append(both)
+    return out
+
+
+def _rows(schedule: Schedule) -> list[dict[str, list[list[int]]]]:
+    """Which sequences are in each row of each micro-step, in their order."""
+    groups, parts = schedule.groups, schedule.parts
+    sizes = {"local": groups * parts, "shared": groups}
+    out = [{side: [[] for _ in range(n)] for side, n in sizes.items()} for _ in schedule.shapes]
+    places = zip(schedule.step, schedule.group, schedule.rank, strict=True)
+    for k, (step, group, rank) in enumerate(places):
+        side, row = ("shared", group) if rank < 0 else ("local", group * parts + rank)
+        out[step][side][row].append(k)
+    return out
+
+
+def _lengths(schedule: Schedule) -> list[dict[str, int]]:
+    """Tokens of a row of either kind in each micro-step."""
+    return [
+        {"local": shape.local, "shared": shape.distributed * schedule.parts}
+        for shape in schedule.shapes
+    ]
 
 
 class Scheduled:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxrl_eff.edges import Rowwise
 from jaxrl_eff.models import attention
 from jaxrl_eff.models.attention import Attend
 from jaxrl_eff.models.config import LMConfig
@@ -175,12 +176,16 @@ def score(cfg: LMConfig, *, attend: Attend | None = None) -> CallFn:
     The score is the value head's number at the row's last token.
     """
 
-    def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
+    def after(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         del key
-        tokens, segment = batch["tokens"], batch["segment"]
-        after = scalar_head(cfg, params, tokens, batch["position"], segment, attend=attend)
-        at = jnp.arange(tokens.shape[1])[None, :]
-        last = jnp.where(segment > 0, at, -1).max(axis=1, keepdims=True)
-        return {"score": jnp.where(at == last, after, 0.0).sum(axis=1)}
+        where = batch["tokens"], batch["position"], batch["segment"]
+        return {"after": scalar_head(cfg, params, *where, attend=attend)}
 
-    return call
+    def last(batch: dict[str, Array], key: Array) -> dict[str, Array]:
+        del key
+        segment = batch["segment"]
+        at = jnp.arange(segment.shape[1])[None, :]
+        end = jnp.where(segment > 0, at, -1).max(axis=1, keepdims=True)
+        return {"score": jnp.where(at == end, batch["after"], 0.0).sum(axis=1)}
+
+    return Rowwise(after, last)

@@ -14,6 +14,7 @@ from jaxrl_eff.parallel.mesh import Placement, mesh
 from jaxrl_eff.shapes import Array
 
 GATHERED_BYTES = 1 << 30  # keys and values of a layer that a device may hold whole
+CPU_CHUNK = 128  # tokens, of rows with many short sequences; long ones are no slower in them
 CORE_FLOPS_PER_S = 5e10  # of a simulated device
 WAYS = {"ring": ring.ring, "gathered": ring.gathered, "ulysses": ring.ulysses}
 
@@ -98,7 +99,8 @@ def both(place: Placement, local: int) -> Callable[..., Array]:
     devices of a sequence axis share, and attend to all stripes by a ring. Neither waits for the
     other, so a compiler may compute the first while the others' keys are on their way.
     """
-    ways = ring.local("seq"), ring.ring("seq")
+    chunk = CPU_CHUNK if jax.default_backend() == "cpu" else ring.CHUNK
+    ways = ring.local("seq", chunk=chunk), ring.ring("seq", chunk=chunk)
 
     def attend(q: Array, k: Array, v: Array, **how: Any) -> Array:
         where = {name: how.pop(name) for name in _WHERE}

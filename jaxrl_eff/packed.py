@@ -1,0 +1,240 @@
+"""A step that computes sampled sequences packed, in micro-batches chosen by their lengths.
+
+Sampling writes padded rows `[B, T]`. Calls that read rows of tokens to infer or to train need not
+compute the padding: between the arrays that they read and write as ever, such a call here is a loop
+over the micro-batches of a schedule (`mixed`: short sequences whole on a device, long ones over the
+`seq` axis). Its programs take the padded arrays and, for every token of the micro-batch, the place
+in them that it comes from; numbers a token go back to the same places, and gradients are summed. An
+update is one schedule: epochs and minibatches draw the rows that they would draw unscheduled.
+
+The host learns lengths, one integer a sequence, and the rows of minibatches; nothing else leaves
+the devices. Schedules follow from the lengths alone, not from measured times: another order of sums
+is another rounding, and sampling would turn it into other tokens, so that no run could be repeated.
+
+Left out: several processes, calls with several placements, microbatches, choosing anew what is
+trained.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_eff import arrays, dataflow, lowering, mixed, pieces, tree
+from jaxrl_eff.data.schedules import Shape
+from jaxrl_eff.graph import Call, Graph, Model, Plan, Spec
+from jaxrl_eff.layouts import Layouts
+from jaxrl_eff.parallel import Changes, Placement
+from jaxrl_eff.pieces import Packing
+
+MOST = 2**30  # tokens of an array, padding included: their places are int32
+
+
+def compile(
+    graph: Graph,
+    plan: Plan,
+    specs: Mapping[str, Spec],
+    *,
+    keep: str = "",
+    sync: Changes | None = None,
+) -> "Packed":
+    """As `dataflow.compile`; say by `scheduled` what schedules are made for, then `build`.
+
+    Raises:
+        ValueError: there are several processes; or the calls that read rows of tokens lie on
+            several placements, are split into microbatches, offload something, choose anew what
+            they train or are of a form that cannot be packed.
+    """
+    plain = dataflow.compile(graph, plan, specs, keep=keep, sync=sync)
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"sampled rows are packed in one process, and there are {jax.process_count()}."
+        )
+    calls = [c for c in plain.calls if prefix_of(c) is not None]
+    if not calls:
+        raise ValueError(
+            f"none of {[c.name for c in plain.calls]} infers or trains on tokens, segment and "
+            "position, so there is nothing to be packed."
+        )
+    places = {c.name: plain.plan[c.name] for c in calls}
+    if len({(p.devices, tuple(p.axes.items())) for p in places.values()}) > 1:
+        raise ValueError(f"packed rows need one placement for these calls, got {places}.")
+    for c in calls:
+        if places[c.name].microbatches > 1 or places[c.name].offload:
+            raise ValueError(
+                f"{c.name} is {places[c.name]}; packed rows come in micro-batches of a schedule, "
+                "without offloading."
+            )
+        if c.kind == "train":
+            mixed.forward_of(c)
+            if getattr(specs[c.of].tx, "due", None) is not None:
+                raise ValueError(
+                    f"{c.name} would choose anew what it trains by a gradient of padded rows."
+                )
+    return Packed(graph, plain.plan, specs, plain.keep, sync)
+
+
+def prefix_of(c: Call) -> str | None:
+    """Of a call that reads rows of tokens to infer or to train: what its names begin with."""
+    if c.kind in ("infer", "train"):
+        for name in c.reads:
+            prefix = name.removesuffix("tokens")
+            if prefix != name and {prefix + k for k in mixed.TOKENS} <= {*c.reads}:
+                return prefix
+    return None
+
+
+class Packed(dataflow.Step):
+    """A compiled graph, called as `Step` is; the metrics have also `schedule/name`.
+
+    - `padding`: share of columns without a token, of all micro-batches.
+    - `distributed`: share of tokens in distributed sequences; 0 without a `seq` axis.
+    - `balance`: mean over max of the devices' estimated seconds.
+    - `micro_steps`: programs that ran, of all packed calls.
+    - `planned_seconds`: estimated for the train calls.
+    - `planning_seconds`: that the host took to make schedules and maps.
+
+    Attributes:
+        place: of the packed calls.
+        packing: as given to `scheduled`.
+    """
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._prefix = {c.name: p for c in self.calls if (p := prefix_of(c)) is not None}
+        self.place: Placement = self.plan[next(iter(self._prefix))]
+        self._over = Layouts(self.graph, self.plan, self.specs, mixed=True)
+        self._infers: dict[str, pieces.Infer] = {}
+        self.packing: Packing | None = None
+        self._schedules: pieces.Schedules | None = None
+
+    @property
+    def packed(self) -> tuple[Call, ...]:
+        """The calls that run packed, in order."""
+        return tuple(c for c in self.calls if c.name in self._prefix)
+
+    def scheduled(self, packing: Packing) -> "Packed":
+        """Sets what schedules are made for.
+
+        Raises:
+            ValueError: the longest row does not fit, or there is no shape in which it does.
+        """
+        longest = max(length for _, length in self.sizes().values())
+        if packing.room * self.place.seq < longest:
+            raise ValueError(
+                f"rows have {longest} tokens, but {self.place.seq} devices of a seq axis with room "
+                f"for {packing.room} tokens each hold {packing.room * self.place.seq}."
+            )
+        self.packing, self._schedules = packing, pieces.Schedules(packing, self.place)
+        self._schedules.plan(np.array([longest]))
+        return self
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Of every packed call, once checked: sequences of an update or pass, tokens of a row."""
+        out = {}
+        for c in self.packed:
+            count, length = self._args[c.name][self._prefix[c.name] + "tokens"].shape
+            out[c.name] = count // c.minibatches, length
+        return out
+
+    def told(self) -> dict[str, Any]:
+        """What schedules are made for, as `Scheduled.told`; lengths are not known ahead."""
+        return {
+            "groups": self.place.row_shards,
+            "parts": self.place.seq,
+            "room": self.packing.room,
+            "shapes": [list(shape) for shape in self.packing.shapes],
+            "lengths": [],
+        }
+
+    # Compilation
+
+    def _check_rows(self, c: Call, shapes: Mapping[str, Any]) -> None:
+        if c.name not in self._prefix:
+            return super()._check_rows(c, shapes)
+        size = shapes[self._prefix[c.name] + "tokens"].shape
+        for k in c.reads:
+            if shapes[k].shape not in (size, size[:1]):
+                raise ValueError(
+                    f"{c.name} reads '{k}' of shape {shapes[k].shape}; packed rows need a number a "
+                    f"token, {size}, or a row, {size[:1]}."
+                )
+        if size[0] % c.minibatches:
+            raise ValueError(
+                f"{c.name} reads {size[0]} rows, which do not divide by {c.minibatches} "
+                "(minibatches)."
+            )
+        if size[0] * size[1] >= MOST:
+            raise ValueError(f"{c.name} reads {size} tokens, but at most {MOST} can be packed.")
+
+    def _outputs(self, c: Call, args: dict[str, Any]) -> dict[str, Any]:
+        if c.name not in self._prefix or c.kind == "train":
+            return super()._outputs(c, args)
+        found = pieces.Infer(self._over, c, self._prefix[c.name], args)
+        self._infers[c.name] = found
+        return found.out
+
+    def _lower(self, c: Call) -> Any:
+        if c.name not in self._prefix:
+            return super()._lower(c)
+        if self._schedules is None:
+            raise ValueError("say what schedules are made for, by scheduled(..), before build.")
+        self._traced.pop(c.name, None)
+        return self._pieces(c, self.packing.shapes)
+
+    def _pieces(self, c: Call, shapes: Sequence[Shape]) -> pieces.Lowered:
+        self.traces[c.name] += len(shapes)
+        args, prefix = self._args[c.name], self._prefix[c.name]
+        if c.kind == "infer":
+            found = self._infers[c.name].pieces(shapes, self._made[c.name])
+        else:
+            found = pieces.of_train(self._over, c, prefix, args, shapes)
+        return pieces.Lowered(pieces.PackedCall(self._schedules, c, prefix), found)
+
+    def needs(self, shapes: Sequence[Shape]) -> float:
+        """Bytes that a device needs for the packed call that needs most, with these shapes."""
+        most = 0.0
+        for c in self.packed:
+            found = self._pieces(c, shapes).compile()
+            beside = [self.home(m) if m != c.of else () for m in self.graph.models]
+            beside += [self.home(c.of).opt] if c.kind == "infer" else []
+            share = tree.nbytes(beside) / (self.place.fsdp * self.place.tensor)
+            most = max(most, share + max(v["bytes"] for v in found.analysis().values()))
+        return most
+
+    def analysis(self) -> dict[str, dict[str, float]]:
+        """As of `Step`; of a packed call every program by itself."""
+        out = {}
+        for name, program in self._programs.items():
+            if name in self._prefix:
+                out |= {f"{name} {k}": v for k, v in program.analysis().items()}
+            else:
+                out[name] = lowering.analysis(program)
+        return out
+
+    def program(self, call: str) -> Any:
+        """A compiled call; "call piece" of a packed one, as `analysis` names them."""
+        name, _, piece = call.partition(" ")
+        found = super().program(name)
+        return found.programs[piece] if piece else found
+
+    # Running
+
+    def __call__(
+        self,
+        models: Mapping[str, Model],
+        batch: Mapping[str, np.ndarray],
+        key: Any,
+        *,
+        reselect: tuple[str, ...] = (),
+    ) -> tuple[dict[str, Model], dict[str, jax.Array], dict[str, jax.Array]]:
+        """As of `Step`."""
+        if not self.built:
+            self.build(batch)
+        words = arrays.from_whole(self._over.whole(self.packed[0]), dataflow.key_words(key))
+        for c in self.packed:  # now, so that nothing is waited for when they are needed
+            self._programs[c.name].begin(words)
+        models, data, metrics = super().__call__(models, batch, key, reselect=reselect)
+        found = self._schedules.numbers({c.name for c in self.packed if c.kind == "train"})
+        return models, data, metrics | {f"schedule/{k}": v for k, v in found.items()}

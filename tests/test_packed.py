@@ -1,0 +1,401 @@
+"""Sampled sequences computed packed: no schedule changes a parameter, a metric or an output."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import launch
+import numpy as np
+import optax
+import pytest
+from launch import compiled_once  # noqa: F401 (fixture)
+from test_plan_law import check, models_after
+
+from jaxrl_eff import dataflow, long, metrics, packed, report, stages
+from jaxrl_eff.algorithms import grpo, ppo
+from jaxrl_eff.data import scheduled, skrull
+from jaxrl_eff.data.schedules import Schedule, Shape
+from jaxrl_eff.data.skrull_cost import Model, cost_of
+from jaxrl_eff.dataflow import Graph, Placement, Spec, infer, train
+from jaxrl_eff.edges import Rowwise
+from jaxrl_eff.models import attention
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+COST = cost_of(Model(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
+FOUR = Placement((3, 0, 2, 1), data=2, seq=2)
+ONE = Placement((0,))
+SHAPES = {FOUR: (Shape(12, 4), Shape(0, 16)), ONE: (Shape(24, 0), Shape(0, 32))}
+ROOM = {FOUR: 16, ONE: 32}
+OWN = skrull.plan
+
+
+def at_random(lengths, *, groups, parts, room, cost, shapes, seed, kind=""):
+    """Any legal schedule: every sequence where there is room, in one of the shapes.
+
+    Of the kind "local" or "shared" all are that.
+    """
+    rng = np.random.default_rng(seed)
+    ranks = {"": range(-1, parts), "local": range(parts), "shared": [-1]}[kind]
+    taken, places, free = [], [], []
+
+    def holds(shape, r):
+        return parts * shape.distributed if r < 0 else shape.local
+
+    for n in lengths:
+        options = [
+            (s, g, r) for s, there in enumerate(free) for (g, r), left in there.items() if left >= n
+        ]
+        if not options or rng.random() < 0.3:
+            fit = [s for s in shapes if any(holds(s, r) >= n for r in ranks)]
+            taken.append(fit[rng.integers(len(fit))])
+            free.append({(g, r): holds(taken[-1], r) for g in range(groups) for r in ranks})
+            s = len(free) - 1
+            options = [(s, *place) for place, left in free[s].items() if left >= n]
+        s, g, r = options[rng.integers(len(options))]
+        free[s][g, r] -= n
+        places.append((s, g, r))
+    step, group, rank = np.array(places, np.int32).T
+    return Schedule(
+        np.asarray(lengths), groups, parts, room, cost, tuple(taken), step, group, rank, 1.0, "", {}
+    )
+
+
+# In double precision, with a table for a model
+
+
+V, B, T = 7, 8, 12
+INPUTS = "tokens segment position mask logp ref_logp adv value ret kl_coef"
+
+
+def table_lm(params, tokens, position, segment):
+    """log-probabilities and entropies of a bigram table, 0 where a segment begins."""
+    before = attention.spread(tokens.shape[1]).previous(tokens)
+    logits = jax.nn.log_softmax(params["w"][before], axis=-1)
+    there = (position > 0) & (segment > 0)
+    logp = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jnp.where(there, logp, 0.0), jnp.where(there, -(jnp.exp(logits) * logits).sum(-1), 0.0)
+
+
+def table_values(params, tokens, position, segment):
+    before = attention.spread(tokens.shape[1]).previous(tokens)
+    return jnp.where((position > 0) & (segment > 0), params["w"][before, 0], 0.0)
+
+
+def table_score(params, batch, key):
+    return {"after": jnp.where(batch["segment"] > 0, params["w"][batch["tokens"], 1], 0.0)}
+
+
+def table_last(batch, key):
+    end = batch["segment"].sum(1, keepdims=True, dtype=jnp.int32) - 1
+    return {"last": jnp.take_along_axis(batch["after"], end, axis=1)[:, 0]}
+
+
+def tables():
+    """Losses of every kind, a token, a sequence or a row, each on a model of its own."""
+    row = "tokens segment position mask "
+    kl = ppo.PPOConfig(kl_in="loss", dual_clip=1.5, entropy=0.1)
+    gspo = grpo.GRPOConfig(ratio="sequence", clip_low=0.1, clip_high=0.1, beta=0.0)
+    plain = grpo.GRPOConfig(mask_truncated=True)
+    tail = (table_lm, (V - 1,), 5)
+    twice = {"epochs": 2, "minibatches": 2}
+
+    def one(name, fn, reads, **how):
+        return train(f"{name}_train", of=name, fn=fn, reads=row + reads, **how)
+
+    calls = (
+        one("ppo", functools.partial(ppo.policy_loss, kl, table_lm), "logp adv ref_logp kl_coef"),
+        one("value", functools.partial(ppo.value_loss, ppo.PPOConfig(), table_values), "value ret",
+            **twice),
+        one("grpo", functools.partial(grpo.policy_loss, plain, *tail),
+            "logp adv ref_logp", **twice),
+        one("gspo", functools.partial(grpo.policy_loss, gspo, *tail), "logp adv"),
+        infer("score_inf", of="reward", fn=Rowwise(table_score, table_last), reads=row.strip(),
+              writes="last"),
+        infer("logp_inf", of="reward", reads="tokens segment position", writes="fresh",
+              fn=lambda p, b, key: {"fresh": table_lm(
+                  p, b["tokens"], b["position"], b["segment"])[0]}),
+    )  # fmt: skip
+    return Graph(inputs=INPUTS, calls=calls)
+
+
+def sampled():
+    """Padded rows of prompt and response, and what calls before would have written."""
+    rng = np.random.default_rng(3)
+    length = np.array([12, 3, 5, 2, 9, 4, 7, 3])
+    at = np.arange(T)[None]
+    inside = at < length[:, None]
+    mask = (inside & (at > 0)).astype(np.float32)
+    normal = lambda s=0.4: (rng.normal(size=(B, T)) * s * mask).astype(np.float32)  # noqa: E731
+    logp = normal() - 2 * mask
+    tokens = np.where(inside, rng.integers(0, V - 1, (B, T)), 0)
+    tokens[::2][at == length[::2, None] - 1] = V - 1
+    return {
+        "tokens": tokens.astype(np.int32), "segment": inside.astype(np.int32), "mask": mask,
+        "position": np.where(inside, at, 0).astype(np.int32), "logp": logp,
+        "ref_logp": logp + normal(), "adv": normal(2.0), "value": normal(), "ret": normal(),
+        "kl_coef": rng.uniform(0.01, 0.1, B).astype(np.float32),
+    }  # fmt: skip
+
+
+def table_specs(graph):
+    like = {"w": jax.ShapeDtypeStruct((V, V), jnp.float64)}
+    trained = {c.of for c in graph.calls if c.kind == "train"}
+    return {
+        m: Spec(like, {"w": (None, None)}, optax.sgd(0.5) if m in trained else None)
+        for m in graph.models
+    }
+
+
+def start(step):
+    models = {}
+    for i, name in enumerate(step.graph.models):
+        there = jax.tree.map(lambda x: x.sharding, step.home(name).params)
+        full = {"w": np.random.default_rng(i).normal(size=(V, V))}
+        models[name] = step.init(name, jax.device_put(full, there))
+    return models
+
+
+def outcome(step, batch):
+    """Models, kept arrays and metrics after one step, as numpy."""
+    models, data, seen = step(start(step), batch, np.array([0, 1], np.uint32))
+    own = {k: float(v) for k, v in seen.items() if not k.startswith("schedule/")}
+    return jax.tree.map(np.asarray, ({m: x.params for m, x in models.items()}, data)), own
+
+
+@functools.cache
+def padded_tables():
+    graph = tables()
+    plan = dict.fromkeys((c.name for c in graph.calls), ONE)
+    step = dataflow.compile(graph, plan, table_specs(graph), keep="last fresh")
+    return outcome(step.build(sampled()), sampled())
+
+
+@functools.cache
+def packed_tables(place):
+    graph, batch = tables(), sampled()
+    plan = dict.fromkeys((c.name for c in graph.calls), place)
+    step = packed.compile(graph, plan, table_specs(graph), keep="last fresh").check(batch)
+    return step.scheduled(packed.Packing(SHAPES[place], ROOM[place], COST)).build(batch)
+
+
+@pytest.fixture
+def wide():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("place", "kinds"),
+    [(FOUR, ("own", "local", "shared", 1, 2, 3)), (ONE, ("own", "local", "shared", 1, 2))],
+    ids=["four devices", "one device"],
+)
+def test_no_schedule_changes_a_parameter_in_double_precision(place, kinds, wide, monkeypatch):
+    (want, told), step = padded_tables(), packed_tables(place)
+    for kind in kinds:
+        how = {"kind": kind, "seed": 0} if isinstance(kind, str) else {"seed": kind}
+        plan = OWN if kind == "own" else functools.partial(at_random, **how)
+        monkeypatch.setattr(skrull, "plan", plan)
+        got, seen = outcome(step, sampled())
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10, err_msg=str(kind))
+        assert seen.keys() == told.keys()
+        for k in told:
+            np.testing.assert_allclose(seen[k], told[k], rtol=2e-6, atol=1e-7, err_msg=k)
+
+
+def test_nothing_is_compiled_for_other_lengths(wide, monkeypatch):
+    step, rng, compiled, shapes = packed_tables(ONE), np.random.default_rng(0), [], set()
+    words = np.array([0, 1], np.uint32)
+    models, _, _ = step(start(step), sampled(), words)
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def plan(lengths, **how):
+        found = OWN(lengths, **how)
+        shapes.add(found.shapes)
+        return found
+
+    monkeypatch.setattr(skrull, "plan", plan)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for _ in range(8):
+            batch = sampled()
+            n = np.minimum(rng.integers(1, T + 1, B), rng.integers(1, T + 1))
+            inside = np.arange(T)[None] < n[:, None]
+            batch["segment"], batch["mask"] = inside.astype(np.int32), inside.astype(np.float32)
+            batch["position"] = np.where(inside, np.arange(T)[None], 0).astype(np.int32)
+            models, _, _ = step(models, batch, words)
+        assert not compiled and len(shapes) > 2
+        jax.jit(lambda x: x + 1)(np.zeros(17))
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_maps_take_every_token_once_and_keep_sequences_apart(seed):
+    rng = np.random.default_rng(seed)
+    rows, lengths = rng.permutation(20)[:9], rng.integers(1, 13, 9)
+    how = {"groups": 2, "parts": 2, "room": 16, "cost": COST, "shapes": SHAPES[FOUR]}
+    schedule = at_random(lengths, seed=seed, **how)
+    taken = []
+    for shape, micro in zip(schedule.shapes, scheduled.maps(schedule, rows, width=13), strict=True):
+        assert micro["local"]["source"].shape == (4, shape.local)
+        assert micro["shared"]["source"].shape == (2, 2 * shape.distributed)
+        for side in micro.values():
+            for source, segment in zip(side["source"], side["segment"], strict=True):
+                assert ((segment == 0) == (source == scheduled.NOWHERE)).all()
+                for s in range(1, segment.max(initial=0) + 1):
+                    here = source[segment == s]
+                    assert here[0] % 13 == 0 and (np.diff(here) == 1).all()
+                    taken.append((here[0] // 13, len(here)))
+    assert sorted(taken) == sorted(zip(rows.tolist(), lengths.tolist(), strict=True))
+
+
+def test_guessed_lengths_go_from_short_responses_to_cut_off_ones():
+    pools = long.guessed([5, 9], 64, count=400)
+    means = [pool.mean() for pool in pools]
+    assert means == sorted(means) and means[0] < 12 and means[-1] == 71
+    for pool in pools:
+        responses = pool - np.resize([5, 9], 400)
+        assert responses.min() >= 1 and responses.max() <= 64
+    assert (pools[-1] - np.resize([5, 9], 400) == 64).all()
+
+
+# Whole algorithms
+
+
+def run(algorithm, *changes, **place):
+    plan = f"{algorithm}.plan={{'default': {place!r}}}"
+    return launch.config(f"algorithm={algorithm},optim=sgd", plan, *changes)
+
+
+def skrull_of(algorithm):
+    return f"{algorithm}.schedule={{'name': 'skrull', 'room': 16, 'shapes': 2}}"
+
+
+@functools.cache
+def padded(algorithm):
+    return models_after(stages.assemble(run(algorithm, devices=[0])))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "place"),
+    [
+        ("raft", {"devices": [3, 0, 2, 1], "data": 2, "seq": 2}),
+        *(
+            pytest.param(a, {"devices": [3, 0, 2, 1], "data": 2, "seq": 2}, marks=pytest.mark.slow)
+            for a in ("ppo", "grpo", "remax", "rloo")
+        ),
+        pytest.param("ppo", {"devices": [0]}, marks=pytest.mark.slow),
+        pytest.param("grpo", {"devices": [0, 1], "fsdp": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_scheduled_algorithm_gives_the_same_parameters(algorithm, place):
+    room = skrull_of(algorithm) if "seq" in place else skrull_of(algorithm).replace("16", "24")
+    check(models_after(stages.assemble(run(algorithm, room, **place))), padded(algorithm))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change",
+    [
+        "grpo.staleness=1",
+        "grpo.sync.name=changes",
+        "grpo.adapt={'actor': {'name': 'lora', 'rank': 2}}",
+    ],
+)
+def test_sampling_may_be_elsewhere_with_old_weights_changes_or_an_adapter(change):
+    same = () if "sync" in change else (change,)
+    want = models_after(stages.assemble(run("grpo", *same, devices=[0])), steps=3)
+    plan = "grpo.plan={'default': {'devices': [0, 1], 'seq': 2}, 'actor_gen': {'devices': [2, 3]}}"
+    config = launch.config("algorithm=grpo,optim=sgd", plan, skrull_of("grpo"), change)
+    check(models_after(stages.assemble(config), steps=3), want)
+
+
+def test_a_run_that_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
+    arg = "algorithm=grpo,steps=2,every=1"
+    plan = "grpo.plan={'default': {'devices': [0]}}"
+    few = "grpo.schedule={'name': 'skrull', 'room': 32, 'shapes': 1}"
+    whole = launch.config(arg, plan, few, "grpo.loss.minibatches=2")
+    assert launch.train(whole, tmp_path / "whole")
+    step = metrics.Writer.step
+
+    def fail(self, number, *args, **kwargs):
+        if number == 2:
+            raise RuntimeError("stopped")
+        return step(self, number, *args, **kwargs)
+
+    monkeypatch.setattr(metrics.Writer, "step", fail)
+    with pytest.raises(RuntimeError, match="stopped"):
+        launch.train(whole, tmp_path / "parts")
+    monkeypatch.undo()
+    assert launch.train(whole, tmp_path / "parts")
+    assert launch.export(tmp_path / "whole") == launch.export(tmp_path / "parts")
+    told = [values for _, _, values in launch.numbers(tmp_path / "parts")]
+    assert len(told) == 2
+    for values in told:
+        assert 0 <= values["schedule/padding"] < 1 and 0 < values["schedule/balance"] <= 1
+        assert values["schedule/micro_steps"] >= 4  # one of the reference, one a minibatch, ..
+        assert values["schedule/planned_seconds"] > 0 and values["schedule/measured_seconds"] > 0
+    document = launch.document(tmp_path / "parts", "schedule")["grpo"]
+    assert document["shapes"] == [[0, 32]] and document["parts"] == 1
+    assert "micro-batches of" in report.write(tmp_path / "parts").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("grpo.plan=search",), "schedule is 'skrull', whose plan is not searched"),
+        (("grpo.schedule.room=7",), "rows have 8 tokens, but 1 devices .* each hold 7"),
+        (("grpo.plan={'default': {'microbatches': 2}}",), "come in micro-batches of a schedule"),
+        (("grpo.plan={'default': {'devices': [0]}, 'ref_inf': {'devices': [1]}}",),
+         "packed rows need one placement for these calls"),
+        (("grpo.loss.minibatches=3",), r"32 rows, which do not divide by 3 \(minibatches\)"),
+        (("grpo.adapt={'actor': {'name': 'spiel_ag', 'selector': 'gradient', 'every': 1}}",),
+         "would choose anew what it trains"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_packed_is_said(changes, message):
+    plan = "grpo.plan={'default': {'devices': [0]}}"
+    with pytest.raises(ValueError, match=message):
+        stages.assemble(launch.config("algorithm=grpo", plan, skrull_of("grpo"), *changes))
+
+
+def test_a_call_that_numbers_rows_or_takes_no_tokens_is_refused():
+    row = "tokens segment position"
+    spec = {"m": Spec({"w": jax.ShapeDtypeStruct((V, V), jnp.float32)}, {"w": (None, None)})}
+
+    def compiled(reads, fn):
+        call = infer("inf", of="m", fn=fn, reads=reads, writes="last")
+        return packed.compile(Graph(row, (call,)), {"inf": ONE}, spec)
+
+    batch = {k: sampled()[k] for k in row.split()}
+    whole = compiled(row, lambda p, b, key: {"last": b["tokens"].sum(1)})
+    with pytest.raises(ValueError, match=r"inf makes 'last' of shape \(1,\) .* a Rowwise"):
+        whole.check(batch)
+    with pytest.raises(ValueError, match="nothing to be packed"):
+        compiled("tokens", lambda p, b, key: {"last": b["tokens"]})
+    every = compiled(row, Rowwise(table_score, table_last)).check(batch)
+    with pytest.raises(ValueError, match="say what schedules are made for"):
+        every.build(batch)
+    with pytest.raises(ValueError, match=r"one must be \(0, 12\)"):
+        every.scheduled(packed.Packing((Shape(12, 0),), 12, COST))
+
+
+@pytest.mark.slow
+def test_room_for_sampled_rows_is_what_compiled_programs_need():
+    place = {"devices": [0], "data": 1}
+    (stage,) = stages.assemble(run("ppo", skrull_of("ppo").replace("16", "24"), **place)).stages
+    step = stage.step
+
+    def need(tokens):
+        return step.needs([Shape(tokens, 0), Shape(0, tokens)])
+
+    capacity = 1.2 * need(1024)
+    room = long.found_room(step.needs, step.place, capacity, most=8192)
+    assert room >= 512 and need(room) <= capacity < need(int(1.8 * room))
