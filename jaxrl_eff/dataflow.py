@@ -260,7 +260,7 @@ class Step:
             if c.of is not None and shapes[k].shape[0] % parts:
                 raise ValueError(
                     f"{c.name} reads '{k}' with {shapes[k].shape[0]} rows, which do not divide by "
-                    f"{parts} = {place.row_shards} (data x fsdp) x {place.microbatches} "
+                    f"{parts} = {place.row_shards} (dcn x data x fsdp) x {place.microbatches} "
                     f"(microbatches) x {c.minibatches} (minibatches)."
                 )
 

@@ -281,7 +281,7 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
             place = stage.step.plan[stage.step.graph.home(role).name]
             for device in place.devices:
                 held[device] = held.get(device, 0.0) + nbytes((home.params, home.opt)) / (
-                    place.fsdp * place.tensor
+                    place.weight_shards * place.tensor
                 )
         meshes: dict[str, list[str]] = {}
         for c in stage.step.calls:

@@ -7,7 +7,7 @@ from jaxrl_eff.graph import Graph, order
 from jaxrl_eff.parallel import Placement
 
 RULES = ("all", "fsdp", "halves")
-_KEYS = ("devices", "data", "fsdp", "seq", "tensor", "stage", "microbatches", "offload")
+_KEYS = ("devices", "dcn", "data", "fsdp", "seq", "tensor", "stage", "microbatches", "offload")
 
 
 def plan(rule: str | Mapping[str, Mapping[str, Any]], graph: Graph, devices: int) -> dict:
