@@ -15,7 +15,7 @@ RANKS = (
     ("optim",),
     ("models", "parallel", "data"),
     ("rollout", "graph", "rewards", "timeline", "deltas"),
-    ("layouts", "movements", "programs", "lowering", "dataflow", "mixed"),
+    ("programs", "sharded", "layouts", "movements", "lowering", "dataflow", "mixed"),
     ("planner",),
     ("algorithms",),
     ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts"),

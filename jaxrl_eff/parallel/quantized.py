@@ -89,7 +89,10 @@ def reduce_slow(
         [..., m] float32, the sum for this device's shard; and e', of e's dtype. Where the gradient
         is not finite e' is zero: the step is lost, and not those after it.
     """
-    parts = jnp.moveaxis(gradient.astype(jnp.float32), -2, 0)
+    gradient = gradient.astype(jnp.float32)
+    if plan.copies:  # once for all micro-batches, and before anything is rounded
+        gradient = lax.psum(gradient, plan.copies)
+    parts = jnp.moveaxis(gradient, -2, 0)
     if feedback is None:
         return _exchange(parts, plan.slow, plan.gradients)[0], None
     parts += jnp.moveaxis(feedback.astype(jnp.float32), -2, 0)
@@ -130,7 +133,9 @@ def _exchange(parts: jax.Array, axis: str, blocks: Blocks) -> tuple[jax.Array, j
 
 
 def _gathered(shard: jax.Array, plan: Plan) -> jax.Array:
-    stage = checkpoint_name(gather_slow(shard, plan), STAGE)
+    stage = gather_slow(shard, plan)
+    if plan.rung.secondary:
+        stage = checkpoint_name(stage, STAGE)
     return gather_fast(stage, shard.shape[-1], plan)
 
 
@@ -197,8 +202,7 @@ def sharded_apply(
     def run(shard, feedback, x):
         return fn(gather_weights(shard, feedback, plan), x)
 
-    names = (*keep, *((STAGE,) if plan.rung.secondary else ()))
-    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    policy = jax.checkpoint_policies.save_only_these_names(*keep, STAGE)
     return jax.checkpoint(run, policy=policy)(shard, feedback, x)
 
 
