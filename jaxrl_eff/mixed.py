@@ -58,6 +58,11 @@ def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spe
             )
         if c.kind == "train":
             _parts(c)
+            if specs[c.of].sends is not None:
+                raise ValueError(
+                    f"{c.name} sends {specs[c.of].sends.rung.name!r} between nodes, which mixed "
+                    "rows cannot."
+                )
             if getattr(specs[c.of].tx, "due", None) is not None:
                 raise ValueError(
                     f"{c.name} would choose anew what it trains by a gradient of rows of one kind."
