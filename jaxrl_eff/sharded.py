@@ -28,13 +28,11 @@ from jaxrl_eff import meters, programs, tree
 from jaxrl_eff.graph import Adaptation, Call, Model, Spec
 from jaxrl_eff.parallel import Placement, Rules, mesh, volume
 from jaxrl_eff.parallel.blocks import Blocks
-from jaxrl_eff.parallel.ladder import Plan, Rung
 from jaxrl_eff.parallel.sharding import row_axes
 from jaxrl_eff.parallel.shards import Cut, Held, Shard, exact
 
 ROUNDED = ("kernel", "table")
 CODES = ("kernel_codes", "kernel_scales")
-ZERO3 = Rung("zero3", 16, 16)
 
 
 class Leaf(NamedTuple):
@@ -206,7 +204,8 @@ class Sharded:
 
             def total(variables: Any, early: Any, part: Any) -> Any:
                 given = [
-                    self._placed(n, variables.get(n), early.get(n), fixed.get(n)) for n in arrays
+                    self._placed(n, variables.get(n), early.get(n), fixed.get(n), parts > 1)
+                    for n in arrays
                 ]
                 value, weight, seen = loss(structure.unflatten(given), part, key)
                 return value, (weight, seen)
@@ -261,16 +260,16 @@ class Sharded:
                 fixed[name] = x
         return fixed, variables
 
-    def _placed(self, name: str, variable: Any, early: Any, fixed: Any) -> Any:
+    def _placed(self, name: str, variable: Any, early: Any, fixed: Any, hoisted: bool) -> Any:
         """What stands for a parameter in the tree that the loss reads."""
         leaf = self._of(name)
         if not leaf.late:
             return fixed if variable is None else variable
-        if variable is None and fixed.ndim == 1 + len(leaf.cut.shape):
-            return Shard(fixed, None, leaf.cut)
-        if fixed is None:
-            return Shard(variable, early, leaf.cut)
-        return Held(fixed, variable, leaf.cut)
+        if hoisted:
+            return Held(fixed, variable, leaf.cut)
+        if variable is None:
+            return Shard(fixed, None, leaf.cut, trained=False)
+        return Shard(variable, early, leaf.cut, trained=True)
 
     def _closed(
         self,
@@ -312,18 +311,18 @@ class Sharded:
             if leaf.cut is not None:
                 vectors = x.size // math.prod(leaf.cut.shape)
                 _add(found, self._promised(leaf, x, name in trained, parts), vectors)
-                passes = 2 + (name in trained)
-                plain += passes * parts * vectors * leaf.cut.sent(Blocks(16))
+                if not name.endswith(CODES[1]):
+                    passes = (self._place.dcn - 1) * (2 + (name in trained)) * parts
+                    plain += passes * vectors * leaf.cut.sent(Blocks(16))
             elif name in trained:
                 _add(found, volume.summed(4 * x.size, sizes))
+                plain += volume.summed(2 * x.size, sizes)["dcn"] * parts
         numbers = (done.loss, done.weight, done.seen)
         for x in jax.tree.leaves(numbers):
             _add(found, volume.summed(x.size * x.dtype.itemsize, sizes))
-        self._update = found, (self._place.dcn - 1) * plain
+        self._update = found, plain
 
-    def _promised(
-        self, leaf: Leaf, x: jax.Array, trained: bool, parts: int
-    ) -> dict[str, float]:
+    def _promised(self, leaf: Leaf, x: jax.Array, trained: bool, parts: int) -> dict[str, float]:
         """Bytes of one weight (of a layer) in one update, by mesh axis.
 
         With w, g and h the bytes of a shard of it as a weight, and as a gradient on the slow and on
@@ -405,9 +404,14 @@ def _check(c: Call, place: Placement, rules: Rules, spec: Spec) -> None:
     if place.seq > 1:
         raise ValueError(f"{what}, which cannot be over a seq axis; its placement is {place}.")
     if dict(rules.table)["embed"] is None:
-        width = {n for axes, x in zip(
-            _flat_axes(spec.axes).values(), tree.flat(spec.shapes).values(), strict=True
-        ) for a, n in zip(axes, x.shape, strict=True) if a == "embed"}
+        width = {
+            n
+            for axes, x in zip(
+                _flat_axes(spec.axes).values(), tree.flat(spec.shapes).values(), strict=True
+            )
+            for a, n in zip(axes, x.shape, strict=True)
+            if a == "embed"
+        }
         raise ValueError(
             f"{what}, but a model of width {sorted(width)} does not divide by "
             f"{place.weight_shards} = {place.dcn} (dcn) x {place.fsdp} (fsdp), so that no weight "

@@ -132,7 +132,12 @@ def _exchange(parts: jax.Array, axis: str, blocks: Blocks) -> tuple[jax.Array, j
     )
 
 
-def _gathered(shard: jax.Array, plan: Plan) -> jax.Array:
+def gather_frozen(shard: jax.Array, plan: Plan) -> jax.Array:
+    """As `gather_weights`, of a weight that is not trained: nothing is reduced.
+
+    A policy of recomputation looks into functions with gradients of their own only where these are
+    differentiated, so the name of the first stage would not be found in `gather_weights`.
+    """
     stage = gather_slow(shard, plan)
     if plan.rung.secondary:
         stage = checkpoint_name(stage, STAGE)
@@ -156,12 +161,12 @@ def gather_weights(shard: jax.Array, feedback: jax.Array | None, plan: Plan) -> 
         [..., N A m] of the plan's dtype.
     """
     del feedback
-    return _gathered(shard, plan)
+    return gather_frozen(shard, plan)
 
 
 def _gather_forward(shard, feedback, plan):
     # A residual of no elements tells the backward pass the dtype.
-    return _gathered(shard, plan), (feedback, jnp.zeros((0,), shard.dtype))
+    return gather_frozen(shard, plan), (feedback, jnp.zeros((0,), shard.dtype))
 
 
 def _gather_backward(plan, residual, gradient):

@@ -139,7 +139,7 @@ class Cut:
     def reduced_slow(
         self, slot: jax.Array, left: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """As `reduced`, of gradients `[*lead, *apart, N, m]` that were summed over the fast axis."""
+        """As `reduced`, of `[*lead, *apart, N, m]` that was summed over the fast axis."""
         left = None if left is None else self.flat_left(left)
         total, left = quantized.reduce_slow(slot, left, self.plan)
         return self.shaped(total), None if left is None else self.shaped_left(left)
@@ -163,19 +163,24 @@ class Shard:
     Attributes:
         part: `[(layers,) *cut.shape]`.
         left: over from the last reduction, `[(layers,) ..., N, d, ...]`; None: nothing is kept.
+        trained: whether there will be a gradient.
     """
 
     part: Any  # as all of a tree's leaves, sometimes a shape or a layout
     left: Any
     cut: Cut = dataclasses.field(metadata={"static": True})
+    trained: bool = dataclasses.field(metadata={"static": True})
 
     def whole(self) -> jax.Array:
         """The weight of one layer, in the plan's dtype."""
         cut = self.cut
         if cut.raw:
             stage = cut.near(self.part)
-            name = cut.plan.rung.secondary
-            return cut.joined(checkpoint_name(stage, quantized.STAGE) if name else stage)
+            if cut.plan.rung.secondary:
+                stage = checkpoint_name(stage, quantized.STAGE)
+            return cut.joined(stage)
+        if not self.trained:
+            return cut.shaped(quantized.gather_frozen(cut.flat(self.part), cut.plan))
         left = None if self.left is None else cut.flat_left(self.left)
         return cut.shaped(quantized.gather_weights(cut.flat(self.part), left, cut.plan))
 
