@@ -92,6 +92,11 @@ def _whole(leaf: Any) -> Array:
     return leaf.whole() if hasattr(leaf, "whole") else leaf
 
 
+def _sharded_weights(params: PyTree) -> bool:
+    there = lambda x: hasattr(x, "whole")  # noqa: E731
+    return any(map(there, jax.tree.leaves(params, is_leaf=there)))
+
+
 def _here(x: Array) -> Array:
     """A parameter in device memory; inside a loop over layers, fetched one layer at a time."""
     host = jax.typeof(x).memory_space == jax.memory.Space.Host
@@ -524,7 +529,8 @@ def apply(
     Args:
         attend: the attention; None: `attention.choose(cfg)`.
     """
-    if quantised.inside(params):  # unrolled, a compiler may dequantise all layers before the first
+    if quantised.inside(params) or _sharded_weights(params):
+        # Unrolled, a compiler may dequantise or gather all layers before the first.
         cfg = cfg.replace(unroll=cfg.unroll or 1)
     model = LanguageModel(cfg, attend or attention.choose(cfg), stacked="layers" in params)
     params = dict(params)
