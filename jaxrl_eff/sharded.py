@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_eff import meters, programs, tree
+from jaxrl_eff import host, meters, programs, tree
 from jaxrl_eff.graph import Adaptation, Call, Model, Spec
 from jaxrl_eff.parallel import Placement, Rules, mesh, volume
 from jaxrl_eff.parallel.blocks import Blocks
@@ -400,6 +400,11 @@ def _check(c: Call, place: Placement, rules: Rules, spec: Spec) -> None:
     if plan.nodes and place.dcn != plan.nodes:
         raise ValueError(
             f"{what} between {plan.nodes} nodes, but its placement has dcn={place.dcn}: {place}."
+        )
+    if mesh(place).devices.flat[0].platform == "cpu" and not host.in_order():
+        raise ValueError(
+            f"{what} on simulated devices, which may mix up its messages unless XLA_FLAGS has "
+            f"{host.IN_ORDER} before JAX starts; config.simulate_devices sees to it."
         )
     if place.seq > 1:
         raise ValueError(f"{what}, which cannot be over a seq axis; its placement is {place}.")

@@ -280,7 +280,8 @@ def law(algorithm, nodes, *changes):
     one = launch.config(f"algorithm={algorithm},optim=sgd,first=1", *more)
     zero = (f"{algorithm}.zero.name=exact", f"{algorithm}.zero.nodes={nodes}")
     many = launch.config(f"algorithm={algorithm},optim=sgd,plan=all", *more, *zero)
-    return [models_after(stages.assemble(run)) for run in (many, one)]
+    steps = 1 if algorithm == "ppo" else 2  # of four updates each
+    return [models_after(stages.assemble(run), steps=steps) for run in (many, one)]
 
 
 @pytest.mark.parametrize(
@@ -329,8 +330,9 @@ def test_parts_of_a_model_go_with_rounding(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["exact", "int8", "int4"])
-def test_collage_goes_with_it(name):
+@pytest.mark.parametrize(("name", "near"), [("exact", 0.01), ("int8", 0.05), ("int4", 0.15)])
+def test_collage_goes_with_it(name, near):
+    """Its steps are as long for small gradients as for large ones, so that rounding shows."""
     collage = (
         "sft.optim.actor.name=collage_adamw", "model.param_dtype=bfloat16", "sft.batch=16",
         "sft.optim.actor.lr=0.003",
@@ -343,7 +345,7 @@ def test_collage_goes_with_it(name):
     want, got = (models_after(stages.assemble(run))[1] for run in runs)
     for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
         a, b = (x.astype(np.float32) for x in (a, b))
-        assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b) + 1e-3
+        assert np.linalg.norm(a - b) <= near * np.linalg.norm(b)
 
 
 # What is refused
