@@ -146,7 +146,7 @@ def traffic(place, plan, lm=LM, fn=None, more=1):
     return there.sharded[c.name].traffic(jaxpr)
 
 
-@pytest.mark.parametrize("remat", ["none", "attention", "dots", "outputs", "full"])
+@pytest.mark.parametrize("remat", ["none", "attention", "dots", "outputs", "full", "host"])
 @pytest.mark.parametrize("name", ["exact", "int8"])
 def test_recomputation_gathers_no_weight_more_often_than_said(name, remat):
     found = traffic(NODES, sends(name), LM.replace(remat=remat))
