@@ -4,6 +4,7 @@ Orbax writes the arrays, asynchronously, each process its own shards. Around it 
 protocol on an ordinary (shared) file system:
 
     saving-00000040/state/          orbax, in the background
+    saving-00000040/still/          likewise, what has not changed since the checkpoint before
     saving-00000040/record.json     stage, data position, seed, ...; and the shape of every leaf
     saving-00000040/manifest.json   size and CRC-32 of every file, written last
     00000040/                       the same directory renamed: only now is it a checkpoint
@@ -12,6 +13,11 @@ So a directory with a plain number is complete, and one that was truncated or al
 longer fits its manifest. The tree is stored as a flat table from names to arrays: namedtuples,
 `None` and `()` of optimizer states are structure, which the reader supplies.
 
+Arrays that training leaves alone (a reference policy, the base under an adapter) are the very same
+objects at every save. They are written apart once that is seen, at the second save, and from then
+on their files are hard links: every checkpoint is whole, and the disk holds them once. What spoils
+such a file spoils it for all.
+
 Left out: object stores without atomic rename (mount them), and PRNG keys, which the loop derives
 from seed and step.
 """
@@ -19,7 +25,9 @@ from seed and step.
 import functools
 import json
 import math
+import os
 import shutil
+import weakref
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,6 +90,8 @@ class Checkpoints:
         self._fingerprint = fingerprint
         self._refused: set[int] = set()
         self._verified: set[int] = set()
+        self._saved: dict[str, weakref.ref[Array]] = {}  # what the last save was given
+        self._still: tuple[int, frozenset[str]] = (-1, frozenset())  # a step, what is apart in it
         self._pending: Future[None] | None = None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
@@ -121,6 +131,9 @@ class Checkpoints:
                 f"step {step} cannot be saved in {self.directory}, which holds step {max(later)} "
                 "of the same run; restore it, or use another directory."
             )
+        still = self._unchanged(table)
+        linked = bool(still) and self._still[1] == still and self._whole(self._still[0])
+        source = self._path(self._still[0]) if linked else None
         saving = self.directory / f"saving-{step:08d}"
         if jax.process_index() == 0:
             for rest in [*self.directory.glob("saving-*"), *self.directory.glob("deleting-*")]:
@@ -131,13 +144,20 @@ class Checkpoints:
                 "fingerprint": self._fingerprint,
                 "score": score if score is not None and math.isfinite(score) else None,
                 "leaves": {k: [list(v.shape), str(v.dtype)] for k, v in table.items()},
+                "still": sorted(still),
                 "record": record,
             }
             _write(saving / "record.json", meta)
+        arrays = {name: x for name, x in table.items() if x.size}  # orbax refuses empty ones
+        parts = {"state": {name: x for name, x in arrays.items() if name not in still}}
+        if still and not linked:
+            parts["still"] = {name: arrays[name] for name in still}
         with jax.transfer_guard("allow"):
-            arrays = {name: x for name, x in table.items() if x.size}  # orbax refuses empty ones
-            self._orbax.save(saving / "state", args=ocp.args.PyTreeSave(arrays))
-        self._pending = self._threads.submit(self._commit, step, saving)
+            for part in sorted(parts, reverse=True):  # the second waits for the first
+                self._orbax.save(saving / part, args=ocp.args.PyTreeSave(parts[part]))
+        self._saved = {name: weakref.ref(x) for name, x in arrays.items()}
+        self._still = step, still
+        self._pending = self._threads.submit(self._commit, step, saving, source)
 
     def peek(self) -> dict[str, Any] | None:
         """The record of the newest good checkpoint, or None. No array is read into memory."""
@@ -169,7 +189,11 @@ class Checkpoints:
         """Blocks until the save under way is a checkpoint; raises what made it fail."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.result()
+            try:
+                pending.result()
+            except BaseException:
+                self._still = -1, frozenset()  # it is no checkpoint, and nothing to link to
+                raise
 
     def close(self) -> None:
         """Waits, and frees the writer's threads."""
@@ -179,6 +203,29 @@ class Checkpoints:
             self._threads.shutdown()
             if "_orbax" in self.__dict__:
                 self._orbax.close()
+
+    def _unchanged(self, table: dict[str, Array]) -> frozenset[str]:
+        """Names of the arrays that the last save was given too; all processes say the same."""
+        names = sorted(name for name, x in table.items() if x.size)
+        same = np.array(
+            [name in self._saved and self._saved[name]() is table[name] for name in names]
+        )
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            same = multihost_utils.process_allgather(same).all(axis=0)
+        if same.all():  # nothing would be left for the other part
+            return frozenset()
+        return frozenset(name for name, s in zip(names, same, strict=True) if s)
+
+    def _whole(self, step: int) -> bool:
+        """Whether a checkpoint that was written is still there, as process 0 sees it."""
+        there = self._path(step).is_dir()
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            there = bool(multihost_utils.broadcast_one_to_all(np.int32(there)))
+        return there
 
     def _path(self, step: int) -> Path:
         return self.directory / f"{step:08d}"
@@ -192,13 +239,21 @@ class Checkpoints:
         """Steps whose checkpoints are this run's, newest first."""
         return [s for s in self._steps() if not _foreign(self._path(s), self._fingerprint)]
 
-    def _commit(self, step: int, saving: Path) -> None:
-        """Turns what orbax has written into a checkpoint, and removes old ones."""
+    def _commit(self, step: int, saving: Path, source: Path | None) -> None:
+        """Turns what orbax has written into a checkpoint, and removes old ones.
+
+        Args:
+            source: the checkpoint whose part that has not changed is this one's too.
+        """
         self._orbax.wait_until_finished()
         if jax.process_index() != 0:
             return
         files = [p for p in saving.rglob("*") if p.is_file()]
         table = {str(p.relative_to(saving)): [p.stat().st_size, _crc(p)] for p in files}
+        if source is not None:
+            shutil.copytree(source / "still", saving / "still", copy_function=_link)
+            theirs = _read(source / "manifest.json")
+            table |= {name: v for name, v in theirs.items() if name.startswith("still/")}
         _write(saving / "manifest.json", table)
         self._adopt(step, saving)
         self._rotate(step)
@@ -270,17 +325,24 @@ class Checkpoints:
             name: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
             for name, x in wanted.items()
         }
+        still = set(_read(self._path(step) / "record.json").get("still", ()))
+        arrays: dict[str, Array] = {}
         with jax.transfer_guard("allow"):
-            try:
-                arrays = self._orbax.restore(
-                    self._path(step) / "state",
-                    args=ocp.args.PyTreeRestore(
-                        item=wanted, restore_args=args, partial_restore=True
-                    ),
-                )
-            except Exception as error:
-                error.add_note(f"while reading the checkpoint {self._path(step)}")
-                raise
+            for part, names in (("state", wanted.keys() - still), ("still", wanted.keys() & still)):
+                if not names:
+                    continue
+                try:
+                    arrays |= self._orbax.restore(
+                        self._path(step) / part,
+                        args=ocp.args.PyTreeRestore(
+                            item={name: wanted[name] for name in names},
+                            restore_args={name: args[name] for name in names},
+                            partial_restore=True,
+                        ),
+                    )
+                except Exception as error:
+                    error.add_note(f"while reading the checkpoint {self._path(step)}")
+                    raise
             leaves = [
                 _fresh(arrays.pop(name)) if name in wanted else _empty(x)
                 for name, x in table.items()
@@ -377,6 +439,14 @@ def _crc(path: Path) -> int:
         while block := file.read(1 << 24):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def _link(source: str, target: str) -> None:
+    """A second name of a file; where the file system has no such thing, a copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _write(path: Path, value: Any) -> None:

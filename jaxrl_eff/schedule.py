@@ -7,7 +7,8 @@ Short sequences stay whole on a rank, long ones are cut over the `seq` axis (`da
 file holds one integer a line, or JSON: a list of integers, or a line for each example, an integer
 or an object with `length`. It is cut into batches in its order; what is left over at its end makes
 a last, smaller one. Seconds are estimates of a cost model on datasheet numbers: rules are compared
-under the same model, and nothing is run.
+under the same model, and nothing is run. "skrull" keeps to the shapes that are printed; "exact" is
+the same without that limit, and the other rules have none either.
 
 Exit codes: 0 scheduled; 2 something in the command is wrong.
 """

@@ -30,8 +30,8 @@ def page(title: str, facts: Mapping[str, str], found: Study) -> str:
     body = f"""{head}<section><h2>Given</h2><div class=wide><table class=pairs>{given}</table></div>
 </section><section><h2>Against other rules</h2>{_bars(found)}{_table(found)}
 <p class=dim>The limit is all arithmetic at full rate, spread evenly. A balance of 100 % means that
-no rank waits. Rules that pack have the same shapes; those that take sequences one by one have exact
-ones.</p></section>
+no rank waits. The schedule keeps to its shapes;
+"exact", the same without that, and the other rules have a shape for every micro-step.</p></section>
 <section><h2>The first batch, by rank</h2><div class=wide>{timeline(first)}</div>
 {report.legend(_COLORS)}<p class=dim>{_text(first.rule)}. {_drawn(first)}Paler is padding; gaps are
 ranks waiting for the slowest, and fixed costs. Hold the pointer over a bar for its tokens.</p>

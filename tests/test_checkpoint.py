@@ -136,6 +136,62 @@ def test_keeps_the_newest_and_the_best(open_run):
     assert steps_in(run.directory) == ["00000002", "00000004", "00000005"]
 
 
+def files(checkpoint, part):
+    return {p.name: p for p in (checkpoint / part).rglob("*") if p.is_file()}
+
+
+def test_what_training_leaves_alone_lies_on_the_disk_once(open_run, key):
+    """Apart from the second save on; each checkpoint is whole, also when the others are gone."""
+    run, state = open_run(keep=2), state_of(key)
+    for step in (1, 2, 3, 4):
+        params, opt = state["actor"]
+        opt = jax.tree.map(lambda x: x + 1, opt)
+        state["actor"] = ({**params, "half": params["half"] * 2}, opt)
+        run.save(step, state, {})
+        run.wait()
+    third, fourth = (run.directory / f"{step:08d}" for step in (3, 4))
+    assert steps_in(run.directory) == [third.name, fourth.name]
+    shared, again = files(third, "still"), files(fourth, "still")
+    assert shared.keys() == again.keys() and sum(p.stat().st_size for p in shared.values()) > 100
+    assert all(again[name].samefile(p) for name, p in shared.items())
+    changed, newer = files(third, "state"), files(fourth, "state")
+    assert not any(newer[k].samefile(p) for k, p in changed.items() if k in newer)
+    shutil.rmtree(third)
+    assert_same(open_run().restore(abstract_of(state)).state, state)
+
+
+def test_what_changes_after_all_is_written_again(open_run, key):
+    """An equal array is not the same one: only identity tells without reading it."""
+    run, state = open_run(), state_of(key)
+    for step in (1, 2, 3):
+        state["actor"] = jax.tree.map(lambda x: x + 1, state["actor"])
+        run.save(step, state, {})
+    state["actor"] = jax.tree.map(lambda x: x + 1, state["actor"])
+    frozen, rest = state["reward"]
+    state["reward"] = {"w": frozen["w"] + 5}, rest
+    run.save(4, state, {})
+    for step in (4, 3):
+        run.wait()
+        got = open_run().restore(abstract_of(state)).state["reward"][0]["w"]
+        np.testing.assert_array_equal(got, np.arange(3) + (5 if step == 4 else 0))
+        shutil.rmtree(run.directory / f"{step:08d}", ignore_errors=True)
+
+
+def test_where_files_cannot_be_linked_they_are_copied(open_run, key, monkeypatch):
+    def refuse(source, target):
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run, state = open_run(), state_of(key)
+    for step in (1, 2, 3):
+        state["actor"] = jax.tree.map(lambda x: x + 1, state["actor"])
+        run.save(step, state, {})
+    run.wait()
+    second, third = (files(run.directory / f"{s:08d}", "still") for s in (2, 3))
+    assert second and not any(third[name].samefile(p) for name, p in second.items())
+    assert_same(open_run().restore(abstract_of(state)).state, state)
+
+
 def test_the_same_step_can_be_saved_again_but_not_an_earlier_one(open_run):
     run = open_run()
     run.save(2, {"x": jnp.zeros(3)}, {"try": 1})

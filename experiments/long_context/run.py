@@ -60,7 +60,7 @@ def compared(model: str, name: str, cost, count: int, *, few: bool = True) -> di
     """Mean seconds of every rule; `limit` is that of perfect balance."""
     groups, parts, size, room = RUNS[model, name]
     same = {"groups": groups, "parts": parts, "room": room, "cost": cost}
-    total = dict.fromkeys((*RULES, "limit", "padding", "distributed"), 0.0)
+    total = dict.fromkeys((*RULES, "limit", "bound", "padding", "distributed"), 0.0)
     shapes = None
     if few:
         seen = np.minimum(sample_lengths(name, 100 * size, 10_000), room * parts)
@@ -73,6 +73,7 @@ def compared(model: str, name: str, cost, count: int, *, few: bool = True) -> di
         on = skrull.plan(lengths, shapes=shapes, **same) if few else found
         total["lattice"] += on.seconds / count
         total["limit"] += cost.perfect(lengths, groups * parts) / count
+        total["bound"] += cost.bound(lengths, groups, parts, steps=len(found.shapes)) / count
         total["padding"] += skrull.quality(on).padding / count
         total["distributed"] += skrull.quality(found).distributed / count
     return total
@@ -80,13 +81,16 @@ def compared(model: str, name: str, cost, count: int, *, few: bool = True) -> di
 
 def over_limit(count: int) -> list[dict]:
     print("Seconds over those of perfect balance\n")
-    print("| | unpacked | sorted | packed | printed | this | this, 12 shapes | its padding |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| | unpacked | sorted | packed | printed | this | this, 12 shapes | its padding | bound |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     out = []
     for model, name in RUNS:
         t = compared(model, name, cost_of(MODELS[model], **COMPILED), count)
         cells = " | ".join(f"{t[r] / t['limit']:.2f}" for r in RULES)
-        print(f"| {model} {name} | {cells} | {t['padding']:.1%} |")
+        bound = t["bound"] / t["limit"]
+        print(f"| {model} {name} | {cells} | {t['padding']:.1%} | {bound:.2f} |")
         out.append({"model": model, "set": name, **t})
     return out
 

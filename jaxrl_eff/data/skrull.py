@@ -47,7 +47,8 @@ def plan(
     For every number of micro-steps, from the fewest to `more` beyond, sequences are cut into
     micro-batches in three ways: as the paper does it, with equal tokens, and with like lengths
     side by side. Each cut is tried all distributed and by the balance rule, and the best of them
-    by all rules. `mixed` takes for each micro-batch the rule that is best for it alone.
+    by all rules. `mixed` takes for each micro-batch the rule that is best for it alone; `pooled`
+    places the sequences of a micro-step anew, over all groups at once.
 
     Args:
         lengths: tokens of each sequence, K.
@@ -80,6 +81,7 @@ def plan(
     ranking = sorted(search.best.items(), key=lambda best: best[1][0].seconds)
     for name, (found, way) in ranking[:TIGHTENED]:
         search.take(batch.tightened(found), name, f"{way}, tightened")
+        search.take(batch.pooled(found), "pooled", way)
     return search.schedule()
 
 
@@ -195,13 +197,8 @@ def _printed(batch: Batch) -> list[Part]:
     raise AssertionError("a sequence alone always has a place")
 
 
-def rivals(schedule: Schedule, *, shapes: Sequence[Shape] | None = None) -> dict[str, Schedule]:
-    """The same batch by other rules: name -> schedule.
-
-    Args:
-        shapes: for those that pack. Those that take one sequence at a time have exact ones, which
-            favours them.
-    """
+def rivals(schedule: Schedule) -> dict[str, Schedule]:
+    """The same batch by other rules: name -> schedule, in exact shapes, which favours them."""
     same = {
         "groups": schedule.groups,
         "parts": schedule.parts,
@@ -211,12 +208,12 @@ def rivals(schedule: Schedule, *, shapes: Sequence[Shape] | None = None) -> dict
     return {
         "unpacked": unpacked(schedule.lengths, **same),
         "sorted": by_length(schedule.lengths, **same),
-        "packed": packed(schedule.lengths, **same, shapes=shapes),
-        "printed": printed(schedule.lengths, **same, shapes=shapes),
+        "packed": packed(schedule.lengths, **same),
+        "printed": printed(schedule.lengths, **same),
     }
 
 
-def report(schedule: Schedule, *, shapes: Sequence[Shape] | None = None) -> dict[str, Quality]:
+def report(schedule: Schedule) -> dict[str, Quality]:
     """A schedule, as `skrull`, and its rivals: name -> what each is like."""
-    found = {"skrull": schedule, **rivals(schedule, shapes=shapes)}
+    found = {"skrull": schedule, **rivals(schedule)}
     return {name: quality(s) for name, s in found.items()}

@@ -16,6 +16,7 @@ from jaxrl_eff.data.skrull_cost import Cost
 _EIGHTHS = 8  # of the room, for the shapes of a micro-step whose groups fit one by one only
 _QUARTERS = 4  # of the way from the least columns to those of a micro-step, to be tried
 _REPAIR = 0.1  # slack of the balance rule there
+_SHARES_OF_FAIR = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)  # lengths above which all are distributed
 
 Cut = list[list[int]]  # micro-batches, each longest first; as many as groups times micro-steps
 
@@ -111,10 +112,8 @@ class Batch:
     def least(self, cut: Cut) -> float:
         """Seconds that no placing of these micro-batches can beat."""
         steps = -(-sum(map(bool, cut)) // self.groups)
-        cost, ranks = self.cost, self.groups * self.parts
-        started = cost.micro_seconds + cost.linear * cost.half / cost.flops_per_s
-        whole = cost.step_seconds + steps * started + cost.perfect(self.given, ranks)
-        return whole * (1 - 1e-9)  # rounding
+        bound = self.cost.bound(self.given, self.groups, self.parts, steps=steps)
+        return bound * (1 - 1e-9)  # rounding
 
     def _shares(self) -> Cut:
         """For each group its sequences: longest first, to the group with the least to do."""
@@ -275,6 +274,62 @@ class Batch:
         move sequences there.
         """
         return self.summed([self._tightened(*step) for step in plan.steps])
+
+    def pooled(self, plan: Plan) -> Plan:
+        """The same micro-steps where sequences may go to other groups, if that is faster."""
+        return self.summed([self._pooled(*step) for step in plan.steps])
+
+    def _pooled(self, shape: Shape, parts: list[Part]) -> tuple[Shape, list[Part]]:
+        members = sorted(k for p in parts for k in p.members)
+        best = (self.seconds(shape, parts), shape, parts)
+        again = self.pool(members, self._depths(members))
+        return min(best, again or best, key=lambda b: b[0])[1:]
+
+    def pool(
+        self, members: list[int], depths: Sequence[int]
+    ) -> tuple[float, Shape, list[Part]] | None:
+        """A micro-step of these by `skrull_rules.pooled`: its seconds, its shape, its parts.
+
+        Args:
+            depths: what may be tried for the distributed part.
+        """
+        found = []
+        for shared in depths:
+            parts = self._levelled_out(members, shared)
+            held = None if parts is None else self.shape(parts)
+            if held is not None:
+                found.append((self.seconds(held, parts), held, parts))
+        return min(found, key=lambda b: b[0], default=None)
+
+    def _depths(self, members: list[int]) -> list[int]:
+        """Tokens of a rank's distributed part that are worth a try.
+
+        Those that let all above some share of the fair load be distributed, and those of shapes.
+        """
+        fair = sum(map(self.lengths.__getitem__, members)) / (self.groups * self.parts)
+        found = {0}
+        for share in _SHARES_OF_FAIR:
+            heap = [0] * self.groups
+            for k in members:
+                if self.lengths[k] <= share * fair:
+                    break
+                heapq.heapreplace(heap, heap[0] + self.stripes[k])
+            found.add(max(heap))
+        allowed = {s.distributed for s in self.shapes or ()}
+        return sorted(d for d in found | allowed if d <= self.room)
+
+    def _levelled_out(self, members: list[int], shared: int) -> list[Part] | None:
+        lengths, stripes, _ = self._of(members)
+        places = skrull_rules.pooled(
+            lengths, stripes, groups=self.groups, parts=self.parts, room=self.room, shared=shared
+        )
+        if places is None:
+            return None
+        there: list[tuple[list[int], list[int]]] = [([], []) for _ in range(self.groups)]
+        for k, (g, t) in zip(members, places, strict=True):
+            there[g][0].append(k)
+            there[g][1].append(t)
+        return [self._part(*one) for one in there]
 
     def _tightened(self, shape: Shape, parts: list[Part]) -> tuple[Shape, list[Part]]:
         best = self.seconds(shape, parts), shape, parts

@@ -152,6 +152,20 @@ class Cost:
         each = self.linear * n / self.flops_per_s + self.square * n * n / self.attention_per_s
         return float(each.sum()) / ranks
 
+    def bound(self, lengths: np.ndarray, groups: int, parts: int, *, steps: int = 1) -> float:
+        """Seconds that no schedule of so many micro-steps can beat, all groups running one program.
+
+        Perfect balance, and besides: fixed costs and the start of kernels, once a micro-step and
+        once for every sequence's attention; and that a sequence's attention takes a rank at least
+        what it takes each of a group's when they share it.
+        """
+        n, ranks = np.asarray(lengths, np.float64), groups * parts
+        fixed = self.micro_seconds + self.linear * self.half / self.flops_per_s
+        products = self.linear * n.sum() / ranks / self.flops_per_s
+        even = self.attention(n).sum() / ranks
+        longest = self.attention(n, parts).max(initial=0.0)
+        return self.step_seconds + steps * fixed + products + float(max(even, longest))
+
     def terms(
         self,
         local: float | int,

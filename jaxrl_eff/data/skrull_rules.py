@@ -6,8 +6,11 @@ A place is a rank, or -1: distributed. All rules keep, for every rank j,
 
 with a distributed sequence's share rounded up to the stripes that it is laid out in. They are
 deterministic, ties go to the lower rank, and they give None where they find no such places.
+
+`pooled` places the sequences of all groups of a micro-step at once, the other rules those of one.
 """
 
+import heapq
 from collections.abc import Sequence
 
 Places = list[int]
@@ -83,6 +86,48 @@ def _roomy(used: list[int], load: list[float], most: int, lightest: float) -> in
         if n <= most and w <= lightest
     ]
     return min(fitting)[1] if fitting else -1
+
+
+def pooled(
+    lengths: Sequence[int],
+    stripes: Sequence[int],
+    *,
+    groups: int,
+    parts: int,
+    room: int,
+    shared: int,
+) -> list[tuple[int, int]] | None:
+    """Fills the distributed part of every group alike, and levels what is left over all ranks.
+
+    All groups run one shape, the most local and the most distributed tokens of any, so a group
+    that has fewer of either wastes columns. Longest first, a sequence is distributed over the
+    group with the least in its distributed part, if that stays within `shared`; otherwise it goes
+    to the rank, of any group, with the fewest tokens. What remains to be levelled at the end are
+    the shortest sequences.
+
+    Args:
+        lengths, stripes: as of `balanced`.
+        groups: G.
+        shared: tokens of a rank's distributed part.
+
+    Returns:
+        for every sequence its group and its rank or -1.
+    """
+    spread = [(0, g) for g in range(groups)]
+    used = [(0, t) for t in range(groups * parts)]
+    out = []
+    for s, c in zip(lengths, stripes, strict=True):
+        load, g = spread[0]
+        if load + c <= shared:
+            heapq.heapreplace(spread, (load + c, g))
+            out.append((g, -1))
+            continue
+        load, t = used[0]
+        if load + s + shared > room:
+            return None
+        heapq.heapreplace(used, (load + s, t))
+        out.append(divmod(t, parts))
+    return out
 
 
 def printed(

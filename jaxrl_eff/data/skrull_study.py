@@ -9,6 +9,8 @@ from jaxrl_eff.data.lattice import lattice
 from jaxrl_eff.data.schedules import Schedule, Shape, quality
 from jaxrl_eff.data.skrull_cost import Cost
 
+EXACT = "exact"
+
 
 class Study(NamedTuple):
     """What was scheduled.
@@ -16,7 +18,8 @@ class Study(NamedTuple):
     Attributes:
         shapes: the lattice, None: exact shapes.
         schedules: of every batch.
-        rivals: rule -> its schedules of the same batches.
+        rivals: rule -> its schedules of the same batches, in exact shapes; `EXACT` is the
+            schedule's own rule, where it has a lattice.
     """
 
     shapes: tuple[Shape, ...] | None
@@ -78,7 +81,10 @@ def study(
     for start in range(0, len(lengths), batch):
         found = skrull.plan(lengths[start : start + batch], **same, shapes=chosen)
         out.schedules.append(found)
-        for name, other in skrull.rivals(found, shapes=chosen).items():
+        if chosen is not None:
+            exact = skrull.plan(lengths[start : start + batch], **same)
+            out.rivals.setdefault(EXACT, []).append(exact)
+        for name, other in skrull.rivals(found).items():
             out.rivals.setdefault(name, []).append(other)
     return out
 

@@ -7,6 +7,7 @@
     lora_a, lora_b,       y = x W + s (x A) B                            LoRA, arXiv:2106.09685
     lora_scale            s = alpha / r, or alpha / sqrt(r)              rsLoRA, arXiv:2312.03732
     dora                  y = m (x W + s x A B) / |W + s A B|            DoRA, arXiv:2402.09353
+    dora_norm             |W + s A B|, where many products share it
 
 A projection looks at what is there, so scanning, taking layers apart, moving between devices and
 saving work on such trees as on any; and a kernel alone is multiplied as if none of this existed.
@@ -23,7 +24,7 @@ from jaxrl_eff.shapes import Array, Float
 PROBES = ("probe_gradient", "probe_fisher", "probe_snip", "probe_gallop")
 LEAVES = (
     "tap", "tap_index", "turn", *PROBES, "delta", "delta_index",
-    "lora_a", "lora_b", "lora_scale", "dora",
+    "lora_a", "lora_b", "lora_scale", "dora", "dora_norm",
 )  # fmt: skip
 
 
@@ -62,7 +63,9 @@ def product(
     scale = leaves["lora_scale"].astype(x.dtype)
     y = y + scale * plain(plain(x, a.astype(x.dtype)), b.astype(x.dtype))
     if "dora" in leaves:
-        scaled = leaves["dora"].reshape(-1) / column_norm(leaves, matrix)
+        norm = leaves.get("dora_norm")
+        norm = column_norm(leaves, matrix) if norm is None else norm
+        scaled = leaves["dora"].reshape(-1) / norm
         y = y * scaled.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     return y
 

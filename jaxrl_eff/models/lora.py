@@ -143,6 +143,31 @@ def merge(cfg: LMConfig, params: PyTree, *, low_rank: bool = True) -> PyTree:
     return tree.with_leaves(tree.without(params, gone.__contains__), merged)
 
 
+def with_norms(cfg: LMConfig, params: PyTree) -> PyTree:
+    """The same model with DoRA's norms beside its kernels, made once for many products.
+
+    They are wrong as soon as a kernel or an adapter changes, so they are made where a model is only
+    read: `dora_norm`, float32 `[L, F]`.
+    """
+    flat, few_bits, norms = tree.flat(params), quantised.kernels(params), {}
+    for name, axes in targets(cfg, (".*",)).items():
+        parent = name.removesuffix("kernel")
+        if parent + "dora" in flat:
+            leaves = {k: flat[parent + k] for k in ("lora_a", "lora_b", "lora_scale")}
+            run = functools.partial(_norm, inputs_of(axes[1:]), jnp.dtype(cfg.dtype))
+            kept = few_bits.get(name, flat.get(name))
+            norms[parent + "dora_norm"] = jax.lax.map(run, (kept, leaves))
+    return tree.with_leaves(params, norms)
+
+
+def _norm(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]) -> Array:
+    """Of one layer's kernel as products see it, in the dtype of compute."""
+    kernel, leaves = pair
+    kernel = quantised.dequantise(kernel, dtype) if isinstance(kernel, dict) else kernel
+    matrix = kernel.astype(dtype).reshape(math.prod(kernel.shape[:inputs]), -1)
+    return adapters.column_norm(leaves, matrix)
+
+
 def _merged(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]) -> Array:
     """One layer's kernel, with `inputs` contracted axes, from what is kept of it and its adapters.
 

@@ -84,6 +84,7 @@ def sample(
         uniform = uniforms(key, group * sampling.samples + sample_, sampling.max_tokens)
         # Once for all tokens; LoRA's few numbers are as quick beside the kernels.
         params = lora.merge(cfg, computed(cfg, params), low_rank=False)
+        params = lora.with_norms(cfg, params)
         hidden, cache = _read(cfg, params, prompt, length, attend)
         if unstacked and not quantised.inside(params):  # or all would be dequantised at once
             params, cache = unstack(cfg, params), kv.unstack(cache)

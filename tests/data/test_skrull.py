@@ -57,6 +57,7 @@ def obey(s):
         for g in range(s.groups):
             here = (s.step == j) & (s.group == g)
             assert s.lengths[here].sum() <= s.room * s.parts  # (10)
+    assert s.seconds >= s.cost.bound(s.lengths, s.groups, s.parts, steps=len(s.shapes)) * 0.999999
     assert s.seconds == pytest.approx(
         s.cost.step_seconds + s.rank_seconds().reshape(len(s.shapes), -1).max(1).sum()
     )
@@ -166,6 +167,35 @@ def test_rules_keep_memory_or_decline(lengths, parts):
             assert fullest(places, lengths[::-1], parts) <= room
             mine = [n for n, t in zip(lengths[::-1], places, strict=True) if t == 0]
             assert sum(mine) <= caps.get("local", room)
+    for groups, shared in itertools.product((1, 3), (0, stripes[-1], room)):
+        both = skrull_rules.pooled(
+            lengths[::-1], stripes[::-1], groups=groups, shared=shared, **same
+        )
+        for g in range(groups if both else 0):
+            here = [(n, t) for n, (of, t) in zip(lengths[::-1], both, strict=True) if of == g]
+            assert sum(-(-n // parts) for n, t in here if t < 0) <= shared
+            assert fullest([t for _, t in here], [n for n, _ in here], parts) <= room
+
+
+def test_pooled_sequences_fill_the_distributed_part_of_every_group_alike():
+    lengths = [80, 40, 40, 7, 7, 6, 6, 5, 5, 2, 2]
+    stripes = [-(-n // 4) for n in lengths]
+    got = skrull_rules.pooled(lengths, stripes, groups=2, parts=4, room=40, shared=20)
+    assert got[:3] == [(0, -1), (1, -1), (1, -1)]  # 20 stripes in each
+    assert [t for _, t in got[3:]] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert [g for g, _ in got[3:]] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert skrull_rules.pooled(lengths, stripes, groups=2, parts=4, room=26, shared=20) is None
+
+
+def test_long_tails_come_near_what_no_schedule_can_beat():
+    """Over one program for all groups, whose longest sequence the others wait for."""
+    rng, over = np.random.default_rng(0), []
+    cost = cost_of(MODEL, flops_per_s=500e12, bytes_per_s=150e9, overlap=1.0)
+    for _ in range(8):
+        n = np.exp(rng.normal(6.0, 1.2, size=256)).astype(int) + 1
+        found = skrull.plan(n, groups=4, parts=8, room=26_000, cost=cost)
+        over.append(found.seconds / cost.bound(n, 4, 8, steps=len(found.shapes)))
+    assert min(over) >= 1 and np.mean(over) <= 1.08, over
 
 
 def partitions(items):

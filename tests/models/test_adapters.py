@@ -154,6 +154,29 @@ def test_merging_an_adapter_gives_the_same_logits(base, rows, kind):
     np.testing.assert_allclose(beside_, apart, rtol=1e-5, atol=1e-5)
 
 
+def products(jaxpr, shape):
+    """How many products in a program, loops' bodies counted once, have a result of this shape."""
+    inner = [j for e in jaxpr.eqns for j in jax.tree.leaves(list(e.params.values())) if
+             hasattr(j, "eqns") or hasattr(j, "jaxpr")]  # fmt: skip
+    here = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+    return sum(e.outvars[0].aval.shape == shape for e in here) + sum(
+        products(getattr(j, "jaxpr", j), shape) for j in inner
+    )
+
+
+def test_norms_made_ahead_are_those_made_at_every_use(base, rows):
+    params = adapted(base, "dora")
+    ready = jax.jit(lambda p: lora.with_norms(CFG, p))(params)
+    found = {k: v.shape for k, v in tree.flat(ready).items() if k.endswith("/dora_norm")}
+    assert found["layers/attn/q/dora_norm"] == (2, 32) and len(found) == 7
+    got, want = (hidden(CFG, p, rows) for p in (ready, params))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    run = functools.partial(jax.make_jaxpr(functools.partial(models.apply, CFG)))
+    counts = [products(run(p, *rows).jaxpr, (CFG.width, CFG.ffn)) for p in (params, ready)]
+    assert counts == [2, 0]  # A B of gate and up
+    assert tree.names(lora.with_norms(CFG, base)) == tree.names(base)
+
+
 @pytest.mark.parametrize("kind", but(("dora",), ("lora", "dora")))
 def test_a_fresh_adapter_changes_nothing(base, rows, kind):
     shapes, axes = lora.lora_shapes(CFG, 4, dora=kind == "dora")

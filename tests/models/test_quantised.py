@@ -272,6 +272,15 @@ def test_samples_from_codes_are_those_from_what_they_mean():
     np.testing.assert_allclose(got["logp"], want["logp"], rtol=1e-4, atol=1e-5)
 
 
+def test_norms_of_kernels_on_codes_can_be_made_ahead():
+    _, p = started("dora", "nf4")
+    tokens = [jnp.asarray(x) for x in rows()]
+    run = jax.jit(lambda p: models.apply(CFG, p, *tokens)[0])
+    ready = jax.jit(lambda p: lora.with_norms(CFG, p))(p)
+    assert "layers/attn/o/dora_norm" in tree.flat(ready)
+    np.testing.assert_allclose(run(ready), run(p), rtol=1e-5, atol=1e-5)
+
+
 def test_codes_are_what_is_gathered():
     """Over the fsdp axis, in the forward and in the backward pass; of floats only activations."""
     place = Placement((0, 1, 2, 3), fsdp=2, tensor=2)
