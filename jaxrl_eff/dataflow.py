@@ -44,6 +44,7 @@ from jaxrl_eff.movements import Movements
 from jaxrl_eff.operations import Operation
 from jaxrl_eff.parallel import Changes, Placement, Route, Sync
 from jaxrl_eff.parallel.sharding import replicated
+from jaxrl_eff.sharded import Traffic
 from jaxrl_eff.timeline import StepTimes, Timeline
 
 __all__ = [
@@ -93,6 +94,8 @@ class Step:
         traces: call -> how often its function was traced; stays at one.
         timeline: seconds of the calls of the last steps, measured without waiting.
         notes: what the sharding left whole, by call.
+        traffic: train call -> its bytes on every mesh axis, if its model says what is sent between
+            nodes; known once traced.
         operations: everything that a step does, in its order; known once checked.
         built: the calls of this process are compiled.
         share: (index, count): which block of a batch's rows this process brings; (0, 1) is all.
@@ -115,6 +118,7 @@ class Step:
         self.traces = dict.fromkeys((c.name for c in self.calls), 0)
         self.timeline = Timeline()
         self.notes = {c.name: self._layouts.rules[c.name].notes for c in self.calls}
+        self.traffic: dict[str, Traffic] = {}
         self.operations: tuple[Operation, ...] = ()
         self.built = False
         self._routes: dict[str, Route] = {}  # of parameters, by call
@@ -152,13 +156,14 @@ class Step:
             shardings = jax.tree.map(lambda x: x.sharding, abstract.opt)
             with self._layouts.context(home):
                 opt = jax.jit(self.specs[model].tx.init, out_shardings=shardings)(params)
+            left = jax.tree.map(_zeros, abstract.left)
         else:
-            opt = jax.tree.map(arrays.absent, abstract.opt)
+            opt, left = jax.tree.map(arrays.absent, (abstract.opt, abstract.left))
         past = {
             c.name: tuple(_copied(self._route(c)(params)) for _ in range(c.staleness))
             for c in self.graph.stale(model)
         }
-        return Model(params, opt, past or ())
+        return Model(params, opt, past or (), left)
 
     def _route(self, c: Call) -> Route:
         """The way of a call's parameters from home, all of them."""
@@ -260,7 +265,7 @@ class Step:
             if c.of is not None and shapes[k].shape[0] % parts:
                 raise ValueError(
                     f"{c.name} reads '{k}' with {shapes[k].shape[0]} rows, which do not divide by "
-                    f"{parts} = {place.row_shards} (data x fsdp) x {place.microbatches} "
+                    f"{parts} = {place.row_shards} (dcn x data x fsdp) x {place.microbatches} "
                     f"(microbatches) x {c.minibatches} (minibatches)."
                 )
 
@@ -284,7 +289,10 @@ class Step:
         def seen() -> None:
             self.traces[c.name] += 1
 
-        return lowering.trace(self._layouts, c, self._args[c.name], seen)
+        traced = lowering.trace(self._layouts, c, self._args[c.name], seen)
+        if c.name in self._layouts.sharded:
+            self.traffic[c.name] = self._layouts.sharded[c.name].traffic(traced.jaxpr)
+        return traced
 
     def _lower(self, c: Call) -> Any:
         traced = self._traced.pop(c.name, None) or self._trace(c)
@@ -519,6 +527,10 @@ def _whole_batches(place: Placement) -> bool:
         return False
     in_order = place.devices == tuple(range(jax.device_count()))
     return not in_order or place.row_shards % jax.process_count() != 0
+
+
+def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
 
 
 @jax.jit

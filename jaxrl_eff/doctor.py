@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxrl_eff import host
 from jaxrl_eff.console import Console, number
 
 # Import names differ from the names of distributions; both are needed.
@@ -123,6 +124,11 @@ def notes(devices: list[Any]) -> list[str]:
             found.append(
                 f"set NPROC={4 * count} before Python starts: JAX 0.10 sizes its threads by the "
                 f"cores ({os.cpu_count()}), and {count} simulated devices can then deadlock."
+            )
+        if count > 1 and not host.in_order():
+            found.append(
+                f"set XLA_FLAGS={host.IN_ORDER} before Python starts: simulated devices may mix up "
+                "messages that are under way at once."
             )
         if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
             found.append(

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import optax
 
-from jaxrl_eff.parallel import Placement, mesh
+from jaxrl_eff.parallel import Placement, ladder, mesh
 
 
 class Model(NamedTuple):
@@ -22,11 +22,15 @@ class Model(NamedTuple):
         opt: its optimizer state, if a call trains it.
         past: for every call that may use old weights, the last versions where the call runs,
             oldest first: `{call: (params, ...)}`.
+        left: what rounding left over of the last gradients, if they are sent with error feedback:
+            parameter -> float32 `[N, ..., N, D / N, ...]`, by the node that sent and the one that
+            was sent to. Lies where the optimizer state does.
     """
 
     params: Any
     opt: Any = ()
     past: Any = ()
+    left: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,11 +174,14 @@ class Spec(NamedTuple):
         shapes: tree of `jax.ShapeDtypeStruct`, one a parameter.
         axes: the same tree with a tuple of logical axis names a parameter.
         tx: the optax transform or `Adaptation`, if a call trains the model.
+        sends: how roughly weights and gradients travel between the nodes of a train call; None: as
+            they are, and wherever the compiler wants.
     """
 
     shapes: Any
     axes: Any
     tx: optax.GradientTransformation | Adaptation | None = None
+    sends: ladder.Plan | None = None
 
 
 def order(graph: Graph) -> tuple[Call, ...]:

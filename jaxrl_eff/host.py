@@ -3,6 +3,11 @@
 import os
 import sys
 
+# XLA's CPU runtime starts collectives that do not depend on each other side by side. It tells them
+# apart by a channel, and JAX gives all that are written in a `shard_map` the same: parts of one get
+# into another, numbers are wrong or all wait for ever. With this scheduler they go one by one.
+IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
 
 def simulate(devices: int) -> None:
     """Makes the CPU look like several devices. Works only before JAX is imported."""
@@ -12,7 +17,13 @@ def simulate(devices: int) -> None:
     os.environ.setdefault("NPROC", str(max(32, 4 * devices)))
     known = os.environ.get("XLA_FLAGS", "")
     if "xla_force_host_platform_device_count" not in known:
-        os.environ["XLA_FLAGS"] = f"{known} --xla_force_host_platform_device_count={devices}"
+        known = f"{known} --xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = known if IN_ORDER in known else f"{known} {IN_ORDER}"
+
+
+def in_order() -> bool:
+    """Whether simulated devices send one message at a time."""
+    return IN_ORDER in os.environ.get("XLA_FLAGS", "")
 
 
 def use_huge_pages() -> None:

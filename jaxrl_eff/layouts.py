@@ -18,6 +18,7 @@ from jaxrl_eff.models.attention import Spread, spreading
 from jaxrl_eff.optim import state_shardings
 from jaxrl_eff.parallel import Placement, Rules, mesh, rows, rules, spread
 from jaxrl_eff.parallel.sharding import in_host, replicated
+from jaxrl_eff.sharded import Sharded
 
 
 class Layouts:
@@ -28,6 +29,7 @@ class Layouts:
         calls: of the graph, in the order in which they run.
         rules: call -> how logical axes are sharded where it runs.
         mixed: calls read rows of devices and rows of groups side by side, see `mixed`.
+        sharded: train calls whose models say what is sent between nodes -> their sums.
     """
 
     def __init__(
@@ -41,6 +43,11 @@ class Layouts:
         self.graph, self.plan, self.specs, self.mixed = graph, plan, specs, mixed
         self.calls = order(graph)
         self.rules = {c.name: self._rules_of(c) for c in self.calls}
+        self.sharded = {
+            c.name: Sharded(c, plan[c.name], self.rules[c.name], specs[c.of])
+            for c in self.calls
+            if c.kind == "train" and specs[c.of].sends is not None
+        }
         self._opt_shapes = {
             name: jax.eval_shape(spec.tx.init, spec.shapes) if self.trained(name) else ()
             for name, spec in specs.items()
@@ -91,7 +98,8 @@ class Layouts:
         if self.plan[call.name].offload == "opt":
             opt = jax.tree.map(lambda x: placed(x, in_host(x.sharding)), opt)
         past = {c.name: (self.borrowed(c),) * c.staleness for c in self.graph.stale(model)}
-        return Model(params, opt, past or ())
+        left = self.sharded[call.name].left() if call.name in self.sharded else {}
+        return Model(params, opt, past or (), left or ())
 
     def rows(self, c: Call, shapes: Mapping[str, Any]) -> dict[str, Any]:
         """Arrays as a call reads or writes them where it runs."""

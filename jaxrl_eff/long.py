@@ -263,7 +263,7 @@ def _beside(step: mixed.Mixed) -> float:
     place = next(iter(step.plan.values()))
     trained = {c.of for c in step.calls if c.kind == "train"}
     others = [step.home(m).params for m in step.graph.models if m not in trained]
-    return tree.nbytes(others) / (place.fsdp * place.tensor)
+    return tree.nbytes(others) / (place.weight_shards * place.tensor)
 
 
 def lengths_of(source: Any, encode: Callable[[Any], Any], kind: str, count: int) -> list[int]:

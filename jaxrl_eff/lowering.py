@@ -103,7 +103,10 @@ def trace(
     if c.kind == "train":
         model = layouts.home(c.of)._replace(past=())
         tx, away = layouts.specs[c.of].tx, place.offload == "opt"
-        program = functools.partial(programs.train_program, c, tx, place.microbatches, away)
+        sharded = layouts.sharded.get(c.name)
+        program = functools.partial(
+            programs.train_program, c, tx, place.microbatches, away, sharded
+        )
     else:
         model = None if c.of is None else layouts.borrowed(c)
         axes = layouts.specs[c.of].axes if place.offload == "params" else None

@@ -280,9 +280,9 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
             home = stage.step.home(role)
             place = stage.step.plan[stage.step.graph.home(role).name]
             for device in place.devices:
-                held[device] = held.get(device, 0.0) + nbytes((home.params, home.opt)) / (
-                    place.fsdp * place.tensor
-                )
+                held[device] = held.get(device, 0.0) + nbytes(
+                    (home.params, home.opt, home.left)
+                ) / (place.weight_shards * place.tensor)
         meshes: dict[str, list[str]] = {}
         for c in stage.step.calls:
             if c.of is not None:

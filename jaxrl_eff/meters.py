@@ -89,6 +89,15 @@ def add(a: Meter, b: Meter) -> Meter:
     return jax.tree.map(jnp.add, a, b)
 
 
+def summed(meter: Meter, axes: tuple[str, ...]) -> Meter:
+    """The meter of all devices along mesh axes, for use inside `jax.shard_map`."""
+    if isinstance(meter, First):
+        return First(summed(meter.inner, axes))
+    if isinstance(meter, Max):
+        return Max(jax.lax.pmax(meter.value, axes))
+    return jax.tree.map(lambda x: jax.lax.psum(x, axes), meter)
+
+
 def combine(stacked: Meter) -> Meter:
     """One meter from those of several updates, stacked on a leading axis."""
     if isinstance(stacked, First):

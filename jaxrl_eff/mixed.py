@@ -58,11 +58,7 @@ def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spe
                 f"{c.name} offloads {full[c.name].offload!r}, which mixed rows cannot."
             )
         if c.kind == "train":
-            forward_of(c)
-            if getattr(specs[c.of].tx, "due", None) is not None:
-                raise ValueError(
-                    f"{c.name} would choose anew what it trains by a gradient of rows of one kind."
-                )
+            check_trained(c, specs[c.of])
     if len({(p.devices, tuple(p.axes.items())) for p in full.values()}) > 1:
         raise ValueError(f"mixed rows need one placement for all calls, got {full}.")
     return Mixed(graph, full, specs, ())
@@ -255,6 +251,24 @@ def _infer(c: Call, parts: int, params: Any, args: MicroBatch, words: jax.Array)
     both = together(args, parts, c.reads)
     out, _ = programs.outputs_and_metrics(c, params, both, words)
     return apart(out, args["local"]["tokens"].shape[1], parts)
+
+
+def check_trained(c: Call, spec: Spec) -> None:
+    """Whether a train call can run over micro-batches of a schedule.
+
+    Raises:
+        ValueError: it cannot: see `forward_of`, or its model chooses anew what is trained, or is
+            sent between nodes by a rung.
+    """
+    forward_of(c)
+    if getattr(spec.tx, "due", None) is not None:
+        raise ValueError(
+            f"{c.name} would choose anew what it trains by a gradient of rows of one kind."
+        )
+    if spec.sends is not None:
+        raise ValueError(
+            f"{c.name} sends {spec.sends.rung.name!r} between nodes, which scheduled rows cannot."
+        )
 
 
 def forward_of(c: Call) -> tuple[Callable, int]:

@@ -67,11 +67,7 @@ def compile(
                 "without offloading."
             )
         if c.kind == "train":
-            mixed.forward_of(c)
-            if getattr(specs[c.of].tx, "due", None) is not None:
-                raise ValueError(
-                    f"{c.name} would choose anew what it trains by a gradient of padded rows."
-                )
+            mixed.check_trained(c, specs[c.of])
     return Packed(graph, plain.plan, specs, plain.keep, sync)
 
 

@@ -51,7 +51,7 @@ def table(plan: Mapping[str, Placement]) -> dict[str, dict[str, Any]]:
     out = {}
     for call, p in plan.items():
         row: dict[str, Any] = {"devices": list(p.devices), "data": p.data}
-        for field in ("stage", "fsdp", "seq", "tensor", "microbatches"):
+        for field in ("stage", "dcn", "fsdp", "seq", "tensor", "microbatches"):
             if getattr(p, field) != 1:
                 row[field] = getattr(p, field)
         if getattr(p, "offload", ""):

@@ -7,10 +7,12 @@ from jaxrl_eff.graph import Graph, order
 from jaxrl_eff.parallel import Placement
 
 RULES = ("all", "fsdp", "halves")
-_KEYS = ("devices", "data", "fsdp", "seq", "tensor", "stage", "microbatches", "offload")
+_KEYS = ("devices", "dcn", "data", "fsdp", "seq", "tensor", "stage", "microbatches", "offload")
 
 
-def plan(rule: str | Mapping[str, Mapping[str, Any]], graph: Graph, devices: int) -> dict:
+def plan(
+    rule: str | Mapping[str, Mapping[str, Any]], graph: Graph, devices: int, nodes: int = 1
+) -> dict[str, Placement]:
     """A placement for every call of the graph that has a model.
 
     Args:
@@ -22,10 +24,33 @@ def plan(rule: str | Mapping[str, Mapping[str, Any]], graph: Graph, devices: int
             left out, it is all of them. The row "default" serves calls without their own.
         graph: the calls.
         devices: how many there are.
+        nodes: into how many those of a train call fall (dcn). By a rule their parameters are
+            sharded over all of them then; a table says dcn itself.
 
     Raises:
         ValueError: an unknown rule, call or field, or axes that do not fit the devices.
     """
+    if not isinstance(rule, Mapping):
+        found = _by_rule(rule, graph, devices)
+        if nodes == 1:
+            return found
+        train = {c.name for c in graph.calls if c.kind == "train"}
+        split = found if rule == "fsdp" else train  # one layout for all calls stays one
+        return {k: _on_nodes(k, p, nodes) if k in split else p for k, p in found.items()}
+    names = {c.name for c in graph.calls}
+    if unknown := sorted(set(rule) - names - {"default"}):
+        raise ValueError(f"the plan places {unknown}, but the calls are {sorted(names)}.")
+    table = {}
+    for c in graph.calls:
+        row = rule.get(c.name, rule.get("default") if c.of is not None else None)
+        if row is not None:
+            table[c.name] = _placement(c.name, row, devices)
+        elif c.of is not None:
+            raise ValueError(f"the plan has no row for {c.name}, and no row 'default'.")
+    return table
+
+
+def _by_rule(rule: str, graph: Graph, devices: int) -> dict[str, Placement]:
     calls = [c for c in order(graph) if c.of is not None]
     everywhere = Placement(tuple(range(devices)))
     if rule == "all":
@@ -39,19 +64,15 @@ def plan(rule: str | Mapping[str, Mapping[str, Any]], graph: Graph, devices: int
         half = devices // 2
         first, second = Placement(tuple(range(half))), Placement(tuple(range(half, 2 * half)))
         return {c.name: first if c.of == "actor" else second for c in calls}
-    if not isinstance(rule, Mapping):
-        raise ValueError(f"the plan is {rule!r}; it must be one of {list(RULES)} or a table.")
-    names = {c.name for c in graph.calls}
-    if unknown := sorted(set(rule) - names - {"default"}):
-        raise ValueError(f"the plan places {unknown}, but the calls are {sorted(names)}.")
-    table = {}
-    for c in graph.calls:
-        row = rule.get(c.name, rule.get("default") if c.of is not None else None)
-        if row is not None:
-            table[c.name] = _placement(c.name, row, devices)
-        elif c.of is not None:
-            raise ValueError(f"the plan has no row for {c.name}, and no row 'default'.")
-    return table
+    raise ValueError(f"the plan is {rule!r}; it must be one of {list(RULES)} or a table.")
+
+
+def _on_nodes(call: str, place: Placement, nodes: int) -> Placement:
+    """All devices of a placement as nodes, with parameters split over all."""
+    count = len(place.devices)
+    if count % nodes:
+        raise ValueError(f"{call} has {count} devices, which do not divide into {nodes} nodes.")
+    return Placement(place.devices, dcn=nodes, fsdp=count // nodes)
 
 
 def _placement(call: str, row: Mapping[str, Any], devices: int) -> Placement:

@@ -19,6 +19,8 @@ from jaxrl_eff.optim import mcf, precision_metrics
 
 # (parameters, arrays, key) -> sums of loss and weight over rows, meters.
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]
+# (loss, way, key, model, leaves, batch, micro-batches) -> sums, what rounding left over.
+SumsOf = Callable[..., tuple["Sums", dict[str, jax.Array]]]
 
 
 def key_of(name: str, words: jax.Array) -> jax.Array:
@@ -33,7 +35,7 @@ def outputs_and_metrics(c: Call, params: Any, batch: dict, words: jax.Array) -> 
     return out, out.pop("metrics", {})
 
 
-def _split(batch: Any, parts: int) -> Any:
+def split(batch: Any, parts: int) -> Any:
     """`[B, ...] -> [parts, B / parts, ...]`; part m has rows m, m + parts, ...
 
     Strided, so that every device keeps its own rows whatever the number of parts.
@@ -68,11 +70,11 @@ def apply_program(
     if c.kind == "generate":  # rows keep their own randomness in whatever part they are
         first = next(iter(batch.values()))
         batch = batch | {"prompt_row": jnp.arange(first.shape[0], dtype=jnp.int32)}
-    parts = _split(batch, microbatches)
+    parts = split(batch, microbatches)
     out, m = jax.lax.map(lambda part: outputs_and_metrics(c, params, part, words), parts)
     size = next(iter(batch.values())).shape[0] // microbatches
 
-    def whole(x: jax.Array) -> jax.Array:  # undoes _split; a part has x.shape[1] / size rows each
+    def whole(x: jax.Array) -> jax.Array:  # undoes split; a part has x.shape[1] / size rows each
         each = x.shape[1] // size
         x = x.reshape(microbatches, size, each, *x.shape[2:])
         return jnp.swapaxes(x, 0, 1).reshape(microbatches * size * each, *x.shape[3:])
@@ -101,17 +103,22 @@ def train_program(
     tx: optax.GradientTransformation | Adaptation,
     microbatches: int,
     opt_in_host: bool,
+    sharded: SumsOf | None,
     model: Model,
     batch: dict,
     words: jax.Array,
 ):
-    """A train call: epochs x minibatches optimizer updates, `-> (model, metrics)`."""
+    """A train call: epochs x minibatches optimizer updates, `-> (model, metrics)`.
+
+    Args:
+        sharded: gradients and sums of rows, if not by `sums` and the compiler.
+    """
     if opt_in_host:
         model = model._replace(opt=jax.device_put(model.opt, jax.memory.Space.Device))
     key = key_of(c.name, words)
     updates = c.epochs * c.minibatches
     way = way_of(tx)
-    update = functools.partial(_update, c, way, microbatches, key)
+    update = functools.partial(_update, c, way, microbatches, sharded, key)
     if updates == 1:
         model, seen = update(model, batch)
         seen = jax.tree.map(lambda x: x[None], seen)
@@ -151,7 +158,7 @@ def reselect_program(
         model = model._replace(opt=jax.device_put(model.opt, jax.memory.Space.Device))
     found = None
     if way.probes is not None:
-        part = jax.tree.map(lambda x: x[0], _split(batch, way.probe))
+        part = jax.tree.map(lambda x: x[0], split(batch, way.probe))
         key = key_of(c.name, words)
         taps = way.leaves(model.params, model.opt)
 
@@ -225,11 +232,15 @@ def sums(loss: Loss, way: Adaptation, key: jax.Array, model: Model, leaves: Any,
     return Sums(value, weight, seen, grads)
 
 
-def updated(way: Adaptation, model: Model, leaves: Any, done: Sums) -> tuple[Model, dict]:
+def updated(
+    way: Adaptation, model: Model, leaves: Any, done: Sums, left: Any = None
+) -> tuple[Model, dict]:
     """One optimizer update from the sums of all rows.
 
-    An update with a loss or gradient that is not finite is withheld: parameters and optimizer state
-    stay as they were.
+    An update with a loss or gradient that is not finite is withheld: the model stays as it was.
+
+    Args:
+        left: what rounding left over of these gradients; None: they were not rounded.
     """
     scale = 1.0 / jnp.maximum(done.weight, 1e-8)
 
@@ -247,13 +258,15 @@ def updated(way: Adaptation, model: Model, leaves: Any, done: Sums) -> tuple[Mod
     seen["grad_norm"] = meters.Mean(norm, one)
     seen["finite"] = finite
     seen |= {f"descent_{k}": meters.Mean(v, one) for k, v in precision_metrics(opt).items()}
-    return model._replace(params=params, opt=opt), seen
+    left = model.left if left is None else tree.where(finite, left, model.left)
+    return model._replace(params=params, opt=opt, left=left), seen
 
 
 def _update(
     c: Call,
     way: Adaptation,
     microbatches: int,
+    sharded: SumsOf | None,
     key: jax.Array,
     model: Model,
     batch: dict,
@@ -264,11 +277,14 @@ def _update(
     that the split cannot change the gradient.
     """
     leaves = way.leaves(model.params, model.opt)
+    if sharded is not None:
+        done, left = sharded(c.fn, way, key, model, leaves, batch, microbatches)
+        return updated(way, model, leaves, done, left)
     of = functools.partial(sums, c.fn, way, key, model, leaves)
     if microbatches == 1:
         done = of(batch)
     else:
-        parts = _split(batch, microbatches)
+        parts = split(batch, microbatches)
         first = jax.tree.map(lambda x: x[0], parts)
         start = Sums.zeros(jax.eval_shape(of, first))
         done, _ = jax.lax.scan(lambda carry, part: (carry.plus(of(part)), None), start, parts)

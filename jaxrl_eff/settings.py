@@ -294,6 +294,31 @@ class SyncSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ZeroSettings:
+    """What train calls send between nodes, over links that are slow (ZeRO++).
+
+    Part of what is computed, unlike a plan: all but "exact" round.
+
+    Attributes:
+        name: "": whatever the compiler makes of the plan. Otherwise weights are gathered and
+            gradients reduced in two stages, between nodes and within them, and the program's bytes
+            are checked against what they should be: "exact" in the precision of compute; "int8"
+            weights and gradients; "int4" gradients, rotated and with error feedback, weights in 8
+            bits; "qgz" the same gradients without these, rounded within a node too.
+        nodes: into how many the devices of a train call fall; its plan must have dcn=nodes.
+        block: numbers that share a scale.
+    """
+
+    name: str = ""
+    nodes: int = 2
+    block: int = 256
+
+    def __post_init__(self):
+        if self.nodes < 2:
+            raise ValueError(f"nodes is {self.nodes}; there must be 2 or more to send between.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StageSettings:
     """One stage of training: an algorithm, its data, its models, its plan.
 
@@ -312,10 +337,11 @@ class StageSettings:
         plan: "all" (every call on all devices), "fsdp" (the same, parameters sharded), "halves"
             (the actor's calls on the first half, the others on the second), "search" (the best
             that the planner finds), or a table call -> dict(devices=[...], tensor=..., ...); see
-            `plans.plan`.
+            `plans.plan`. With `zero` the first three put train calls on that many nodes.
         search: how, if the plan is "search".
         sync: how trained weights get to calls on other devices.
         schedule: how sequences of many lengths become a step.
+        zero: what train calls send between nodes.
         staleness: how many steps old the weights are that sample. 0 is synchronous; 1 lets
             sampling and training overlap on devices of their own.
         evaluate: held-out measurement.
@@ -336,6 +362,7 @@ class StageSettings:
     search: SearchSettings = SearchSettings()
     sync: SyncSettings = SyncSettings()
     schedule: ScheduleSettings = ScheduleSettings()
+    zero: ZeroSettings = ZeroSettings()
     staleness: int = 0
     evaluate: EvalSettings = EvalSettings()
     samples_every: int = 10

@@ -25,7 +25,7 @@ from jaxrl_eff.evaluate import Evaluation
 from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.models.config import Rope
 from jaxrl_eff.optim import optimizer, warmup_then
-from jaxrl_eff.parallel import Changes
+from jaxrl_eff.parallel import Changes, ladder
 from jaxrl_eff.planner import hardware, works
 from jaxrl_eff.rewards import verify
 from jaxrl_eff.rollout import Sampling
@@ -270,6 +270,8 @@ def _stage(
         raise ValueError(f"models lacks the roles {missing}; say where each comes from.")
 
     specs, schedules = model_specs(s, graph, lms, name)
+    with at_path(f"config.{name}.zero"):
+        specs = {role: sent(s, spec, lms.get(role)) for role, spec in specs.items()}
     if s.schedule.name == "skrull" and s.plan == "search":
         raise ValueError("schedule is 'skrull', whose plan is not searched: say its seq axis.")
     if s.schedule.name == "skrull" and kind != "prompts":
@@ -287,7 +289,7 @@ def _stage(
             searched = calibrate.search(problem, s.search, seed=run.seed)
             plan = searched.plan
         else:
-            plan = plans.plan(s.plan, graph, jax.device_count())
+            plan = plans.plan(s.plan, graph, jax.device_count(), nodes_of(s))
     keep = "tokens segment mask score example" if kind == "prompts" else ""
     if s.schedule.name == "skrull":
         step = _packed(s, name, graph, specs, lms, shapes, plan, keep, sampling, source, encoder)
@@ -394,6 +396,34 @@ def changes_of(s: StageSettings) -> Changes | None:
     sparse = [part.density for part in s.adapt.values() if part.name in adapt.SCHEDULES]
     capacity = s.sync.capacity or min(1.0, 2 * max(sparse, default=0.025))
     return Changes(capacity=capacity, every=s.sync.every)
+
+
+def nodes_of(s: StageSettings) -> int:
+    """Between how many nodes train calls send; 1: wherever the compiler wants."""
+    return s.zero.nodes if s.zero.name else 1
+
+
+def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
+    """The spec of a role with what its train call sends between nodes, if the stage says that.
+
+    Raises:
+        ValueError: an unknown name, blocks that there cannot be, or something else in the stage
+            that it does not go with.
+    """
+    if not s.zero.name or spec.tx is None or lm is None:
+        return spec
+    rung = ladder.rung(s.zero.name)
+    if s.zero.name == "exact" and lm.dtype == "float32":
+        rung = dataclasses.replace(rung, weight_bits=32, grad_bits=32)
+    for other, there in (
+        ("plan='search', which knows no nodes", s.plan == "search"),
+        ("schedule='skrull'", s.schedule.name == "skrull"),
+        ("mlp_chunk, which would gather weights once a piece", lm.mlp_chunk > 0),
+    ):
+        if there:
+            raise ValueError(f"name is {s.zero.name!r}, which does not go with {other}.")
+    plan = ladder.Plan(rung, block=s.zero.block, dtype=lm.dtype, nodes=s.zero.nodes)
+    return spec._replace(sends=plan)
 
 
 def sampling_of(s: StageSettings, name: str, tokenizer: Tokenizer) -> Sampling | None:

@@ -252,6 +252,8 @@ def _announce(stage: Stage, out: Outlets, seconds: float, hits: dict[str, int]) 
         f"{stage.name}: {len(stage.step.calls)} calls compiled in {seconds:.1f} s ({cache} cache), "
         f"at most {planned / 1e6:,.0f} MB a device"
     )
+    for call, traffic in stage.step.traffic.items():
+        out.console.line(f"  {call}: {traffic}")
     for call, notes in stage.step.notes.items():
         for note in notes:
             out.console.line(f"  {call}: {note}")

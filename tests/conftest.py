@@ -8,6 +8,7 @@ os.environ.setdefault("NPROC", "32")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see jaxrl_eff/host.py
     # The compiler takes most of the tests' time.
     + " --xla_backend_optimization_level=0"
 )

@@ -15,7 +15,7 @@ RANKS = (
     ("optim",),
     ("models", "parallel", "data"),
     ("rollout", "graph", "rewards", "timeline", "deltas"),
-    ("layouts", "movements", "programs", "lowering", "summed", "dataflow"),
+    ("programs", "sharded", "layouts", "movements", "lowering", "summed", "dataflow"),
     ("mixed", "pieces", "packed"),
     ("planner",),
     ("algorithms",),

@@ -151,6 +151,7 @@ HOSTED = {
 PLANS = {
     "colocated": lambda g: _everywhere(g, _place(range(4), data=2, tensor=2)),
     "fsdp": lambda g: _everywhere(g, _place(range(8), fsdp=8)),
+    "nodes": lambda g: _everywhere(g, _place(range(8), dcn=2, data=2, fsdp=2)),
     "seq": lambda g: _everywhere(g, _place(range(6), data=2, seq=3)),
     "mixed": lambda g: MIXED,
     "microbatches": lambda g: _everywhere(g, dataclasses.replace(ONE, microbatches=4)),

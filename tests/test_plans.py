@@ -68,7 +68,7 @@ def test_a_table_gives_rows_and_a_default():
         ({"default": {"devices": "0"}}, r"of actor_gen: devices is '0', but must be"),
         (
             {"default": {"tensor": 3}},
-            r"meshed as stage=1 data=\(rest\) fsdp=1 seq=1 tensor=3",
+            r"meshed as stage=1 dcn=1 data=\(rest\) fsdp=1 seq=1 tensor=3",
         ),
         ({"default": {"tensor": 0}}, r"tensor is 0, but must be at least 1"),
         ({"default": {"tensor": "2"}}, r"of actor_gen: tensor is '2', of the wrong type"),

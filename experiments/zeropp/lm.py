@@ -4,7 +4,9 @@ import os
 
 os.environ.setdefault("NPROC", "32")  # see tests/conftest.py
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see jaxrl_eff/host.py
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

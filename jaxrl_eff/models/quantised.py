@@ -130,7 +130,7 @@ def _shape(codes: Any, scale: Any) -> tuple[int, ...]:
 
 def inside(params: PyTree) -> bool:
     """Whether kernels of the parameters are quantised."""
-    return any(name.endswith(LEAVES[0]) for name in tree.names(params))
+    return any(f"/{LEAVES[0]}" in f"/{name}" for name in tree.names(params))
 
 
 def kernels(params: PyTree) -> dict[str, dict[str, Any]]:

@@ -25,8 +25,9 @@ from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.shapes import Array, Float, Int, PyTree
 
 # Names that policies of recomputation know: an attention's output and its log-sum-exp (where a
-# ring makes them, `parallel.ring.NAMES`), and what goes into a layer.
-SAVED = ("attend_out", "attend_lse", "layer_input")
+# ring makes them, `parallel.ring.NAMES`), what goes into a layer, and what a node holds of weights
+# (`parallel.quantized.STAGE`).
+SAVED = ("attend_out", "attend_lse", "layer_input", "zero_stage1")
 
 
 @flax.struct.dataclass
@@ -86,10 +87,23 @@ def _gated_backward(name: str, saved, g: Array):
 _gated.defvjp(_gated_forward, _gated_backward)
 
 
+def _whole(leaf: Any) -> Array:
+    """A parameter, gathered if this device has a shard of it alone (`parallel.shards`)."""
+    return leaf.whole() if hasattr(leaf, "whole") else leaf
+
+
+def _sharded_weights(params: PyTree) -> bool:
+    there = lambda x: hasattr(x, "whole")  # noqa: E731
+    return any(map(there, jax.tree.leaves(params, is_leaf=there)))
+
+
 def _here(x: Array) -> Array:
     """A parameter in device memory; inside a loop over layers, fetched one layer at a time."""
     host = jax.typeof(x).memory_space == jax.memory.Space.Host
     return jax.device_put(x, jax.memory.Space.Device) if host else x
+
+
+_KEEP_WEIGHTS = ("none", "attention")  # of `remat`: a layer is not computed again as a whole
 
 
 class Norm(nn.Module):
@@ -131,10 +145,15 @@ class Linear(nn.Module):
         dtype, stored = jnp.dtype(self.cfg.dtype), jnp.dtype(self.cfg.param_dtype)
         lead = x.shape[: x.ndim - len(self.inputs)]
         here = self._there(adapters.LEAVES)
-        if self.has_variable("params", quantised.LEAVES[0]):
-            # What is dequantised is made again in the backward pass, and never kept for it.
-            run = jax.checkpoint(self._multiply, prevent_cse=self.cfg.loop_unroll > 1)
-            y = run(self._there(quantised.LEAVES), here, x.reshape(*lead, -1))
+        apart = self._there((*quantised.LEAVES, "kernel"))
+        if len(apart) > 1 or hasattr(apart.get("kernel"), "whole"):
+            if self.cfg.remat not in _KEEP_WEIGHTS:  # the layer as a whole is computed again
+                apart = {k: _whole(leaf) for k, leaf in apart.items()}
+            # What is gathered or dequantised is made again in the backward pass, and never kept.
+            names = jax.checkpoint_policies.save_only_these_names(SAVED[3])
+            unrolled = self.cfg.loop_unroll > 1
+            run = jax.checkpoint(self._multiply, prevent_cse=unrolled, policy=names)
+            y = run(apart, here, x.reshape(*lead, -1))
         else:
             box = nn.with_logical_partitioning(_normal(self.cfg, self.scale), self.axes)
             kernel = self.param("kernel", box, self.inputs + self.outputs, stored)
@@ -147,14 +166,14 @@ class Linear(nn.Module):
         bias = _here(self.param("bias", box, self.outputs, stored)).astype(dtype)
         return y + bias.reshape((1,) * len(lead) + bias.shape)
 
-    def _there(self, names: tuple[str, ...]) -> dict[str, Array]:
+    def _there(self, names: tuple[str, ...]) -> dict[str, Any]:
         found = {k: self.get_variable("params", k) for k in names}
         return {k: leaf for k, leaf in found.items() if leaf is not None}
 
-    def _multiply(self, kept: dict[str, Array], beside: dict[str, Array], x: Array) -> Array:
+    def _multiply(self, kept: dict[str, Any], beside: dict[str, Array], x: Array) -> Array:
         """x times the kernel, or the kernel that codes stand for, with what stands beside it."""
         dtype, whole = jnp.dtype(self.cfg.dtype), None
-        kept, beside = ({k: _here(leaf) for k, leaf in d.items()} for d in (kept, beside))
+        kept, beside = ({k: _here(_whole(v)) for k, v in d.items()} for d in (kept, beside))
         if "kernel" in kept:
             kernel = kept["kernel"].astype(dtype)
         else:
@@ -466,17 +485,20 @@ class _Unembed(nn.Module):
 
 def _remat(cfg: LMConfig):
     """`Block`, recomputed in the backward pass as `cfg.remat` says."""
-    if cfg.remat in ("none", "attention"):
+    if cfg.remat in _KEEP_WEIGHTS:
         return Block
     policies = jax.checkpoint_policies
+    held = policies.save_only_these_names(SAVED[3])
     policy = {
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "outputs": policies.save_only_these_names(*SAVED[:2]),
+        "full": held,
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, held),
+        "outputs": policies.save_only_these_names(*SAVED[:2], SAVED[3]),
         "host": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=list(SAVED[:2]), names_which_can_be_offloaded=[SAVED[2]],
+            names_which_can_be_saved=[*SAVED[:2], SAVED[3]],
+            names_which_can_be_offloaded=[SAVED[2]],
             offload_src="device", offload_dst="pinned_host",
         ),
-    }.get(cfg.remat)  # fmt: skip
+    }[cfg.remat]  # fmt: skip
     # Inside a loop nothing can be merged with the forward pass; unrolled it could, and would.
     return nn.remat(Block, policy=policy, prevent_cse=cfg.loop_unroll > 1)
 
@@ -507,7 +529,8 @@ def apply(
     Args:
         attend: the attention; None: `attention.choose(cfg)`.
     """
-    if quantised.inside(params):  # unrolled, a compiler may dequantise all layers before the first
+    if quantised.inside(params) or _sharded_weights(params):
+        # Unrolled, a compiler may dequantise or gather all layers before the first.
         cfg = cfg.replace(unroll=cfg.unroll or 1)
     model = LanguageModel(cfg, attend or attention.choose(cfg), stacked="layers" in params)
     params = dict(params)

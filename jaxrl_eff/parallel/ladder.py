@@ -53,6 +53,9 @@ class Plan:
         shrink: as of `Blocks`, for gradients.
         fast_bits: of gradients on the fast axis where the rung rounds on the slow one only.
         dtype: of gathered weights.
+        copies: name of a mesh axis along which weights are repeated and rows are not; gradients
+            are summed over it exactly, before they cross the slow axis. "": there is none.
+        nodes: devices of the slow axis that are wanted; 0: any.
 
     Raises:
         ValueError: one name for both axes, bits or a block that `Blocks` refuses, or another dtype.
@@ -65,6 +68,8 @@ class Plan:
     shrink: tuple[float, ...] = (1.0,)
     fast_bits: int = 32
     dtype: str = "float32"
+    copies: str = ""
+    nodes: int = 0
 
     def __post_init__(self):
         if self.slow == self.fast:

@@ -2,8 +2,9 @@
 
 A placement prints, hashes and serialises without touching a device; `mesh` makes it real. The
 axes are those of the paper's plans and more: `stage` (pipelining: priced by the planner, not
-executed), `data`, `fsdp` (parameters sharded, gathered on use), `seq` (sequence positions) and
-`tensor` (heads and feed-forward width).
+executed), `dcn` (nodes or slices, with slow links between them), `data`, `fsdp` (parameters
+sharded, gathered on use), `seq` (sequence positions) and `tensor` (heads and feed-forward width).
+Parameters are sharded over `dcn` and `fsdp` together.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-AXES = ("stage", "data", "fsdp", "seq", "tensor")
+AXES = ("stage", "dcn", "data", "fsdp", "seq", "tensor")
 OFFLOADS = ("", "params", "opt")
 
 
@@ -24,7 +25,7 @@ class Placement:
 
     Attributes:
         devices: indices into `jax.devices()`, in mesh order (last axis fastest).
-        stage, data, fsdp, seq, tensor: sizes of the mesh axes; their product is the number of
+        stage, dcn, data, fsdp, seq, tensor: sizes of the mesh axes; their product is the number of
             devices. `data=0` takes whatever the other axes leave over.
         microbatches: into how many parts the call splits its rows, one after the other, to save
             memory. Never changes a result beyond rounding.
@@ -38,6 +39,7 @@ class Placement:
 
     devices: tuple[int, ...]
     stage: int = 1
+    dcn: int = 1
     data: int = 0
     fsdp: int = 1
     seq: int = 1
@@ -54,14 +56,14 @@ class Placement:
                 raise ValueError(f"{axis} is {getattr(self, axis)}, but must be at least {low}.")
         if self.offload not in OFFLOADS:
             raise ValueError(f"offload is {self.offload!r}; it must be one of {list(OFFLOADS)}.")
-        others = self.stage * self.fsdp * self.seq * self.tensor
+        others = self.stage * self.dcn * self.fsdp * self.seq * self.tensor
         data = self.data or len(self.devices) // others
         if data * others != len(self.devices):
             raise ValueError(
                 f"{len(self.devices)} devices {list(self.devices)} cannot be meshed as "
-                f"stage={self.stage} data={self.data or '(rest)'} fsdp={self.fsdp} "
-                f"seq={self.seq} tensor={self.tensor}: the axes must multiply to the number of "
-                "devices."
+                f"stage={self.stage} dcn={self.dcn} data={self.data or '(rest)'} "
+                f"fsdp={self.fsdp} seq={self.seq} tensor={self.tensor}: the axes must multiply to "
+                "the number of devices."
             )
         object.__setattr__(self, "data", data)
 
@@ -73,7 +75,12 @@ class Placement:
     @property
     def row_shards(self) -> int:
         """Into how many shards the rows of a batch are split."""
-        return self.data * self.fsdp
+        return self.dcn * self.data * self.fsdp
+
+    @property
+    def weight_shards(self) -> int:
+        """Into how many shards a weight is split along `embed`."""
+        return self.dcn * self.fsdp
 
     def __str__(self) -> str:
         shape = " ".join(f"{a}={n}" for a, n in self.axes.items() if n > 1) or "one device"

@@ -89,7 +89,10 @@ def reduce_slow(
         [..., m] float32, the sum for this device's shard; and e', of e's dtype. Where the gradient
         is not finite e' is zero: the step is lost, and not those after it.
     """
-    parts = jnp.moveaxis(gradient.astype(jnp.float32), -2, 0)
+    gradient = gradient.astype(jnp.float32)
+    if plan.copies:  # once for all micro-batches, and before anything is rounded
+        gradient = lax.psum(gradient, plan.copies)
+    parts = jnp.moveaxis(gradient, -2, 0)
     if feedback is None:
         return _exchange(parts, plan.slow, plan.gradients)[0], None
     parts += jnp.moveaxis(feedback.astype(jnp.float32), -2, 0)
@@ -129,8 +132,15 @@ def _exchange(parts: jax.Array, axis: str, blocks: Blocks) -> tuple[jax.Array, j
     )
 
 
-def _gathered(shard: jax.Array, plan: Plan) -> jax.Array:
-    stage = checkpoint_name(gather_slow(shard, plan), STAGE)
+def gather_frozen(shard: jax.Array, plan: Plan) -> jax.Array:
+    """As `gather_weights`, of a weight that is not trained: nothing is reduced.
+
+    A policy of recomputation looks into functions with gradients of their own only where these are
+    differentiated, so the name of the first stage would not be found in `gather_weights`.
+    """
+    stage = gather_slow(shard, plan)
+    if plan.rung.secondary:
+        stage = checkpoint_name(stage, STAGE)
     return gather_fast(stage, shard.shape[-1], plan)
 
 
@@ -151,12 +161,12 @@ def gather_weights(shard: jax.Array, feedback: jax.Array | None, plan: Plan) -> 
         [..., N A m] of the plan's dtype.
     """
     del feedback
-    return _gathered(shard, plan)
+    return gather_frozen(shard, plan)
 
 
 def _gather_forward(shard, feedback, plan):
     # A residual of no elements tells the backward pass the dtype.
-    return _gathered(shard, plan), (feedback, jnp.zeros((0,), shard.dtype))
+    return gather_frozen(shard, plan), (feedback, jnp.zeros((0,), shard.dtype))
 
 
 def _gather_backward(plan, residual, gradient):
@@ -197,8 +207,7 @@ def sharded_apply(
     def run(shard, feedback, x):
         return fn(gather_weights(shard, feedback, plan), x)
 
-    names = (*keep, *((STAGE,) if plan.rung.secondary else ()))
-    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    policy = jax.checkpoint_policies.save_only_these_names(*keep, STAGE)
     return jax.checkpoint(run, policy=policy)(shard, feedback, x)
 
 

@@ -307,7 +307,7 @@ def on_mesh(
     mesh: Mesh,
     *,
     axis: str = "seq",
-    rows: Sequence[str] = ("data", "fsdp"),
+    rows: Sequence[str] = ("dcn", "data", "fsdp"),
     heads: str = "tensor",
     split: bool = True,
 ) -> Attend:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxrl_eff.parallel.mesh import Placement, mesh
 
 # Batch rows are split over fsdp too: every device works on its own rows with gathered parameters.
+# Where there are nodes (dcn), they come first wherever fsdp stands.
 TABLE: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
     "heads": ("tensor",),
@@ -106,6 +107,8 @@ def rules(
         mixed: whether rows are split over `seq` as well, and their positions are not.
     """
     table, notes = dict(TABLE), []
+    if placement.dcn > 1:
+        table |= {"embed": ("dcn", "fsdp"), "batch": row_axes(placement)}
     if not lengths or mixed:
         table["length"] = ()
     if mixed:
@@ -123,14 +126,19 @@ def rules(
     return Rules(placement, tuple((k, v or None) for k, v in table.items()), tuple(notes))
 
 
+def row_axes(placement: Placement) -> tuple[str, ...]:
+    """The mesh axes that split the rows of a batch."""
+    return ("dcn", "data", "fsdp") if placement.dcn > 1 else ("data", "fsdp")
+
+
 def rows(placement: Placement, shape: tuple[int, ...], *, lengths: bool = True) -> NamedSharding:
-    """The sharding of a batch array: rows over data and fsdp, positions over seq.
+    """The sharding of a batch array: rows over dcn, data and fsdp, positions over seq.
 
     A dimension that does not divide stays whole.
     """
     spec: list[Any] = []
     if shape and shape[0] % placement.row_shards == 0:
-        spec.append(("data", "fsdp"))
+        spec.append(row_axes(placement))
     elif shape:
         spec.append(None)
     if lengths and len(shape) > 1 and placement.seq > 1 and shape[1] % placement.seq == 0:
@@ -140,7 +148,7 @@ def rows(placement: Placement, shape: tuple[int, ...], *, lengths: bool = True) 
 
 def mixed_rows(placement: Placement, shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of a batch array with a row, or several, on every device along seq too."""
-    spec = PartitionSpec(("data", "fsdp", "seq")) if shape else PartitionSpec()
+    spec = PartitionSpec((*row_axes(placement), "seq")) if shape else PartitionSpec()
     return NamedSharding(mesh(placement), spec)
 
 

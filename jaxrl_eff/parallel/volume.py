@@ -111,6 +111,13 @@ def expected(
     return {plan.slow: float(weights * slow), plan.fast: float(weights * fast)}
 
 
+def summed(nbytes: float | int, sizes: Mapping[str, int]) -> dict[str, float]:
+    """What a sum over all these axes sends, the slowest first: as `count`."""
+    ways = list(sizes.values())
+    share = 2.0 / math.prod(ways) * nbytes
+    return {a: share * (n - 1) * math.prod(ways[i + 1 :]) for i, (a, n) in enumerate(sizes.items())}
+
+
 def contract(
     counted: Mapping[str, float], promised: Mapping[str, float], tolerance: float = 0.02
 ) -> dict[str, float]:

@@ -58,8 +58,8 @@ def grid(p: Placement, cluster: Cluster) -> Grid:
 
 
 def sizes(p: Placement) -> tuple[int, ...]:
-    """Of the mesh axes, in their order."""
-    return (p.stage, p.data, p.fsdp, p.seq, p.tensor)
+    """Of the mesh axes, in their order. Nodes (dcn) are priced as the outer part of fsdp."""
+    return (p.stage, p.data, p.weight_shards, p.seq, p.tensor)
 
 
 def _ring(bytes_: float | int, axis: Axis, c: Cluster, trips: int) -> float:

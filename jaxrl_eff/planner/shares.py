@@ -19,7 +19,8 @@ class Split(NamedTuple):
 def split(shape: Shape, p: Placement) -> Split:
     """The ways in which a placement cuts a model."""
     cut = lambda n: p.tensor if n % p.tensor == 0 else 1  # noqa: E731
-    fsdp = p.fsdp if shape.width % p.fsdp == 0 else 1
+    ways = p.weight_shards
+    fsdp = ways if shape.width % ways == 0 else 1
     return Split(cut(shape.heads), cut(shape.kv_heads), cut(shape.ffn), cut(shape.vocab), fsdp)
 
 

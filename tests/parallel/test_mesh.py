@@ -8,7 +8,7 @@ from jaxrl_eff.parallel import Placement, mesh, rows, rules
 
 def test_data_takes_what_the_other_axes_leave():
     place = Placement(tuple(range(8)), tensor=2, fsdp=2)
-    assert place.axes == {"stage": 1, "data": 2, "fsdp": 2, "seq": 1, "tensor": 2}
+    assert place.axes == {"stage": 1, "dcn": 1, "data": 2, "fsdp": 2, "seq": 1, "tensor": 2}
     assert mesh(place).shape["data"] == 2
     assert str(place) == "devices 0-7: data=2 fsdp=2 tensor=2"
 
@@ -49,3 +49,14 @@ def test_rows_are_split_over_data_and_fsdp():
     assert rows(place, (8, 6)).spec == P(("data", "fsdp"), "seq")
     assert rows(place, (6, 6)).spec == P(None, "seq")
     assert rows(place, (8,)).spec == P(("data", "fsdp"))
+
+
+def test_nodes_come_before_the_axes_within_them():
+    place = Placement(tuple(range(8)), dcn=2, fsdp=2)
+    assert place.axes["data"] == 2 and place.row_shards == 8 and place.weight_shards == 4
+    assert rows(place, (8,)).spec == P(("dcn", "data", "fsdp"))
+    r = rules(place, {"embed": {8}})
+    assert r.spec(("embed", "ffn")) == P(("dcn", "fsdp"), ("tensor",))
+    assert rules(place, {"embed": {6}}).notes == (
+        "embed of size 6 does not divide by 4 and stays whole",
+    )

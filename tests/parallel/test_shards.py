@@ -1,0 +1,91 @@
+"""Shards of matrices as flat vectors and back, against slices of the whole."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from jaxrl_eff.parallel.ladder import Plan, Rung
+from jaxrl_eff.parallel.shards import Cut, Held, Shard
+
+NODES, DEVICES, LAYERS = 2, 4, 3
+PLAN = Plan(Rung("exact", 32, 32, secondary=True), slow="dcn", fast="fsdp")
+# Of a whole weight of one layer, its split axis, and axes that are kept apart.
+WEIGHTS = [((16, 3, 5), 0, ()), ((3, 5, 16), 2, ()), ((6, 16), 1, (0,)), ((4, 16, 2), 1, (0, 2))]
+
+
+def cut(shape, axis, apart, **changes):
+    own = list(shape)
+    own[axis] //= NODES * DEVICES
+    return Cut(tuple(own), axis, PLAN, apart, **changes)
+
+
+def on_devices(fn, *specs, out):
+    mesh = Mesh(np.array(jax.devices()).reshape(NODES, DEVICES), ("dcn", "fsdp"))
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False))
+
+
+def spec(shape, axis, lead=1):
+    split = [None] * (lead + len(shape))
+    split[lead + axis] = ("dcn", "fsdp")
+    return P(*split)
+
+
+def numbers(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
+def test_flat_shards_one_after_the_other_are_the_whole(shape, axis, apart):
+    one, w = cut(shape, axis, apart), numbers(LAYERS, *shape)
+    parts = np.split(w, NODES * DEVICES, axis=1 + axis)
+    flat = [np.asarray(one.flat(jnp.asarray(p))) for p in parts]
+    assert flat[0].shape == (LAYERS, *(shape[i] for i in apart), one.m)
+    np.testing.assert_array_equal(np.concatenate(flat, -1), one.flat(jnp.asarray(w)))
+    for x in (parts[1], w):
+        np.testing.assert_array_equal(one.shaped(one.flat(jnp.asarray(x))), x)
+
+
+@pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
+def test_what_is_left_over_lies_beside_the_axis_that_is_split(shape, axis, apart):
+    one = cut(shape, axis, apart)
+    parts = [numbers(LAYERS, *one.shape, seed=n) for n in range(NODES)]
+    left = jnp.asarray(np.stack(parts, axis=1 + axis))
+    flat = one.flat_left(left)
+    for n, part in enumerate(parts):
+        np.testing.assert_array_equal(flat[..., n, :], one.flat(jnp.asarray(part)))
+    np.testing.assert_array_equal(one.shaped_left(flat), left)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
+def test_every_way_to_gather_gives_the_whole(shape, axis, apart, raw):
+    one, w = cut(shape, axis, apart, raw=raw), numbers(LAYERS, *shape)
+
+    def run(x):
+        late = [Shard(layer, None, one, trained=False).whole() for layer in x]
+        held = [Held(stage, None, one).whole() for stage in one.near(x)]
+        return one.gathered(x), jnp.stack(late), jnp.stack(held)
+
+    for got in on_devices(run, spec(shape, axis), out=P())(w):
+        np.testing.assert_array_equal(got, w)
+
+
+@pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
+def test_gradients_are_sums_over_devices_wherever_they_are_reduced(shape, axis, apart):
+    one, w, x = cut(shape, axis, apart), numbers(*shape), numbers(8, *shape, seed=1)
+
+    def run(shard, x):
+        late = jax.grad(lambda s: jnp.sum(Shard(s, None, one, trained=True).whole() * x[0]))(shard)
+        slot = jnp.zeros((*(one.shape[i] for i in apart), NODES, one.m))
+        held = functools.partial(Held, one.near(shard), cut=one)
+        slot = jax.grad(lambda slot: jnp.sum(held(slot=slot).whole() * x[0]))(slot)
+        return late, one.reduced(x[0], None)[0], one.reduced_slow(slot, None)[0]
+
+    part = spec(shape, axis, lead=0)
+    for got in on_devices(run, part, P(("dcn", "fsdp")), out=part)(w, x):
+        np.testing.assert_allclose(got, x.sum(0), rtol=1e-5, atol=1e-5)
