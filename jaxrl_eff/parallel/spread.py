@@ -14,7 +14,7 @@ from jaxrl_eff.parallel.mesh import Placement, mesh
 from jaxrl_eff.shapes import Array
 
 GATHERED_BYTES = 1 << 30  # keys and values of a layer that a device may hold whole
-CPU_CHUNK = 128  # tokens, of rows with many short sequences; long ones are no slower in them
+CPU_CHUNK = 128  # tokens: quicker for many short sequences, and for long ones no slower
 CORE_FLOPS_PER_S = 5e10  # of a simulated device
 WAYS = {"ring": ring.ring, "gathered": ring.gathered, "ulysses": ring.ulysses}
 
@@ -35,7 +35,7 @@ def attend(place: Placement, way: str = "") -> Callable[..., Array]:
     if way not in ("", *WAYS):
         raise ValueError(f"attention over the sequence axis is {way!r}; there are {list(WAYS)}.")
     grid = mesh(place)
-    made = {name: ring.on_mesh(make("seq"), grid) for name, make in WAYS.items()}
+    made = {name: ring.on_mesh(make("seq", chunk=_chunk()), grid) for name, make in WAYS.items()}
     if way or place.seq == 1:
         return made[way or "ring"]
 
@@ -87,6 +87,10 @@ def fastest(
     return min(seconds, key=seconds.__getitem__)
 
 
+def _chunk() -> int:
+    return CPU_CHUNK if jax.default_backend() == "cpu" else ring.CHUNK
+
+
 def _peak(dtype: Any) -> float:
     return peak_flops_per_s(jax.devices()[0].device_kind, dtype) or CORE_FLOPS_PER_S
 
@@ -99,8 +103,7 @@ def both(place: Placement, local: int) -> Callable[..., Array]:
     devices of a sequence axis share, and attend to all stripes by a ring. Neither waits for the
     other, so a compiler may compute the first while the others' keys are on their way.
     """
-    chunk = CPU_CHUNK if jax.default_backend() == "cpu" else ring.CHUNK
-    ways = ring.local("seq", chunk=chunk), ring.ring("seq", chunk=chunk)
+    ways = ring.local("seq", chunk=_chunk()), ring.ring("seq", chunk=_chunk())
 
     def attend(q: Array, k: Array, v: Array, **how: Any) -> Array:
         where = {name: how.pop(name) for name in _WHERE}
