@@ -239,6 +239,7 @@ def _chosen(found: list[Outline], stage: str) -> list[Outline]:
 def _print(planned: Any, console: Any) -> None:
     from jaxrl_eff import charts, plan_page
     from jaxrl_eff.console import number
+    from jaxrl_eff.planner import between
     from jaxrl_eff.planner.simulate import Schedule
 
     found, cluster, gib = planned.found, planned.cluster, plan_page._gib
@@ -283,6 +284,9 @@ def _print(planned: Any, console: Any) -> None:
         kind = "reallocation" if name.partition("->")[0] in planned.problem.roles else "transfer"
         rows.append([name, number(seconds), f"{seconds / done.seconds:.1%}", kind])
     console.table("where the time goes", ["call", "seconds", "of the step", "for"], rows)
+    told = between.advice(planned.problem, cluster)
+    for one in told:
+        console.line(f"between nodes: {one.text()}")
     rows = [
         [
             charts.device_range(g.devices),
