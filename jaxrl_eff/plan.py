@@ -57,14 +57,14 @@ def outlines(run: settings.Run) -> list[Outline]:
     Raises:
         ValueError, FileNotFoundError: a setting is wrong, or a model's config.json is missing.
     """
-    from jaxrl_eff import stages
+    from jaxrl_eff import parts, stages
 
-    with stages.at_path("config.model"):
+    with parts.at_path("config.model"):
         tokenizer = _tokenizer(run)
         base = stages.base_model(run, tokenizer)
     out: list[Outline] = []
     for name in run.stages:
-        with stages.at_path(f"config.{name}"):
+        with parts.at_path(f"config.{name}"):
             out.append(_outline(run, name, tokenizer, base, out))
     return out
 
@@ -72,21 +72,21 @@ def outlines(run: settings.Run) -> list[Outline]:
 def _outline(
     run: settings.Run, name: str, tokenizer: Any, base: Any, earlier: list[Outline]
 ) -> Outline:
-    from jaxrl_eff import stages
+    from jaxrl_eff import parts
 
     s = run.stage[name]
-    room, kind = stages.algorithm_of(s)
-    cfg = stages.loss_of(s, name)
+    room, kind = parts.algorithm_of(s)
+    cfg = parts.loss_of(s, name)
     given = _origins(s, earlier)
-    _, lms = stages.roles_of(dataclasses.replace(s, models=given), base, [])
-    sampling, reward = stages.sampling_of(s, name, tokenizer), None
+    _, lms = parts.roles_of(dataclasses.replace(s, models=given), base, [])
+    sampling, reward = parts.sampling_of(s, name, tokenizer), None
     if sampling is not None:
         reward = lms.get("reward") if s.reward.name == "model" else _unread
-    graph = stages.graph_of(s, room, cfg, lms, reward, sampling)
+    graph = parts.graph_of(s, room, cfg, lms, reward, sampling)
     lms = {role: lm for role, lm in lms.items() if role in graph.models}
     origins = {role: given.get(role, given["actor"]) for role in lms}
-    specs, _ = stages.model_specs(s, graph, lms, name)
-    return Outline(name, graph, lms, origins, specs, stages.batch_shapes(s, kind), sampling)
+    specs, _ = parts.model_specs(s, graph, lms, name)
+    return Outline(name, graph, lms, origins, specs, parts.batch_shapes(s, kind), sampling)
 
 
 def _origins(s: settings.StageSettings, earlier: list[Outline]) -> dict[str, str]:
@@ -188,7 +188,7 @@ def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
     Raises:
         ValueError: an unknown stage or cluster, wrong settings, or no plan that fits.
     """
-    from jaxrl_eff import plan_page, stages
+    from jaxrl_eff import parts, plan_page
     from jaxrl_eff.console import Console
     from jaxrl_eff.planner import hardware
     from jaxrl_eff.planner.search import search
@@ -203,7 +203,7 @@ def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
     with Console(terminal=False) as console:
         for outline in chosen:
             step = problem(outline)
-            with stages.at_path(outline.name):
+            with parts.at_path(outline.name):
                 found = search(
                     step,
                     cluster,
@@ -277,8 +277,8 @@ def _print(planned: Any, console: Any) -> None:
     rows = []
     for w in planned.problem.works:
         cost = done.costs[w.name]
-        parts = plan_page.time_parts(done, w.name)
-        told = ", ".join(f"{what} {share:.0%}" for what, share in parts[:4] if share >= 0.01)
+        spent = plan_page.time_parts(done, w.name)
+        told = ", ".join(f"{what} {share:.0%}" for what, share in spent[:4] if share >= 0.01)
         rows.append([w.name, number(cost.seconds), f"{cost.seconds / done.seconds:.0%}", told])
     for name, seconds in plan_page.moved(done):
         kind = "reallocation" if name.partition("->")[0] in planned.problem.roles else "transfer"

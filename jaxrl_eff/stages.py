@@ -5,61 +5,27 @@ weights are read or a program is compiled: files, formats, plans, sizes that do 
 """
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import adapt, algorithms, calibrate, dataflow, examples, long, optim, packed, plans
-from jaxrl_eff.algorithms import ppo
-from jaxrl_eff.data import encode, loader, sources, toys
+from jaxrl_eff import calibrate, dataflow, examples, long, packed, parts, plans
+from jaxrl_eff.data import encode, loader, sources
 from jaxrl_eff.data.scheduled import Scheduled
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.dataflow import Graph, Placement, Spec, Step
 from jaxrl_eff.evaluate import Evaluation
-from jaxrl_eff.models import LMConfig, lora, params
+from jaxrl_eff.models import LMConfig
 from jaxrl_eff.models.config import Rope
-from jaxrl_eff.optim import optimizer, warmup_then
-from jaxrl_eff.parallel import Changes, ladder
 from jaxrl_eff.planner import hardware, works
 from jaxrl_eff.rewards import verify
 from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.settings import RewardSettings, Run, StageSettings, build
+from jaxrl_eff.settings import Run, StageSettings, build
 
-# Algorithm -> its config, and the kind of batch that it reads.
-ALGORITHMS: dict[str, tuple[Any, type, str]] = {
-    "sft": (algorithms.sft, algorithms.sft.SFTConfig, "sft"),
-    "reward_model": (
-        algorithms.reward_model,
-        algorithms.reward_model.RewardModelConfig,
-        "preference",
-    ),
-    "dpo": (algorithms.dpo, algorithms.dpo.DPOConfig, "preference"),
-    "ppo": (algorithms.ppo, algorithms.ppo.PPOConfig, "prompts"),
-    "grpo": (algorithms.grpo, algorithms.grpo.GRPOConfig, "prompts"),
-    "rloo": (algorithms.rloo, algorithms.rloo.RLOOConfig, "prompts"),
-    "remax": (algorithms.remax, algorithms.remax.ReMaxConfig, "prompts"),
-    "raft": (algorithms.raft, algorithms.raft.RAFTConfig, "prompts"),
-}
-
-REWARDS: dict[str, Callable[..., Callable]] = {
-    "exact": verify.exact,
-    "numeric": verify.numeric,
-    "matches": verify.matches,
-    "tagged": lambda names: verify.tagged(*names),
-    "contains": verify.contains,
-    "word_share": verify.word_share,
-    "length_penalty": verify.length_penalty,
-    "gold": lambda: toys.gold,
-    "digit_share": lambda: toys.digit_share,
-}
-
-VALUE_ROLES = ("critic", "reward")
 _SIZES = ("vocab", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "max_length")
 
 
@@ -135,34 +101,17 @@ def assemble(run: Run) -> Assembled:
     Raises:
         ValueError, FileNotFoundError: with the config's path of what is wrong.
     """
-    with at_path("config.tokenizer"):
+    with parts.at_path("config.tokenizer"):
         tokenizer = tokenizer_of(run)
-    with at_path("config.model"):
+    with parts.at_path("config.model"):
         base = base_model(run, tokenizer)
     stages: list[Stage] = []
     for name in run.stages:
-        with at_path(f"config.{name}"):
+        with parts.at_path(f"config.{name}"):
             stages.append(_stage(run, name, tokenizer, base, stages))
     out = Assembled(run, tokenizer, base, tuple(stages))
     _check_expectation(out)
     return out
-
-
-class at_path:
-    """Puts the config's path before an error's message."""
-
-    def __init__(self, path: str):
-        self._path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, ValueError | FileNotFoundError | ImportError):
-            message = str(error)
-            if not message.startswith("config"):
-                message = f"{self._path}: {message}"
-            raise type(error)(message) from (None if isinstance(error, ValueError) else error)
 
 
 def tokenizer_of(run: Run) -> Tokenizer:
@@ -240,28 +189,28 @@ def _stage(
     run: Run, name: str, tokenizer: Tokenizer, base: LMConfig, earlier: list[Stage]
 ) -> Stage:
     s = run.stage[name]
-    room, kind = algorithm_of(s)
+    room, kind = parts.algorithm_of(s)
     for field in ("steps", "batch"):
         if getattr(s, field) < 1:
             raise ValueError(f"{field} is {getattr(s, field)}, but must be at least 1.")
-    cfg = loss_of(s, name)
+    cfg = parts.loss_of(s, name)
     seed = (run.seed + zlib.crc32(name.encode())) % 2**32
     source, held_out = examples.source(s.data, seed)
     encoder = examples.encoder(s, kind, tokenizer)
     examples.check("data", encoder, source)
 
-    sampling, reward = sampling_of(s, name, tokenizer), None
-    origins, lms = roles_of(s, base, earlier)
+    sampling, reward = parts.sampling_of(s, name, tokenizer), None
+    origins, lms = parts.roles_of(s, base, earlier)
     if kind == "prompts":
         if s.reward.name == "model":
             reward = lms.get("reward")
         else:
-            with at_path(f"config.{name}.reward"):
-                score = reward_fn(s.reward)
+            with parts.at_path(f"config.{name}.reward"):
+                score = parts.reward_fn(s.reward)
                 examples.check(s.reward.name, lambda example: score(example, "0"), source)
                 reward = verify.host_reward(score, source, tokenizer)
-    _check_length(s, lms, sampling)
-    graph = graph_of(s, room, cfg, lms, reward, sampling)
+    parts.check_length(s, lms, sampling)
+    graph = parts.graph_of(s, room, cfg, lms, reward, sampling)
     lms = {r: lm for r, lm in lms.items() if r in graph.models}
     origins = {r: o for r, o in origins.items() if r in graph.models}
     if "kl" in graph.models:
@@ -269,9 +218,9 @@ def _stage(
     if missing := [r for r in graph.models if r not in origins]:
         raise ValueError(f"models lacks the roles {missing}; say where each comes from.")
 
-    specs, schedules = model_specs(s, graph, lms, name)
-    with at_path(f"config.{name}.zero"):
-        specs = {role: sent(s, spec, lms.get(role)) for role, spec in specs.items()}
+    specs, schedules = parts.model_specs(s, graph, lms, name)
+    with parts.at_path(f"config.{name}.zero"):
+        specs = {role: parts.sent(s, spec, lms.get(role)) for role, spec in specs.items()}
     if s.schedule.name == "skrull" and s.plan == "search":
         raise ValueError("schedule is 'skrull', whose plan is not searched: say its seq axis.")
     if s.schedule.name == "skrull" and kind != "prompts":
@@ -282,19 +231,21 @@ def _stage(
         return Stage(
             name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling
         )
-    shapes, searched = batch_shapes(s, kind), None
-    with at_path(f"config.{name}.plan"):
+    shapes, searched = parts.batch_shapes(s, kind), None
+    with parts.at_path(f"config.{name}.plan"):
         if s.plan == "search":
             problem = works.works(graph, lms, shapes, sampling=sampling, specs=specs)
             searched = calibrate.search(problem, s.search, seed=run.seed)
             plan = searched.plan
         else:
-            plan = plans.plan(s.plan, graph, jax.device_count(), nodes_of(s))
+            plan = plans.plan(s.plan, graph, jax.device_count(), parts.nodes_of(s))
     keep = "tokens segment mask score example" if kind == "prompts" else ""
     if s.schedule.name == "skrull":
         step = _packed(s, name, graph, specs, lms, shapes, plan, keep, sampling, source, encoder)
     else:
-        step = dataflow.compile(graph, plan, specs, keep=keep, sync=changes_of(s)).check(shapes)
+        step = dataflow.compile(graph, plan, specs, keep=keep, sync=parts.changes_of(s)).check(
+            shapes
+        )
     batches = loader.batches(
         source,
         encode=encoder,
@@ -328,10 +279,10 @@ def _scheduled(
     tokenizer: Tokenizer,
 ) -> tuple[Any, Any, Any, dict[str, Placement]]:
     """Step, loader, shapes and plan of a stage over sequences of many lengths."""
-    with at_path(f"config.{name}.plan"):
+    with parts.at_path(f"config.{name}.plan"):
         plan = plans.plan(s.plan, graph, jax.device_count())
         place = next(iter(plan.values()))
-    with at_path(f"config.{name}.schedule"):
+    with parts.at_path(f"config.{name}.schedule"):
         trained = next(c.of for c in graph.calls if c.kind == "train")
         lengths = long.lengths_of(source, encoder, kind, s.schedule.sample)
         made = long.prepared(
@@ -366,272 +317,14 @@ def _packed(
     encoder: Callable,
 ) -> packed.Packed:
     """The step of a stage that computes what it sampled packed."""
-    with at_path(f"config.{name}.schedule"):
-        step = packed.compile(graph, plan, specs, keep=keep, sync=changes_of(s)).check(shapes)
+    with parts.at_path(f"config.{name}.schedule"):
+        step = packed.compile(graph, plan, specs, keep=keep, sync=parts.changes_of(s)).check(shapes)
         trained = next(c.of for c in step.packed if c.kind == "train")
         prompts = long.lengths_of(source, encoder, "prompts", s.schedule.sample)
         return long.rollouts(
             s.schedule, step, lms[trained], np.minimum(prompts, s.data.prompt_length),
             sampling.max_tokens, cluster=hardware.local(),
         )  # fmt: skip
-
-
-def algorithm_of(s: StageSettings) -> tuple[Any, str]:
-    """The algorithm's module, and the kind of batch that it reads."""
-    if s.algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm is {s.algorithm!r}; there are {list(ALGORITHMS)}.")
-    room, _, kind = ALGORITHMS[s.algorithm]
-    return room, kind
-
-
-def loss_of(s: StageSettings, name: str) -> Any:
-    """The algorithm's config."""
-    return build(ALGORITHMS[s.algorithm][1], s.loss, f"config.{name}.loss")
-
-
-def changes_of(s: StageSettings) -> Changes | None:
-    """How trained weights are synced, if not as a whole."""
-    if s.sync.name == "whole":
-        return None
-    sparse = [part.density for part in s.adapt.values() if part.name in adapt.SCHEDULES]
-    capacity = s.sync.capacity or min(1.0, 2 * max(sparse, default=0.025))
-    return Changes(capacity=capacity, every=s.sync.every)
-
-
-def nodes_of(s: StageSettings) -> int:
-    """Between how many nodes train calls send; 1: wherever the compiler wants."""
-    return s.zero.nodes if s.zero.name else 1
-
-
-def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
-    """The spec of a role with what its train call sends between nodes, if the stage says that.
-
-    Raises:
-        ValueError: an unknown name, blocks that there cannot be, or something else in the stage
-            that it does not go with.
-    """
-    if not s.zero.name or spec.tx is None or lm is None:
-        return spec
-    rung = ladder.rung(s.zero.name)
-    if s.zero.name == "exact" and lm.dtype == "float32":
-        rung = dataclasses.replace(rung, weight_bits=32, grad_bits=32)
-    for other, there in (
-        ("plan='search', which knows no nodes", s.plan == "search"),
-        ("schedule='skrull'", s.schedule.name == "skrull"),
-        ("mlp_chunk, which would gather weights once a piece", lm.mlp_chunk > 0),
-    ):
-        if there:
-            raise ValueError(f"name is {s.zero.name!r}, which does not go with {other}.")
-    plan = ladder.Plan(rung, block=s.zero.block, dtype=lm.dtype, nodes=s.zero.nodes)
-    return spec._replace(sends=plan)
-
-
-def sampling_of(s: StageSettings, name: str, tokenizer: Tokenizer) -> Sampling | None:
-    """How the stage samples, if it does."""
-    if ALGORITHMS[s.algorithm][2] != "prompts":
-        return None
-    pad = tokenizer.pad if tokenizer.pad is not None else 0
-    return build(Sampling, {"pad": pad, **s.sampling}, f"config.{name}.sampling")
-
-
-def reward_fn(reward: RewardSettings) -> Callable:
-    """The function of the text that a reward's settings name.
-
-    Raises:
-        ValueError: an unknown name or option.
-    """
-    if reward.name not in REWARDS:
-        raise ValueError(f"the reward is {reward.name!r}; there are {['model', *REWARDS]}.")
-    try:
-        return REWARDS[reward.name](**reward.options)
-    except TypeError as error:
-        raise ValueError(f"options of the reward {reward.name!r}: {error}.") from None
-
-
-def roles_of(
-    s: StageSettings, base: LMConfig, earlier: list[Stage]
-) -> tuple[dict[str, tuple[str, str]], dict[str, LMConfig]]:
-    """Where each role's parameters come from, and the shape of its model."""
-    first = "reward" if s.algorithm == "reward_model" else "actor"
-    given = {first: "base", **s.models}
-    if first == "actor":
-        given.setdefault("ref", given["actor"])
-    roles = ("actor", "ref", "critic", "reward")
-    if unknown := sorted(set(given) - set(roles)):
-        raise ValueError(f"models has unknown roles {unknown}; there are {[*roles]}.")
-    origins, lms = {}, {}
-    by_name = {e.name: e for e in earlier}
-    for role, where in given.items():
-        stage, _, of = where.partition("/")
-        if where == "base":
-            origins[role], lm = ("base", ""), base
-        elif stage in by_name:
-            source = by_name[stage]
-            of = of or source.trained
-            if of not in source.lms:
-                raise ValueError(
-                    f"models.{role} is {where!r}, but stage {stage!r} has {sorted(source.lms)}."
-                )
-            origins[role], lm = ("stage", f"{stage}/{of}"), source.lms[of]
-        elif Path(where).is_dir():
-            lm = LMConfig.from_hf(where)
-            lm = dataclasses.replace(
-                lm, dtype=base.dtype, param_dtype=base.param_dtype, remat=base.remat, eos=base.eos
-            )
-            origins[role] = ("directory", where)
-        else:
-            raise ValueError(
-                f"models.{role} is {where!r}: neither 'base', nor an earlier stage "
-                f"({sorted(by_name)}), nor a directory."
-            )
-        head = "value" if role in VALUE_ROLES else "lm"
-        if lm.head == "value" and head == "lm":
-            raise ValueError(f"models.{role} is {where!r}, a value model without a vocabulary.")
-        if lm.vocab != base.vocab:
-            raise ValueError(
-                f"models.{role} is {where!r} with a vocabulary of {lm.vocab}, but the base model's "
-                f"is {base.vocab}: every model of a run reads the same tokens."
-            )
-        lms[role] = dataclasses.replace(lm, head=head)
-    return origins, lms
-
-
-def _check_length(s: StageSettings, lms: dict[str, LMConfig], sampling: Sampling | None) -> None:
-    longest = s.data.prompt_length + sampling.max_tokens if sampling else 0
-    for role, lm in lms.items():
-        if longest > lm.max_length:
-            raise ValueError(
-                f"data.prompt_length {s.data.prompt_length} and sampling.max_tokens "
-                f"{sampling.max_tokens} make {longest} tokens, but {role}'s max_length is "
-                f"{lm.max_length}."
-            )
-
-
-def graph_of(
-    s: StageSettings, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
-) -> Graph:
-    if s.staleness < 0 or (s.staleness and sampling is None):
-        raise ValueError(f"staleness is {s.staleness}; it is for algorithms that sample, from 0.")
-    graph = _synchronous(s.algorithm, room, cfg, lms, reward, sampling)
-    if adapt.keeps_base(s.adapt.get("actor")) and _same_start(s):
-        graph = dataclasses.replace(graph, calls=tuple(map(_without_ref, graph.calls)))
-    calls = (
-        dataclasses.replace(c, staleness=s.staleness) if c.kind == "generate" else c
-        for c in graph.calls
-    )
-    return dataclasses.replace(graph, calls=tuple(calls)) if s.staleness else graph
-
-
-def _same_start(s: StageSettings) -> bool:
-    """Whether the reference is what the actor starts from."""
-    actor = s.models.get("actor", "base")
-    return s.models.get("ref", actor) == actor
-
-
-def _without_ref(c: dataflow.Call) -> dataflow.Call:
-    """A call of the reference, on the actor's own arrays without its adapter."""
-    if c.of != "ref":
-        return c
-    return dataclasses.replace(c, of="actor", fn=functools.partial(_on_base, c.fn))
-
-
-def _on_base(fn: Callable, params_: Any, batch: Any, key: Any) -> Any:
-    return fn(lora.base(params_), batch, key)
-
-
-def _synchronous(
-    algorithm: str, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
-) -> Graph:
-    def need(role: str) -> LMConfig:
-        if role not in lms:
-            raise ValueError(f"models lacks {role!r}; say where it comes from.")
-        return lms[role]
-
-    if algorithm == "reward_model":
-        return room.graph(cfg, need("reward"))
-    if algorithm in ("sft", "dpo"):
-        return room.graph(cfg, lms["actor"])
-    if reward is None:
-        need("reward")
-    if algorithm == "ppo":
-        return room.graph(cfg, lms["actor"], need("critic"), reward=reward, sampling=sampling)
-    return room.graph(cfg, lms["actor"], reward=reward, sampling=sampling)
-
-
-def model_specs(
-    s: StageSettings, graph: Graph, lms: dict[str, LMConfig], name: str
-) -> tuple[dict[str, Spec], dict[str, Any]]:
-    trained = {c.of: c for c in graph.calls if c.kind == "train"}
-    if unknown := sorted(set(s.optim) - set(trained)):
-        raise ValueError(f"optim names {unknown}, but the stage trains {sorted(trained)}.")
-    if unknown := sorted(set(s.adapt) - set(trained)):
-        raise ValueError(f"adapt names {unknown}, but the stage trains {sorted(trained)}.")
-    specs, schedules = {}, {}
-    for role in graph.models:
-        if role == "kl":
-            specs[role] = ppo.kl_spec()
-            continue
-        shapes, axes, tx = params.abstract(lms[role]), params.logical_axes(lms[role]), None
-        if role in trained:
-            if role not in s.optim:
-                raise ValueError(f"optim lacks {role!r}, which the stage trains.")
-            o, c = s.optim[role], trained[role]
-            with at_path(f"config.{name}.optim.{role}"):
-                updates = s.steps * c.epochs * c.minibatches
-                schedules[role] = warmup_then(
-                    o.schedule, peak=o.lr, updates=updates, warmup=o.warmup, final=o.final
-                )
-            if role in s.adapt:
-                with at_path(f"config.{name}.adapt.{role}"):
-                    specs[role] = adapt.spec(s.adapt[role], lms[role], o, schedules[role], updates)
-                    adapt.started(s.adapt[role], lms[role])
-                continue
-            with at_path(f"config.{name}.optim.{role}"):
-                tx = optimizer(
-                    o.name,
-                    schedules[role],
-                    clip_norm=o.clip_norm,
-                    weight_decay=o.weight_decay,
-                    store=o.store,
-                    descent=o.descent,
-                    frozen=o.frozen,
-                    options=o.options,
-                )
-                if (o.store or o.name in optim.OWN) and lms[role].param_dtype == "float32":
-                    raise ValueError(
-                        f"{o.name} with store={o.store!r} is for parameters of 16 bits, but "
-                        "config.model.param_dtype is 'float32', of which it would keep nothing."
-                    )
-                _check_patterns(shapes, o.frozen)
-        specs[role] = Spec(shapes, axes, tx)
-    return specs, schedules
-
-
-def _check_patterns(shapes: Any, patterns: tuple[str, ...]) -> None:
-    from jaxrl_eff import tree
-
-    if patterns:
-        tree.match(shapes, patterns)
-
-
-def batch_shapes(s: StageSettings, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
-    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    b, length, prompt = s.batch, s.data.length, s.data.prompt_length
-    if kind == "prompts":
-        if prompt < 1:
-            raise ValueError(f"data.prompt_length is {prompt}; {s.algorithm} needs at least 1.")
-        return {
-            "prompt": array(b, prompt),
-            "prompt_length": array(b),
-            "prompt_example": array(b),
-        }
-    if length < 2:
-        raise ValueError(f"data.length is {length}; {s.algorithm} needs at least 2.")
-    whole = array(b, length)
-    mask = array(b, length, dtype=jnp.float32)
-    return {"tokens": whole, "segment": whole, "position": whole, "mask": mask}
 
 
 def _evaluation(
@@ -648,7 +341,7 @@ def _evaluation(
     e, s = run.stage[name].evaluate, run.stage[name]
     if not e.problems:
         return None
-    with at_path(f"config.{name}.evaluate"):
+    with parts.at_path(f"config.{name}.evaluate"):
         if "actor" not in graph.models:
             raise ValueError(f"{s.algorithm} trains no model that generates.")
         if e.data:
@@ -669,7 +362,7 @@ def _evaluation(
             encoder = encode.encode_prompt(tokenizer, bos=s.data.bos, **fields)
         else:
             encoder = encode.encode_chat_prompt(tokenizer, **fields)
-        score = reward_fn(e.reward)
+        score = parts.reward_fn(e.reward)
         examples.check("the prompt", encoder, held_out)
         what = f"the reward {e.reward.name!r}"
         examples.check(what, lambda example: score(example, "0"), held_out)

@@ -21,7 +21,7 @@ RANKS = (
     ("algorithms",),
     ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts"),
     ("evaluate", "calibrate"),
-    ("adapt", "examples", "footprint", "schedule_cost", "long", "stages"),
+    ("adapt", "examples", "footprint", "schedule_cost", "long", "parts", "stages"),
     ("state",),
     ("train",),
     ("report", "doctor", "generate", "delta"),

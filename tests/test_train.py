@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from launch import compiled_once  # noqa: F401 (fixture)
 
-from jaxrl_eff import dataflow, metrics, stages
+from jaxrl_eff import dataflow, metrics, parts, stages
 from jaxrl_eff.data import toys
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
@@ -43,7 +43,7 @@ def assembled(monkeypatch):
     "algorithm", ["sft", "reward_model", "dpo", "ppo", "grpo", "rloo", "remax", "raft"]
 )
 def test_every_algorithm_runs(algorithm, tmp_path, monkeypatch, assembled):
-    monkeypatch.setitem(stages.REWARDS, "sevens", lambda: sevens)
+    monkeypatch.setitem(parts.REWARDS, "sevens", lambda: sevens)
     steps = 30 if algorithm in LEARNS else 3
     changes = []
     if algorithm in SAMPLES:
@@ -146,7 +146,7 @@ def test_a_reward_that_fails_is_named(tmp_path, monkeypatch):
             raise KeyError("answer")
         return 0.0
 
-    monkeypatch.setitem(stages.REWARDS, "broken", lambda: broken)
+    monkeypatch.setitem(parts.REWARDS, "broken", lambda: broken)
     run = launch.config("algorithm=rloo,every=1", "rloo.reward.name=broken")
     with pytest.raises(ValueError, match=r"the reward of example \d+ .* raised KeyError: 'answer'"):
         launch.train(run, tmp_path)

@@ -29,7 +29,7 @@ if sys.argv[1:] == ["grpo_disagg"]:
 
 import jax
 
-from jaxrl_eff import main, settings, stages, state, train
+from jaxrl_eff import main, parts, settings, stages, state, train
 
 STEPS, BATCH, SEQ = (
     int(os.environ.get(k, d)) for k, d in (("STEPS", 8), ("BATCH", 16), ("SEQ", 128))
@@ -87,7 +87,7 @@ def letter_e():
 
 
 def run(work: str) -> dict:
-    stages.REWARDS["letter_e"] = letter_e
+    parts.REWARDS["letter_e"] = letter_e
     if CACHE:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
         main.cache()

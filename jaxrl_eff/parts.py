@@ -1,0 +1,329 @@
+"""From a stage's settings to its parts that need neither devices nor data.
+
+The algorithm's graph, the models' roles and optimizers, sampling, rewards, the shapes of a batch:
+what `stages` makes steps of, and `plan` a planner's problem.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_eff import adapt, algorithms, dataflow, optim, tree
+from jaxrl_eff.algorithms import ppo
+from jaxrl_eff.data import toys
+from jaxrl_eff.data.tokenizer import Tokenizer
+from jaxrl_eff.dataflow import Graph, Spec
+from jaxrl_eff.models import LMConfig, lora, params
+from jaxrl_eff.optim import optimizer, warmup_then
+from jaxrl_eff.parallel import Changes, ladder
+from jaxrl_eff.rewards import verify
+from jaxrl_eff.rollout import Sampling
+from jaxrl_eff.settings import RewardSettings, StageSettings, build
+
+# Algorithm -> its config, and the kind of batch that it reads.
+ALGORITHMS: dict[str, tuple[Any, type, str]] = {
+    "sft": (algorithms.sft, algorithms.sft.SFTConfig, "sft"),
+    "reward_model": (
+        algorithms.reward_model,
+        algorithms.reward_model.RewardModelConfig,
+        "preference",
+    ),
+    "dpo": (algorithms.dpo, algorithms.dpo.DPOConfig, "preference"),
+    "ppo": (algorithms.ppo, algorithms.ppo.PPOConfig, "prompts"),
+    "grpo": (algorithms.grpo, algorithms.grpo.GRPOConfig, "prompts"),
+    "rloo": (algorithms.rloo, algorithms.rloo.RLOOConfig, "prompts"),
+    "remax": (algorithms.remax, algorithms.remax.ReMaxConfig, "prompts"),
+    "raft": (algorithms.raft, algorithms.raft.RAFTConfig, "prompts"),
+}
+
+REWARDS: dict[str, Callable[..., Callable]] = {
+    "exact": verify.exact,
+    "numeric": verify.numeric,
+    "matches": verify.matches,
+    "tagged": lambda names: verify.tagged(*names),
+    "contains": verify.contains,
+    "word_share": verify.word_share,
+    "length_penalty": verify.length_penalty,
+    "gold": lambda: toys.gold,
+    "digit_share": lambda: toys.digit_share,
+}
+
+VALUE_ROLES = ("critic", "reward")
+
+
+class at_path:
+    """Puts the config's path before an error's message."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, ValueError | FileNotFoundError | ImportError):
+            message = str(error)
+            if not message.startswith("config"):
+                message = f"{self._path}: {message}"
+            raise type(error)(message) from (None if isinstance(error, ValueError) else error)
+
+
+def algorithm_of(s: StageSettings) -> tuple[Any, str]:
+    """The algorithm's module, and the kind of batch that it reads."""
+    if s.algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm is {s.algorithm!r}; there are {list(ALGORITHMS)}.")
+    room, _, kind = ALGORITHMS[s.algorithm]
+    return room, kind
+
+
+def loss_of(s: StageSettings, name: str) -> Any:
+    """The algorithm's config."""
+    return build(ALGORITHMS[s.algorithm][1], s.loss, f"config.{name}.loss")
+
+
+def changes_of(s: StageSettings) -> Changes | None:
+    """How trained weights are synced, if not as a whole."""
+    if s.sync.name == "whole":
+        return None
+    sparse = [part.density for part in s.adapt.values() if part.name in adapt.SCHEDULES]
+    capacity = s.sync.capacity or min(1.0, 2 * max(sparse, default=0.025))
+    return Changes(capacity=capacity, every=s.sync.every)
+
+
+def nodes_of(s: StageSettings) -> int:
+    """Between how many nodes train calls send; 1: wherever the compiler wants."""
+    return s.zero.nodes if s.zero.name else 1
+
+
+def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
+    """The spec of a role with what its train call sends between nodes, if the stage says that.
+
+    Raises:
+        ValueError: an unknown name, blocks that there cannot be, or something else in the stage
+            that it does not go with.
+    """
+    if not s.zero.name or spec.tx is None or lm is None:
+        return spec
+    rung = ladder.rung(s.zero.name)
+    if s.zero.name == "exact" and lm.dtype == "float32":
+        rung = dataclasses.replace(rung, weight_bits=32, grad_bits=32)
+    for other, there in (
+        ("plan='search', which knows no nodes", s.plan == "search"),
+        ("schedule='skrull'", s.schedule.name == "skrull"),
+        ("mlp_chunk, which would gather weights once a piece", lm.mlp_chunk > 0),
+    ):
+        if there:
+            raise ValueError(f"name is {s.zero.name!r}, which does not go with {other}.")
+    plan = ladder.Plan(rung, block=s.zero.block, dtype=lm.dtype, nodes=s.zero.nodes)
+    return spec._replace(sends=plan)
+
+
+def sampling_of(s: StageSettings, name: str, tokenizer: Tokenizer) -> Sampling | None:
+    """How the stage samples, if it does."""
+    if ALGORITHMS[s.algorithm][2] != "prompts":
+        return None
+    pad = tokenizer.pad if tokenizer.pad is not None else 0
+    return build(Sampling, {"pad": pad, **s.sampling}, f"config.{name}.sampling")
+
+
+def reward_fn(reward: RewardSettings) -> Callable:
+    """The function of the text that a reward's settings name.
+
+    Raises:
+        ValueError: an unknown name or option.
+    """
+    if reward.name not in REWARDS:
+        raise ValueError(f"the reward is {reward.name!r}; there are {['model', *REWARDS]}.")
+    try:
+        return REWARDS[reward.name](**reward.options)
+    except TypeError as error:
+        raise ValueError(f"options of the reward {reward.name!r}: {error}.") from None
+
+
+def roles_of(
+    s: StageSettings, base: LMConfig, earlier: Sequence[Any]
+) -> tuple[dict[str, tuple[str, str]], dict[str, LMConfig]]:
+    """Where each role's parameters come from, and the shape of its model."""
+    first = "reward" if s.algorithm == "reward_model" else "actor"
+    given = {first: "base", **s.models}
+    if first == "actor":
+        given.setdefault("ref", given["actor"])
+    roles = ("actor", "ref", "critic", "reward")
+    if unknown := sorted(set(given) - set(roles)):
+        raise ValueError(f"models has unknown roles {unknown}; there are {[*roles]}.")
+    origins, lms = {}, {}
+    by_name = {e.name: e for e in earlier}
+    for role, where in given.items():
+        stage, _, of = where.partition("/")
+        if where == "base":
+            origins[role], lm = ("base", ""), base
+        elif stage in by_name:
+            source = by_name[stage]
+            of = of or source.trained
+            if of not in source.lms:
+                raise ValueError(
+                    f"models.{role} is {where!r}, but stage {stage!r} has {sorted(source.lms)}."
+                )
+            origins[role], lm = ("stage", f"{stage}/{of}"), source.lms[of]
+        elif Path(where).is_dir():
+            lm = LMConfig.from_hf(where)
+            lm = dataclasses.replace(
+                lm, dtype=base.dtype, param_dtype=base.param_dtype, remat=base.remat, eos=base.eos
+            )
+            origins[role] = ("directory", where)
+        else:
+            raise ValueError(
+                f"models.{role} is {where!r}: neither 'base', nor an earlier stage "
+                f"({sorted(by_name)}), nor a directory."
+            )
+        head = "value" if role in VALUE_ROLES else "lm"
+        if lm.head == "value" and head == "lm":
+            raise ValueError(f"models.{role} is {where!r}, a value model without a vocabulary.")
+        if lm.vocab != base.vocab:
+            raise ValueError(
+                f"models.{role} is {where!r} with a vocabulary of {lm.vocab}, but the base model's "
+                f"is {base.vocab}: every model of a run reads the same tokens."
+            )
+        lms[role] = dataclasses.replace(lm, head=head)
+    return origins, lms
+
+
+def check_length(s: StageSettings, lms: dict[str, LMConfig], sampling: Sampling | None) -> None:
+    longest = s.data.prompt_length + sampling.max_tokens if sampling else 0
+    for role, lm in lms.items():
+        if longest > lm.max_length:
+            raise ValueError(
+                f"data.prompt_length {s.data.prompt_length} and sampling.max_tokens "
+                f"{sampling.max_tokens} make {longest} tokens, but {role}'s max_length is "
+                f"{lm.max_length}."
+            )
+
+
+def graph_of(
+    s: StageSettings, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
+) -> Graph:
+    if s.staleness < 0 or (s.staleness and sampling is None):
+        raise ValueError(f"staleness is {s.staleness}; it is for algorithms that sample, from 0.")
+    graph = _synchronous(s.algorithm, room, cfg, lms, reward, sampling)
+    if adapt.keeps_base(s.adapt.get("actor")) and _same_start(s):
+        graph = dataclasses.replace(graph, calls=tuple(map(_without_ref, graph.calls)))
+    calls = (
+        dataclasses.replace(c, staleness=s.staleness) if c.kind == "generate" else c
+        for c in graph.calls
+    )
+    return dataclasses.replace(graph, calls=tuple(calls)) if s.staleness else graph
+
+
+def _same_start(s: StageSettings) -> bool:
+    """Whether the reference is what the actor starts from."""
+    actor = s.models.get("actor", "base")
+    return s.models.get("ref", actor) == actor
+
+
+def _without_ref(c: dataflow.Call) -> dataflow.Call:
+    """A call of the reference, on the actor's own arrays without its adapter."""
+    if c.of != "ref":
+        return c
+    return dataclasses.replace(c, of="actor", fn=functools.partial(_on_base, c.fn))
+
+
+def _on_base(fn: Callable, params_: Any, batch: Any, key: Any) -> Any:
+    return fn(lora.base(params_), batch, key)
+
+
+def _synchronous(
+    algorithm: str, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
+) -> Graph:
+    def need(role: str) -> LMConfig:
+        if role not in lms:
+            raise ValueError(f"models lacks {role!r}; say where it comes from.")
+        return lms[role]
+
+    if algorithm == "reward_model":
+        return room.graph(cfg, need("reward"))
+    if algorithm in ("sft", "dpo"):
+        return room.graph(cfg, lms["actor"])
+    if reward is None:
+        need("reward")
+    if algorithm == "ppo":
+        return room.graph(cfg, lms["actor"], need("critic"), reward=reward, sampling=sampling)
+    return room.graph(cfg, lms["actor"], reward=reward, sampling=sampling)
+
+
+def model_specs(
+    s: StageSettings, graph: Graph, lms: dict[str, LMConfig], name: str
+) -> tuple[dict[str, Spec], dict[str, Any]]:
+    trained = {c.of: c for c in graph.calls if c.kind == "train"}
+    if unknown := sorted(set(s.optim) - set(trained)):
+        raise ValueError(f"optim names {unknown}, but the stage trains {sorted(trained)}.")
+    if unknown := sorted(set(s.adapt) - set(trained)):
+        raise ValueError(f"adapt names {unknown}, but the stage trains {sorted(trained)}.")
+    specs, schedules = {}, {}
+    for role in graph.models:
+        if role == "kl":
+            specs[role] = ppo.kl_spec()
+            continue
+        shapes, axes, tx = params.abstract(lms[role]), params.logical_axes(lms[role]), None
+        if role in trained:
+            if role not in s.optim:
+                raise ValueError(f"optim lacks {role!r}, which the stage trains.")
+            o, c = s.optim[role], trained[role]
+            with at_path(f"config.{name}.optim.{role}"):
+                updates = s.steps * c.epochs * c.minibatches
+                schedules[role] = warmup_then(
+                    o.schedule, peak=o.lr, updates=updates, warmup=o.warmup, final=o.final
+                )
+            if role in s.adapt:
+                with at_path(f"config.{name}.adapt.{role}"):
+                    specs[role] = adapt.spec(s.adapt[role], lms[role], o, schedules[role], updates)
+                    adapt.started(s.adapt[role], lms[role])
+                continue
+            with at_path(f"config.{name}.optim.{role}"):
+                tx = optimizer(
+                    o.name,
+                    schedules[role],
+                    clip_norm=o.clip_norm,
+                    weight_decay=o.weight_decay,
+                    store=o.store,
+                    descent=o.descent,
+                    frozen=o.frozen,
+                    options=o.options,
+                )
+                if (o.store or o.name in optim.OWN) and lms[role].param_dtype == "float32":
+                    raise ValueError(
+                        f"{o.name} with store={o.store!r} is for parameters of 16 bits, but "
+                        "config.model.param_dtype is 'float32', of which it would keep nothing."
+                    )
+                _check_patterns(shapes, o.frozen)
+        specs[role] = Spec(shapes, axes, tx)
+    return specs, schedules
+
+
+def _check_patterns(shapes: Any, patterns: tuple[str, ...]) -> None:
+    if patterns:
+        tree.match(shapes, patterns)
+
+
+def batch_shapes(s: StageSettings, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    b, length, prompt = s.batch, s.data.length, s.data.prompt_length
+    if kind == "prompts":
+        if prompt < 1:
+            raise ValueError(f"data.prompt_length is {prompt}; {s.algorithm} needs at least 1.")
+        return {
+            "prompt": array(b, prompt),
+            "prompt_length": array(b),
+            "prompt_example": array(b),
+        }
+    if length < 2:
+        raise ValueError(f"data.length is {length}; {s.algorithm} needs at least 2.")
+    whole = array(b, length)
+    mask = array(b, length, dtype=jnp.float32)
+    return {"tokens": whole, "segment": whole, "position": whole, "mask": mask}
