@@ -8,7 +8,6 @@ GPU would reach without a network, and one for the program, the share of the tra
 that hides behind compute; both are fitted to the 32 readings. No device is used.
 """
 
-import dataclasses
 import itertools
 
 import numpy as np
@@ -29,10 +28,9 @@ EXACT, ALL = LADDER[0], next(r for r in LADDER if r.name == "qgz")
 
 def cluster(links: int, tflops: float) -> hardware.Cluster:
     """24 DGX-2."""
-    return dataclasses.replace(
-        hardware.gpus("a100", 24), name="v100", devices=384, per_host=16, domain=16,
-        flops_per_s=tflops * 1e12, train_efficiency=1.0, nic_bytes_per_s=links * 12.5e9 / 16,
-        nic_efficiency=1.0,
+    return hardware.gpus("a100", 24).with_(
+        name="v100", devices=384, per_host=16, domain=16, flops_per_s=tflops * 1e12,
+        train_efficiency=1.0, nic_bytes_per_s=links * 12.5e9 / 16, nic_efficiency=1.0,
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ class Advice:
 def volume(rung: Rung) -> float:
     """V: bytes that a node receives for an update, over those of the model in 16 bits.
 
-    Scales of blocks are left out: 0.4 to 1.6 % of codes in blocks of 256.
+    Scales of blocks are left out: 0.8 % of int8 codes and 1.6 % of int4 codes in blocks of 256.
     """
     return (1 if rung.secondary else 2) * rung.weight_bits / 16 + rung.grad_bits / 16
 
