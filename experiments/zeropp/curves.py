@@ -1,6 +1,6 @@
 """What rounded weights and gradients cost in quality: a character model trained on every rung.
 
-  python -m experiments.zeropp.curves [--steps=300] [--seeds=3] [--nodes=2]
+  python -m experiments.zeropp.curves [--steps=300] [--seeds=3] [--nodes=2] [--ways=NAME ...]
 
 Weights and moments are sharded over all devices and stay float32; what is sent is rounded. The
 validation loss is of the float32 weights. Results are added to `results.json`; what is there
@@ -94,12 +94,14 @@ def main() -> int:
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS], metavar="NAME")
     args = parser.parse_args()
     lm = language_model()
     held_out = jnp.asarray(lm.batches(10_000, 40, validation=True))
     validate = jax.jit(lambda w: lax.map(lambda t: lm.loss(w, t), held_out).mean())
     results = json.loads(OUT.read_text()) if OUT.exists() else {}
-    for name, (plan, deltas) in WAYS.items():
+    for name in args.ways:
+        plan, deltas = WAYS[name]
         start, run = trainer(lm, plan, deltas, args.nodes, args.steps)
         for seed in range(args.seeds):
             key = f"nodes={args.nodes} steps={args.steps} seed={seed}: {name}"

@@ -28,12 +28,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxrl_eff.parallel import hops, order
+from jaxrl_eff.parallel import hops, kernels, order
+from jaxrl_eff.parallel.kernels import CHUNK, Kernel
 from jaxrl_eff.shapes import Array, Float, Int
 
 Attend = Callable[..., Array]
 
-CHUNK = 512  # tokens
 NAMES = ("attend_out", "attend_lse")
 
 
@@ -41,15 +41,18 @@ class _Tour(NamedTuple):
     """How the queries of a device meet all keys.
 
     Attributes:
-        forward: (axis, q, kv, q_where, k_where, window, softcap) -> out, lse.
-        backward: (axis, q, dout, lse, delta, kv, q_where, k_where, window, softcap) -> dq, dkv.
+        forward: (kernel, axis, q, kv, q_where, k_where, window, softcap) -> out, lse.
+        backward: (kernel, axis, q, dout, lse, delta, kv, q_where, k_where, window, softcap)
+            -> dq, dkv.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
 
-def ring(axis: str = "seq", *, chunk: int = CHUNK, unroll: int = 1) -> Attend:
+def ring(
+    axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None, unroll: int = 1
+) -> Attend:
     """Attention with keys and values going round `axis`, one permute a hop.
 
     P - 1 permutes forward; backward as many for keys and values, and P for their gradients, which
@@ -57,23 +60,28 @@ def ring(axis: str = "seq", *, chunk: int = CHUNK, unroll: int = 1) -> Attend:
 
     Args:
         axis: of the mesh, over which tokens are spread.
-        chunk: tokens in a chunk of queries or keys, at most.
+        chunk: tokens in a chunk of queries or keys, at most, where XLA computes.
+        kernel: that computes where it fits, see `kernels`; None: XLA does.
         unroll: hops in one iteration of the loop over them. More leave the compiler more freedom
             to overlap, and let it hold as many pieces at once.
     """
     ways = (functools.partial(f, unroll) for f in (_ring_forward, _ring_backward))
-    return functools.partial(_spread, _Tour(*ways), axis, chunk)
+    return functools.partial(_spread, _Tour(*ways), axis, chunk, kernel)
 
 
-def gathered(axis: str = "seq", *, chunk: int = CHUNK) -> Attend:
+def gathered(
+    axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None
+) -> Attend:
     """Attention to keys and values gathered over `axis`, once forward and once backward.
 
     Their gradients are summed in float32, each device getting its own piece. Arguments as `ring`'s.
     """
-    return functools.partial(_spread, _GATHERED, axis, chunk)
+    return functools.partial(_spread, _GATHERED, axis, chunk, kernel)
 
 
-def ulysses(axis: str = "seq", *, chunk: int = CHUNK) -> Attend:
+def ulysses(
+    axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None
+) -> Attend:
     """Attention to whole rows by a part of the heads. Arguments as `ring`'s.
 
     Key heads that do not divide by P are repeated until they do.
@@ -81,18 +89,21 @@ def ulysses(axis: str = "seq", *, chunk: int = CHUNK) -> Attend:
     Raises:
         ValueError: (on use) the query heads do not divide by P.
     """
-    return functools.partial(_ulysses, axis, chunk)
+    return functools.partial(_ulysses, axis, chunk, kernel)
 
 
-def local(axis: str = "seq", *, chunk: int = CHUNK) -> Attend:
+def local(
+    axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None
+) -> Attend:
     """Attention of every device to its own piece alone. Arguments as `ring`'s."""
-    return functools.partial(_spread, _ALONE, axis, chunk)
+    return functools.partial(_spread, _ALONE, axis, chunk, kernel)
 
 
 def _spread(
     tour: _Tour,
     axis: str,
     chunk: int,
+    kernel: Kernel | None,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -105,7 +116,13 @@ def _spread(
     softcap: float | None = None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    heads = k.shape[2]
+    if kernel is None or not kernel.fits(k.shape[3], k.dtype):
+        kernel = kernels.xla(chunk)
+    heads, length = k.shape[2], q.shape[1]
+    chunk = kernel.chunk(max(length, k.shape[1]))
+    if kernel.exact:
+        q, q_position, q_segment = (_pad(x, chunk) for x in (q, q_position, q_segment))
+        k, v, k_position, k_segment = (_pad(x, chunk) for x in (k, v, k_position, k_segment))
     folded = hops.fold(q * jnp.asarray(scale, q.dtype), heads, chunk)
     kv = jnp.stack([hops.fold(x, heads, chunk) for x in (k, v)], axis=1)
     q_where = hops.fold_where(q_position, q_segment, chunk) + _zero_of(q)
@@ -113,8 +130,9 @@ def _spread(
     windows = [] if window is None else [jnp.asarray(window, jnp.int32)]
     operands = _varying(axis, folded, kv, q_where, k_where, *windows)
     tour = tour if lax.axis_size(axis) > 1 else _ALONE
-    out = _attention(tour, axis, softcap, *operands[:4], operands[4] if windows else None)
-    return hops.unfold(out, q.shape[1], chunk)
+    how = tour, kernel, axis, softcap
+    out = _attention(*how, *operands[:4], operands[4] if windows else None)
+    return hops.unfold(out, q.shape[1], chunk)[:, :length]
 
 
 def _zero_of(q: Array) -> Int[Array, ""]:
@@ -137,22 +155,22 @@ def _varying(axis: str, *arrays: Array) -> list[Array]:
     ]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(tour, axis, softcap, q, kv, q_where, k_where, window):
-    return _attention_forward(tour, axis, softcap, q, kv, q_where, k_where, window)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _attention(tour, kernel, axis, softcap, q, kv, q_where, k_where, window):
+    return _attention_forward(tour, kernel, axis, softcap, q, kv, q_where, k_where, window)[0]
 
 
-def _attention_forward(tour, axis, softcap, q, kv, q_where, k_where, window):
-    out, lse = tour.forward(axis, q, kv, q_where, k_where, window, softcap)
+def _attention_forward(tour, kernel, axis, softcap, q, kv, q_where, k_where, window):
+    out, lse = tour.forward(kernel, axis, q, kv, q_where, k_where, window, softcap)
     out = checkpoint_name(out.astype(kv.dtype), NAMES[0])
     lse = checkpoint_name(lse, NAMES[1])
     return out, (q, kv, out, lse, q_where, k_where, window)
 
 
-def _attention_backward(tour, axis, softcap, saved, dout):
+def _attention_backward(tour, kernel, axis, softcap, saved, dout):
     q, kv, out, lse, *where = saved
     delta = (dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(axis=-1)
-    dq, dkv = tour.backward(axis, q, dout, lse, delta, kv, *where, softcap)
+    dq, dkv = tour.backward(kernel, axis, q, dout, lse, delta, kv, *where, softcap)
     return dq.astype(q.dtype), dkv.astype(kv.dtype), None, None, None
 
 
@@ -162,14 +180,14 @@ _attention.defvjp(_attention_forward, _attention_backward)
 # One device
 
 
-def _alone_forward(axis, q, *rest):
+def _alone_forward(kernel, axis, q, *rest):
     del axis
-    return hops.forward(*hops.nothing(q), q, *rest)
+    return kernel.forward(*hops.nothing(q), q, *rest)
 
 
-def _alone_backward(axis, q, *rest):
+def _alone_backward(kernel, axis, q, *rest):
     del axis
-    return hops.backward(hops.nothing(q)[0], q, *rest)
+    return kernel.backward(hops.nothing(q)[0], q, *rest)
 
 
 _ALONE = _Tour(_alone_forward, _alone_backward)
@@ -180,12 +198,12 @@ _ALONE = _Tour(_alone_forward, _alone_backward)
 # holds them all.
 
 
-def _ring_forward(unroll, axis, q, kv, q_where, k_where, *rest):
+def _ring_forward(unroll, kernel, axis, q, kv, q_where, k_where, *rest):
     parts = lax.axis_size(axis)
     places = lax.all_gather(k_where, axis)
 
     def compute(met, kv, hop):
-        return hops.forward(*met, q, kv, q_where, _of_hop(places, hop, axis), *rest)
+        return kernel.forward(*met, q, kv, q_where, _of_hop(places, hop, axis), *rest)
 
     def step(carry, hop):
         kv, met = carry
@@ -199,13 +217,13 @@ def _ring_forward(unroll, axis, q, kv, q_where, k_where, *rest):
     return compute(met, kv, parts - 1)
 
 
-def _ring_backward(unroll, axis, q, dout, lse, delta, kv, q_where, k_where, *rest):
+def _ring_backward(unroll, kernel, axis, q, dout, lse, delta, kv, q_where, k_where, *rest):
     parts = lax.axis_size(axis)
     places = lax.all_gather(k_where, axis)
 
     def compute(dq, kv, hop):
         there = _of_hop(places, hop, axis)
-        return hops.backward(dq, q, dout, lse, delta, kv, q_where, there, *rest)
+        return kernel.backward(dq, q, dout, lse, delta, kv, q_where, there, *rest)
 
     def last(dq, kv, dkv, hop):
         # What earlier devices found for the piece at hand arrives while this one computes.
@@ -240,14 +258,14 @@ def _of_hop(places: Int[Array, "P m 2 B d"], hop: int | Array, axis: str) -> Int
 # Gathered
 
 
-def _gathered_forward(axis, q, kv, q_where, k_where, *rest):
+def _gathered_forward(kernel, axis, q, kv, q_where, k_where, *rest):
     kv, k_where = (lax.all_gather(x, axis, tiled=True) for x in (kv, k_where))
-    return _alone_forward(axis, q, kv, q_where, k_where, *rest)
+    return _alone_forward(kernel, axis, q, kv, q_where, k_where, *rest)
 
 
-def _gathered_backward(axis, q, dout, lse, delta, kv, q_where, k_where, *rest):
+def _gathered_backward(kernel, axis, q, dout, lse, delta, kv, q_where, k_where, *rest):
     kv, k_where = (lax.all_gather(x, axis, tiled=True) for x in (kv, k_where))
-    dq, dkv = _alone_backward(axis, q, dout, lse, delta, kv, q_where, k_where, *rest)
+    dq, dkv = _alone_backward(kernel, axis, q, dout, lse, delta, kv, q_where, k_where, *rest)
     return dq, lax.psum_scatter(dkv, axis, tiled=True)
 
 
@@ -260,6 +278,7 @@ _GATHERED = _Tour(_gathered_forward, _gathered_backward)
 def _ulysses(
     axis: str,
     chunk: int,
+    kernel: Kernel | None,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
@@ -280,7 +299,7 @@ def _ulysses(
         q, k, v = (to_heads(x, axis) for x in (q, k, v))
         where = [lax.all_gather(x, axis, axis=1, tiled=True) for x in where]
     names = ("q_position", "q_segment", "k_position", "k_segment")
-    out = _spread(_ALONE, axis, chunk, q, k, v, **dict(zip(names, where, strict=True)), **how)
+    out = _spread(_ALONE, axis, chunk, kernel, q, k, v, **dict(zip(names, where, strict=True)), **how)
     return lax.all_to_all(out, axis, 1, 2, tiled=True) if parts > 1 else out
 
 
