@@ -126,7 +126,8 @@ class Layouts:
             local: of mixed rows, how many of their tokens are the device's own.
         """
         place = self.plan[c.name]
-        over = functools.partial(_spread, place) if place.seq > 1 and c.kind != "generate" else None
+        split = place.seq > 1 or spread.for_whole_rows()
+        over = functools.partial(_spread, place) if split and c.kind != "generate" else None
         if local is not None:
             over = functools.partial(_both, place, local)
         table = list(self.rules[c.name].table)
@@ -143,6 +144,8 @@ def _spread(place: Placement, length: int) -> Spread:
     """Rows whose tokens do not divide stay whole."""
     if length % place.seq:
         return Spread()
+    if place.seq == 1:
+        return Spread(spread.attend(place))
     ways = (functools.partial(f, parts=place.seq) for f in (spread.striped, spread.unstriped))
     return Spread(spread.attend(place), *ways)
 

@@ -74,6 +74,53 @@ def test_the_way_that_is_estimated_fastest_is_taken(length, heads, kv_heads, rat
     assert got == way
 
 
+def test_whole_rows_attended_to_as_on_a_tpu_give_the_same_parameters(monkeypatch):
+    want = models_after(run("ppo", devices=[0]))
+    monkeypatch.setattr(spread, "for_whole_rows", lambda: True)
+    made = []
+    real = spread.attend
+    monkeypatch.setattr(spread, "attend", lambda *a: made.append(a) or real(*a))
+    check(models_after(run("ppo", devices=[3, 0, 2, 1], data=2, fsdp=2)), want)
+    assert made
+
+
+@pytest.mark.parametrize("way", ["ring", "gathered", "ulysses"])
+def test_own_and_shared_tokens_by_any_way_are_two_attentions(way):
+    """Of 2 groups of 2 devices: 6 tokens of each device's own, and stripes of 8 of each group."""
+    place, own, stripe = Placement((0, 1, 2, 3), data=2, seq=2), 6, 8
+    rng, scale = np.random.default_rng(0), 0.5
+    of_own, of_shared = (
+        [jnp.asarray(rng.normal(size=(rows, length, n, 8)), jnp.float32) for n in (4, 2, 2)]
+        for rows, length in ((4, own), (2, 2 * stripe))
+    )
+    at_own, at_shared = (
+        (jnp.tile(jnp.arange(length), (rows, 1)), jnp.ones((rows, length), jnp.int32))
+        for rows, length in ((4, own), (2, 2 * stripe))
+    )
+
+    def on(attend, arrays, at):
+        position, segment = at
+        return attend(
+            *arrays, q_position=position, k_position=position, q_segment=segment,
+            k_segment=segment, scale=scale,
+        )  # fmt: skip
+
+    def joined(one, other):
+        return jax.vmap(lambda a, b: spread.joined(a, b, 2), (2, 2), 2)(
+            *(x.reshape(*x.shape[:2], -1) for x in (one, other))
+        ).reshape(4, own + stripe, *one.shape[2:])
+
+    arrays = [joined(a, b) for a, b in zip(of_own, of_shared, strict=True)]
+    at = [spread.joined(a, b, 2) for a, b in zip(at_own, at_shared, strict=True)]
+    got = jax.jit(lambda arrays, at: on(spread.both(place, own, way), arrays, at))(arrays, at)
+    want = joined(on(attention.plain, of_own, at_own), on(attention.plain, of_shared, at_shared))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+    program = jax.jit(lambda arrays, at: on(spread.both(place, own, way), arrays, at))
+    text = program.lower(arrays, at).compile().as_text()
+    sent = {"ring": "collective-permute(", "gathered": "all-gather(", "ulysses": "all-to-all("}
+    assert sent[way] in text
+
+
 def test_what_is_striped_comes_back():
     x = jax.random.normal(jax.random.key(0), (3, 24))
     there = spread.striped(x, 4)

@@ -25,27 +25,28 @@ class Bounds(NamedTuple):
     of_keys: Int[Array, "2 m B"]
 
 
-def bounds(q_where: Int[Array, "n 2 B c"], k_where: Int[Array, "m 2 B d"], window: Window) -> Bounds:
+def bounds(
+    q_where: Int[Array, "n 2 B c"], k_where: Int[Array, "m 2 B d"], window: Window
+) -> Bounds:
     """Which chunks each chunk must meet: all that it sees, and few more.
 
     A chunk is known by the least and greatest position and segment of its tokens: another document
     or a later token is left out when the whole chunk is.
     """
-    queries, keys = _ranges(q_where)[:, None], _ranges(k_where)[None]
-    (q_first, q_last), (q_least, q_most) = (jnp.moveaxis(queries, (2, 3), (0, 1))[i] for i in (0, 1))
-    (k_first, k_last), (k_least, k_most) = (jnp.moveaxis(keys, (2, 3), (0, 1))[i] for i in (0, 1))
+    (q_first, q_last), (q_least, q_most) = _ranges(q_where)[..., :, None, :]
+    (k_first, k_last), (k_least, k_most) = _ranges(k_where)[..., None, :, :]
     meet = (q_least <= k_most) & (k_least <= q_most) & (q_last >= k_first)
     if window is not None:
         meet &= q_first - k_last < window
     return Bounds(_span(meet, 1), _span(meet, 0))
 
 
-def _ranges(where: Int[Array, "n 2 B c"]) -> Int[Array, "n 2 2 B"]:
+def _ranges(where: Int[Array, "n 2 B c"]) -> Int[Array, "2 2 n B"]:
     """(position, segment), (least, most) of the tokens of a chunk; of no tokens, most < least."""
     real = where[:, 1:] > 0
     least = jnp.where(real, where, FAR).min(axis=-1)
     most = jnp.where(real, where, -1).max(axis=-1)
-    return jnp.stack([least, most], axis=2)
+    return jnp.moveaxis(jnp.stack([least, most]), 2, 0)
 
 
 def _span(meet: Bool[Array, "n m B"], axis: int) -> Int[Array, "2 rest B"]:

@@ -8,7 +8,6 @@ the nearest one inside, nor computed.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -142,15 +141,15 @@ class _Grid:
         def met(at, i, b, spans):
             return jnp.clip(at, spans[0, i, b], jnp.maximum(spans[1, i, b] - 1, 0))
 
-        def query(shape):
-            zeros = (0,) * len(shape)
-            return pl.BlockSpec((None, None, None, *shape), lambda b, h, i, j, *_: (i, b, h, *zeros))
+        def query(*shape):
+            def index(b, h, i, j, *_):
+                return i, b, h, 0, 0
 
-        def met_query(shape):
-            zeros = (0,) * len(shape)
+            return pl.BlockSpec((None, None, None, *shape), index)
 
+        def met_query(*shape):
             def index(b, k, j, t, spans, _):
-                return met(lax.rem(t, n), j, b, spans), b, k * group + lax.div(t, n), *zeros
+                return met(lax.rem(t, n), j, b, spans), b, k * group + lax.div(t, n), 0, 0
 
             return pl.BlockSpec((None, None, None, *shape), index)
 
@@ -158,8 +157,8 @@ class _Grid:
             return met(j, i, b, spans), 0, b, lax.div(h, group), 0, 0
 
         one_key = (None, 2, None, None, d, dim)
-        self.query, self.number = query((c, dim)), query((1, c))
-        self.met_query, self.met_number = met_query((c, dim)), met_query((1, c))
+        self.query, self.number = query(c, dim), query(1, c)
+        self.met_query, self.met_number = met_query(c, dim), met_query(1, c)
         self.keys = pl.BlockSpec(one_key, keys_of)
         self.key = pl.BlockSpec(one_key, lambda b, k, j, t, *_: (j, 0, b, k, 0, 0))
         here = (None, None, c, 2), (None, None, 2, d)

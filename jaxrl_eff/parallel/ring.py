@@ -69,9 +69,7 @@ def ring(
     return functools.partial(_spread, _Tour(*ways), axis, chunk, kernel)
 
 
-def gathered(
-    axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None
-) -> Attend:
+def gathered(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
     """Attention to keys and values gathered over `axis`, once forward and once backward.
 
     Their gradients are summed in float32, each device getting its own piece. Arguments as `ring`'s.
@@ -79,9 +77,7 @@ def gathered(
     return functools.partial(_spread, _GATHERED, axis, chunk, kernel)
 
 
-def ulysses(
-    axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None
-) -> Attend:
+def ulysses(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
     """Attention to whole rows by a part of the heads. Arguments as `ring`'s.
 
     Key heads that do not divide by P are repeated until they do.
@@ -92,9 +88,7 @@ def ulysses(
     return functools.partial(_ulysses, axis, chunk, kernel)
 
 
-def local(
-    axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None
-) -> Attend:
+def local(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
     """Attention of every device to its own piece alone. Arguments as `ring`'s."""
     return functools.partial(_spread, _ALONE, axis, chunk, kernel)
 
@@ -299,7 +293,9 @@ def _ulysses(
         q, k, v = (to_heads(x, axis) for x in (q, k, v))
         where = [lax.all_gather(x, axis, axis=1, tiled=True) for x in where]
     names = ("q_position", "q_segment", "k_position", "k_segment")
-    out = _spread(_ALONE, axis, chunk, kernel, q, k, v, **dict(zip(names, where, strict=True)), **how)
+    out = _spread(
+        _ALONE, axis, chunk, kernel, q, k, v, **dict(zip(names, where, strict=True)), **how
+    )
     return lax.all_to_all(out, axis, 1, 2, tiled=True) if parts > 1 else out
 
 

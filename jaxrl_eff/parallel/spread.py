@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff.hardware import peak_flops_per_s
-from jaxrl_eff.parallel import ring
+from jaxrl_eff.parallel import kernels, ring
 from jaxrl_eff.parallel.layout import Network
 from jaxrl_eff.parallel.mesh import Placement, mesh
 from jaxrl_eff.shapes import Array
@@ -35,7 +35,7 @@ def attend(place: Placement, way: str = "") -> Callable[..., Array]:
     if way not in ("", *WAYS):
         raise ValueError(f"attention over the sequence axis is {way!r}; there are {list(WAYS)}.")
     grid = mesh(place)
-    made = {name: ring.on_mesh(make("seq", chunk=_chunk()), grid) for name, make in WAYS.items()}
+    made = {name: ring.on_mesh(make("seq", **_how()), grid) for name, make in WAYS.items()}
     if way or place.seq == 1:
         return made[way or "ring"]
 
@@ -87,8 +87,17 @@ def fastest(
     return min(seconds, key=seconds.__getitem__)
 
 
-def _chunk() -> int:
-    return CPU_CHUNK if jax.default_backend() == "cpu" else ring.CHUNK
+def _how() -> dict[str, Any]:
+    chunk = CPU_CHUNK if jax.default_backend() == "cpu" else kernels.CHUNK
+    return {"chunk": chunk, "kernel": kernels.best()}
+
+
+def for_whole_rows() -> bool:
+    """Whether rows that no axis splits should be attended to by `attend`, too.
+
+    On TPUs, where the attention of one device would write its scores to memory.
+    """
+    return jax.default_backend() == "tpu"
 
 
 def _peak(dtype: Any) -> float:
@@ -96,26 +105,38 @@ def _peak(dtype: Any) -> float:
 
 
 @functools.lru_cache(maxsize=256)
-def both(place: Placement, local: int) -> Callable[..., Array]:
+def both(place: Placement, local: int, way: str = "") -> Callable[..., Array]:
     """Attention on rows that are split over all of data, fsdp and seq, each on a device.
 
     The first `local` tokens of a row attend to each other; the rest are a stripe of what the
-    devices of a sequence axis share, and attend to all stripes by a ring. Neither waits for the
-    other, so a compiler may compute the first while the others' keys are on their way.
+    devices of a sequence axis share, and attend to all stripes. Neither waits for the other, so a
+    compiler may compute the first while the others' keys are on their way.
+
+    Args:
+        way: as of `attend`, for what is shared.
     """
-    ways = ring.local("seq", chunk=_chunk()), ring.ring("seq", chunk=_chunk())
+    own = ring.local("seq", **_how())
+    shared = {name: make("seq", **_how()) for name, make in WAYS.items()}
 
     def attend(q: Array, k: Array, v: Array, **how: Any) -> Array:
         where = {name: how.pop(name) for name in _WHERE}
         outs = []
-        for way, part in zip(ways, (slice(local), slice(local, None)), strict=True):
-            mine = [x[:, part] for x in (q, k, v)]
-            if mine[0].shape[1]:
+        for mine, part in ((True, slice(local)), (False, slice(local, None))):
+            pieces = [x[:, part] for x in (q, k, v)]
+            if pieces[0].shape[1]:
                 there = {name: x[:, part] for name, x in where.items()}
-                outs.append(way(*mine, **there, **how))
+                by = own if mine else shared[way or _fastest_of_stripes(place, *pieces[:2])]
+                outs.append(by(*pieces, **there, **how))
         return jnp.concatenate(outs, axis=1)
 
     return ring.on_mesh(attend, mesh(place), split=False)
+
+
+def _fastest_of_stripes(place: Placement, q: Array, k: Array) -> str:
+    """`fastest`, of what one device has of the queries and keys."""
+    rows, length, heads, dim = q.shape
+    whole = rows * place.row_shards, length * place.seq, heads * place.tensor, dim
+    return fastest(place, whole, k.shape[2] * place.tensor, q.dtype) if place.seq > 1 else "ring"
 
 
 _WHERE = ("q_position", "k_position", "q_segment", "k_segment")

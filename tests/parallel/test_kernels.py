@@ -168,7 +168,11 @@ def test_half_precision_errs_no_more_than_chunks_in_xla(name):
 
 def test_what_does_not_fit_a_kernel_is_computed_by_xla():
     """Heads of 80 numbers, which is no power of two, and float64."""
-    for dim, dtype, fits in ((80, "float32", False), (64, "float64", False), (64, "bfloat16", True)):
+    for dim, dtype, fits in (
+        (80, "float32", False),
+        (64, "float64", False),
+        (64, "bfloat16", True),
+    ):
         assert kernels.TRITON.fits(dim, dtype) == fits
     refuses = kernels.TRITON._replace(forward=None, backward=None)  # would fail if called
     x = np.random.default_rng(6).normal(size=(1, 8, 2, 80)).astype(np.float32)
