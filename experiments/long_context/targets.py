@@ -1,0 +1,108 @@
+"""Distributed attention compiled for devices that are not there.
+
+  python experiments/long_context/targets.py tpu v5e:2x4
+  python experiments/long_context/targets.py cuda h100.txtpb
+
+XLA compiles for a described topology without a device: for TPUs with the package `libtpu`, for
+GPUs with JAX's CUDA plugin and a file that describes one (XLA's `GpuTargetConfigProto` as text).
+That shows that kernels compile, what a send may hide behind, and how much memory is used; nothing
+runs. Forward and backward pass of one layer, bfloat16, Qwen2.5-7B's heads, one document a row over
+8 devices in stripes.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_eff.parallel import kernels, ring
+
+HEADS, KV_HEADS, DIM, PARTS = 28, 4, 128, 8
+LENGTHS = (8_192, 32_768, 131_072)
+KERNELS = {"tpu": kernels.MOSAIC, "cuda": kernels.TRITON}
+
+
+def mesh(platform: str, target: str) -> Mesh:
+    """Eight devices in a ring."""
+    if platform == "tpu":
+        described = topologies.get_topology_desc(platform="tpu", topology_name=target)
+    else:
+        with contextlib.suppress(RuntimeError):
+            jax.devices("cuda")  # registers the plugin
+        options = {"target_config": Path(target).read_text(), "topology": f"1x1x{PARTS}"}
+        described = topologies.get_topology_desc(platform="cuda", topology_name="", **options)
+    return Mesh(np.array(described.devices[:PARTS]), ("seq",))
+
+
+def compiled(platform: str, over: Mesh, length: int, kernel: kernels.Kernel):
+    pieces = NamedSharding(over, PartitionSpec(None, "seq"))
+
+    def of(*shape: int, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct((1, length, *shape), dtype, sharding=pieces)
+
+    attend = ring.on_mesh(ring.ring(kernel=kernel), over)
+
+    def layer(q, k, v, dout, position, segment):
+        def apply(q, k, v):
+            return attend(
+                q, k, v, q_position=position, k_position=position, q_segment=segment,
+                k_segment=segment, scale=DIM**-0.5,
+            )  # fmt: skip
+
+        out, pull = jax.vjp(apply, q, k, v)
+        return out, *pull(dout)
+
+    q, k, at = of(HEADS, DIM), of(KV_HEADS, DIM), of(dtype=jnp.int32)
+    traced = jax.jit(layer).trace(q, k, k, q, at, at)
+    return traced.lower(lowering_platforms=(platform,)).compile()
+
+
+def apart(text: str) -> list[int]:
+    """Of every send, how many kernels or loops over chunks stand between its start and its end."""
+    waiting, found = {}, []
+    for line in text.splitlines():
+        if start := re.search(r"%(\S*collective-permute-start\S*) = ", line):
+            waiting[start[1]] = 0
+        elif done := re.search(r"collective-permute-done\(%?(\S+?)\)", line):
+            found.append(waiting.pop(done[1].rstrip(","), -1))
+        elif " while(" in line or ("ring_" in line and "custom-call" in line):
+            waiting = {k: n + 1 for k, n in waiting.items()}
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("platform", choices=KERNELS)
+    parser.add_argument("target")
+    args = parser.parse_args()
+    over = mesh(args.platform, args.target)
+    print(f"{PARTS} x {over.devices.flat[0].device_kind}")
+    for length in LENGTHS:
+        for kernel in (KERNELS[args.platform], kernels.xla()):
+            began = time.perf_counter()
+            program = compiled(args.platform, over, length, kernel)
+            text, memory = program.as_text(), program.memory_analysis()
+            print(
+                f"{length:>7} tokens, {kernel.name:>6}: temporary "
+                f"{memory.temp_size_in_bytes / 1e6:,.0f} MB, arguments "
+                f"{memory.argument_size_in_bytes / 1e6:,.0f} MB, "
+                f"computations between the start and end of each send {apart(text)}, "
+                f"compiled in {time.perf_counter() - began:.1f} s",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
