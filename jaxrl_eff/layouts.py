@@ -140,18 +140,23 @@ def placed(like: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
 
 
-def _spread(place: Placement, length: int) -> Spread:
-    """Rows whose tokens do not divide stay whole."""
+def _spread(place: Placement, length: int, sight: int | None) -> Spread:
+    """Rows whose tokens do not divide stay whole. Where all layers see no farther than a window,
+    tokens stay in order, and only the pieces before a device's own that a window reaches are sent.
+    """
     if length % place.seq:
         return Spread()
     if place.seq == 1:
         return Spread(spread.attend(place))
+    reach = spread.reach(length // place.seq, sight)
+    if reach < place.seq - 1:
+        return Spread(spread.attend(place, reach=reach))
     ways = (functools.partial(f, parts=place.seq) for f in (spread.striped, spread.unstriped))
     return Spread(spread.attend(place), *ways)
 
 
-def _both(place: Placement, local: int, length: int) -> Spread:
-    del length
+def _both(place: Placement, local: int, length: int, sight: int | None) -> Spread:
+    del length, sight
 
     def on_each(turn: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def turned(x: Any) -> Any:

@@ -31,6 +31,24 @@ def test_tokens_over_devices_give_the_same_parameters(algorithm):
     check(models_after(run(algorithm, devices=[3, 0, 2, 1], data=2, seq=2)), want)
 
 
+@pytest.mark.parametrize("window", [3, 30])
+def test_a_window_of_all_layers_sends_keys_no_farther_than_it_reaches(window, monkeypatch):
+    """A device has two tokens of a row or more: 3 positions reach one piece back, 30 all."""
+
+    def step(**place):
+        shape = f"model.shape.window={window}"
+        plan = f"ppo.plan={{'default': {place!r}}}"
+        return stages.assemble(launch.config("algorithm=ppo,optim=sgd", plan, shape))
+
+    want = models_after(step(devices=[0]))
+    real, reaches = spread.attend, set()
+    monkeypatch.setattr(
+        spread, "attend", lambda *a, **how: reaches.add(how.get("reach")) or real(*a, **how)
+    )
+    check(models_after(step(devices=[3, 0, 2, 1], seq=4)), want)
+    assert reaches == ({1} if window == 3 else {None})
+
+
 def test_a_call_takes_the_ring_and_gathers_no_hidden_states():
     lm = LMConfig(vocab=40, layers=2, width=48, heads=2, kv_heads=1, head_dim=16, ffn=64, unroll=1)
     spec = dataflow.Spec(params.abstract(lm), logical_axes(lm))

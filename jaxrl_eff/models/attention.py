@@ -194,13 +194,15 @@ class Spread(NamedTuple):
     previous: Callable[[Array], Array] = _previous
 
 
-_spread: contextvars.ContextVar[Callable[[int], Spread] | None]
+_spread: contextvars.ContextVar[Callable[[int, int | None], Spread] | None]
 _spread = contextvars.ContextVar("spread", default=None)
 
 
 @contextlib.contextmanager
-def spreading(of: Callable[[int], Spread] | None) -> Iterator[None]:
-    """While a call is traced: how rows of a length are spread; None: rows are whole."""
+def spreading(of: Callable[[int, int | None], Spread] | None) -> Iterator[None]:
+    """While a call is traced: how rows of a length are spread, given a model's sight; instead of
+    a function None: rows are whole.
+    """
     token = _spread.set(of)
     try:
         yield
@@ -208,10 +210,14 @@ def spreading(of: Callable[[int], Spread] | None) -> Iterator[None]:
         _spread.reset(token)
 
 
-def spread(length: int) -> Spread:
-    """How rows of this length are spread, as the call's surroundings say."""
+def spread(length: int, sight: int | None = None) -> Spread:
+    """How rows of this length are spread, as the call's surroundings say.
+
+    Args:
+        sight: how many positions a model's queries see, `LMConfig.sight`.
+    """
     of = _spread.get()
-    return Spread() if of is None else of(length)
+    return Spread() if of is None else of(length, sight)
 
 
 def choose(cfg: LMConfig, platform: str | None = None) -> Attend:

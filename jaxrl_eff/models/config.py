@@ -154,6 +154,11 @@ class LMConfig:
             raise ValueError(f"windowed={self.windowed} needs a window, which is None.")
 
     @property
+    def sight(self) -> int | None:
+        """How many positions a query sees in any layer, its own included; None: all."""
+        return self.window if all(self.windowed) else None
+
+    @property
     def score_scale(self) -> float:
         """The factor on q.k."""
         return self.head_dim**-0.5 if self.query_scale is None else self.query_scale

@@ -51,21 +51,33 @@ class _Tour(NamedTuple):
 
 
 def ring(
-    axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None, unroll: int = 1
+    axis: str = "seq",
+    *,
+    chunk: int = CHUNK,
+    kernel: Kernel | None = None,
+    reach: int | None = None,
+    unroll: int = 1,
 ) -> Attend:
     """Attention with keys and values going round `axis`, one permute a hop.
 
     P - 1 permutes forward; backward as many for keys and values, and P for their gradients, which
-    are float32 and travel while the next hop is computed.
+    are float32 and travel while the next hop is computed. With a reach of n: n, n and n + 1.
 
     Args:
         axis: of the mesh, over which tokens are spread.
         chunk: tokens in a chunk of queries or keys, at most, where XLA computes.
         kernel: that computes where it fits, see `kernels`; None: XLA does.
+        reach: on how many pieces behind it a piece's keys are sent; None: on all. It takes that
+            tokens are in order (`order.contiguous`), and no window reaches farther back.
         unroll: hops in one iteration of the loop over them. More leave the compiler more freedom
             to overlap, and let it hold as many pieces at once.
+
+    Raises:
+        ValueError: a negative reach.
     """
-    ways = (functools.partial(f, unroll) for f in (_ring_forward, _ring_backward))
+    if reach is not None and reach < 0:
+        raise ValueError(f"reach is {reach}; it must be at least 0.")
+    ways = (functools.partial(f, unroll, reach) for f in (_ring_forward, _ring_backward))
     return functools.partial(_spread, _Tour(*ways), axis, chunk, kernel)
 
 
@@ -192,8 +204,8 @@ _ALONE = _Tour(_alone_forward, _alone_backward)
 # holds them all.
 
 
-def _ring_forward(unroll, kernel, axis, q, kv, q_where, k_where, *rest):
-    parts = lax.axis_size(axis)
+def _ring_forward(unroll, reach, kernel, axis, q, kv, q_where, k_where, *rest):
+    sends = _sends(reach, axis)
     places = lax.all_gather(k_where, axis)
 
     def compute(met, kv, hop):
@@ -205,14 +217,14 @@ def _ring_forward(unroll, kernel, axis, q, kv, q_where, k_where, *rest):
         return (coming, compute(met, kv, hop)), None
 
     carry, _ = lax.scan(
-        step, (kv, hops.nothing(q)), jnp.arange(parts - 1, dtype=jnp.int32), unroll=unroll
+        step, (kv, hops.nothing(q)), jnp.arange(sends, dtype=jnp.int32), unroll=unroll
     )
     kv, met = carry
-    return compute(met, kv, parts - 1)
+    return compute(met, kv, sends)
 
 
-def _ring_backward(unroll, kernel, axis, q, dout, lse, delta, kv, q_where, k_where, *rest):
-    parts = lax.axis_size(axis)
+def _ring_backward(unroll, reach, kernel, axis, q, dout, lse, delta, kv, q_where, k_where, *rest):
+    sends = _sends(reach, axis)
     places = lax.all_gather(k_where, axis)
 
     def compute(dq, kv, hop):
@@ -231,17 +243,24 @@ def _ring_backward(unroll, kernel, axis, q, dout, lse, delta, kv, q_where, k_whe
         dq, dkv = last(dq, kv, dkv, hop)
         return (dq, coming, dkv), None
 
+    if sends == 0:
+        return compute(hops.nothing(q)[0], kv, 0)
     coming = _next(kv, axis)
     dq, dkv = compute(hops.nothing(q)[0], kv, 0)
-    between = jnp.arange(1, parts - 1, dtype=jnp.int32)
+    between = jnp.arange(1, sends, dtype=jnp.int32)
     (dq, kv, dkv), _ = lax.scan(step, (dq, coming, dkv), between, unroll=unroll)
-    dq, dkv = last(dq, kv, dkv, parts - 1)
-    return dq, _next(dkv, axis)
+    dq, dkv = last(dq, kv, dkv, sends)
+    return dq, _next(dkv, axis, -sends)
 
 
-def _next(x: Array, axis: str) -> Array:
+def _sends(reach: int | None, axis: str) -> int:
+    most = lax.axis_size(axis) - 1
+    return most if reach is None else min(reach, most)
+
+
+def _next(x: Array, axis: str, by: int = 1) -> Array:
     parts = lax.axis_size(axis)
-    return lax.ppermute(x, axis, [(i, (i + 1) % parts) for i in range(parts)])
+    return lax.ppermute(x, axis, [(i, (i + by) % parts) for i in range(parts)])
 
 
 def _of_hop(places: Int[Array, "P m 2 B d"], hop: int | Array, axis: str) -> Int[Array, "m 2 B d"]:

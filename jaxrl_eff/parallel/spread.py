@@ -1,6 +1,7 @@
 """The attention of a call whose rows are split over the sequence axis of its mesh."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ WAYS = {"ring": ring.ring, "gathered": ring.gathered, "ulysses": ring.ulysses}
 
 
 @functools.lru_cache(maxsize=256)
-def attend(place: Placement, way: str = "") -> Callable[..., Array]:
+def attend(place: Placement, way: str = "", reach: int | None = None) -> Callable[..., Array]:
     """Attention on global arrays whose rows, tokens and heads are split as `place` says.
 
     One function for equal arguments, since a program is traced anew for another one.
@@ -28,6 +29,7 @@ def attend(place: Placement, way: str = "") -> Callable[..., Array]:
     Args:
         way: "ring", "gathered" or "ulysses"; "": the one that is estimated fastest for the shapes
             that it is traced with.
+        reach: send keys and values so many pieces on, by a ring; see `ring.ring`.
 
     Raises:
         ValueError: an unknown way.
@@ -35,6 +37,8 @@ def attend(place: Placement, way: str = "") -> Callable[..., Array]:
     if way not in ("", *WAYS):
         raise ValueError(f"attention over the sequence axis is {way!r}; there are {list(WAYS)}.")
     grid = mesh(place)
+    if reach is not None:
+        return ring.on_mesh(ring.ring("seq", reach=reach, **_how()), grid)
     made = {name: ring.on_mesh(make("seq", **_how()), grid) for name, make in WAYS.items()}
     if way or place.seq == 1:
         return made[way or "ring"]
@@ -90,6 +94,16 @@ def fastest(
 def _how() -> dict[str, Any]:
     chunk = CPU_CHUNK if jax.default_backend() == "cpu" else kernels.CHUNK
     return {"chunk": chunk, "kernel": kernels.best()}
+
+
+def reach(piece: int, sight: int | None) -> int | float:
+    """Of rows in order, how many pieces before its own a device's queries see into.
+
+    Args:
+        piece: tokens a device.
+        sight: positions that a query sees, its own included; None: all.
+    """
+    return math.inf if sight is None else -(-(sight - 1) // piece)
 
 
 def for_whole_rows() -> bool:

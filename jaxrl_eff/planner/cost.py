@@ -183,8 +183,16 @@ def _forward(
     seq = 0.0
     if p.seq > 1:
         kv = 2.0 * tokens * shape.kv_heads / cut.kv * shape.head_dim * shape.compute_bytes
-        seq = max(0.0, layers * (p.seq - 1) * hand_on(kv, g.seq, c) - c.overlap * device)
+        hops = min(p.seq - 1, _reach(shape, length / p.seq))
+        seq = max(0.0, layers * hops * hand_on(kv, g.seq, c) - c.overlap * device)
     return Pass(compute, max(0.0, reading - compute), tensor, seq, _starting(layers, p, c))
+
+
+def _reach(shape: Shape, piece: float) -> int | float:
+    """As `parallel.spread.reach`: pieces before its own that a device's queries see into."""
+    if shape.window is None or shape.windowed < shape.layers:
+        return math.inf
+    return math.ceil((shape.window - 1) / piece)
 
 
 def _starting(layers: float | int, p: Placement, c: Cluster) -> float:

@@ -121,6 +121,26 @@ def test_every_attention_on_many_devices_is_that_on_one(way, parts, dtype, kv_he
     check(way, parts, dtype, kv_heads, softcap, seed=1)
 
 
+@pytest.mark.parametrize("parts, reach", [(8, 0), (8, 2), (4, 1), (2, 5)])
+def test_tokens_in_order_need_only_the_pieces_that_a_window_reaches(parts, reach):
+    """On pieces of 32/P tokens a window of n pieces and one token reaches n pieces back."""
+    rng, window = np.random.default_rng(9), min(reach * (LENGTH // parts) + 1, LENGTH)
+    position, segment = packed(rng)
+    position[0], segment[0] = np.arange(LENGTH), 1
+    arrays = *numbers(rng, 4, 2, np.float32), position, segment, np.int32(window)
+    fast = ring.on_mesh(ring.ring(reach=reach), line(parts))
+    want = value_and_gradients(attention.plain, None)(*arrays)
+    got = value_and_gradients(fast, None)(*arrays)
+    for x, y in zip(want, got, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
+    forward, both = (program(ring.ring(reach=reach), line(parts), gradient=g) for g in (0, 1))
+    sends = min(reach, parts - 1)
+    assert count(forward, "ppermute") == sends
+    assert count(both, "ppermute") - sends == (2 * sends + 1 if sends else 0)
+    with pytest.raises(ValueError, match="reach is -1"):
+        ring.ring(reach=-1)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_rows_and_heads_are_split_too_and_short_rows_padded(way):
     """Rows over two axes, of which they fill one; a key head for two devices; 3 tokens on 2."""

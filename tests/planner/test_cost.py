@@ -140,6 +140,20 @@ def test_a_growing_cache_is_read_as_far_as_it_has_grown():
     assert cost._slots(Work("g", "generate", "actor", 4, prompt=10, max_new=8), 0, 8) == 14
 
 
+def test_a_window_of_all_layers_shortens_the_ring():
+    """Rows of 8 tokens on 4 devices: of pieces of 2 a window of 3 reaches one back, not three."""
+
+    def seconds(**window):
+        role = Role(Shape(2, 4, 8, 2, 1, 2, 16, **window))
+        p = Problem((ppo().work("ref_inf"),), {"ref": role})
+        return parts(p, "ref_inf", on(0, 4, seq=4))["seq"]
+
+    whole = seconds()
+    assert whole > 0
+    assert seconds(window=3, windowed=2) == pytest.approx(whole / 3)
+    assert seconds(window=3, windowed=1) == seconds(window=8, windowed=2) == whole
+
+
 def test_windows_shorten_attention():
     local = Shape(2, 4, 8, 2, 1, 2, 16, window=2, windowed=1)
     p = Problem((ppo().work("ref_inf"),), {"ref": Role(local)})

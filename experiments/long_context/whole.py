@@ -1,0 +1,55 @@
+"""The train call of a config, compiled for eight TPUs that are not there.
+
+  python experiments/long_context/whole.py v5e:2x4 configs/sft.py [--KEY=VALUE ...]
+
+See `targets`. The topology stands in for this machine's devices while the stage is assembled and
+its calls are compiled. What is not compiled in: a vocabulary, whose size the config's tokenizer
+says.
+"""
+
+import collections
+import os
+import re
+import sys
+import time
+from unittest import mock
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from jax.experimental import topologies
+
+from jaxrl_eff import arguments, settings, stages
+from jaxrl_eff.parallel import kernels
+
+SENT = r" (collective-permute|all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\("
+
+
+def main() -> int:
+    topology, config, *changes = sys.argv[1:]
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    run = settings.run(arguments.load(config, [c.removeprefix("--") for c in changes]))
+    as_if = {
+        "devices": lambda *_: list(devices),
+        "device_count": lambda *_: len(devices),
+        "default_backend": lambda: "tpu",
+    }
+    with (
+        mock.patch.multiple(jax, **as_if),
+        mock.patch.object(kernels, "best", lambda: kernels.MOSAIC),  # cannot be tried here
+    ):
+        for stage in stages.assemble(run).stages:
+            began = time.perf_counter()
+            stage.step.build(stage.batch)
+            print(f"{stage.name}: compiled in {time.perf_counter() - began:.0f} s")
+            for name, found in stage.step.analysis().items():
+                text = stage.step.program(name).as_text()
+                sent = dict(collections.Counter(re.findall(SENT, text)))
+                calls = text.count("tpu_custom_call")
+                print(f"  {name} on {stage.step.plan[name]}")
+                print(f"    {found['bytes'] / 1e9:.2f} GB a device, {calls} kernels, {sent}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
