@@ -126,8 +126,11 @@ class Layouts:
             local: of mixed rows, how many of their tokens are the device's own.
         """
         place = self.plan[c.name]
-        split = place.seq > 1 or spread.for_whole_rows()
-        over = functools.partial(_spread, place) if split and c.kind != "generate" else None
+        over = None
+        if c.kind != "generate" and (place.seq > 1 or spread.for_whole_rows()):
+            # What is sent as `sharded` says is traced on the device's own rows.
+            way = _own if c.name in self.sharded else _spread
+            over = functools.partial(way, place)
         if local is not None:
             over = functools.partial(_both, place, local)
         table = list(self.rules[c.name].table)
@@ -153,6 +156,11 @@ def _spread(place: Placement, length: int, sight: int | None) -> Spread:
         return Spread(spread.attend(place, reach=reach))
     ways = (functools.partial(f, parts=place.seq) for f in (spread.striped, spread.unstriped))
     return Spread(spread.attend(place), *ways)
+
+
+def _own(place: Placement, length: int, sight: int | None) -> Spread:
+    del length, sight
+    return Spread() if place.tensor > 1 else Spread(spread.own())
 
 
 def _both(place: Placement, local: int, length: int, sight: int | None) -> Spread:

@@ -21,7 +21,7 @@ from jaxrl_eff.graph import Spec
 from jaxrl_eff.layouts import Layouts
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.models.transformer import SAVED
-from jaxrl_eff.parallel import Placement, ladder, quantized, wire
+from jaxrl_eff.parallel import Placement, ladder, quantized, spread, wire
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -108,6 +108,15 @@ def test_without_rounding_training_is_that_of_one_device(place):
     assert off(got, trained(ALONE, None)) < 1e-6
     traffic = compiled(place, sends("exact")).traffic["actor_train"]
     assert traffic.counted == traffic.promised
+
+
+def test_rows_may_be_attended_to_as_on_a_tpu(monkeypatch):
+    """By a kernel on the device's own rows, inside the `shard_map` that is there already."""
+    monkeypatch.setattr(spread, "for_whole_rows", lambda: True)
+    step = compiled.__wrapped__(NODES, sends("exact"))
+    models, _ = after(step, started(step))
+    got = jax.tree.map(np.asarray, tree.flat(models["actor"].params))
+    assert off(got, trained(ALONE, None)) < 1e-6
 
 
 @pytest.mark.parametrize(

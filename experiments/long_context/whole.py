@@ -46,7 +46,10 @@ def main() -> int:
                 text = stage.step.program(name).as_text()
                 sent = dict(collections.Counter(re.findall(SENT, text)))
                 calls = text.count("tpu_custom_call")
-                print(f"  {name} on {stage.step.plan[name]}")
+                call, _, shape = name.partition(" ")
+                print(
+                    f"  {call} on {stage.step.plan[call]}{shape and ', micro-batches of '}{shape}"
+                )
                 print(f"    {found['bytes'] / 1e9:.2f} GB a device, {calls} kernels, {sent}")
     return 0
 

@@ -50,6 +50,14 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
     return chosen
 
 
+@functools.lru_cache(maxsize=1)
+def own() -> Callable[..., Array]:
+    """Attention to a device's own rows, inside a `shard_map` over all axes of a mesh."""
+    attend = functools.partial(ring.local("seq", **_how()))
+    attend.names = ring.NAMES
+    return attend
+
+
 def fastest(
     place: Placement,
     shape: tuple[int, ...],
