@@ -264,6 +264,7 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
 
     from jaxrl_eff import footprint
     from jaxrl_eff.models import attention, count
+    from jaxrl_eff.parallel import kernels, spread
     from jaxrl_eff.tree import nbytes
 
     kind, n = jax.devices()[0].device_kind, jax.device_count()
@@ -274,6 +275,10 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
         f"{count(base):,} parameters, {base.family}, {base.dtype} compute, {base.param_dtype} "
         f"parameters, {attention.choose(base).__name__} attention"
     )
+    plans = [p for stage in assembled.stages for p in stage.step.plan.values()]
+    scheduled = any(s.settings.schedule.name == "skrull" for s in assembled.stages)
+    if spread.for_whole_rows() or scheduled or any(p.seq > 1 for p in plans):
+        facts["model"] += f", over a mesh by {kernels.best().name}"
     for stage in assembled.stages:
         held: dict[int, float] = {}
         for role in stage.step.graph.models:
