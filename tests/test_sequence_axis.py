@@ -37,8 +37,8 @@ def test_a_window_of_all_layers_sends_keys_no_farther_than_it_reaches(window, mo
 
     def step(**place):
         shape = f"model.shape.window={window}"
-        plan = f"ppo.plan={{'default': {place!r}}}"
-        return stages.assemble(launch.config("algorithm=ppo,optim=sgd", plan, shape))
+        plan = f"dpo.plan={{'default': {place!r}}}"
+        return stages.assemble(launch.config("algorithm=dpo,optim=sgd", plan, shape))
 
     want = models_after(step(devices=[0]))
     real, reaches = spread.attend, set()

@@ -10,7 +10,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from jaxrl_eff.parallel import flash
 from jaxrl_eff.parallel.hops import Window
@@ -110,6 +109,9 @@ def _by_group(x: Array, kv: Array) -> Array:
 
 
 def _how(head_dim: int, dtype: Any, interpret: bool) -> dict[str, Any]:
+    # JAX means to drop this backend: then `kernels.best` finds it missing, and nothing else does.
+    from jax.experimental.pallas import triton
+
     # Of 4 warps a program's registers hold a chunk of heads of 64 numbers in half precision.
     wide = head_dim * jnp.dtype(dtype).itemsize > 128
     params = triton.CompilerParams(num_warps=8 if wide else 4, num_stages=2)

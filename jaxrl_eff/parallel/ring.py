@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxrl_eff.parallel import hops, kernels, order
 from jaxrl_eff.parallel.kernels import CHUNK, Kernel
@@ -338,7 +338,7 @@ def head_repeats(heads: int, kv_heads: int, parts: int, axis: str) -> int:
 
 def on_mesh(
     attend: Attend,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     axis: str = "seq",
     rows: Sequence[str] = ("dcn", "data", "fsdp"),

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jaxrl_eff.models import attention
 from jaxrl_eff.parallel import flash, hops, kernels, order, ring
@@ -214,7 +214,11 @@ def test_kernels_lower_for_the_device_that_they_are_for(kernel):
     shapes = [(1, 1024, n, 128) for n in (4, 2, 2)]
     q, k, v = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)
     where = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
-    mesh = Mesh(np.array(jax.devices()[:2]), ("seq",))
+    device = jax.sharding.AbstractDevice(
+        {"cuda": "NVIDIA H100 80GB HBM3", "tpu": "TPU v5p"}[platform], 1, platform
+    )
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((2,), ("seq",), auto, abstract_device=device)
 
     def loss(q, k, v, position, segment):
         attend = ring.on_mesh(ring.ring(kernel=kernel), mesh)
