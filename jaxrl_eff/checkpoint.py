@@ -220,12 +220,7 @@ class Checkpoints:
 
     def _whole(self, step: int) -> bool:
         """Whether a checkpoint that was written is still there, as process 0 sees it."""
-        there = self._path(step).is_dir()
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            there = bool(multihost_utils.broadcast_one_to_all(np.int32(there)))
-        return there
+        return bool(_first_says(self._path(step).is_dir()))
 
     def _path(self, step: int) -> Path:
         return self.directory / f"{step:08d}"
@@ -305,10 +300,8 @@ class Checkpoints:
                     found = step
                     break
                 self._refuse(step, reason)
+        found = _first_says(found)
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
             self._refused |= {s for s in self._steps() if s > found}
         return None if found < 0 else found
 
@@ -348,6 +341,15 @@ class Checkpoints:
                 for name, x in table.items()
             ]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
+
+
+def _first_says(number: int) -> int:
+    """Process 0's number."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _table(state: Any) -> dict[str, Array]:
