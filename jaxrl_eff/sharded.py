@@ -9,6 +9,10 @@ first and the last, so that their number does not change what is rounded.
 What is rounded: kernels of layers, embeddings and unembeddings. Norms, biases, value heads,
 adapters and taps are small and travel as they are; so do the codes of a quantised base.
 
+Where weights are sent as differences every node holds a copy of them in 16 bits from step to step,
+a part on each of its devices. An update first brings it up to date, in the same way on all nodes,
+and then computes from it as micro-batches do.
+
 Losses are sums over rows, so local sums add up as those of micro-batches do.
 """
 
@@ -27,7 +31,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxrl_eff import host, meters, programs, tree
 from jaxrl_eff.graph import Adaptation, Call, Model, Spec
 from jaxrl_eff.parallel import Placement, Rules, mesh, volume
-from jaxrl_eff.parallel.blocks import Blocks
+from jaxrl_eff.parallel.blocks import EXACT, Blocks
 from jaxrl_eff.parallel.sharding import row_axes
 from jaxrl_eff.parallel.shards import Cut, Held, Shard, exact
 
@@ -44,12 +48,14 @@ class Leaf(NamedTuple):
         late: whether a layer gathers it when it uses it.
         left: shape of what rounding leaves over of its gradient, all nodes' together, and the axes
             that split it; None if nothing is kept.
+        held: the same of what every node holds of it.
     """
 
     spec: PartitionSpec
     cut: Cut | None = None
     late: bool = False
     left: tuple[tuple[int, ...], PartitionSpec] | None = None
+    held: tuple[tuple[int, ...], PartitionSpec] | None = None
 
 
 class Sharded:
@@ -101,21 +107,22 @@ class Sharded:
         if rounded and not late:  # gradients of embeddings add up in the dtype of the table
             plan = dataclasses.replace(plan, dtype=str(like.dtype))
         cut = Cut(tuple(shape), axis, plan, tuple(apart), raw=not rounded)
-        left = None
-        if rounded and whole and plan.rung.feedback:
-            left = self._left(like.shape, axes)
-        return Leaf(manual, cut, late, left)
+        left = held = None
+        sizes, split = self._by_node(like.shape, axes)
+        if rounded and whole and plan.rung.feedback:  # of each node that sent
+            left = (place.dcn, *sizes), PartitionSpec("dcn", *split)
+        if rounded and plan.deltas is not None:
+            held = sizes, split
+        return Leaf(manual, cut, late, left, held)
 
-    def _left(
+    def _by_node(
         self, shape: tuple[int, ...], axes: tuple[str | None, ...]
     ) -> tuple[tuple[int, ...], PartitionSpec]:
-        """[nodes that sent, ..., nodes sent to, their part of embed, ...]: whatever the number of
-        a node's devices is.
-        """
+        """[..., nodes, their part of embed, ...]: whatever the number of a node's devices is."""
         at, nodes = axes.index("embed"), self._place.dcn
-        sizes = (nodes, *shape[:at], nodes, shape[at] // nodes, *shape[at + 1 :])
+        sizes = (*shape[:at], nodes, shape[at] // nodes, *shape[at + 1 :])
         split = list(self._rules.spec(axes))
-        return sizes, PartitionSpec("dcn", *split[:at], None, "fsdp", *split[at + 1 :])
+        return sizes, PartitionSpec(*split[:at], None, "fsdp", *split[at + 1 :])
 
     def _manual(self, spec: PartitionSpec) -> PartitionSpec:
         """Without axes that are left to the compiler."""
@@ -128,13 +135,19 @@ class Sharded:
 
     def left(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of what rounding leaves over: parameter -> float32, see `Model`."""
+        return self._state({name: leaf.left for name, leaf in self._leaves.items()}, jnp.float32)
+
+    def held(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of what every node holds of the weights, see `Model`."""
+        shapes = {name: leaf.held for name, leaf in self._leaves.items()}
+        return self._state(shapes, EXACT.get(self.plan.rung.weight_bits))
+
+    def _state(self, shapes: Mapping[str, Any], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
         grid = mesh(self._place)
         return {
-            name: jax.ShapeDtypeStruct(
-                leaf.left[0], jnp.float32, sharding=NamedSharding(grid, leaf.left[1])
-            )
-            for name, leaf in self._leaves.items()
-            if leaf.left is not None
+            name: jax.ShapeDtypeStruct(x[0], dtype, sharding=NamedSharding(grid, x[1]))
+            for name, x in shapes.items()
+            if x is not None
         }
 
     # The program
@@ -148,8 +161,8 @@ class Sharded:
         leaves: Any,
         batch: Mapping[str, jax.Array],
         parts: int,
-    ) -> tuple[programs.Sums, dict[str, jax.Array] | None]:
-        """As `programs.sums` of all rows in `parts` micro-batches; and what is left over, if kept.
+    ) -> tuple[programs.Sums, dict[str, Any]]:
+        """As `programs.sums` of all rows in `parts` micro-batches; and new fields of the model.
 
         To be traced where the call runs.
         """
@@ -159,22 +172,24 @@ class Sharded:
             self._run, loss, jax.tree.structure(attached), frozenset(trained), parts
         )
         specs = {name: self._of(name).spec for name in arrays}
-        held = dict(model.left or {})
-        over = {n: self._manual(self._leaves[n].left[1]) for n in held}
+        kept = {"left": dict(model.left or {}), "held": dict(model.held or {})}
+        there = {
+            k: {n: self._manual(getattr(self._leaves[n], k)[1]) for n in kept[k]} for k in kept
+        }
         rows, whole = PartitionSpec(self._rows), PartitionSpec()
-        done, left = jax.shard_map(
+        done, kept = jax.shard_map(
             run,
-            in_specs=(specs, over, rows, whole),
+            in_specs=(specs, there, rows, whole),
             out_specs=(
-                programs.Sums(whole, whole, whole, {n: specs[n] for n in trained}), over,
+                programs.Sums(whole, whole, whole, {n: specs[n] for n in trained}), there,
             ),
             axis_names=self._manual_axes(),
             check_vma=False,
-        )(arrays, held, dict(batch), key)  # fmt: skip
+        )(arrays, kept, dict(batch), key)  # fmt: skip
         grads = jax.tree.unflatten(
             jax.tree.structure(leaves), [done.grads[name] for name in trained]
         )
-        return done._replace(grads=grads), left or None
+        return done._replace(grads=grads), {k: new for k, new in kept.items() if new}
 
     def _manual_axes(self) -> set[str]:
         """All axes but `tensor` where there is one, which is left to the compiler."""
@@ -192,19 +207,21 @@ class Sharded:
         trained: frozenset[str],
         parts: int,
         arrays: dict[str, jax.Array],
-        left: dict[str, jax.Array],
+        kept: dict[str, dict[str, jax.Array]],
         batch: dict[str, jax.Array],
         key: jax.Array,
-    ) -> tuple[programs.Sums, dict[str, jax.Array]]:
-        """On one device: its rows, its shards."""
+    ) -> tuple[programs.Sums, dict[str, dict[str, jax.Array]]]:
+        """On one device: its rows, its shards, its part of what is kept."""
         with self._inside():
-            left = {name: x[0] for name, x in left.items()}  # of this node as sender
-            fixed, variables = self._opened(arrays, trained, parts > 1)
-            early = {n: x for n, x in left.items() if self._of(n).late and parts == 1}
+            hoisted = parts > 1 or self.plan.deltas is not None
+            left = {name: x[0] for name, x in kept["left"].items()}  # of this node as sender
+            held = {n: self._of(n).cut.renewed(arrays[n], x) for n, x in kept["held"].items()}
+            fixed, variables = self._opened(arrays, held, trained, hoisted)
+            early = {n: x for n, x in left.items() if self._of(n).late and not hoisted}
 
             def total(variables: Any, early: Any, part: Any) -> Any:
                 given = [
-                    self._placed(n, variables.get(n), early.get(n), fixed.get(n), parts > 1)
+                    self._placed(n, variables.get(n), early.get(n), fixed.get(n), hoisted)
                     for n in arrays
                 ]
                 value, weight, seen = loss(structure.unflatten(given), part, key)
@@ -223,7 +240,8 @@ class Sharded:
                 start = programs.Sums.zeros(like)
                 done, _ = lax.scan(lambda sums, part: (sums.plus(of(part)[0]), None), start, split)
             self._noted(arrays, trained, parts, done)
-            return self._closed(done, left, over, parts > 1)
+            done, left = self._closed(done, left, over, hoisted)
+            return done, {"left": left, "held": held}
 
     def _inside(self) -> Any:
         """Rules for logical axes, without what is each device's own."""
@@ -236,7 +254,11 @@ class Sharded:
         return nn.logical_axis_rules(table)
 
     def _opened(
-        self, arrays: Mapping[str, jax.Array], trained: frozenset[str], hoisted: bool
+        self,
+        arrays: Mapping[str, jax.Array],
+        held: Mapping[str, jax.Array],
+        trained: frozenset[str],
+        hoisted: bool,
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """What a loss is a function of: constants, and what is differentiated. By name.
 
@@ -247,9 +269,9 @@ class Sharded:
         for name, x in arrays.items():
             leaf = self._of(name)
             if leaf.cut is not None and not leaf.late:
-                x = leaf.cut.gathered(x)
+                x = leaf.cut.gathered(x, held.get(name))
             if leaf.late and hoisted:
-                fixed[name] = leaf.cut.near(x)
+                fixed[name] = leaf.cut.near(x, held.get(name))
                 if name in trained:
                     apart = [leaf.cut.shape[i] for i in leaf.cut.apart]
                     shape = (x.shape[0], *apart, self._place.dcn, leaf.cut.m)
@@ -327,7 +349,8 @@ class Sharded:
 
         With w, g and h the bytes of a shard of it as a weight, and as a gradient on the slow and on
         the fast axis: gathered twice a micro-batch if late and once an update otherwise, but over
-        the slow axis once where a secondary copy is kept or micro-batches share it.
+        the slow axis once where a secondary copy is kept or micro-batches share it, and as a
+        difference where nodes hold a copy.
         """
         cut, place = leaf.cut, self._place
         w = math.prod(cut.shape) * x.dtype.itemsize if cut.raw else cut.sent(cut.plan.weights)
@@ -335,9 +358,11 @@ class Sharded:
         h = cut.sent(cut.plan.fast_gradients) if trained else 0
         fast = parts if leaf.late else 1
         again = 2 if leaf.late else 1
-        slow = 1 if cut.plan.rung.secondary or parts > 1 else again
+        slow = w if cut.plan.rung.secondary or parts > 1 else again * w
+        if leaf.held is not None:
+            slow = cut.sent(cut.plan.deltas)
         found = {
-            "dcn": (place.dcn - 1) * (slow * w + g),
+            "dcn": (place.dcn - 1) * (slow + g),
             "fsdp": (place.fsdp - 1) * place.dcn * fast * (again * w + h),
         }
         if trained and place.data > 1:
@@ -359,18 +384,21 @@ class Sharded:
             volume.contract(counted, promised)
         except ValueError as error:
             raise ValueError(f"{self._call.name}: {error}") from None
-        return Traffic({a: counted[a] for a in self._rows}, promised, updates * plain)
+        counted = {a: counted[a] for a in self._rows}
+        return Traffic(self.plan.rung.name, counted, promised, updates * plain)
 
 
 class Traffic(NamedTuple):
     """Bytes that a device receives in one run of a train call.
 
     Attributes:
+        name: of the rung.
         counted: on the call's program, by mesh axis.
         promised: by closed form.
         plain: what ZeRO-3 in 16 bits would send over the slow axis.
     """
 
+    name: str
     counted: dict[str, float]
     promised: dict[str, float]
     plain: float
@@ -378,8 +406,8 @@ class Traffic(NamedTuple):
     def __str__(self) -> str:
         slow = self.counted["dcn"]
         return (
-            f"{slow / 1e6:,.3f} MB a device and step between nodes, {slow / self.plain:.2f} of "
-            "ZeRO-3's in 16 bits"
+            f"{self.name} sends {slow / 1e6:,.3f} MB a device and step between nodes, "
+            f"{slow / self.plain:.2f} of ZeRO-3's in 16 bits"
         )
 
 

@@ -22,6 +22,7 @@ from jaxrl_eff.layouts import Layouts
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.models.transformer import SAVED
 from jaxrl_eff.parallel import Placement, ladder, quantized, wire
+from jaxrl_eff.parallel.blocks import Blocks, decode, encode
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -37,6 +38,9 @@ def sends(name, **changes):
     if name == "exact":
         rung = dataclasses.replace(rung, weight_bits=32, grad_bits=32)
     return ladder.Plan(dataclasses.replace(rung, **changes), block=64)
+
+
+WIDE = dict(weight_bits=32, grad_bits=32, delta_bits=32, hadamard=False, feedback=False)
 
 
 def batch(seed=0):
@@ -110,9 +114,18 @@ def test_without_rounding_training_is_that_of_one_device(place):
     assert traffic.counted == traffic.promised
 
 
+def test_differences_without_rounding_train_as_one_device():
+    assert off(trained(NODES, sends("int4_delta", **WIDE)), trained(ALONE, None)) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("int8", 0.01), ("int4", 0.1), pytest.param("qgz", 0.2, marks=pytest.mark.slow)],
+    [
+        ("int8", 0.01),
+        ("int4", 0.1),
+        ("int4_delta", 0.1),
+        pytest.param("qgz", 0.2, marks=pytest.mark.slow),
+    ],
 )
 def test_rounding_changes_little_and_something(name, near):
     want, start = trained(ALONE, None, 1), trained(ALONE, None, 0)
@@ -122,12 +135,13 @@ def test_rounding_changes_little_and_something(name, near):
     assert 1e-4 < apart / learned < near
 
 
-def test_the_number_of_microbatches_changes_nothing_that_is_rounded():
+@pytest.mark.parametrize("name", [pytest.param("int4", marks=pytest.mark.slow), "int4_delta"])
+def test_the_number_of_microbatches_changes_nothing_that_is_rounded(name):
     split = dataclasses.replace(NODES, microbatches=2)
-    got, want = (trained(place, sends("int4"), 1) for place in (split, NODES))
-    for name in want:  # a number between two codes may fall either way
-        assert np.mean(np.abs(got[name] - want[name]) > 1e-5) < 0.01, name
-    once, twice = (compiled(p, sends("int4")).traffic["actor_train"] for p in (NODES, split))
+    got, want = (trained(place, sends(name), 1) for place in (split, NODES))
+    for k in want:  # a number between two codes may fall either way
+        assert np.mean(np.abs(got[k] - want[k]) > 1e-5) < 0.01, k
+    once, twice = (compiled(p, sends(name)).traffic["actor_train"] for p in (NODES, split))
     assert twice.counted["dcn"] == once.counted["dcn"] and twice.plain == 2 * once.plain
 
 
@@ -147,7 +161,7 @@ def traffic(place, plan, lm=LM, fn=None, more=1):
 
 
 @pytest.mark.parametrize("remat", ["none", "attention", "dots", "outputs", "full", "host"])
-@pytest.mark.parametrize("name", ["exact", "int8"])
+@pytest.mark.parametrize("name", ["exact", "int8", "int4_delta"])
 def test_recomputation_gathers_no_weight_more_often_than_said(name, remat):
     found = traffic(NODES, sends(name), LM.replace(remat=remat))
     assert found.counted == found.promised
@@ -160,7 +174,8 @@ def test_every_update_sends_as_much():
 
 
 @pytest.mark.parametrize(
-    ("name", "passes"), [("exact", 3.0), ("int8", 1.0), ("int4", 0.75), ("qgz", 0.75)]
+    ("name", "passes"),
+    [("exact", 3.0), ("int8", 1.0), ("int4", 0.75), ("qgz", 0.75), ("int4_delta", 0.5)],
 )
 def test_a_model_crosses_the_slow_axis_as_often_as_the_ladder_says(name, passes):
     """But for embeddings, which are gathered once."""
@@ -184,25 +199,77 @@ def test_what_is_sent_besides_breaks_the_contract():
 
 def test_compiled_programs_send_the_same_and_nothing_large_besides():
     """Rows, norms and scalars are what the compiler may move."""
-    step = compiled(NODES, sends("int4"))
+    step = compiled(NODES, sends("int4_delta"))
     program, found = step.program("actor_train"), step.traffic["actor_train"]
     total, counted = wire.received(program) / 8, sum(found.counted.values())
     assert counted <= total < 1.02 * counted
+    assert str(found).startswith("int4_delta sends 0.00")
 
 
 def test_policies_know_the_name_of_the_first_stage():
     assert quantized.STAGE in SAVED
 
 
-# What rounding leaves over
+# What rounding leaves over, and what nodes hold of the weights
 
 
 @pytest.fixture(scope="module")
 def fed():
-    """A step with error feedback, its models after two steps, and these left-overs by name."""
-    step = compiled(NODES, sends("int4"))
+    """A step with error feedback and differences of weights, its models after two steps, and what
+    was left over by name.
+    """
+    step = compiled(NODES, sends("int4_delta"))
     models, _ = after(step, started(step), 2)
     return step, models, jax.tree.map(np.asarray, models["actor"].left)
+
+
+def check_copies(name, x):
+    """That devices which hold the same part hold the same bits."""
+    parts = {}
+    for shard in x.addressable_shards:
+        parts.setdefault(str(shard.index), []).append(np.asarray(shard.data).tobytes())
+    assert {len(p) for p in parts.values()} == {2} and len(parts) == 4, name
+    assert all(a == b for a, b in parts.values()), name
+
+
+def test_all_nodes_hold_the_same_to_the_last_bit_and_near_the_weights(fed):
+    step, models, left = fed
+    first = started(step)["actor"]
+    assert set(models["actor"].held) == set(first.held) == set(left)
+    for name, x in models["actor"].held.items():
+        check_copies(name, x)
+        weight, start = (np.asarray(tree.flat(m.params)[name]) for m in (models["actor"], first))
+        apart = np.linalg.norm(np.asarray(x, np.float32).reshape(weight.shape) - weight)
+        # The last step's change is missing, the one before was rounded, and the sum to bfloat16.
+        limit = 0.7 * np.linalg.norm(weight - start) + 2**-9 * np.linalg.norm(weight)
+        assert apart < limit, name
+
+
+@pytest.mark.parametrize(
+    ("name", "at"), [("layers/mlp/down/kernel", 2), ("layers/mlp/gate/kernel", 1)]
+)
+def test_what_nodes_hold_is_renewed_by_coded_differences(fed, name, at):
+    """One shard after the other, by `encode` and `decode` alone."""
+    step, models, _ = fed
+    weight = np.asarray(tree.flat(models["actor"].params)[name])
+    old = np.asarray(models["actor"].held[name], np.float32).reshape(weight.shape)
+    (got, _), blocks = after(step, jax.tree.map(jnp.copy, models), 1, first=2), Blocks(4, 64)
+    new = np.asarray(got["actor"].held[name], np.float32).reshape(weight.shape)
+    for w, r, now in zip(*(np.split(x, 8, axis=at) for x in (weight, old, new)), strict=True):
+        w, r, now = (np.moveaxis(x, at, 1).reshape(len(x), -1) for x in (w, r, now))
+        sent = decode(encode(jnp.asarray(w - r), blocks), w.shape[-1], blocks, jnp.float32)
+        np.testing.assert_array_equal(np.asarray((r + sent).astype(jnp.bfloat16), np.float32), now)
+
+
+def test_weights_that_something_else_replaced_are_sent_in_full(fed):
+    step, models, _ = fed
+    other = jax.tree.map(lambda x: x + 3, models["actor"].params)
+    got = step.refreshed("actor", models["actor"]._replace(params=other))
+    flat = tree.flat(other)
+    for name, x in got.held.items():
+        assert x.sharding == models["actor"].held[name].sharding and x.dtype == jnp.bfloat16
+        want = np.asarray(flat[name].astype(jnp.bfloat16))
+        np.testing.assert_array_equal(np.asarray(x).reshape(want.shape), want)
 
 
 def test_what_is_left_over_is_kept_for_every_rounded_weight(fed):
@@ -227,6 +294,9 @@ def test_another_number_of_devices_keeps_it(fed):
     for name, x in moved["actor"].left.items():
         assert len(x.sharding.device_set) == 4
         np.testing.assert_array_equal(x, left[name])
+    for name, x in moved["actor"].held.items():
+        assert len(x.sharding.device_set) == 4
+        np.testing.assert_array_equal(x, models["actor"].held[name])
 
 
 def test_a_withheld_update_keeps_it(fed):
@@ -237,10 +307,12 @@ def test_a_withheld_update_keeps_it(fed):
     assert seen["actor_train/finite"] == 0
     for name, x in got["actor"].left.items():
         np.testing.assert_array_equal(x, left[name])
+    for name, x in got["actor"].held.items():
+        np.testing.assert_array_equal(x, models["actor"].held[name])
 
 
 ZERO = (
-    "sft.zero.name=int4", "sft.zero.block=64", "sft.plan={'default': {'dcn': 2, 'fsdp': 4}}",
+    "sft.zero.name=int4_delta", "sft.zero.block=64", "sft.plan={'default': {'dcn': 2, 'fsdp': 4}}",
 )  # fmt: skip
 FED = "algorithm=sft,steps=4,every=1,first=8"
 
@@ -294,6 +366,28 @@ def law(algorithm, nodes, *changes):
 )
 def test_algorithms_learn_what_one_device_does(algorithm, nodes):
     check(*law(algorithm, nodes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_nodes_hold_the_same_whatever_the_algorithm(algorithm):
+    zero = (f"{algorithm}.zero.name=int4_delta", f"{algorithm}.batch=16")
+    run = launch.config(f"algorithm={algorithm},optim=sgd,plan=all", *zero)
+    assembled = stages.assemble(run)
+    (stage,) = assembled.stages
+    step, models = stage.step.build(stage.batch), state.initial(assembled, stage, {})
+    for t in range(2):
+        before = {role: jax.tree.map(np.asarray, tree.flat(models[role].params)) for role in models}
+        models, _, _ = step(models, next(stage.loader), stages.words(0, stage.name, t))
+    stage.loader.close()
+    for role in ("actor", "critic") if algorithm == "ppo" else ("actor",):
+        assert models[role].held
+        for name, x in models[role].held.items():
+            check_copies(name, x)
+            # As far as the last update or, of PPO, some of the last four.
+            old, new = before[role][name], np.asarray(tree.flat(models[role].params)[name])
+            apart = np.linalg.norm(np.asarray(x, np.float32).reshape(new.shape) - new)
+            assert apart < 1.2 * np.linalg.norm(new - old) + 2**-8 * np.linalg.norm(new), name
 
 
 PARTS = {

@@ -1,5 +1,6 @@
 """Shards of matrices as flat vectors and back, against slices of the whole."""
 
+import dataclasses
 import functools
 
 import jax
@@ -59,6 +60,28 @@ def test_what_is_left_over_lies_beside_the_axis_that_is_split(shape, axis, apart
     for n, part in enumerate(parts):
         np.testing.assert_array_equal(flat[..., n, :], one.flat(jnp.asarray(part)))
     np.testing.assert_array_equal(one.shaped_left(flat), left)
+
+
+@pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
+def test_what_a_node_holds_is_the_weight_once_differences_were_sent(shape, axis, apart):
+    rung = Rung("differences", 32, 32, delta_bits=32)
+    one = dataclasses.replace(cut(shape, axis, apart), plan=dataclasses.replace(PLAN, rung=rung))
+    w, old = numbers(LAYERS, *shape), numbers(LAYERS, *shape, seed=1)
+    sizes = (LAYERS, *shape[:axis], NODES, shape[axis] // NODES, *shape[axis + 1 :])
+    part = [None] * len(sizes)
+    part[2 + axis] = "fsdp"
+
+    def run(x, held):
+        new = one.renewed(x, held)
+        late = [Held(stage, None, one).whole() for stage in one.near(x, new)]
+        return new, one.gathered(x, new), jnp.stack(late)
+
+    held, *got = on_devices(run, spec(shape, axis), P(*part), out=(P(*part), P(), P()))(
+        w, old.reshape(sizes)
+    )
+    np.testing.assert_allclose(np.asarray(held).reshape(w.shape), w, rtol=1e-6, atol=1e-6)
+    for x in got:
+        np.testing.assert_array_equal(x, np.asarray(held).reshape(w.shape))
 
 
 @pytest.mark.parametrize("raw", [False, True])
