@@ -7,7 +7,14 @@ heads and what is small once a call; gradients are reduced to shards, as the mod
 first and the last, so that their number does not change what is rounded.
 
 What is rounded: kernels of layers, embeddings and unembeddings. Norms, biases, value heads,
-adapters and taps are small and travel as they are; so do the codes of a quantised base.
+adapters and taps are small and travel as they are; so do the codes of a quantised base, and the
+gradients of layers that are trained in turn (LISA), which are summed whole in float32. There is
+nothing left over of what is not rounded, so error feedback is for parameters that are trained
+whole, by an adaptation too.
+
+What an adapter leaves frozen never changes, so every node has it whole (MixZ++ of DeepSpeed), a
+part on each of its devices, and nothing of it is sent between nodes: such weights have the logical
+axis `node_embed` instead of `embed`. They travel within a node as the rung says.
 
 Where weights are sent as differences every node holds a copy of them in 16 bits from step to step,
 a part on each of its devices. An update first brings it up to date, in the same way on all nodes,
@@ -77,24 +84,24 @@ class Sharded:
         self._call, self._place, self._rules = c, place, rules
         self._rows = row_axes(place)
         self._axes = _flat_axes(spec.axes)
-        whole = not isinstance(spec.tx, Adaptation)
-        shapes = tree.flat(spec.shapes)
+        shapes, self._trained = tree.flat(spec.shapes), _trained(spec)
         self._leaves = {
-            name: self._leaf(name, axes, shapes[name], whole) for name, axes in self._axes.items()
+            name: self._leaf(name, axes, shapes[name], name in self._trained)
+            for name, axes in self._axes.items()
         }
         self._update: tuple[dict[str, float], float] = {}, 0.0
 
     def _leaf(
-        self, name: str, axes: tuple[str | None, ...], like: jax.ShapeDtypeStruct, whole: bool
+        self, name: str, axes: tuple[str | None, ...], like: jax.ShapeDtypeStruct, trained: bool
     ) -> Leaf:
-        manual = self._manual(self._rules.spec(axes))
-        if "embed" not in axes:
+        manual, local = self._manual(self._rules.spec(axes)), "node_embed" in axes
+        if "embed" not in axes and not local:
             return Leaf(manual)
         last, layers = name.rpartition("/")[2], axes[0] == "layers"
         place, own = self._place, axes[1:] if layers else axes
-        axis = own.index("embed")
+        axis = own.index("node_embed" if local else "embed")
         shape = list(like.shape[1:] if layers else like.shape)
-        shape[axis] //= place.weight_shards
+        shape[axis] //= place.fsdp if local else place.weight_shards
         table = dict(self._rules.table)
         apart = [
             i for i, a in enumerate(own)
@@ -106,12 +113,14 @@ class Sharded:
         plan = self.plan if rounded or codes else exact(self.plan)
         if rounded and not late:  # gradients of embeddings add up in the dtype of the table
             plan = dataclasses.replace(plan, dtype=str(like.dtype))
-        cut = Cut(tuple(shape), axis, plan, tuple(apart), raw=not rounded)
+        cut = Cut(tuple(shape), axis, plan, tuple(apart), raw=not rounded, local=local)
+        if local or not rounded:
+            return Leaf(manual, cut, late)
         left = held = None
         sizes, split = self._by_node(like.shape, axes)
-        if rounded and whole and plan.rung.feedback:  # of each node that sent
+        if trained and plan.rung.feedback:  # of each node that sent
             left = (place.dcn, *sizes), PartitionSpec("dcn", *split)
-        if rounded and plan.deltas is not None:
+        if plan.deltas is not None:
             held = sizes, split
         return Leaf(manual, cut, late, left, held)
 
@@ -335,7 +344,8 @@ class Sharded:
                 _add(found, self._promised(leaf, x, name in trained, parts), vectors)
                 if not name.endswith(CODES[1]):
                     passes = (self._place.dcn - 1) * (2 + (name in trained)) * parts
-                    plain += passes * vectors * leaf.cut.sent(Blocks(16))
+                    shards = self._place.dcn if leaf.cut.local else 1
+                    plain += passes * vectors * leaf.cut.sent(Blocks(16)) / shards
             elif name in trained:
                 _add(found, volume.summed(4 * x.size, sizes))
                 plain += volume.summed(2 * x.size, sizes)["dcn"] * parts
@@ -350,7 +360,7 @@ class Sharded:
         With w, g and h the bytes of a shard of it as a weight, and as a gradient on the slow and on
         the fast axis: gathered twice a micro-batch if late and once an update otherwise, but over
         the slow axis once where a secondary copy is kept or micro-batches share it, and as a
-        difference where nodes hold a copy.
+        difference where nodes hold a copy; a weight that every node has whole as if there were one.
         """
         cut, place = leaf.cut, self._place
         w = math.prod(cut.shape) * x.dtype.itemsize if cut.raw else cut.sent(cut.plan.weights)
@@ -361,9 +371,10 @@ class Sharded:
         slow = w if cut.plan.rung.secondary or parts > 1 else again * w
         if leaf.held is not None:
             slow = cut.sent(cut.plan.deltas)
+        nodes = 1 if cut.local else place.dcn  # whose shards a device gathers
         found = {
-            "dcn": (place.dcn - 1) * (slow + g),
-            "fsdp": (place.fsdp - 1) * place.dcn * fast * (again * w + h),
+            "dcn": (nodes - 1) * (slow + g),
+            "fsdp": (place.fsdp - 1) * nodes * fast * (again * w + h),
         }
         if trained and place.data > 1:
             sums = cut.rows * cut.m * place.dcn * 4
@@ -385,7 +396,17 @@ class Sharded:
         except ValueError as error:
             raise ValueError(f"{self._call.name}: {error}") from None
         counted = {a: counted[a] for a in self._rows}
-        return Traffic(self.plan.rung.name, counted, promised, updates * plain)
+        return Traffic(self.plan.rung.name, counted, promised, updates * plain, self._notes())
+
+    def _notes(self) -> tuple[str, ...]:
+        """What the name of the rung does not say of what is trained in part."""
+        leaves, notes = self._leaves, []
+        rounded = {n for n, leaf in leaves.items() if leaf.cut is not None and not leaf.cut.raw}
+        if not rounded & self._trained:
+            notes.append("gradients travel exactly, in float32")
+        if any(leaf.cut.local for leaf in leaves.values() if leaf.cut is not None):
+            notes.append("every node has what is frozen")
+        return tuple(notes)
 
 
 class Traffic(NamedTuple):
@@ -396,18 +417,20 @@ class Traffic(NamedTuple):
         counted: on the call's program, by mesh axis.
         promised: by closed form.
         plain: what ZeRO-3 in 16 bits would send over the slow axis.
+        notes: what else is to be known.
     """
 
     name: str
     counted: dict[str, float]
     promised: dict[str, float]
     plain: float
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         slow = self.counted["dcn"]
         return (
             f"{self.name} sends {slow / 1e6:,.3f} MB a device and step between nodes, "
-            f"{slow / self.plain:.2f} of ZeRO-3's in 16 bits"
+            f"{slow / self.plain:.2f} of ZeRO-3's in 16 bits{''.join(f'; {n}' for n in self.notes)}"
         )
 
 
@@ -417,9 +440,14 @@ def _add(total: dict[str, float], more: Mapping[str, float], times: int = 1) -> 
 
 
 def _flat_axes(axes: Any) -> dict[str, tuple[str | None, ...]]:
-    leaf = lambda x: isinstance(x, tuple)  # noqa: E731
-    found = jax.tree_util.tree_leaves_with_path(axes, is_leaf=leaf)
-    return {tree.path_name(path): names for path, names in found}
+    return tree.flat(axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _trained(spec: Spec) -> frozenset[str]:
+    """Names of what a loss is differentiated by."""
+    way = programs.way_of(spec.tx)
+    opt = jax.eval_shape(way.init, spec.shapes)
+    return frozenset(tree.flat(jax.eval_shape(way.leaves, spec.shapes, opt)))
 
 
 def _check(c: Call, place: Placement, rules: Rules, spec: Spec) -> None:
@@ -436,14 +464,15 @@ def _check(c: Call, place: Placement, rules: Rules, spec: Spec) -> None:
         )
     if place.seq > 1:
         raise ValueError(f"{what}, which cannot be over a seq axis; its placement is {place}.")
-    if dict(rules.table)["embed"] is None:
+    split = dict(rules.table)
+    if split["embed"] is None or split["node_embed"] is None:
         width = {
             n
             for axes, x in zip(
                 _flat_axes(spec.axes).values(), tree.flat(spec.shapes).values(), strict=True
             )
             for a, n in zip(axes, x.shape, strict=True)
-            if a == "embed"
+            if a in ("embed", "node_embed")
         }
         raise ValueError(
             f"{what}, but a model of width {sorted(width)} does not divide by "

@@ -15,7 +15,7 @@ from test_plan_law import check, models_after
 from test_processes import together
 from test_resume import stopped
 
-from jaxrl_eff import dataflow, lowering, stages, state, tree
+from jaxrl_eff import adapt, dataflow, lowering, settings, stages, state, tree
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.graph import Spec
 from jaxrl_eff.layouts import Layouts
@@ -148,13 +148,24 @@ def test_the_number_of_microbatches_changes_nothing_that_is_rounded(name):
 # Bytes
 
 
-def traffic(place, plan, lm=LM, fn=None, more=1):
+def adapted(plan, lm=LM, **changes):
+    s, optim = settings.AdaptSettings(**changes), settings.OptimSettings(lr=1e-2, name="adam")
+    return adapt.in_every_node(
+        adapt.spec(s, lm, optim, lambda count: 1e-2, 10)._replace(sends=plan)
+    )
+
+
+def laid_out(place, of, lm=LM):
+    return Layouts(sft.graph(sft.SFTConfig(), lm), {"actor_train": place}, {"actor": of})
+
+
+def traffic(place, plan, lm=LM, fn=None, more=1, of=None):
     """Of a train call that is traced and not compiled."""
     graph = sft.graph(sft.SFTConfig(), lm)
     (c,) = graph.calls
     c = dataclasses.replace(c, fn=fn or c.fn, epochs=more)
     graph = dataclasses.replace(graph, calls=(c,))
-    there = Layouts(graph, {c.name: place}, {"actor": spec(plan, lm)})
+    there = Layouts(graph, {c.name: place}, {"actor": of or spec(plan, lm)})
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch().items()}
     jaxpr = lowering.trace(there, c, there.rows(c, shapes)).jaxpr
     return there.sharded[c.name].traffic(jaxpr)
@@ -185,6 +196,43 @@ def test_a_model_crosses_the_slow_axis_as_often_as_the_ladder_says(name, passes)
         found = traffic(dataclasses.replace(NODES, microbatches=k), plan, lm)
         least = passes - (name == "exact" and k > 1)  # micro-batches share what was gathered
         assert 0.98 * least / k < 3 * found.counted["dcn"] / found.plain < 1.03 * least / k
+
+
+@pytest.mark.parametrize("base", ["", "int8"])
+@pytest.mark.parametrize(("name", "k"), [("exact", 1), ("int8", 2), ("int4_delta", 1)])
+def test_beside_a_frozen_model_only_its_adapter_crosses_the_slow_axis(name, k, base):
+    place, plan = dataclasses.replace(NODES, microbatches=k), sends(name)
+    of = adapted(plan, name="lora", rank=2, base=base)
+    found = traffic(place, plan, of=of)
+    assert found.counted == found.promised
+    adapter = sum(x.size for n, x in tree.flat(of.shapes).items() if "lora" in n)
+    assert 0 < found.counted["dcn"] < 4 * adapter + 64  # an all-reduce in float32, and numbers
+    assert str(found).endswith(
+        "; gradients travel exactly, in float32; every node has what is frozen"
+    )
+    for n, x in tree.flat(laid_out(place, of).home("actor").params).items():
+        parts = x.size / np.prod(x.sharding.shard_shape(x.shape))
+        assert parts == (4 if "lora" not in n and ("kernel" in n or "embed" in n) else parts)
+
+
+def test_what_an_adaptation_trains_whole_is_sent_as_in_training_whole():
+    of = adapted(sends("int4_delta"), name="lora", rank=2, whole=("layers/mlp/up/kernel",))
+    home = laid_out(NODES, of).home("actor")
+    assert [*home.left] == [*home.held] == ["layers/mlp/up/kernel"]
+    assert home.params["layers"]["mlp"]["up"]["kernel"].sharding.spec[1] == ("dcn", "fsdp")
+    found = traffic(NODES, of.sends, of=of)
+    assert found.counted == found.promised and found.notes == ("every node has what is frozen",)
+
+
+@pytest.mark.parametrize("name", ["static", "lisa"])
+def test_kernels_that_are_trained_in_part_are_renewed_and_nothing_is_left_over(name):
+    of = adapted(sends("int4_delta"), name=name)
+    home, found = laid_out(NODES, of).home("actor"), traffic(NODES, of.sends, of=of)
+    assert {n for n in tree.names(home.params) if n.endswith("kernel")} - set(home.held) == {
+        "unembed/kernel"
+    }
+    assert home.left == () and found.counted == found.promised
+    assert found.notes[0] == "gradients travel exactly, in float32"
 
 
 def test_what_is_sent_besides_breaks_the_contract():
@@ -401,6 +449,9 @@ PARTS = {
     "overlay on int8": dict(name="static", density=0.05, mode="overlay", base="int8"),
     "dora on nf4": dict(name="dora", rank=4, base="nf4", whole=(".*norm/scale",)),
     "layers": dict(name="lisa", layers=1, every=1),
+    "lora and a kernel": dict(
+        name="lora", rank=4, targets=(".*attn/./kernel",), whole=(".*mlp/up/kernel",)
+    ),
 }  # fmt: skip
 
 
@@ -414,10 +465,19 @@ def test_parts_of_a_model_learn_what_they_do_on_one_device(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PARTS)
-def test_parts_of_a_model_go_with_rounding(name, tmp_path):
-    adapt = f"sft.adapt={{'actor': {PARTS[name]}}}"
-    run = launch.config("algorithm=sft,plan=all,steps=3", adapt, "sft.zero.name=int8")
+@pytest.mark.parametrize(
+    ("name", "zero"),
+    [
+        *((name, "int8") for name in PARTS),
+        *(
+            (name, "int4_delta")
+            for name in ("lora on int8", "spiel", "layers", "lora and a kernel")
+        ),
+    ],
+)
+def test_parts_of_a_model_go_with_rounding(name, zero, tmp_path):
+    part = f"sft.adapt={{'actor': {PARTS[name]}}}"
+    run = launch.config("algorithm=sft,plan=all,steps=3", part, f"sft.zero.name={zero}")
     assert launch.train(run, tmp_path)
     losses = [v["actor_train/loss"] for _, _, v in launch.numbers(tmp_path)]
     assert np.isfinite(losses).all()

@@ -36,6 +36,8 @@ class Cut:
         apart: axes that a mesh axis splits which is not the plan's; no block crosses them.
         raw: the weight travels as it is, whatever the plan says of weights: codes, or what is
             small.
+        local: every node has the whole weight, split over its devices: nothing crosses the slow
+            axis, as if there were one node.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +45,7 @@ class Cut:
     plan: Plan
     apart: tuple[int, ...] = ()
     raw: bool = False
+    local: bool = False
 
     @property
     def m(self) -> int:
@@ -106,6 +109,8 @@ class Cut:
 
     def _stage(self, x: jax.Array, held: jax.Array | None) -> jax.Array:
         """`[N, *lead, *apart, bytes]`: sent, or what the node holds already."""
+        if self.local:
+            return encode(self.flat(x), self.plan.weights)[None]
         if held is None:
             return quantized.gather_slow(self.flat(x), self.plan)
         return encode(jnp.moveaxis(self.flat_left(held), -2, 0), self.plan.weights)
@@ -117,6 +122,8 @@ class Cut:
             held: of `renewed`, instead of what would be sent.
         """
         lead = x.ndim - len(self.shape)
+        if self.raw and self.local:
+            return jnp.expand_dims(x, lead)
         if self.raw:
             return lax.all_gather(x, self.plan.slow, axis=lead)
         return jnp.moveaxis(self._stage(x, held), 0, lead)
@@ -193,6 +200,8 @@ class Shard:
     def whole(self) -> jax.Array:
         """The weight of one layer, in the plan's dtype."""
         cut = self.cut
+        if cut.local:  # its first stage is made again, and not kept
+            return cut.joined(cut.near(self.part))
         if cut.raw:
             stage = cut.near(self.part)
             if cut.plan.rung.secondary:
@@ -210,7 +219,7 @@ class Held:
     """What a node holds of a weight, for several micro-batches: nothing crosses the slow axis.
 
     Attributes:
-        stage: `[(layers,) N, ...]` of `Cut.near`.
+        stage: `[(layers,) N, ...]` of `Cut.near`; N is 1 of what every node has whole.
         slot: `[(layers,) *apart, N, m]` float32 zeros, whose gradient is that of the weight, summed
             over the fast axis; None if the weight is not trained.
     """

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxrl_eff.parallel import volume
 from jaxrl_eff.parallel.ladder import Plan, Rung
 from jaxrl_eff.parallel.shards import Cut, Held, Shard
 
@@ -96,6 +97,26 @@ def test_every_way_to_gather_gives_the_whole(shape, axis, apart, raw):
 
     for got in on_devices(run, spec(shape, axis), out=P())(w):
         np.testing.assert_array_equal(got, w)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
+def test_what_every_node_has_is_gathered_within_it(shape, axis, apart, raw):
+    own = list(shape)
+    own[axis] //= DEVICES
+    one, w = Cut(tuple(own), axis, PLAN, apart, raw, local=True), numbers(LAYERS, *shape)
+    part = [None] * (1 + len(shape))
+    part[1 + axis] = "fsdp"
+
+    def run(x):
+        late = [Shard(layer, None, one, trained=False).whole() for layer in x]
+        held = [Held(stage, None, one).whole() for stage in one.near(x)]
+        return one.gathered(x), jnp.stack(late), jnp.stack(held)
+
+    program = on_devices(run, P(*part), out=P())
+    for got in program(w):
+        np.testing.assert_array_equal(got, w)
+    assert volume.count(jax.make_jaxpr(program)(w), {"dcn": NODES, "fsdp": DEVICES})["dcn"] == 0
 
 
 @pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
