@@ -117,7 +117,6 @@ def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
     for other, there in (
         ("plan='search', which knows no nodes", s.plan == "search"),
         ("schedule='skrull'", s.schedule.name == "skrull"),
-        ("mlp_chunk, which would gather weights once a piece", lm.mlp_chunk > 0),
     ):
         if there:
             raise ValueError(f"name is {s.zero.name!r}, which does not go with {other}.")
