@@ -511,6 +511,21 @@ def test_parts_of_a_model_learn_what_they_do_on_one_device(name):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("plan", ["all", "halves"])
+def test_an_adapter_of_a_policy_learns_what_it_does_on_one_device(plan):
+    """Calls that sample borrow a base that is whole in every node, on the same devices or others."""
+    more = ("grpo.batch=16", f"grpo.adapt={{'actor': {PARTS['lora on int8']}}}")
+    arg, zero = "algorithm=grpo,optim=sgd", "grpo.zero.name=exact"
+    runs = (
+        launch.config(f"{arg},plan={plan}", *more, zero), launch.config(f"{arg},first=1", *more)
+    )  # fmt: skip
+    got, want = (models_after(stages.assemble(run))[1] for run in runs)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        assert np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b) + 1e-9
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "zero"),
     [
