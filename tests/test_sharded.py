@@ -513,7 +513,7 @@ def test_parts_of_a_model_learn_what_they_do_on_one_device(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["all", "halves"])
 def test_an_adapter_of_a_policy_learns_what_it_does_on_one_device(plan):
-    """Calls that sample borrow a base that is whole in every node, on the same devices or others."""
+    """Calls that sample borrow a base that every node has whole, on the same devices or others."""
     more = ("grpo.batch=16", f"grpo.adapt={{'actor': {PARTS['lora on int8']}}}")
     arg, zero = "algorithm=grpo,optim=sgd", "grpo.zero.name=exact"
     runs = (
