@@ -139,6 +139,39 @@ def kept_in_bits(s: AdaptSettings, lm: LMConfig) -> quantised.Quantised | None:
     return quantised.Quantised(s.base, blocks)
 
 
+def frozen(spec_: Spec) -> frozenset[str]:
+    """Parameters that nothing changes: no update, and no new choice of what is trained.
+
+    Found on the jaxprs of both, so that what changes without need counts as changed.
+    """
+    way, shapes = spec_.tx, spec_.shapes
+    opt = jax.eval_shape(way.init, shapes)
+    grads, finite = jax.eval_shape(way.leaves, shapes, opt), jax.ShapeDtypeStruct((), jnp.bool_)
+    kept = _unchanged(lambda p, o, g, f: way.update(g, o, p, f)[0], shapes, opt, grads, finite)
+    if way.reselect is not None:
+        found = None if way.probes is None else jax.eval_shape(way.probes, shapes, opt)
+        kept &= _unchanged(lambda p, o, g: way.reselect(p, o, g)[0], shapes, opt, found)
+    return frozenset(kept)
+
+
+def _unchanged(fn: Any, shapes: Any, *more: Any) -> set[str]:
+    """Names of the parameters that a function `(parameters, ...) -> parameters` passes on."""
+    jaxpr = jax.make_jaxpr(fn)(shapes, *more).jaxpr
+    pairs = zip(tree.names(shapes), jaxpr.invars, jaxpr.outvars, strict=False)
+    return {name for name, a, b in pairs if a is b}
+
+
+def in_every_node(spec_: Spec) -> Spec:
+    """The spec with frozen weights whole in every node, and split over its devices alone."""
+    kept = frozen(spec_)
+    axes = {
+        name: tuple("node_embed" if a == "embed" else a for a in names)
+        for name, names in tree.flat(spec_.axes, is_leaf=lambda x: isinstance(x, tuple)).items()
+        if name in kept
+    }
+    return spec_._replace(axes=tree.with_leaves(spec_.axes, axes))
+
+
 def started(s: AdaptSettings, lm: LMConfig) -> dict[str, jax.Array]:
     """First values from the files that `start` names: leaves by name, none if it names none.
 

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import arrays, edges, lowering, movements, operations
+from jaxrl_eff import arrays, edges, lowering, movements, operations, tree
 from jaxrl_eff.graph import (
     Adaptation,
     Call,
@@ -159,11 +159,35 @@ class Step:
             left = jax.tree.map(_zeros, abstract.left)
         else:
             opt, left = jax.tree.map(arrays.absent, (abstract.opt, abstract.left))
+        held = self._held(model, params)
         past = {
             c.name: tuple(_copied(self._route(c)(params)) for _ in range(c.staleness))
             for c in self.graph.stale(model)
         }
-        return Model(params, opt, past or (), left)
+        return Model(params, opt, past or (), left, held)
+
+    def refreshed(self, model: str, now: Model) -> Model:
+        """The model with all that nodes hold of its weights sent in full, see `Model.held`.
+
+        For parameters that something else than a train call replaced. Differences would bring nodes
+        there too, but roughly, over several steps.
+        """
+        return now._replace(held=self._held(model, now.params))
+
+    def _held(self, model: str, params: Any) -> Any:
+        """What nodes hold of a model at home: its weights rounded to the precision of a copy."""
+        abstract, home = self.home(model).held, self.graph.home(model)
+        if not abstract:
+            return ()
+        if not self._layouts.here(home):
+            return jax.tree.map(arrays.absent, abstract)
+        there = {name: x.sharding for name, x in abstract.items()}
+
+        def held(flat: Any) -> Any:
+            return {k: flat[k].reshape(x.shape).astype(x.dtype) for k, x in abstract.items()}
+
+        flat = tree.flat(params)
+        return jax.jit(held, out_shardings=there)({k: flat[k] for k in abstract})
 
     def _route(self, c: Call) -> Route:
         """The way of a call's parameters from home, all of them."""

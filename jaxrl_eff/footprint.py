@@ -21,7 +21,8 @@ class Footprint(NamedTuple):
     Attributes:
         parameters: adapters included; of quantised kernels codes and scales.
         state: of the optimizer, with indices, original values and remainders, and what rounding
-            left over of gradients that were sent.
+            left over of gradients that were sent, and what nodes hold of weights whose differences
+            are sent.
         gradients: of what is trained, as they leave the backward pass.
     """
 
@@ -42,7 +43,7 @@ class Footprint(NamedTuple):
 def planned(step: Step, model: str) -> Footprint:
     """What a compiled graph will hold of a model at home, from shapes and layouts alone."""
     home, spec = step.home(model), step.specs[model]
-    params, state = _bytes(home.params), _bytes((home.opt, home.left))
+    params, state = _bytes(home.params), _bytes((home.opt, home.left, home.held))
     if not any(c.kind == "train" for c in step.graph.of(model)):
         return Footprint(params, 0, 0)
     if not isinstance(spec.tx, Adaptation):

@@ -25,12 +25,17 @@ class Model(NamedTuple):
         left: what rounding left over of the last gradients, if they are sent with error feedback:
             parameter -> float32 `[N, ..., N, D / N, ...]`, by the node that sent and the one that
             was sent to. Lies where the optimizer state does.
+        held: what every node holds of the weights, if their differences from it are sent:
+            parameter -> `[..., N, D / N, ...]`, the same on all nodes to the last bit. A train call
+            renews it from `params`, however these changed; who replaces them for good calls
+            `Step.refreshed`.
     """
 
     params: Any
     opt: Any = ()
     past: Any = ()
     left: Any = ()
+    held: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)

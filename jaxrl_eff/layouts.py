@@ -98,8 +98,9 @@ class Layouts:
         if self.plan[call.name].offload == "opt":
             opt = jax.tree.map(lambda x: placed(x, in_host(x.sharding)), opt)
         past = {c.name: (self.borrowed(c),) * c.staleness for c in self.graph.stale(model)}
-        left = self.sharded[call.name].left() if call.name in self.sharded else {}
-        return Model(params, opt, past or (), left or ())
+        sharded = self.sharded.get(call.name)
+        left, held = (sharded.left(), sharded.held()) if sharded is not None else ((), ())
+        return Model(params, opt, past or (), left or (), held or ())
 
     def rows(self, c: Call, shapes: Mapping[str, Any]) -> dict[str, Any]:
         """Arrays as a call reads or writes them where it runs."""

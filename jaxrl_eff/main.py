@@ -265,7 +265,6 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
     from jaxrl_eff import footprint
     from jaxrl_eff.models import attention, count
     from jaxrl_eff.parallel import kernels, spread
-    from jaxrl_eff.tree import nbytes
 
     kind, n = jax.devices()[0].device_kind, jax.device_count()
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -280,14 +279,11 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
     if spread.for_whole_rows() or scheduled or any(p.seq > 1 for p in plans):
         facts["model"] += f", over a mesh by {kernels.best().name}"
     for stage in assembled.stages:
-        held: dict[int, float] = {}
+        held: dict[int, int] = {}
         for role in stage.step.graph.models:
-            home = stage.step.home(role)
-            place = stage.step.plan[stage.step.graph.home(role).name]
-            for device in place.devices:
-                held[device] = held.get(device, 0.0) + nbytes(
-                    (home.params, home.opt, home.left)
-                ) / (place.weight_shards * place.tensor)
+            mine = footprint.planned(stage.step, role)
+            for device in stage.step.plan[stage.step.graph.home(role).name].devices:
+                held[device] = held.get(device, 0) + mine.parameters + mine.state
         meshes: dict[str, list[str]] = {}
         for c in stage.step.calls:
             if c.of is not None:

@@ -17,7 +17,7 @@ from jaxrl_eff import adapt, algorithms, dataflow, optim, tree
 from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.data import toys
 from jaxrl_eff.data.tokenizer import Tokenizer
-from jaxrl_eff.dataflow import Graph, Spec
+from jaxrl_eff.dataflow import Adaptation, Graph, Spec
 from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.optim import optimizer, warmup_then
 from jaxrl_eff.parallel import Changes, ladder
@@ -103,6 +103,8 @@ def nodes_of(s: StageSettings) -> int:
 def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
     """The spec of a role with what its train call sends between nodes, if the stage says that.
 
+    What is frozen is not sent at all: every node has it whole.
+
     Raises:
         ValueError: an unknown name, blocks that there cannot be, or something else in the stage
             that it does not go with.
@@ -115,10 +117,11 @@ def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
     for other, there in (
         ("plan='search', which knows no nodes", s.plan == "search"),
         ("schedule='skrull'", s.schedule.name == "skrull"),
-        ("mlp_chunk, which would gather weights once a piece", lm.mlp_chunk > 0),
     ):
         if there:
             raise ValueError(f"name is {s.zero.name!r}, which does not go with {other}.")
+    if isinstance(spec.tx, Adaptation):
+        spec = adapt.in_every_node(spec)
     plan = ladder.Plan(rung, block=s.zero.block, dtype=lm.dtype, nodes=s.zero.nodes)
     return spec._replace(sends=plan)
 

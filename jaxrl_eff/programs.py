@@ -19,8 +19,9 @@ from jaxrl_eff.optim import mcf, precision_metrics
 
 # (parameters, arrays, key) -> sums of loss and weight over rows, meters.
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]
-# (loss, way, key, model, leaves, batch, micro-batches) -> sums, what rounding left over.
-SumsOf = Callable[..., tuple["Sums", dict[str, jax.Array]]]
+# (loss, way, key, model, leaves, batch, micro-batches) -> sums, fields of the model that sending
+# has changed.
+SumsOf = Callable[..., tuple["Sums", dict[str, Any]]]
 
 
 def key_of(name: str, words: jax.Array) -> jax.Array:
@@ -233,14 +234,14 @@ def sums(loss: Loss, way: Adaptation, key: jax.Array, model: Model, leaves: Any,
 
 
 def updated(
-    way: Adaptation, model: Model, leaves: Any, done: Sums, left: Any = None
+    way: Adaptation, model: Model, leaves: Any, done: Sums, sent: Mapping[str, Any] | None = None
 ) -> tuple[Model, dict]:
     """One optimizer update from the sums of all rows.
 
     An update with a loss or gradient that is not finite is withheld: the model stays as it was.
 
     Args:
-        left: what rounding left over of these gradients; None: they were not rounded.
+        sent: fields of the model that sending its weights or gradients has changed.
     """
     scale = 1.0 / jnp.maximum(done.weight, 1e-8)
 
@@ -258,8 +259,8 @@ def updated(
     seen["grad_norm"] = meters.Mean(norm, one)
     seen["finite"] = finite
     seen |= {f"descent_{k}": meters.Mean(v, one) for k, v in precision_metrics(opt).items()}
-    left = model.left if left is None else tree.where(finite, left, model.left)
-    return model._replace(params=params, opt=opt, left=left), seen
+    kept = {k: tree.where(finite, new, getattr(model, k)) for k, new in (sent or {}).items()}
+    return model._replace(params=params, opt=opt, **kept), seen
 
 
 def _update(
@@ -278,8 +279,8 @@ def _update(
     """
     leaves = way.leaves(model.params, model.opt)
     if sharded is not None:
-        done, left = sharded(c.fn, way, key, model, leaves, batch, microbatches)
-        return updated(way, model, leaves, done, left)
+        done, sent = sharded(c.fn, way, key, model, leaves, batch, microbatches)
+        return updated(way, model, leaves, done, sent)
     of = functools.partial(sums, c.fn, way, key, model, leaves)
     if microbatches == 1:
         done = of(batch)

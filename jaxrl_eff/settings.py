@@ -304,7 +304,10 @@ class ZeroSettings:
             gradients reduced in two stages, between nodes and within them, and the program's bytes
             are checked against what they should be: "exact" in the precision of compute; "int8"
             weights and gradients; "int4" gradients, rotated and with error feedback, weights in 8
-            bits; "qgz" the same gradients without these, rounded within a node too.
+            bits; "qgz" the same gradients without these, rounded within a node too; "int4_delta"
+            the gradients of "int4", and of weights their differences from a copy in 16 bits that
+            every node keeps, in 4 bits. What `adapt` leaves frozen every node has whole, and it is
+            not sent; what it trains but does not train whole has exact gradients.
         nodes: into how many the devices of a train call fall; its plan must have dcn=nodes.
         block: numbers that share a scale.
     """

@@ -7,7 +7,18 @@ heads and what is small once a call; gradients are reduced to shards, as the mod
 first and the last, so that their number does not change what is rounded.
 
 What is rounded: kernels of layers, embeddings and unembeddings. Norms, biases, value heads,
-adapters and taps are small and travel as they are; so do the codes of a quantised base.
+adapters and taps are small and travel as they are; so do the codes of a quantised base, and the
+gradients of layers that are trained in turn (LISA), which are summed whole in float32. There is
+nothing left over of what is not rounded, so error feedback is for parameters that are trained
+whole, by an adaptation too.
+
+What an adapter leaves frozen never changes, so every node has it whole (MixZ++ of DeepSpeed), a
+part on each of its devices, and nothing of it is sent between nodes: such weights have the logical
+axis `node_embed` instead of `embed`. They travel within a node as the rung says.
+
+Where weights are sent as differences every node holds a copy of them in 16 bits from step to step,
+a part on each of its devices. An update first brings it up to date, in the same way on all nodes,
+and then computes from it as micro-batches do.
 
 Losses are sums over rows, so local sums add up as those of micro-batches do.
 """
@@ -27,7 +38,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxrl_eff import host, meters, programs, tree
 from jaxrl_eff.graph import Adaptation, Call, Model, Spec
 from jaxrl_eff.parallel import Placement, Rules, mesh, volume
-from jaxrl_eff.parallel.blocks import Blocks
+from jaxrl_eff.parallel.blocks import EXACT, Blocks
 from jaxrl_eff.parallel.sharding import row_axes
 from jaxrl_eff.parallel.shards import Cut, Held, Shard, exact
 
@@ -44,12 +55,14 @@ class Leaf(NamedTuple):
         late: whether a layer gathers it when it uses it.
         left: shape of what rounding leaves over of its gradient, all nodes' together, and the axes
             that split it; None if nothing is kept.
+        held: the same of what every node holds of it.
     """
 
     spec: PartitionSpec
     cut: Cut | None = None
     late: bool = False
     left: tuple[tuple[int, ...], PartitionSpec] | None = None
+    held: tuple[tuple[int, ...], PartitionSpec] | None = None
 
 
 class Sharded:
@@ -71,24 +84,24 @@ class Sharded:
         self._call, self._place, self._rules = c, place, rules
         self._rows = row_axes(place)
         self._axes = _flat_axes(spec.axes)
-        whole = not isinstance(spec.tx, Adaptation)
-        shapes = tree.flat(spec.shapes)
+        shapes, self._trained = tree.flat(spec.shapes), _trained(spec)
         self._leaves = {
-            name: self._leaf(name, axes, shapes[name], whole) for name, axes in self._axes.items()
+            name: self._leaf(name, axes, shapes[name], name in self._trained)
+            for name, axes in self._axes.items()
         }
         self._update: tuple[dict[str, float], float] = {}, 0.0
 
     def _leaf(
-        self, name: str, axes: tuple[str | None, ...], like: jax.ShapeDtypeStruct, whole: bool
+        self, name: str, axes: tuple[str | None, ...], like: jax.ShapeDtypeStruct, trained: bool
     ) -> Leaf:
-        manual = self._manual(self._rules.spec(axes))
-        if "embed" not in axes:
+        manual, local = self._manual(self._rules.spec(axes)), "node_embed" in axes
+        if "embed" not in axes and not local:
             return Leaf(manual)
         last, layers = name.rpartition("/")[2], axes[0] == "layers"
         place, own = self._place, axes[1:] if layers else axes
-        axis = own.index("embed")
+        axis = own.index("node_embed" if local else "embed")
         shape = list(like.shape[1:] if layers else like.shape)
-        shape[axis] //= place.weight_shards
+        shape[axis] //= place.fsdp if local else place.weight_shards
         table = dict(self._rules.table)
         apart = [
             i for i, a in enumerate(own)
@@ -100,22 +113,25 @@ class Sharded:
         plan = self.plan if rounded or codes else exact(self.plan)
         if rounded and not late:  # gradients of embeddings add up in the dtype of the table
             plan = dataclasses.replace(plan, dtype=str(like.dtype))
-        cut = Cut(tuple(shape), axis, plan, tuple(apart), raw=not rounded)
-        left = None
-        if rounded and whole and plan.rung.feedback:
-            left = self._left(like.shape, axes)
-        return Leaf(manual, cut, late, left)
+        cut = Cut(tuple(shape), axis, plan, tuple(apart), raw=not rounded, local=local)
+        if local or not rounded:
+            return Leaf(manual, cut, late)
+        left = held = None
+        sizes, split = self._by_node(like.shape, axes)
+        if trained and plan.rung.feedback:  # of each node that sent
+            left = (place.dcn, *sizes), PartitionSpec("dcn", *split)
+        if plan.deltas is not None:
+            held = sizes, split
+        return Leaf(manual, cut, late, left, held)
 
-    def _left(
+    def _by_node(
         self, shape: tuple[int, ...], axes: tuple[str | None, ...]
     ) -> tuple[tuple[int, ...], PartitionSpec]:
-        """[nodes that sent, ..., nodes sent to, their part of embed, ...]: whatever the number of
-        a node's devices is.
-        """
+        """[..., nodes, their part of embed, ...]: whatever the number of a node's devices is."""
         at, nodes = axes.index("embed"), self._place.dcn
-        sizes = (nodes, *shape[:at], nodes, shape[at] // nodes, *shape[at + 1 :])
+        sizes = (*shape[:at], nodes, shape[at] // nodes, *shape[at + 1 :])
         split = list(self._rules.spec(axes))
-        return sizes, PartitionSpec("dcn", *split[:at], None, "fsdp", *split[at + 1 :])
+        return sizes, PartitionSpec(*split[:at], None, "fsdp", *split[at + 1 :])
 
     def _manual(self, spec: PartitionSpec) -> PartitionSpec:
         """Without axes that are left to the compiler."""
@@ -128,13 +144,19 @@ class Sharded:
 
     def left(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and shardings of what rounding leaves over: parameter -> float32, see `Model`."""
+        return self._state({name: leaf.left for name, leaf in self._leaves.items()}, jnp.float32)
+
+    def held(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of what every node holds of the weights, see `Model`."""
+        shapes = {name: leaf.held for name, leaf in self._leaves.items()}
+        return self._state(shapes, EXACT.get(self.plan.rung.weight_bits))
+
+    def _state(self, shapes: Mapping[str, Any], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
         grid = mesh(self._place)
         return {
-            name: jax.ShapeDtypeStruct(
-                leaf.left[0], jnp.float32, sharding=NamedSharding(grid, leaf.left[1])
-            )
-            for name, leaf in self._leaves.items()
-            if leaf.left is not None
+            name: jax.ShapeDtypeStruct(x[0], dtype, sharding=NamedSharding(grid, x[1]))
+            for name, x in shapes.items()
+            if x is not None
         }
 
     # The program
@@ -148,8 +170,8 @@ class Sharded:
         leaves: Any,
         batch: Mapping[str, jax.Array],
         parts: int,
-    ) -> tuple[programs.Sums, dict[str, jax.Array] | None]:
-        """As `programs.sums` of all rows in `parts` micro-batches; and what is left over, if kept.
+    ) -> tuple[programs.Sums, dict[str, Any]]:
+        """As `programs.sums` of all rows in `parts` micro-batches; and new fields of the model.
 
         To be traced where the call runs.
         """
@@ -159,22 +181,24 @@ class Sharded:
             self._run, loss, jax.tree.structure(attached), frozenset(trained), parts
         )
         specs = {name: self._of(name).spec for name in arrays}
-        held = dict(model.left or {})
-        over = {n: self._manual(self._leaves[n].left[1]) for n in held}
+        kept = {"left": dict(model.left or {}), "held": dict(model.held or {})}
+        there = {
+            k: {n: self._manual(getattr(self._leaves[n], k)[1]) for n in kept[k]} for k in kept
+        }
         rows, whole = PartitionSpec(self._rows), PartitionSpec()
-        done, left = jax.shard_map(
+        done, kept = jax.shard_map(
             run,
-            in_specs=(specs, over, rows, whole),
+            in_specs=(specs, there, rows, whole),
             out_specs=(
-                programs.Sums(whole, whole, whole, {n: specs[n] for n in trained}), over,
+                programs.Sums(whole, whole, whole, {n: specs[n] for n in trained}), there,
             ),
             axis_names=self._manual_axes(),
             check_vma=False,
-        )(arrays, held, dict(batch), key)  # fmt: skip
+        )(arrays, kept, dict(batch), key)  # fmt: skip
         grads = jax.tree.unflatten(
             jax.tree.structure(leaves), [done.grads[name] for name in trained]
         )
-        return done._replace(grads=grads), left or None
+        return done._replace(grads=grads), {k: new for k, new in kept.items() if new}
 
     def _manual_axes(self) -> set[str]:
         """All axes but `tensor` where there is one, which is left to the compiler."""
@@ -192,19 +216,21 @@ class Sharded:
         trained: frozenset[str],
         parts: int,
         arrays: dict[str, jax.Array],
-        left: dict[str, jax.Array],
+        kept: dict[str, dict[str, jax.Array]],
         batch: dict[str, jax.Array],
         key: jax.Array,
-    ) -> tuple[programs.Sums, dict[str, jax.Array]]:
-        """On one device: its rows, its shards."""
+    ) -> tuple[programs.Sums, dict[str, dict[str, jax.Array]]]:
+        """On one device: its rows, its shards, its part of what is kept."""
         with self._inside():
-            left = {name: x[0] for name, x in left.items()}  # of this node as sender
-            fixed, variables = self._opened(arrays, trained, parts > 1)
-            early = {n: x for n, x in left.items() if self._of(n).late and parts == 1}
+            hoisted = parts > 1 or self.plan.deltas is not None
+            left = {name: x[0] for name, x in kept["left"].items()}  # of this node as sender
+            held = {n: self._of(n).cut.renewed(arrays[n], x) for n, x in kept["held"].items()}
+            fixed, variables = self._opened(arrays, held, trained, hoisted)
+            early = {n: x for n, x in left.items() if self._of(n).late and not hoisted}
 
             def total(variables: Any, early: Any, part: Any) -> Any:
                 given = [
-                    self._placed(n, variables.get(n), early.get(n), fixed.get(n), parts > 1)
+                    self._placed(n, variables.get(n), early.get(n), fixed.get(n), hoisted)
                     for n in arrays
                 ]
                 value, weight, seen = loss(structure.unflatten(given), part, key)
@@ -223,7 +249,8 @@ class Sharded:
                 start = programs.Sums.zeros(like)
                 done, _ = lax.scan(lambda sums, part: (sums.plus(of(part)[0]), None), start, split)
             self._noted(arrays, trained, parts, done)
-            return self._closed(done, left, over, parts > 1)
+            done, left = self._closed(done, left, over, hoisted)
+            return done, {"left": left, "held": held}
 
     def _inside(self) -> Any:
         """Rules for logical axes, without what is each device's own."""
@@ -236,7 +263,11 @@ class Sharded:
         return nn.logical_axis_rules(table)
 
     def _opened(
-        self, arrays: Mapping[str, jax.Array], trained: frozenset[str], hoisted: bool
+        self,
+        arrays: Mapping[str, jax.Array],
+        held: Mapping[str, jax.Array],
+        trained: frozenset[str],
+        hoisted: bool,
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """What a loss is a function of: constants, and what is differentiated. By name.
 
@@ -247,9 +278,9 @@ class Sharded:
         for name, x in arrays.items():
             leaf = self._of(name)
             if leaf.cut is not None and not leaf.late:
-                x = leaf.cut.gathered(x)
+                x = leaf.cut.gathered(x, held.get(name))
             if leaf.late and hoisted:
-                fixed[name] = leaf.cut.near(x)
+                fixed[name] = leaf.cut.near(x, held.get(name))
                 if name in trained:
                     apart = [leaf.cut.shape[i] for i in leaf.cut.apart]
                     shape = (x.shape[0], *apart, self._place.dcn, leaf.cut.m)
@@ -313,7 +344,8 @@ class Sharded:
                 _add(found, self._promised(leaf, x, name in trained, parts), vectors)
                 if not name.endswith(CODES[1]):
                     passes = (self._place.dcn - 1) * (2 + (name in trained)) * parts
-                    plain += passes * vectors * leaf.cut.sent(Blocks(16))
+                    shards = self._place.dcn if leaf.cut.local else 1
+                    plain += passes * vectors * leaf.cut.sent(Blocks(16)) / shards
             elif name in trained:
                 _add(found, volume.summed(4 * x.size, sizes))
                 plain += volume.summed(2 * x.size, sizes)["dcn"] * parts
@@ -327,7 +359,8 @@ class Sharded:
 
         With w, g and h the bytes of a shard of it as a weight, and as a gradient on the slow and on
         the fast axis: gathered twice a micro-batch if late and once an update otherwise, but over
-        the slow axis once where a secondary copy is kept or micro-batches share it.
+        the slow axis once where a secondary copy is kept or micro-batches share it, and as a
+        difference where nodes hold a copy; a weight that every node has whole as if there were one.
         """
         cut, place = leaf.cut, self._place
         w = math.prod(cut.shape) * x.dtype.itemsize if cut.raw else cut.sent(cut.plan.weights)
@@ -335,10 +368,13 @@ class Sharded:
         h = cut.sent(cut.plan.fast_gradients) if trained else 0
         fast = parts if leaf.late else 1
         again = 2 if leaf.late else 1
-        slow = 1 if cut.plan.rung.secondary or parts > 1 else again
+        slow = w if cut.plan.rung.secondary or parts > 1 else again * w
+        if leaf.held is not None:
+            slow = cut.sent(cut.plan.deltas)
+        nodes = 1 if cut.local else place.dcn  # whose shards a device gathers
         found = {
-            "dcn": (place.dcn - 1) * (slow * w + g),
-            "fsdp": (place.fsdp - 1) * place.dcn * fast * (again * w + h),
+            "dcn": (nodes - 1) * (slow + g),
+            "fsdp": (place.fsdp - 1) * nodes * fast * (again * w + h),
         }
         if trained and place.data > 1:
             sums = cut.rows * cut.m * place.dcn * 4
@@ -359,27 +395,42 @@ class Sharded:
             volume.contract(counted, promised)
         except ValueError as error:
             raise ValueError(f"{self._call.name}: {error}") from None
-        return Traffic({a: counted[a] for a in self._rows}, promised, updates * plain)
+        counted = {a: counted[a] for a in self._rows}
+        return Traffic(self.plan.rung.name, counted, promised, updates * plain, self._notes())
+
+    def _notes(self) -> tuple[str, ...]:
+        """What the name of the rung does not say of what is trained in part."""
+        leaves, notes = self._leaves, []
+        rounded = {n for n, leaf in leaves.items() if leaf.cut is not None and not leaf.cut.raw}
+        if not rounded & self._trained:
+            notes.append("gradients travel exactly, in float32")
+        if any(leaf.cut.local for leaf in leaves.values() if leaf.cut is not None):
+            notes.append("every node has what is frozen")
+        return tuple(notes)
 
 
 class Traffic(NamedTuple):
     """Bytes that a device receives in one run of a train call.
 
     Attributes:
+        name: of the rung.
         counted: on the call's program, by mesh axis.
         promised: by closed form.
         plain: what ZeRO-3 in 16 bits would send over the slow axis.
+        notes: what else is to be known.
     """
 
+    name: str
     counted: dict[str, float]
     promised: dict[str, float]
     plain: float
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         slow = self.counted["dcn"]
         return (
-            f"{slow / 1e6:,.3f} MB a device and step between nodes, {slow / self.plain:.2f} of "
-            "ZeRO-3's in 16 bits"
+            f"{self.name} sends {slow / 1e6:,.3f} MB a device and step between nodes, "
+            f"{slow / self.plain:.2f} of ZeRO-3's in 16 bits{''.join(f'; {n}' for n in self.notes)}"
         )
 
 
@@ -389,9 +440,14 @@ def _add(total: dict[str, float], more: Mapping[str, float], times: int = 1) -> 
 
 
 def _flat_axes(axes: Any) -> dict[str, tuple[str | None, ...]]:
-    leaf = lambda x: isinstance(x, tuple)  # noqa: E731
-    found = jax.tree_util.tree_leaves_with_path(axes, is_leaf=leaf)
-    return {tree.path_name(path): names for path, names in found}
+    return tree.flat(axes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _trained(spec: Spec) -> frozenset[str]:
+    """Names of what a loss is differentiated by."""
+    way = programs.way_of(spec.tx)
+    opt = jax.eval_shape(way.init, spec.shapes)
+    return frozenset(tree.flat(jax.eval_shape(way.leaves, spec.shapes, opt)))
 
 
 def _check(c: Call, place: Placement, rules: Rules, spec: Spec) -> None:
@@ -408,14 +464,15 @@ def _check(c: Call, place: Placement, rules: Rules, spec: Spec) -> None:
         )
     if place.seq > 1:
         raise ValueError(f"{what}, which cannot be over a seq axis; its placement is {place}.")
-    if dict(rules.table)["embed"] is None:
+    split = dict(rules.table)
+    if split["embed"] is None or split["node_embed"] is None:
         width = {
             n
             for axes, x in zip(
                 _flat_axes(spec.axes).values(), tree.flat(spec.shapes).values(), strict=True
             )
             for a, n in zip(axes, x.shape, strict=True)
-            if a == "embed"
+            if a in ("embed", "node_embed")
         }
         raise ValueError(
             f"{what}, but a model of width {sorted(width)} does not divide by "

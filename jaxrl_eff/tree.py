@@ -26,13 +26,17 @@ def map_with_name(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda p, *xs: fn(path_name(p), *xs), tree, *rest)
 
 
-def flat(tree: Any) -> dict[str, Any]:
+def flat(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """Name -> leaf, in tree order: `layers/attn/q/kernel`; a flat dict's own keys.
+
+    Args:
+        is_leaf: as of `jax.tree.leaves`.
 
     Raises:
         ValueError: two leaves have one name, as `{"a": {"b": x}, "a/b": y}` would.
     """
-    pairs = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    pairs = [(path_name(path), leaf) for path, leaf in found]
     table = dict(pairs)
     if len(table) < len(pairs):
         every = [name for name, _ in pairs]

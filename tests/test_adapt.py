@@ -253,6 +253,24 @@ def test_spiel_ma_brings_its_own_optimizer():
         adapt.spec(settings.AdaptSettings(name="static"), LM, sm3, lambda count: 1e-2, 100)
 
 
+FROZEN = {  # of the leaves of layers/mlp/up and layers/mlp/down
+    "entries": {"down/kernel"},
+    "overlay": {"down/kernel", "up/kernel"},
+    "lisa": {"down/kernel"},
+    "lora on nf4": {
+        "down/kernel_codes", "down/kernel_scales", "up/kernel_codes", "up/kernel_scales",
+        "up/lora_scale",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", FROZEN)
+def test_what_nothing_changes_is_found(way):
+    found = {name.removeprefix("layers/mlp/") for name in adapt.frozen(spec(**WAYS[way]))}
+    assert {n for n in found if n.startswith(("up/", "down/"))} == FROZEN[way]
+    assert "embed/table" in found
+
+
 @pytest.mark.parametrize(
     ("way", "passes"),
     [

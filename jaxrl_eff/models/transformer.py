@@ -97,6 +97,11 @@ def _sharded_weights(params: PyTree) -> bool:
     return any(map(there, jax.tree.leaves(params, is_leaf=there)))
 
 
+def _gathered(variables: PyTree) -> PyTree:
+    """Variables with `_whole` parameters."""
+    return jax.tree.map(_whole, variables, is_leaf=lambda x: hasattr(x, "whole"))
+
+
 def _here(x: Array) -> Array:
     """A parameter in device memory; inside a loop over layers, fetched one layer at a time."""
     host = jax.typeof(x).memory_space == jax.memory.Space.Host
@@ -330,8 +335,13 @@ class _Piece(Mlp):
         return carry, super().__call__(x)
 
 
-def _in_pieces(cfg: LMConfig, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """`Mlp` of `mlp_chunk` tokens of each row at a time. Called in a compact method."""
+def _in_pieces(cfg: LMConfig, x: Float[Array, "B T D"], sharded: bool) -> Float[Array, "B T D"]:
+    """`Mlp` of `mlp_chunk` tokens of each row at a time. Called in a compact method.
+
+    Args:
+        sharded: this device may have shards of the weights alone, which are gathered once for all
+            pieces.
+    """
     rows, length, width = x.shape
     pieces = math.ceil(length / cfg.mlp_chunk)
     extra = pieces * cfg.mlp_chunk - length
@@ -340,6 +350,11 @@ def _in_pieces(cfg: LMConfig, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]
         nn.remat(_Piece), variable_broadcast=("params", "shared"), split_rngs={"params": False},
         in_axes=1, out_axes=1,
     )  # fmt: skip
+    if sharded:
+        run = nn.map_variables(run, "params", _gathered)
+        if cfg.remat in _KEEP_WEIGHTS:  # or else the layer as a whole is computed again
+            names = jax.checkpoint_policies.save_only_these_names(SAVED[3])
+            run = nn.remat(run, policy=names, prevent_cse=cfg.loop_unroll > 1)
     _, y = run(cfg, name="mlp")(None, cut)
     return y.reshape(rows, -1, width)[:, :length]
 
@@ -359,7 +374,8 @@ class Block(nn.Module):
         x = x + (Norm(cfg, name="post_attn_norm")(y) if cfg.post_norms else y)
         y = Norm(cfg, name="mlp_norm")(x)
         chunked = 0 < cfg.mlp_chunk < y.shape[1]
-        y = _in_pieces(cfg, y) if chunked else Mlp(cfg, name="mlp")(y)
+        sharded = self.has_variable("params", "mlp") and _sharded_weights(self.variables["params"])
+        y = _in_pieces(cfg, y, sharded) if chunked else Mlp(cfg, name="mlp")(y)
         x = x + (Norm(cfg, name="post_mlp_norm")(y) if cfg.post_norms else y)
         return (nn.with_logical_constraint(x, ("batch", "length", "act_embed")), kv), None
 

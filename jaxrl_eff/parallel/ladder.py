@@ -21,6 +21,9 @@ class Rung:
         feedback: whether what rounding left over is added to the next gradient.
         secondary: whether a copy of the weights stays within the fast axis from the forward to the
             backward pass, which then sends nothing over the slow axis to gather.
+        delta_bits: of weights on the slow axis, likewise, if their differences from a copy that
+            every node keeps from step to step are sent; 0: no copy lasts. The copy has the
+            precision of `weight_bits`, 16 or 32, which is then that of the fast axis alone.
     """
 
     name: str
@@ -30,14 +33,16 @@ class Rung:
     hadamard: bool = False
     feedback: bool = False
     secondary: bool = False
+    delta_bits: int = 0
 
 
-# By bytes on both axes, the most first.
+# By bytes on the slow axis, and on the fast one, the most first.
 LADDER = (
     Rung("exact", 16, 16),
     Rung("int8", 8, 8, secondary=True),
     Rung("int4", 8, 4, hadamard=True, feedback=True, secondary=True),
     Rung("qgz", 8, 4, slow_only=False, secondary=True),
+    Rung("int4_delta", 16, 4, hadamard=True, feedback=True, secondary=True, delta_bits=4),
 )
 
 
@@ -58,7 +63,8 @@ class Plan:
         nodes: devices of the slow axis that are wanted; 0: any.
 
     Raises:
-        ValueError: one name for both axes, bits or a block that `Blocks` refuses, or another dtype.
+        ValueError: one name for both axes, bits or a block that `Blocks` refuses, another dtype,
+            or differences from a copy in blocks.
     """
 
     rung: Rung = LADDER[0]
@@ -77,11 +83,21 @@ class Plan:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of {list(DTYPES)}.")
         assert self.weights and self.gradients and self.fast_gradients
+        if self.deltas is not None and not self.weights.exact:
+            raise ValueError(
+                f"delta_bits is {self.rung.delta_bits} with weight_bits={self.rung.weight_bits}, "
+                "but differences are from a copy in 16 or 32 bits."
+            )
 
     @property
     def weights(self) -> Blocks:
-        """How weights travel, on both axes."""
+        """How weights travel, on both axes; with `deltas` on the fast one."""
         return Blocks(self.rung.weight_bits, self.block)
+
+    @property
+    def deltas(self) -> Blocks | None:
+        """How differences of weights travel on the slow axis; None: weights themselves do."""
+        return Blocks(self.rung.delta_bits, self.block) if self.rung.delta_bits else None
 
     @property
     def gradients(self) -> Blocks:

@@ -4,7 +4,8 @@ A placement prints, hashes and serialises without touching a device; `mesh` make
 axes are those of the paper's plans and more: `stage` (pipelining: priced by the planner, not
 executed), `dcn` (nodes or slices, with slow links between them), `data`, `fsdp` (parameters
 sharded, gathered on use), `seq` (sequence positions) and `tensor` (heads and feed-forward width).
-Parameters are sharded over `dcn` and `fsdp` together.
+Parameters are sharded over `dcn` and `fsdp` together, or over `fsdp` alone if every node shall have
+them whole.
 """
 
 import dataclasses

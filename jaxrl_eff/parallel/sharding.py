@@ -20,6 +20,7 @@ from jaxrl_eff.parallel.mesh import Placement, mesh
 # Where there are nodes (dcn), they come first wherever fsdp stands.
 TABLE: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
+    "node_embed": ("fsdp",),  # of weights that every node has whole
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),

@@ -17,7 +17,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_eff.parallel import quantized
-from jaxrl_eff.parallel.blocks import Blocks
+from jaxrl_eff.parallel.blocks import Blocks, encode
 from jaxrl_eff.parallel.ladder import Plan, Rung
 
 
@@ -36,6 +36,8 @@ class Cut:
         apart: axes that a mesh axis splits which is not the plan's; no block crosses them.
         raw: the weight travels as it is, whatever the plan says of weights: codes, or what is
             small.
+        local: every node has the whole weight, split over its devices: nothing crosses the slow
+            axis, as if there were one node.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +45,7 @@ class Cut:
     plan: Plan
     apart: tuple[int, ...] = ()
     raw: bool = False
+    local: bool = False
 
     @property
     def m(self) -> int:
@@ -93,12 +96,37 @@ class Cut:
 
     # What a device does with its shard
 
-    def near(self, x: jax.Array) -> jax.Array:
-        """A shard, with leading axes, after the slow axis was crossed: `[*lead, N, ...]`."""
+    def renewed(self, x: jax.Array, held: jax.Array) -> jax.Array:
+        """What every node holds of a weight once differences were sent, see `send_deltas`.
+
+        Args:
+            x: this device's shard now, with leading axes.
+            held: so far, `[*lead, ..., N, d, ...]`.
+        """
+        held = jnp.moveaxis(self.flat_left(held), -2, 0)
+        new = quantized.send_deltas(self.flat(x), held, self.plan, self.plan.deltas)
+        return self.shaped_left(jnp.moveaxis(new, 0, -2))
+
+    def _stage(self, x: jax.Array, held: jax.Array | None) -> jax.Array:
+        """`[N, *lead, *apart, bytes]`: sent, or what the node holds already."""
+        if self.local:
+            return encode(self.flat(x), self.plan.weights)[None]
+        if held is None:
+            return quantized.gather_slow(self.flat(x), self.plan)
+        return encode(jnp.moveaxis(self.flat_left(held), -2, 0), self.plan.weights)
+
+    def near(self, x: jax.Array, held: jax.Array | None = None) -> jax.Array:
+        """A shard, with leading axes, after the slow axis was crossed: `[*lead, N, ...]`.
+
+        Args:
+            held: of `renewed`, instead of what would be sent.
+        """
         lead = x.ndim - len(self.shape)
+        if self.raw and self.local:
+            return jnp.expand_dims(x, lead)
         if self.raw:
             return lax.all_gather(x, self.plan.slow, axis=lead)
-        return jnp.moveaxis(quantized.gather_slow(self.flat(x), self.plan), 0, lead)
+        return jnp.moveaxis(self._stage(x, held), 0, lead)
 
     def joined(self, near: jax.Array) -> jax.Array:
         """The whole weight, from what `near` made without leading axes."""
@@ -109,14 +137,12 @@ class Cut:
         n = math.prod(every.shape[self.axis : self.axis + 3])
         return every.reshape(*self.shape[: self.axis], n, *self.shape[self.axis + 1 :])
 
-    def gathered(self, x: jax.Array) -> jax.Array:
-        """The whole weight of a shard, with leading axes."""
+    def gathered(self, x: jax.Array, held: jax.Array | None = None) -> jax.Array:
+        """The whole weight of a shard, with leading axes; `held` as for `near`."""
         lead = x.ndim - len(self.shape)
         if self.raw:
             return _over(self._gathered_raw, lead)(x)
-        flat = self.flat(x)
-        stage = quantized.gather_slow(flat, self.plan)
-        return self.shaped(quantized.gather_fast(stage, self.m, self.plan))
+        return self.shaped(quantized.gather_fast(self._stage(x, held), self.m, self.plan))
 
     def _gathered_raw(self, x: jax.Array) -> jax.Array:
         return self.joined(self.near(x))
@@ -174,6 +200,8 @@ class Shard:
     def whole(self) -> jax.Array:
         """The weight of one layer, in the plan's dtype."""
         cut = self.cut
+        if cut.local:  # its first stage is made again, and not kept
+            return cut.joined(cut.near(self.part))
         if cut.raw:
             stage = cut.near(self.part)
             if cut.plan.rung.secondary:
@@ -191,7 +219,7 @@ class Held:
     """What a node holds of a weight, for several micro-batches: nothing crosses the slow axis.
 
     Attributes:
-        stage: `[(layers,) N, ...]` of `Cut.near`.
+        stage: `[(layers,) N, ...]` of `Cut.near`; N is 1 of what every node has whole.
         slot: `[(layers,) *apart, N, m]` float32 zeros, whose gradient is that of the weight, summed
             over the fast axis; None if the weight is not trained.
     """

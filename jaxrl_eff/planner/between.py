@@ -55,7 +55,8 @@ def volume(rung: Rung) -> float:
 
     Scales of blocks are left out: 0.8 % of int8 codes and 1.6 % of int4 codes in blocks of 256.
     """
-    return (1 if rung.secondary else 2) * rung.weight_bits / 16 + rung.grad_bits / 16
+    weights = rung.delta_bits or rung.weight_bits
+    return (1 if rung.secondary else 2) * weights / 16 + rung.grad_bits / 16
 
 
 def break_even(cluster: Cluster, rung: Rung, *, passes: float | int = 3) -> float:

@@ -301,3 +301,5 @@ def test_a_ladder_of_names_and_what_is_refused():
         Plan(slow="x", fast="x")
     with pytest.raises(ValueError, match="float32"):
         Plan(dtype="float16")
+    with pytest.raises(ValueError, match="delta_bits is 4 with weight_bits=8, but"):
+        Plan(Rung("", 8, 4, delta_bits=4))

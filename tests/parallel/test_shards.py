@@ -1,5 +1,6 @@
 """Shards of matrices as flat vectors and back, against slices of the whole."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxrl_eff.parallel import volume
 from jaxrl_eff.parallel.ladder import Plan, Rung
 from jaxrl_eff.parallel.shards import Cut, Held, Shard
 
@@ -61,6 +63,28 @@ def test_what_is_left_over_lies_beside_the_axis_that_is_split(shape, axis, apart
     np.testing.assert_array_equal(one.shaped_left(flat), left)
 
 
+@pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
+def test_what_a_node_holds_is_the_weight_once_differences_were_sent(shape, axis, apart):
+    rung = Rung("differences", 32, 32, delta_bits=32)
+    one = dataclasses.replace(cut(shape, axis, apart), plan=dataclasses.replace(PLAN, rung=rung))
+    w, old = numbers(LAYERS, *shape), numbers(LAYERS, *shape, seed=1)
+    sizes = (LAYERS, *shape[:axis], NODES, shape[axis] // NODES, *shape[axis + 1 :])
+    part = [None] * len(sizes)
+    part[2 + axis] = "fsdp"
+
+    def run(x, held):
+        new = one.renewed(x, held)
+        late = [Held(stage, None, one).whole() for stage in one.near(x, new)]
+        return new, one.gathered(x, new), jnp.stack(late)
+
+    held, *got = on_devices(run, spec(shape, axis), P(*part), out=(P(*part), P(), P()))(
+        w, old.reshape(sizes)
+    )
+    np.testing.assert_allclose(np.asarray(held).reshape(w.shape), w, rtol=1e-6, atol=1e-6)
+    for x in got:
+        np.testing.assert_array_equal(x, np.asarray(held).reshape(w.shape))
+
+
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
 def test_every_way_to_gather_gives_the_whole(shape, axis, apart, raw):
@@ -73,6 +97,26 @@ def test_every_way_to_gather_gives_the_whole(shape, axis, apart, raw):
 
     for got in on_devices(run, spec(shape, axis), out=P())(w):
         np.testing.assert_array_equal(got, w)
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
+def test_what_every_node_has_is_gathered_within_it(shape, axis, apart, raw):
+    own = list(shape)
+    own[axis] //= DEVICES
+    one, w = Cut(tuple(own), axis, PLAN, apart, raw, local=True), numbers(LAYERS, *shape)
+    part = [None] * (1 + len(shape))
+    part[1 + axis] = "fsdp"
+
+    def run(x):
+        late = [Shard(layer, None, one, trained=False).whole() for layer in x]
+        held = [Held(stage, None, one).whole() for stage in one.near(x)]
+        return one.gathered(x), jnp.stack(late), jnp.stack(held)
+
+    program = on_devices(run, P(*part), out=P())
+    for got in program(w):
+        np.testing.assert_array_equal(got, w)
+    assert volume.count(jax.make_jaxpr(program)(w), {"dcn": NODES, "fsdp": DEVICES})["dcn"] == 0
 
 
 @pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)

@@ -16,7 +16,8 @@ def v100(links):
 
 
 @pytest.mark.parametrize(
-    ("name", "passes"), [("exact", 3), ("int8", 1), ("int4", 0.75), ("qgz", 0.75)]
+    ("name", "passes"),
+    [("exact", 3), ("int8", 1), ("int4", 0.75), ("qgz", 0.75), ("int4_delta", 0.5)],
 )
 def test_volumes_are_those_of_the_ladder(name, passes):
     assert between.volume(rung(name)) == passes
