@@ -145,17 +145,17 @@ def _useful(lengths: Sequence[int], place: Placement, *, batch: int, longest: in
 def rollouts(
     s: ScheduleSettings,
     step: packed.Packed,
-    lm: LMConfig,
+    lms: Mapping[str, LMConfig],
     prompts: Sequence[int] | np.ndarray,
     answer: int,
     *,
     cluster: Cluster,
 ) -> packed.Packed:
-    """Finds room and shapes for sequences that will be sampled.
+    """Finds room and shapes for sequences that will be sampled, on every mesh for itself.
 
     Args:
         step: checked.
-        lm: of the model that is trained.
+        lms: role -> shape of its model. A mesh is judged by one that is trained there, if any is.
         prompts: lengths of some.
         answer: tokens of a response, at most.
         cluster: rates of the devices.
@@ -163,15 +163,31 @@ def rollouts(
     Raises:
         ValueError: nothing fits into memory, or rows are longer than fits.
     """
-    place, sizes = step.place, step.sizes()
+    pools = guessed(prompts, answer)
+    return step.scheduled(
+        {place: _packing(s, step, place, lms, pools, cluster) for place in step.places}
+    )
+
+
+def _packing(
+    s: ScheduleSettings,
+    step: packed.Packed,
+    place: Placement,
+    lms: Mapping[str, LMConfig],
+    pools: Sequence[np.ndarray],
+    cluster: Cluster,
+) -> packed.Packing:
+    """What schedules on one mesh are made for."""
+    sizes = step.sizes(place)
     longest = max(length for _, length in sizes.values())
     counts = sorted({count for count, _ in sizes.values()})
-    pools = guessed(prompts, answer)
     room = s.room
     if not room:
         most = _useful(pools[-1], place, batch=counts[-1], longest=longest)
-        room = found_room(step.needs, place, cluster.memory_bytes, most)
-    cost = cost_on(cluster, place, lm)
+        need = functools.partial(step.needs, place)
+        room = found_room(need, place, cluster.memory_bytes, most)
+    first = min(step.on(place), key=lambda c: c.kind != "train")
+    cost = cost_on(cluster, place, lms[first.of])
     shapes = (Shape(0, room),)
     if room * place.seq >= longest:  # or `scheduled` says so
         rng = np.random.default_rng(0)
@@ -181,7 +197,7 @@ def rollouts(
             groups=place.row_shards, parts=place.seq, room=room, cost=cost, longest=longest,
             shapes=s.shapes, multiple=min(BLOCK, room),
         )  # fmt: skip
-    return step.scheduled(packed.Packing(shapes, room, cost))
+    return packed.Packing(shapes, room, cost)
 
 
 def guessed(

@@ -59,7 +59,7 @@ def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spe
             )
         if c.kind == "train":
             check_trained(c, specs[c.of])
-    if len({(p.devices, tuple(p.axes.items())) for p in full.values()}) > 1:
+    if len({*full.values()}) > 1:
         raise ValueError(f"mixed rows need one placement for all calls, got {full}.")
     return Mixed(graph, full, specs, ())
 

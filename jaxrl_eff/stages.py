@@ -319,10 +319,9 @@ def _packed(
     """The step of a stage that computes what it sampled packed."""
     with parts.at_path(f"config.{name}.schedule"):
         step = packed.compile(graph, plan, specs, keep=keep, sync=parts.changes_of(s)).check(shapes)
-        trained = next(c.of for c in step.packed if c.kind == "train")
         prompts = long.lengths_of(source, encoder, "prompts", s.schedule.sample)
         return long.rollouts(
-            s.schedule, step, lms[trained], np.minimum(prompts, s.data.prompt_length),
+            s.schedule, step, lms, np.minimum(prompts, s.data.prompt_length),
             sampling.max_tokens, cluster=hardware.local(),
         )  # fmt: skip
 

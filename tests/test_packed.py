@@ -11,7 +11,7 @@ import pytest
 from launch import compiled_once  # noqa: F401 (fixture)
 from test_plan_law import check, models_after
 
-from jaxrl_eff import dataflow, long, metrics, packed, report, stages
+from jaxrl_eff import dataflow, layouts, long, main, metrics, packed, report, stages
 from jaxrl_eff.algorithms import grpo, ppo
 from jaxrl_eff.data import scheduled, skrull
 from jaxrl_eff.data.schedules import Schedule, Shape
@@ -25,8 +25,21 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 COST = cost_of(Model(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
 FOUR = Placement((3, 0, 2, 1), data=2, seq=2)
 ONE = Placement((0,))
-SHAPES = {FOUR: (Shape(12, 4), Shape(0, 16)), ONE: (Shape(24, 0), Shape(0, 32))}
-ROOM = {FOUR: 16, ONE: 32}
+SHARDED = Placement((4, 5, 0, 1), data=2, fsdp=2)
+SHAPES = {
+    FOUR: (Shape(12, 4), Shape(0, 16)),
+    ONE: (Shape(24, 0), Shape(0, 32)),
+    SHARDED: (Shape(0, 12), Shape(0, 20)),
+}
+ROOM = {FOUR: 16, ONE: 32, SHARDED: 20}
+# Of every table's calls: one mesh for all, or three that share devices or not.
+PLANS = {
+    "four devices": {"default": FOUR},
+    "one device": {"default": ONE},
+    "three meshes": {
+        "default": FOUR, "grpo_train": SHARDED, "score_inf": SHARDED, "value_train": ONE,
+    },
+}  # fmt: skip
 OWN = skrull.plan
 
 
@@ -172,11 +185,12 @@ def padded_tables():
 
 
 @functools.cache
-def packed_tables(place):
+def packed_tables(name):
     graph, batch = tables(), sampled()
-    plan = dict.fromkeys((c.name for c in graph.calls), place)
+    plan = {c.name: PLANS[name].get(c.name, PLANS[name]["default"]) for c in graph.calls}
     step = packed.compile(graph, plan, table_specs(graph), keep="last fresh").check(batch)
-    return step.scheduled(packed.Packing(SHAPES[place], ROOM[place], COST)).build(batch)
+    packings = {p: packed.Packing(SHAPES[p], ROOM[p], COST) for p in step.places}
+    return step.scheduled(packings).build(batch)
 
 
 @pytest.fixture
@@ -186,12 +200,15 @@ def wide():
 
 
 @pytest.mark.parametrize(
-    ("place", "kinds"),
-    [(FOUR, ("own", "local", "shared", 1, 2, 3)), (ONE, ("own", "local", "shared", 1, 2))],
-    ids=["four devices", "one device"],
+    ("plan", "kinds"),
+    [
+        ("four devices", ("own", "local", "shared", 1, 2, 3)),
+        ("one device", ("own", "local", "shared", 1, 2)),
+        ("three meshes", ("own", 1)),
+    ],
 )
-def test_no_schedule_changes_a_parameter_in_double_precision(place, kinds, wide, monkeypatch):
-    (want, told), step = padded_tables(), packed_tables(place)
+def test_no_schedule_changes_a_parameter_in_double_precision(plan, kinds, wide, monkeypatch):
+    (want, told), step = padded_tables(), packed_tables(plan)
     for kind in kinds:
         how = {"kind": kind, "seed": 0} if isinstance(kind, str) else {"seed": kind}
         plan = OWN if kind == "own" else functools.partial(at_random, **how)
@@ -206,7 +223,7 @@ def test_no_schedule_changes_a_parameter_in_double_precision(place, kinds, wide,
 
 
 def test_nothing_is_compiled_for_other_lengths(wide, monkeypatch):
-    step, rng, compiled, shapes = packed_tables(ONE), np.random.default_rng(0), [], set()
+    step, rng, compiled, shapes = packed_tables("one device"), np.random.default_rng(0), [], set()
     words = np.array([0, 1], np.uint32)
     models, _, _ = step(start(step), sampled(), words)
 
@@ -300,6 +317,62 @@ def test_a_scheduled_algorithm_gives_the_same_parameters(algorithm, place):
     check(models_after(stages.assemble(run(algorithm, room, **place))), padded(algorithm))
 
 
+def test_meshes_have_schedules_of_their_own_for_rows_whose_lengths_are_fetched_once(wide):
+    step = packed_tables("three meshes")
+    assert step.places == (FOUR, ONE, SHARDED)
+    asks = [name for name in step.analysis() if name.endswith(" lengths")]
+    assert asks == [f"{step.packed[0].name} lengths"]
+    told = {tuple(p["calls"]): p for p in step.told()["places"]}
+    assert told["value_train",] == {
+        "calls": ["value_train"], "groups": 1, "parts": 1, "room": 32, "shapes": [[24, 0], [0, 32]],
+    }  # fmt: skip
+    _, _, seen = step(start(step), sampled(), np.array([0, 1], np.uint32))
+    assert 0 < seen["schedule/padding"] < 1 and 0 < seen["schedule/balance"] <= 1
+    assert 0 <= seen["schedule/distributed"] < 1 and seen["schedule/micro_steps"] >= 12
+
+
+def test_what_lies_beside_a_packed_call_counts_where_it_lies(wide):
+    step, table = packed_tables("three meshes"), V * V * 8
+    calls = {c.name: c for c in step.packed}
+    found = {k: layouts.held(step._beside(calls[k])) for k in ("value_train", "logp_inf")}
+    at = jax.devices()
+    assert found["value_train"][at[0]] == 4 * table  # all models but the one that is given
+    assert found["value_train"][at[4]] == 2 * table  # of those trained or read on this mesh
+    assert found["logp_inf"][at[0]] == 5 * table  # the reward model at home, too: it was moved
+    assert found["logp_inf"][at[2]] == 2 * table
+
+
+APART = (
+    "{'default': {'devices': [0, 1, 2, 3], 'seq': 2}, "
+    "'actor_train': {'devices': [4, 5, 6, 7], 'data': 4}, "
+    "'critic_train': {'devices': [2, 3], 'fsdp': 2}}"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_calls_may_lie_on_several_meshes(algorithm, tmp_path):
+    plan = APART if algorithm == "ppo" else APART.partition(", 'critic_train'")[0] + "}"
+    changes = f"{algorithm}.plan={plan}", skrull_of(algorithm)
+    config = launch.config(f"algorithm={algorithm},optim=sgd", *changes)
+    check(models_after(stages.assemble(config)), padded(algorithm))
+    assert launch.train(launch.config(f"algorithm={algorithm}", *changes), tmp_path)
+    places = launch.document(tmp_path, "schedule")[algorithm]["places"]
+    assert [place["parts"] for place in places] == [2, 1, 1][: len(places)]
+    text = report.write(tmp_path).read_text()
+    assert f"{algorithm}: actor_train: 4 groups of 1 devices with 16 tokens each" in text
+
+
+def test_what_is_packed_where_is_said():
+    one = {"room": 16, "shapes": [[12, 4], [0, 16]]}
+    assert main._scheduled(one) == "16 tokens a device; micro-batches of 12+4, 0+16 (own + shared)"
+    places = [{"calls": ["ref_inf"], **one}, {"calls": ["a", "b"], "room": 8, "shapes": [[0, 8]]}]
+    assert main._scheduled({"places": places}) == (
+        "ref_inf: 16 tokens a device; micro-batches of 12+4, 0+16 (own + shared); "
+        "a, b: 8 tokens a device; micro-batches of 0+8 (own + shared)"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
@@ -342,8 +415,9 @@ def test_a_run_that_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
         assert 0 <= values["schedule/padding"] < 1 and 0 < values["schedule/balance"] <= 1
         assert values["schedule/micro_steps"] >= 4  # one of the reference, one a minibatch, ..
         assert values["schedule/planned_seconds"] > 0 and values["schedule/measured_seconds"] > 0
-    document = launch.document(tmp_path / "parts", "schedule")["grpo"]
-    assert document["shapes"] == [[0, 32]] and document["parts"] == 1
+    (place,) = launch.document(tmp_path / "parts", "schedule")["grpo"]["places"]
+    assert place["shapes"] == [[0, 32]] and place["parts"] == 1
+    assert place["calls"] == ["ref_inf", "actor_train"]
     assert "micro-batches of" in report.write(tmp_path / "parts").read_text()
 
 
@@ -353,8 +427,6 @@ def test_a_run_that_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
         (("grpo.plan=search",), "schedule is 'skrull', whose plan is not searched"),
         (("grpo.schedule.room=7",), "rows have 8 tokens, but 1 devices .* each hold 7"),
         (("grpo.plan={'default': {'microbatches': 2}}",), "come in micro-batches of a schedule"),
-        (("grpo.plan={'default': {'devices': [0]}, 'ref_inf': {'devices': [1]}}",),
-         "packed rows need one placement for these calls"),
         (("grpo.loss.minibatches=3",), r"32 rows, which do not divide by 3 \(minibatches\)"),
         (("grpo.adapt={'actor': {'name': 'spiel_ag', 'selector': 'gradient', 'every': 1}}",),
          "would choose anew what it trains"),
@@ -391,11 +463,14 @@ def test_a_call_that_numbers_rows_or_takes_no_tokens_is_refused():
 def test_room_for_sampled_rows_is_what_compiled_programs_need():
     place = {"devices": [0], "data": 1}
     (stage,) = stages.assemble(run("ppo", skrull_of("ppo").replace("16", "24"), **place)).stages
-    step = stage.step
+    step, (place,) = stage.step, stage.step.places
 
-    def need(tokens):
-        return step.needs([Shape(tokens, 0), Shape(0, tokens)])
+    def need(*shapes):
+        return step.needs(place, shapes)
 
-    capacity = 1.2 * need(1024)
-    room = long.found_room(step.needs, step.place, capacity, most=8192)
-    assert room >= 512 and need(room) <= capacity < need(int(1.8 * room))
+    def both(tokens):
+        return need(Shape(tokens, 0), Shape(0, tokens))
+
+    capacity = 1.2 * both(1024)
+    room = long.found_room(lambda shapes: need(*shapes), place, capacity, most=8192)
+    assert room >= 512 and both(room) <= capacity < both(int(1.8 * room))
