@@ -8,15 +8,18 @@ in them that it comes from; numbers a token go back to the same places, and grad
 update is one schedule: epochs and minibatches draw the rows that they would draw unscheduled.
 
 Packed calls may lie on several meshes, each with schedules of its own for the same rows; arrays and
-parameters travel between them as in any step.
+parameters travel between them as in any step. What a plan puts into host memory waits there, and
+each micro-batch or update fetches it anew. How many microbatches a plan wants of a packed call is
+ignored: that is what a schedule says, by the room that a device has.
 
 The host learns lengths, one integer a sequence, and the rows of minibatches; nothing else leaves
 the devices. Schedules follow from the lengths alone, not from measured times: another order of sums
 is another rounding, and sampling would turn it into other tokens, so that no run could be repeated.
 
-Left out: several processes, microbatches, choosing anew what is trained.
+Left out: several processes, choosing anew what is trained.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,9 +47,8 @@ def compile(
     """As `dataflow.compile`; say by `scheduled` what schedules are made for, then `build`.
 
     Raises:
-        ValueError: there are several processes; or the calls that read rows of tokens are split
-            into microbatches, offload something, choose anew what they train or are of a form that
-            cannot be packed.
+        ValueError: there are several processes; or the calls that read rows of tokens choose anew
+            what they train or are of a form that cannot be packed.
     """
     plain = dataflow.compile(graph, plan, specs, keep=keep, sync=sync)
     if jax.process_count() > 1:
@@ -59,16 +61,11 @@ def compile(
             f"none of {[c.name for c in plain.calls]} infers or trains on tokens, segment and "
             "position, so there is nothing to be packed."
         )
-    places = {c.name: plain.plan[c.name] for c in calls}
     for c in calls:
-        if places[c.name].microbatches > 1 or places[c.name].offload:
-            raise ValueError(
-                f"{c.name} is {places[c.name]}; packed rows come in micro-batches of a schedule, "
-                "without offloading."
-            )
         if c.kind == "train":
             mixed.check_trained(c, specs[c.of])
-    return Packed(graph, plain.plan, specs, plain.keep, sync)
+    parts = {c.name: dataclasses.replace(plain.plan[c.name], microbatches=1) for c in calls}
+    return Packed(graph, plain.plan | parts, specs, plain.keep, sync)
 
 
 def prefix_of(c: Call) -> str | None:

@@ -320,6 +320,7 @@ class Infer:
         self._layouts, self._call, self._prefix, self._args = layouts, c, prefix, dict(args)
         self._place = layouts.plan[c.name]
         self._params = layouts.borrowed(c)
+        self._in_host = layouts.specs[c.of].axes if self._place.offload == "params" else None
         self.rowwise = isinstance(c.fn, Rowwise)
         self._numbers = c.fn.tokens if self.rowwise else c.fn
         with layouts.context(c, _TRIED.local):
@@ -342,6 +343,8 @@ class Infer:
             self.out = jax.eval_shape(self._finished, like, self._args, key)
 
     def _of(self, params: Any, args: Any, maps: Any, words: jax.Array) -> dict[str, jax.Array]:
+        if self._in_host is not None:
+            params = programs.fetched(params, self._in_host)
         there = gathered(self._place, self._prefix, args, maps)
         both = mixed.together(there, self._place.seq, self._call.reads)
         out = dict(self._numbers(params, both, programs.key_of(self._call.name, words)))
