@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import mixed, packed, schedule_cost, tree
+from jaxrl_eff import mixed, packed, tree
 from jaxrl_eff.data import loader
 from jaxrl_eff.data.lattice import fitted, lattice
 from jaxrl_eff.data.scheduled import Scheduled
@@ -21,6 +21,7 @@ from jaxrl_eff.data.schedules import Shape
 from jaxrl_eff.data.skrull_cost import Cost
 from jaxrl_eff.dataflow import Graph, Placement, Spec
 from jaxrl_eff.models import LMConfig
+from jaxrl_eff.planner import packing, problem, schedule_cost
 from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.settings import ScheduleSettings
 
@@ -218,6 +219,23 @@ def guessed(
     means = answer / 2.0 ** np.arange(5, 0, -1)
     drawn = [np.clip(np.ceil(rng.exponential(m, count)), 1, answer) for m in means]
     return [before + x.astype(int) for x in (*drawn, np.full(count, answer))]
+
+
+def expected(
+    s: ScheduleSettings, graph: Graph, prompts: Sequence[int] | np.ndarray, answer: int
+) -> dict[str, problem.Packed]:
+    """What a planner may expect of the rows of the calls that will be packed.
+
+    All pools of `guessed` count alike.
+
+    Args:
+        prompts: tokens of some.
+        answer: tokens of a response, at most.
+    """
+    responses = packing.guessed(np.concatenate(guessed([0], answer)))
+    prompt = round(float(np.mean(np.asarray(prompts))))
+    found = problem.Packed(prompt, responses, s.room)
+    return {c.name: found for c in graph.calls if packed.prefix_of(c) is not None}
 
 
 def found_room(

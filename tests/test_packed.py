@@ -368,6 +368,31 @@ def test_calls_may_lie_on_several_meshes(algorithm, tmp_path):
     assert f"{algorithm}: actor_train: 4 groups of 1 devices with 16 tokens each" in text
 
 
+def searched():
+    how = launch.config("algorithm=grpo,optim=sgd,plan=search", skrull_of("grpo"),
+                        "grpo.search.evaluations=100")  # fmt: skip
+    return stages.assemble(how)
+
+
+def test_a_plan_is_searched_with_packed_calls_priced_by_expected_lengths():
+    (stage,) = searched().stages
+    works = {w.name: w for w in stage.searched.problem.works}
+    expected = works["ref_inf"].packed
+    assert expected == works["actor_train"].packed and works["actor_gen"].packed is None
+    assert works["actor_gen"].responses == expected.responses
+    assert expected.room == 16 and expected.responses.tokens == (1, 2, 3, 4)
+    places = {stage.searched.plan[c.name].bare for c in stage.step.packed}
+    assert places == {*stage.step.places} == {*stage.step.packings}
+
+
+@pytest.mark.slow
+def test_a_searched_plan_may_be_given_up_for_another_one():
+    run = searched()
+    other = {"ref_inf": Placement((3, 1), data=1, seq=2), "actor_train": Placement((0,))}
+    switch = run.stages[0].searched.plan | other
+    check(models_after(run, switch=switch), padded("grpo"))
+
+
 def test_what_is_packed_where_is_said():
     one = {"room": 16, "shapes": [[12, 4], [0, 16]]}
     assert main._scheduled(one) == "16 tokens a device; micro-batches of 12+4, 0+16 (own + shared)"
@@ -431,7 +456,6 @@ def test_a_run_that_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("grpo.plan=search",), "schedule is 'skrull', whose plan is not searched"),
         (("grpo.schedule.room=7",), "rows have 8 tokens, but 1 devices .* each hold 7"),
         (("grpo.loss.minibatches=3",), r"32 rows, which do not divide by 3 \(minibatches\)"),
         (("grpo.adapt={'actor': {'name': 'spiel_ag', 'selector': 'gradient', 'every': 1}}",),
