@@ -6,6 +6,7 @@ guessed.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import mixed, packed, tree
+from jaxrl_eff import arrays, mixed, operations, packed, tree
 from jaxrl_eff.data import loader
 from jaxrl_eff.data.lattice import fitted, lattice
 from jaxrl_eff.data.scheduled import Scheduled
@@ -21,6 +22,7 @@ from jaxrl_eff.data.schedules import Shape
 from jaxrl_eff.data.skrull_cost import Cost
 from jaxrl_eff.dataflow import Graph, Placement, Spec
 from jaxrl_eff.models import LMConfig
+from jaxrl_eff.parallel.sharding import replicated
 from jaxrl_eff.planner import packing, problem, schedule_cost
 from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.settings import ScheduleSettings
@@ -154,6 +156,8 @@ def rollouts(
 ) -> packed.Packed:
     """Finds room and shapes for sequences that will be sampled, on every mesh for itself.
 
+    Of several processes the first one on a mesh decides for all; every process must call.
+
     Args:
         step: checked.
         lms: role -> shape of its model. A mesh is judged by one that is trained there, if any is.
@@ -165,9 +169,27 @@ def rollouts(
         ValueError: nothing fits into memory, or rows are longer than fits.
     """
     pools = guessed(prompts, answer)
-    return step.scheduled(
-        {place: _packing(s, step, place, lms, pools, cluster) for place in step.places}
-    )
+    mine: dict[str, Any] = {}
+    try:
+        for i, place in enumerate(step.places):
+            if arrays.here(replicated(place)):
+                found = _packing(s, step, place, lms, pools, cluster)
+                mine[str(i)] = found.shapes, found.room, dataclasses.asdict(found.cost)
+    except ValueError as error:
+        if jax.process_count() == 1:
+            raise
+        mine["error"] = str(error)
+    # Rates of CPUs are measured, by every process for itself.
+    said: dict[str, Any] = {}
+    for text in reversed(operations.told(json.dumps(mine))):
+        said |= json.loads(text)
+    if "error" in said:
+        raise ValueError(said["error"])
+    return step.scheduled({p: _from_json(*said[str(i)]) for i, p in enumerate(step.places)})
+
+
+def _from_json(shapes: Any, room: int, cost: Mapping[str, Any]) -> packed.Packing:
+    return packed.Packing(tuple(Shape(*shape) for shape in shapes), room, Cost(**cost))
 
 
 def _packing(

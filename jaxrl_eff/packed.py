@@ -15,8 +15,10 @@ ignored: that is what a schedule says, by the room that a device has.
 The host learns lengths, one integer a sequence, and the rows of minibatches; nothing else leaves
 the devices. Schedules follow from the lengths alone, not from measured times: another order of sums
 is another rounding, and sampling would turn it into other tokens, so that no run could be repeated.
+Of several processes each learns the lengths of all rows that its devices compute, and plans for
+itself; so what schedules are made for must be the same on all.
 
-Left out: several processes, choosing anew what is trained.
+Left out: choosing anew what is trained.
 """
 
 import dataclasses
@@ -47,14 +49,10 @@ def compile(
     """As `dataflow.compile`; say by `scheduled` what schedules are made for, then `build`.
 
     Raises:
-        ValueError: there are several processes; or the calls that read rows of tokens choose anew
-            what they train or are of a form that cannot be packed.
+        ValueError: the calls that read rows of tokens choose anew what they train, or are of a form
+            that cannot be packed.
     """
     plain = dataflow.compile(graph, plan, specs, keep=keep, sync=sync)
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"sampled rows are packed in one process, and there are {jax.process_count()}."
-        )
     calls = [c for c in plain.calls if prefix_of(c) is not None]
     if not calls:
         raise ValueError(
@@ -80,6 +78,8 @@ def prefix_of(c: Call) -> str | None:
 
 class Packed(dataflow.Step):
     """A compiled graph, called as `Step` is; the metrics have also `schedule/name`.
+
+    These are of the packed calls with devices of this process; without one it has none of them.
 
     - `padding`: share of columns without a token, of all micro-batches.
     - `distributed`: share of tokens in distributed sequences; 0 without a `seq` axis.
@@ -187,7 +187,7 @@ class Packed(dataflow.Step):
         if c.name not in self._prefix or c.kind == "train":
             return super()._outputs(c, args)
         found = pieces.Infer(self._over, c, self._prefix[c.name], args)
-        self._infers[c.name] = found
+        self._infers[c.name], self._numbers[c.name] = found, {}
         return found.out
 
     def _lower(self, c: Call) -> Any:
@@ -211,9 +211,15 @@ class Packed(dataflow.Step):
         return pieces.Lowered(call, found)
 
     def _asks(self, c: Call) -> bool:
-        """Whether a call is the first that needs the lengths of its rows."""
-        prefix = self._prefix[c.name]
-        return c is next(first for first in self.packed if self._prefix[first.name] == prefix)
+        """Whether a call is the first on one of its processes to need the lengths of its rows."""
+        prefix, mine = self._prefix[c.name], self._processes(c)
+        before = self.packed[: self.packed.index(c)]
+        return not any(
+            self._prefix[b.name] == prefix and mine <= self._processes(b) for b in before
+        )
+
+    def _processes(self, c: Call) -> set[int]:
+        return {d.process_index for d in mesh(self.plan[c.name]).devices.flat}
 
     def needs(self, place: Placement, shapes: Sequence[Shape]) -> float:
         """Bytes that a device of a mesh needs for the packed call that needs most.
@@ -277,11 +283,15 @@ class Packed(dataflow.Step):
     ) -> tuple[dict[str, Model], dict[str, jax.Array], dict[str, jax.Array]]:
         """As of `Step`."""
         if not self.built:
+            self._check_single_process()
             self.build(batch)
         self._schedules.begin()
         words = dataflow.key_words(key)
-        for c in self.packed:  # now, so that nothing is waited for when they are needed
+        here = [c for c in self.packed if self._over.here(c)]
+        for c in here:  # now, so that nothing is waited for when they are needed
             self._programs[c.name].begin(arrays.from_whole(self._over.whole(c), words))
         models, data, metrics = super().__call__(models, batch, key, reselect=reselect)
-        found = self._schedules.numbers({c.name for c in self.packed if c.kind == "train"})
+        if not here:
+            return models, data, metrics
+        found = self._schedules.numbers({c.name for c in here if c.kind == "train"})
         return models, data, metrics | {f"schedule/{k}": v for k, v in found.items()}

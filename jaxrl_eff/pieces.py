@@ -61,7 +61,7 @@ class Schedules:
 
     def learn(self, rows: str, lengths: jax.Array) -> None:
         """Fetches the tokens of each of these rows, int32 [B]."""
-        self._lengths[rows] = np.asarray(jax.device_get(lengths))
+        self._lengths[rows] = arrays.known(lengths)
 
     def __call__(
         self,
@@ -187,7 +187,7 @@ class PackedCall:
         return self._schedules(self._call.name, self._place, self._prefix, width, picked)
 
     def _learn(self, args: Mapping[str, Any]) -> None:
-        """The first call that reads rows asks their devices for their lengths."""
+        """Asks the devices for the lengths of rows, if no call before did, see `Packed`."""
         if "lengths" in self.programs:
             found = self.programs["lengths"](args[f"{self._prefix}segment"])
             self._schedules.learn(self._prefix, found)
@@ -202,7 +202,7 @@ class PackedCall:
     def _train(self, model: Any, args: Mapping[str, Any], key: jax.Array) -> tuple[Any, Any]:
         self._learn(args)
         seen = []
-        picks = [None] if self._rows is None else np.asarray(jax.device_get(self._rows))
+        picks = [None] if self._rows is None else arrays.known(self._rows)
         for picked in picks:
             sums = self.programs["zero"]()
             for shape, maps in self._micro(args, picked):

@@ -385,8 +385,10 @@ class _Log:
         )
         seconds = {s.call: s.end - s.start for s in self.spans}
         if isinstance(self._stage.step, packed.Packed):
-            trained = (c.name for c in self._stage.step.packed if c.kind == "train")
-            values["schedule/measured_seconds"] = sum(seconds[name] for name in trained)
+            trained = [c.name for c in self._stage.step.packed if c.kind == "train"]
+            mine = [seconds[name] for name in trained if name in seconds]
+            if mine:  # of this process's devices
+                values["schedule/measured_seconds"] = sum(mine)
         if self._calibration is not None:
             length = next((v for k, v in values.items() if k.endswith("/length")), None)
             step = self._window[-1][0] - self._window[-2][0]
