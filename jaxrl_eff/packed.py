@@ -18,7 +18,8 @@ is another rounding, and sampling would turn it into other tokens, so that no ru
 Of several processes each learns the lengths of all rows that its devices compute, and plans for
 itself; so what schedules are made for must be the same on all.
 
-Left out: choosing anew what is trained.
+A model that chooses anew what is trained does so by a gradient of padded rows, the same few that it
+would take unscheduled.
 """
 
 import dataclasses
@@ -49,8 +50,7 @@ def compile(
     """As `dataflow.compile`; say by `scheduled` what schedules are made for, then `build`.
 
     Raises:
-        ValueError: the calls that read rows of tokens choose anew what they train, or are of a form
-            that cannot be packed.
+        ValueError: no call reads rows of tokens, or one of them is of a form that cannot be packed.
     """
     plain = dataflow.compile(graph, plan, specs, keep=keep, sync=sync)
     calls = [c for c in plain.calls if prefix_of(c) is not None]
@@ -99,6 +99,7 @@ class Packed(dataflow.Step):
         self.places = tuple(dict.fromkeys(self.plan[name].bare for name in self._prefix))
         self._over = Layouts(self.graph, self.plan, self.specs, mixed=True)
         self._infers: dict[str, pieces.Infer] = {}
+        self._chosen: dict[str, dict[str, float]] = {}
         self.packings: dict[Placement, Packing] = {}
         self._schedules: pieces.Schedules | None = None
 
@@ -232,8 +233,18 @@ class Packed(dataflow.Step):
             found = self._pieces(c, shapes).compile()
             beside = held(self._beside(c))
             fullest = max(beside.get(d, 0) for d in mesh(place).devices.flat)
-            most = max(most, fullest + max(v["bytes"] for v in found.analysis().values()))
+            programs = [*found.analysis().values()]
+            if lowering.reselects(self._layouts, c):
+                programs.append(self._choosing(c))
+            most = max(most, fullest + max(v["bytes"] for v in programs))
         return most
+
+    def _choosing(self, c: Call) -> dict[str, float]:
+        """What XLA says of the program that chooses anew what a call trains."""
+        if c.name not in self._chosen:
+            found = lowering.lower_reselection(self._layouts, c, self._args[c.name])
+            self._chosen[c.name] = lowering.analysis(found.compile())
+        return self._chosen[c.name]
 
     def _beside(self, c: Call) -> list[Any]:
         """What is on devices while a packed call runs and is not given to it."""

@@ -64,14 +64,10 @@ MESHES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "room"),
-    [
-        (MESHES, 8),
-        pytest.param(MESHES, 0, marks=pytest.mark.slow),
-        pytest.param("apart", 8, marks=pytest.mark.slow),
-        pytest.param("{'default': {'seq': 2}}", 8, marks=pytest.mark.slow),
-    ],
+    [(MESHES, 8), (MESHES, 0), ("apart", 8), ("{'default': {'seq': 2}}", 8)],
     ids=["meshes", "room", "apart", "one mesh"],
 )
 def test_sampled_rows_are_packed_on_two_processes(plan, room, cache, tmp_path, grpo):  # noqa: F811
