@@ -35,6 +35,11 @@ def local_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(jax.device_get(parts[s])) for s in sorted(parts)])
 
 
+def known(array: jax.Array) -> np.ndarray:
+    """An array that is whole on each of its devices, of which this process has one."""
+    return np.asarray(jax.device_get(array.addressable_data(0)))
+
+
 def from_local(sharding: jax.sharding.Sharding, rows: np.ndarray) -> jax.Array:
     """The array of which every process brings an equal number of rows, its own.
 

@@ -220,6 +220,12 @@ def _with_length(problem: Problem, mean: float) -> Problem:
     """
 
     def work(w: Any) -> Any:
+        if w.packed is not None:
+            most = w.length - w.packed.prompt
+            if not 1 <= mean < most:
+                return w
+            found = dataclasses.replace(w.packed, responses=_two_sizes(mean, most, w.rows))
+            return dataclasses.replace(w, packed=found)
         if w.kind != "generate" or not 1 <= mean < w.max_new:
             return w
         return dataclasses.replace(w, responses=_two_sizes(mean, w.max_new, w.rows))

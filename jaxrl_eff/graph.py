@@ -267,8 +267,8 @@ def draw(graph: Graph) -> str:
 def check_plan(graph: Graph, plan: Plan) -> dict[str, Placement]:
     """A placement for every call, local ones included.
 
-    Local calls that the plan leaves out run where the first train call runs, or else the first
-    call of all.
+    Local calls that the plan leaves out run on the mesh of the first train call, or else of the
+    first call of all.
 
     Raises:
         ValueError: a call has no placement, a placement no call, a device does not exist, or
@@ -282,7 +282,7 @@ def check_plan(graph: Graph, plan: Plan) -> dict[str, Placement]:
     anchor = next((c for c in calls if c.kind == "train"), calls[0])
     for c in calls:
         if c.kind == "local" and anchor.name in plan:
-            full.setdefault(c.name, plan[anchor.name])
+            full.setdefault(c.name, plan[anchor.name].bare)
         if c.name not in full:
             raise ValueError(f"the plan has no placement for {c.name}; it has {sorted(plan)}.")
         place = full[c.name]

@@ -6,10 +6,12 @@ state never leaves it. Other calls borrow the parameters in a layout of their ow
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxrl_eff import arrays, tree
@@ -142,6 +144,21 @@ class Layouts:
 def placed(like: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     """Shape and dtype of `like` with a sharding."""
     return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
+
+
+def held(like: Any) -> dict[Any, int]:
+    """Bytes on every device of a tree of arrays, or of their shapes and layouts.
+
+    What waits in host memory is on none.
+    """
+    out: dict[Any, int] = {}
+    for x in jax.tree.leaves(like):
+        if x.sharding == in_host(x.sharding):
+            continue
+        size = math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+        for device in x.sharding.device_set:
+            out[device] = out.get(device, 0) + size
+    return out
 
 
 def _spread(place: Placement, length: int, sight: int | None) -> Spread:

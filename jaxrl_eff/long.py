@@ -6,6 +6,7 @@ guessed.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import mixed, packed, schedule_cost, tree
+from jaxrl_eff import arrays, mixed, operations, packed, tree
 from jaxrl_eff.data import loader
 from jaxrl_eff.data.lattice import fitted, lattice
 from jaxrl_eff.data.scheduled import Scheduled
@@ -21,6 +22,8 @@ from jaxrl_eff.data.schedules import Shape
 from jaxrl_eff.data.skrull_cost import Cost
 from jaxrl_eff.dataflow import Graph, Placement, Spec
 from jaxrl_eff.models import LMConfig
+from jaxrl_eff.parallel.sharding import replicated
+from jaxrl_eff.planner import packing, problem, schedule_cost
 from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.settings import ScheduleSettings
 
@@ -145,17 +148,19 @@ def _useful(lengths: Sequence[int], place: Placement, *, batch: int, longest: in
 def rollouts(
     s: ScheduleSettings,
     step: packed.Packed,
-    lm: LMConfig,
+    lms: Mapping[str, LMConfig],
     prompts: Sequence[int] | np.ndarray,
     answer: int,
     *,
     cluster: Cluster,
 ) -> packed.Packed:
-    """Finds room and shapes for sequences that will be sampled.
+    """Finds room and shapes for sequences that will be sampled, on every mesh for itself.
+
+    Of several processes the first one on a mesh decides for all; every process must call.
 
     Args:
         step: checked.
-        lm: of the model that is trained.
+        lms: role -> shape of its model. A mesh is judged by one that is trained there, if any is.
         prompts: lengths of some.
         answer: tokens of a response, at most.
         cluster: rates of the devices.
@@ -163,15 +168,49 @@ def rollouts(
     Raises:
         ValueError: nothing fits into memory, or rows are longer than fits.
     """
-    place, sizes = step.place, step.sizes()
+    pools = guessed(prompts, answer)
+    mine: dict[str, Any] = {}
+    try:
+        for i, place in enumerate(step.places):
+            if arrays.here(replicated(place)):
+                found = _packing(s, step, place, lms, pools, cluster)
+                mine[str(i)] = found.shapes, found.room, dataclasses.asdict(found.cost)
+    except ValueError as error:
+        if jax.process_count() == 1:
+            raise
+        mine["error"] = str(error)
+    # Rates of CPUs are measured, by every process for itself.
+    said: dict[str, Any] = {}
+    for text in reversed(operations.told(json.dumps(mine))):
+        said |= json.loads(text)
+    if "error" in said:
+        raise ValueError(said["error"])
+    return step.scheduled({p: _from_json(*said[str(i)]) for i, p in enumerate(step.places)})
+
+
+def _from_json(shapes: Any, room: int, cost: Mapping[str, Any]) -> packed.Packing:
+    return packed.Packing(tuple(Shape(*shape) for shape in shapes), room, Cost(**cost))
+
+
+def _packing(
+    s: ScheduleSettings,
+    step: packed.Packed,
+    place: Placement,
+    lms: Mapping[str, LMConfig],
+    pools: Sequence[np.ndarray],
+    cluster: Cluster,
+) -> packed.Packing:
+    """What schedules on one mesh are made for."""
+    sizes = step.sizes(place)
     longest = max(length for _, length in sizes.values())
     counts = sorted({count for count, _ in sizes.values()})
-    pools = guessed(prompts, answer)
     room = s.room
     if not room:
         most = _useful(pools[-1], place, batch=counts[-1], longest=longest)
-        room = found_room(step.needs, place, cluster.memory_bytes, most)
-    cost = cost_on(cluster, place, lm)
+        need = functools.partial(step.needs, place)
+        room = found_room(need, place, cluster.memory_bytes, most)
+    first = min(step.on(place), key=lambda c: c.kind != "train")
+    cost = cost_on(cluster, place, lms[first.of])
     shapes = (Shape(0, room),)
     if room * place.seq >= longest:  # or `scheduled` says so
         rng = np.random.default_rng(0)
@@ -181,7 +220,7 @@ def rollouts(
             groups=place.row_shards, parts=place.seq, room=room, cost=cost, longest=longest,
             shapes=s.shapes, multiple=min(BLOCK, room),
         )  # fmt: skip
-    return step.scheduled(packed.Packing(shapes, room, cost))
+    return packed.Packing(shapes, room, cost)
 
 
 def guessed(
@@ -202,6 +241,23 @@ def guessed(
     means = answer / 2.0 ** np.arange(5, 0, -1)
     drawn = [np.clip(np.ceil(rng.exponential(m, count)), 1, answer) for m in means]
     return [before + x.astype(int) for x in (*drawn, np.full(count, answer))]
+
+
+def expected(
+    s: ScheduleSettings, graph: Graph, prompts: Sequence[int] | np.ndarray, answer: int
+) -> dict[str, problem.Packed]:
+    """What a planner may expect of the rows of the calls that will be packed.
+
+    All pools of `guessed` count alike.
+
+    Args:
+        prompts: tokens of some.
+        answer: tokens of a response, at most.
+    """
+    responses = packing.guessed(np.concatenate(guessed([0], answer)))
+    prompt = round(float(np.mean(np.asarray(prompts))))
+    found = problem.Packed(prompt, responses, s.room)
+    return {c.name: found for c in graph.calls if packed.prefix_of(c) is not None}
 
 
 def found_room(

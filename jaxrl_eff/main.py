@@ -292,11 +292,7 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
         memory = max(held.values()) / 1e6
         facts[stage.name] = f"{text}; models and optimizers about {memory:,.1f} MB a device"
         if stage.settings.schedule.name == "skrull":
-            told = stage.told()
-            shapes = ", ".join(f"{own}+{shared}" for own, shared in told["shapes"])
-            facts[f"{stage.name}/schedule"] = (
-                f"{told['room']:,} tokens a device; micro-batches of {shapes} (own + shared)"
-            )
+            facts[f"{stage.name}/schedule"] = _scheduled(stage.told())
         for role, part in stage.settings.adapt.items():
             ours, all_ = (f(stage.step, role) for f in (footprint.planned, footprint.whole))
             facts[f"{stage.name}/{role}"] = (
@@ -307,6 +303,18 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
     facts["compile cache"] = f"{directory} ({'in use' if warm else 'empty: first compilation'})"
     facts["workdir"] = str(workdir)
     return facts
+
+
+def _scheduled(told: dict[str, Any]) -> str:
+    """What schedules are made for, in words; see `Stage.told`."""
+    places, out = told.get("places", [told]), []
+    for place in places:
+        shapes = ", ".join(f"{own}+{shared}" for own, shared in place["shapes"])
+        calls = f"{', '.join(place['calls'])}: " if len(places) > 1 else ""
+        out.append(
+            f"{calls}{place['room']:,} tokens a device; micro-batches of {shapes} (own + shared)"
+        )
+    return "; ".join(out)
 
 
 def _conclude(

@@ -45,7 +45,7 @@ def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spe
 
     Raises:
         ValueError: calls lie on several placements, or one generates, runs on the host, offloads,
-            or has epochs, minibatches or microbatches of its own.
+            has epochs, minibatches or microbatches of its own, or chooses anew what it trains.
     """
     full = check_plan(graph, plan)
     for c in graph.calls:
@@ -59,7 +59,11 @@ def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spe
             )
         if c.kind == "train":
             check_trained(c, specs[c.of])
-    if len({(p.devices, tuple(p.axes.items())) for p in full.values()}) > 1:
+            if getattr(specs[c.of].tx, "due", None) is not None:
+                raise ValueError(
+                    f"{c.name} would choose anew what it trains by a gradient of rows of one kind."
+                )
+    if len({*full.values()}) > 1:
         raise ValueError(f"mixed rows need one placement for all calls, got {full}.")
     return Mixed(graph, full, specs, ())
 
@@ -257,14 +261,9 @@ def check_trained(c: Call, spec: Spec) -> None:
     """Whether a train call can run over micro-batches of a schedule.
 
     Raises:
-        ValueError: it cannot: see `forward_of`, or its model chooses anew what is trained, or is
-            sent between nodes by a rung.
+        ValueError: it cannot: see `forward_of`, or its model is sent between nodes by a rung.
     """
     forward_of(c)
-    if getattr(spec.tx, "due", None) is not None:
-        raise ValueError(
-            f"{c.name} would choose anew what it trains by a gradient of rows of one kind."
-        )
     if spec.sends is not None:
         raise ValueError(
             f"{c.name} sends {spec.sends.rung.name!r} between nodes, which scheduled rows cannot."

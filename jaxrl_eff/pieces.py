@@ -6,7 +6,7 @@ the micro-batch which place of theirs it is (`scheduled.maps`).
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ _TRIED = Shape(8, 8)  # with which outputs are looked at
 
 
 class Packing(NamedTuple):
-    """What schedules are made for: `skrull.plan`'s arguments."""
+    """What schedules on a mesh are made for: `skrull.plan`'s arguments."""
 
     shapes: tuple[Shape, ...]
     room: int
@@ -38,66 +38,69 @@ class Packing(NamedTuple):
 
 
 class Schedules:
-    """The schedules of one step under way: of the same rows, one for all calls that read them.
+    """The schedules of one step under way: of the same rows on the same mesh, one for all calls.
+
+    Args:
+        packings: for every mesh, see `Placement.bare`.
 
     Attributes:
         given: (call, schedule) for every time that one was asked for.
     """
 
-    def __init__(self, packing: Packing, place: Placement):
-        self._packing, self._place = packing, place
+    def __init__(self, packings: Mapping[Placement, Packing]):
+        self.packings = dict(packings)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forgets the last step."""
         self.given: list[tuple[str, Schedule]] = []
-        self._known: dict[str, _Sampled] = {}
+        self._lengths: dict[str, np.ndarray] = {}
+        self._plans: dict[Any, Schedule] = {}
+        self._made: dict[Any, list[tuple[Shape, Any]]] = {}
         self._seconds = 0.0
+
+    def learn(self, rows: str, lengths: jax.Array) -> None:
+        """Fetches the tokens of each of these rows, int32 [B]."""
+        self._lengths[rows] = arrays.known(lengths)
 
     def __call__(
         self,
         call: str,
-        prefix: str,
-        lengths: Callable[[jax.Array], jax.Array],
-        segment: jax.Array,
+        place: Placement,
+        rows: str,
+        width: int,
         picked: np.ndarray | None = None,
     ) -> list[tuple[Shape, Any]]:
         """Shapes and maps of the micro-batches; the maps are on the devices.
 
         Args:
             call: that asks.
-            prefix: of its rows' names.
-            lengths: segment -> tokens of each row, int32 [B].
-            segment: int32 [B, T].
+            place: where it runs, bare.
+            rows: that it reads, whose lengths were learned.
+            width: T of the padded rows.
             picked: the rows that count; None: all.
         """
-        here = self._known.get(prefix)
-        if here is None or here.segment is not segment:
-            found = np.asarray(jax.device_get(lengths(segment)))
-            here = self._known[prefix] = _Sampled(segment, found, {})
         began = time.perf_counter()
-        picked = np.arange(len(here.lengths)) if picked is None else picked
-        picked = picked[here.lengths[picked] > 0]
-        name = picked.tobytes()
-        if name not in here.made:
-            here.made[name] = self._made(here.lengths[picked], picked, segment.shape[1])
-        schedule, micro = here.made[name]
-        if schedule is not None:
-            self.given.append((call, schedule))
+        lengths = self._lengths[rows]
+        picked = np.arange(len(lengths)) if picked is None else picked
+        picked = picked[lengths[picked] > 0]
+        if not len(picked):
+            return []
+        # Meshes of one form may share a schedule; its maps go to the devices of each.
+        name = rows, picked.tobytes()
+        form = place.row_shards, place.seq, self.packings[place]
+        if (name, form) not in self._plans:
+            self._plans[name, form] = self.plan(lengths[picked], place)
+        schedule = self._plans[name, form]
+        if (name, place) not in self._made:
+            self._made[name, place] = _on_devices(schedule, place, picked, width)
+        self.given.append((call, schedule))
         self._seconds += time.perf_counter() - began
-        return micro
+        return self._made[name, place]
 
-    def _made(self, lengths: np.ndarray, picked: np.ndarray, width: int) -> Any:
-        if not len(lengths):
-            return None, []
-        place, schedule, micro = self._place, self.plan(lengths), []
-        for shape, maps in zip(
-            schedule.shapes, scheduled.maps(schedule, picked, width=width), strict=True
-        ):
-            like = maps_of(place, shape)
-            there = jax.tree.map(lambda x, y: arrays.from_whole(x.sharding, y), like, maps)
-            micro.append((Shape(*shape), there))
-        return schedule, micro
-
-    def plan(self, lengths: np.ndarray) -> Schedule:
-        """The schedule of sequences of these lengths."""
-        place, (shapes, room, cost) = self._place, self._packing
+    def plan(self, lengths: np.ndarray, place: Placement) -> Schedule:
+        """The schedule of sequences of these lengths on a mesh."""
+        shapes, room, cost = self.packings[place]
         return skrull.plan(
             lengths, groups=place.row_shards, parts=place.seq, room=room, cost=cost, shapes=shapes
         )
@@ -110,10 +113,9 @@ class Schedules:
         """
         found = [s for _, s in self.given]
         each = {id(s): quality(s) for s in found}
-        ranks = self._place.row_shards * self._place.seq
-        columns = ranks * sum(shape.columns for s in found for shape in s.shapes)
+        columns = sum(s.groups * s.parts * shape.columns for s in found for shape in s.shapes)
         tokens = sum(int(s.lengths.sum()) for s in found)
-        over = sum(int(s.lengths[s.rank < 0].sum()) for s in found) if self._place.seq > 1 else 0
+        over = sum(int(s.lengths[s.rank < 0].sum()) for s in found if s.parts > 1)
         seconds = sum(s.seconds for s in found)
         level = sum(s.seconds * each[id(s)].time_balance for s in found)
         out = {
@@ -124,16 +126,22 @@ class Schedules:
             "planned_seconds": sum(s.seconds for call, s in self.given if call in trained),
             "planning_seconds": self._seconds,
         }
-        self.given, self._known, self._seconds = [], {}, 0.0
+        self.begin()
         return {k: np.float32(v) for k, v in out.items()}
 
 
-class _Sampled(NamedTuple):
-    """Rows of a step: their lengths, and what was made for those that were picked."""
-
-    segment: jax.Array
-    lengths: np.ndarray
-    made: dict[bytes, tuple[Schedule | None, list]]
+def _on_devices(
+    schedule: Schedule, place: Placement, picked: np.ndarray, width: int
+) -> list[tuple[Shape, Any]]:
+    """Shapes of micro-batches, and their maps on the devices of a mesh."""
+    out = []
+    for shape, maps in zip(
+        schedule.shapes, scheduled.maps(schedule, picked, width=width), strict=True
+    ):
+        like = maps_of(place, shape)
+        there = jax.tree.map(lambda x, y: arrays.from_whole(x.sharding, y), like, maps)
+        out.append((Shape(*shape), there))
+    return out
 
 
 class Lowered(NamedTuple):
@@ -152,10 +160,14 @@ class Lowered(NamedTuple):
 class PackedCall:
     """A compiled packed call: `(parameters, arrays, key) -> (arrays, {})`, or of a train call
     `(model, arrays, key) -> (model, metrics)`.
+
+    Args:
+        place: where it runs, bare.
+        prefix: of the names of what it reads.
     """
 
-    def __init__(self, schedules: Schedules | None, c: Call, prefix: str):
-        self._schedules, self._call, self._prefix = schedules, c, prefix
+    def __init__(self, schedules: Schedules | None, c: Call, place: Placement, prefix: str):
+        self._schedules, self._call, self._place, self._prefix = schedules, c, place, prefix
         self.programs: dict[str, Any] = {}
         self._rows: jax.Array | None = None
 
@@ -171,19 +183,26 @@ class PackedCall:
         return (self._infer if self._call.kind == "infer" else self._train)(model, args, key)
 
     def _micro(self, args: Mapping[str, Any], picked: np.ndarray | None = None) -> Any:
-        segment = args[f"{self._prefix}segment"]
-        lengths = self.programs["lengths"]
-        return self._schedules(self._call.name, self._prefix, lengths, segment, picked)
+        width = args[f"{self._prefix}segment"].shape[1]
+        return self._schedules(self._call.name, self._place, self._prefix, width, picked)
+
+    def _learn(self, args: Mapping[str, Any]) -> None:
+        """Asks the devices for the lengths of rows, if no call before did, see `Packed`."""
+        if "lengths" in self.programs:
+            found = self.programs["lengths"](args[f"{self._prefix}segment"])
+            self._schedules.learn(self._prefix, found)
 
     def _infer(self, params: Any, args: Mapping[str, Any], key: jax.Array) -> tuple[Any, Any]:
+        self._learn(args)
         found = self.programs["zero"]()
         for shape, maps in self._micro(args):
             found = self.programs[named(shape)](found, (params, args, maps), key)
         return self.programs["finish"](found, args, key) if "finish" in self.programs else found, {}
 
     def _train(self, model: Any, args: Mapping[str, Any], key: jax.Array) -> tuple[Any, Any]:
+        self._learn(args)
         seen = []
-        picks = [None] if self._rows is None else np.asarray(jax.device_get(self._rows))
+        picks = [None] if self._rows is None else arrays.known(self._rows)
         for picked in picks:
             sums = self.programs["zero"]()
             for shape, maps in self._micro(args, picked):
@@ -267,7 +286,6 @@ def of_train(
     once = c.epochs * c.minibatches == 1
     update = summed.update(read_one if once else lambda seen: seen)
     out = {named(shape): summed.sums(each[shape], shape.local) for shape in shapes}
-    out |= {"lengths": _lengths(layouts, c, args[f"{prefix}segment"])}
     out |= {"zero": summed.zero(), "update": update}
     if not once:
         count = args[f"{prefix}tokens"].shape[0]
@@ -302,6 +320,7 @@ class Infer:
         self._layouts, self._call, self._prefix, self._args = layouts, c, prefix, dict(args)
         self._place = layouts.plan[c.name]
         self._params = layouts.borrowed(c)
+        self._in_host = layouts.specs[c.of].axes if self._place.offload == "params" else None
         self.rowwise = isinstance(c.fn, Rowwise)
         self._numbers = c.fn.tokens if self.rowwise else c.fn
         with layouts.context(c, _TRIED.local):
@@ -324,6 +343,8 @@ class Infer:
             self.out = jax.eval_shape(self._finished, like, self._args, key)
 
     def _of(self, params: Any, args: Any, maps: Any, words: jax.Array) -> dict[str, jax.Array]:
+        if self._in_host is not None:
+            params = programs.fetched(params, self._in_host)
         there = gathered(self._place, self._prefix, args, maps)
         both = mixed.together(there, self._place.seq, self._call.reads)
         out = dict(self._numbers(params, both, programs.key_of(self._call.name, words)))
@@ -344,9 +365,6 @@ class Infer:
             made: what it writes, with layouts.
         """
         out = {named(shape): self._of_shape(shape) for shape in shapes} | {"zero": self._zero()}
-        out |= {
-            "lengths": _lengths(self._layouts, self._call, self._args[f"{self._prefix}segment"])
-        }
         return out | ({"finish": self._finish(made)} if self.rowwise else {})
 
     def _of_shape(self, shape: Shape) -> lowering.Lowered:
@@ -381,8 +399,8 @@ class Infer:
         return lowering.lowered(self._layouts, self._call, found, where)
 
 
-def _lengths(layouts: Layouts, c: Call, segment: Any) -> lowering.Lowered:
-    """`segment -> ` tokens of each row."""
+def lengths_of(layouts: Layouts, c: Call, segment: Any) -> lowering.Lowered:
+    """`segment -> ` tokens of each row, whole on every device."""
 
     def run(segment: jax.Array) -> jax.Array:
         return (segment > 0).sum(axis=1, dtype=jnp.int32)

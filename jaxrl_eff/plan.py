@@ -35,6 +35,7 @@ class Outline(NamedTuple):
         specs: role -> `Spec`, with the optimizer.
         batch: name -> global shape and dtype of the graph's inputs.
         sampling: of its generate calls, if any.
+        packed: call -> what is expected of its rows, for those that a schedule packs.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Outline(NamedTuple):
     specs: dict[str, Any]
     batch: dict[str, Any]
     sampling: Any
+    packed: dict[str, Any]
 
     @property
     def trained(self) -> str:
@@ -72,7 +74,7 @@ def outlines(run: settings.Run) -> list[Outline]:
 def _outline(
     run: settings.Run, name: str, tokenizer: Any, base: Any, earlier: list[Outline]
 ) -> Outline:
-    from jaxrl_eff import parts
+    from jaxrl_eff import long, parts
 
     s = run.stage[name]
     room, kind = parts.algorithm_of(s)
@@ -86,7 +88,10 @@ def _outline(
     lms = {role: lm for role, lm in lms.items() if role in graph.models}
     origins = {role: given.get(role, given["actor"]) for role in lms}
     specs, _ = parts.model_specs(s, graph, lms, name)
-    return Outline(name, graph, lms, origins, specs, parts.batch_shapes(s, kind), sampling)
+    shapes, packed = parts.batch_shapes(s, kind), {}
+    if s.schedule.name == "skrull" and sampling is not None:  # prompts are not read: the longest
+        packed = long.expected(s.schedule, graph, [s.data.prompt_length], sampling.max_tokens)
+    return Outline(name, graph, lms, origins, specs, shapes, sampling, packed)
 
 
 def _origins(s: settings.StageSettings, earlier: list[Outline]) -> dict[str, str]:
@@ -136,7 +141,7 @@ def problem(outline: Outline, **options: Any) -> Any:
         outline.batch,
         sampling=outline.sampling,
         specs=outline.specs,
-        **options,
+        **{**works.expecting(outline.packed), **options},
     )
 
 
@@ -256,6 +261,7 @@ def _print(planned: Any, console: Any) -> None:
             ),
             "certificate": _certificate(found),
             "search": f"{found.evaluated:,} plans in {found.seconds:.1f} s",
+            **plan_page.packed(planned),
         },
     )
     works = [w for w in planned.problem.works if w.model is not None]

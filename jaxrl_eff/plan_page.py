@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jaxrl_eff import charts, report
 from jaxrl_eff.console import number
 from jaxrl_eff.parallel import Placement
+from jaxrl_eff.planner import packing
 from jaxrl_eff.planner.hardware import GIB, Cluster
 from jaxrl_eff.planner.problem import Problem
 from jaxrl_eff.planner.search import Found
@@ -286,6 +287,18 @@ def _memory(planned: Planned) -> str:
 # The page -------------------------------------------------------------------------------------
 
 
+def packed(planned: Planned) -> dict[str, str]:
+    """What is said of the calls whose rows a schedule packs; empty if there are none."""
+    told = [packing.told(w) for w in planned.problem.works if w.packed is not None]
+    if not told:
+        return {}
+    how = (
+        "responses are guessed, from short ones to cut-off ones; schedules cut rows by length "
+        "where the room ends, whatever the plan's microbatches"
+    )
+    return {"packed": f"{'; '.join(told)}; {how}"}
+
+
 def page(title: str, plans: Sequence[Planned]) -> str:
     """A page with a section for every stage."""
     cluster = plans[0].cluster
@@ -341,12 +354,13 @@ def _stage(planned: Planned) -> str:
     heads += "".join(f"<th class=n>{h}</th>" for h in ("microbatches", "seconds", "memory"))
     keys = report.legend({w.name: i for i, w in enumerate(planned.problem.works)})
     keys += "<div class=keys>striped: weights reallocated; thin: arrays between hosts</div>"
+    note = "".join(f"<p class=dim>{_text(said)}.</p>" for said in packed(planned).values())
     # From the first plan that fits on; before it the search has little to show.
     trace = [(n, seconds) for n, seconds in found.trace if seconds < 3 * schedule.seconds]
     trace.append((found.evaluated, schedule.seconds))
     curve = report.figure_of("seconds of the best plan, by plans tried", {"": trace})
     return f"""<section><h2>{_text(planned.stage)}</h2><dl class=facts>{cells}</dl>
-<h3>Plan</h3><div class=wide><table><tr>{heads}</tr>{"".join(rows)}</table></div>
+<h3>Plan</h3><div class=wide><table><tr>{heads}</tr>{"".join(rows)}</table></div>{note}
 <h3>Two steps, by device</h3><div class=wide>{timeline(planned)}</div>{keys}
 <h3>Where the time goes</h3>{_spent(planned)}
 <h3>Against plans made by rule</h3>{_rules(planned)}

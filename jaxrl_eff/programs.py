@@ -55,6 +55,11 @@ def fetched(params: Any, axes: Any) -> Any:
     return jax.tree.map(fetch, axes, params, is_leaf=lambda x: isinstance(x, tuple))
 
 
+def with_state(model: Model) -> Model:
+    """A model whose optimizer state waits in host memory, with it in the devices' own."""
+    return model._replace(opt=jax.device_put(model.opt, jax.memory.Space.Device))
+
+
 def apply_program(
     c: Call, microbatches: int, in_host: Any, params: Any, batch: dict, words: jax.Array
 ):
@@ -115,7 +120,7 @@ def train_program(
         sharded: gradients and sums of rows, if not by `sums` and the compiler.
     """
     if opt_in_host:
-        model = model._replace(opt=jax.device_put(model.opt, jax.memory.Space.Device))
+        model = with_state(model)
     key = key_of(c.name, words)
     updates = c.epochs * c.minibatches
     way = way_of(tx)
@@ -156,7 +161,7 @@ def reselect_program(
     These rows are not split into microbatches, so that no plan can change the choice.
     """
     if opt_in_host:
-        model = model._replace(opt=jax.device_put(model.opt, jax.memory.Space.Device))
+        model = with_state(model)
     found = None
     if way.probes is not None:
         part = jax.tree.map(lambda x: x[0], split(batch, way.probe))

@@ -405,14 +405,23 @@ def _schedule(workdir: Path, notes: list[str], steps: Sequence[Mapping[str, Any]
         }
         figures = figure_of("seconds a step", times) if any(times.values()) else ""
         cells = [(f"up to {most:,}", f"{share:.1%}") for most, share in told.get("lengths", ())]
-        shapes = ", ".join(f"{own}+{shared}" for own, shared in told.get("shapes", ()))
         sections.append(
-            f"<p>{_text(stage)}: {told.get('groups')} groups of {told.get('parts')} devices with "
-            f"{told.get('room', 0):,} tokens each; micro-batches of {_text(shapes)} tokens a "
-            f"device, its own + its share of long sequences.</p><div class=charts>{figures}</div>"
+            f"{''.join(_mesh(stage, place) for place in told.get('places', [told]))}"
+            f"<div class=charts>{figures}</div>"
             f"{_table(['tokens', 'of the sequences'], cells) if cells else ''}"
         )
     return f"<section><h2>Short and long sequences</h2>{''.join(sections)}</section>"
+
+
+def _mesh(stage: str, told: Mapping[str, Any]) -> str:
+    """What schedules on one mesh were made for."""
+    shapes = ", ".join(f"{own}+{shared}" for own, shared in told.get("shapes", ()))
+    who = ": ".join([stage, *([", ".join(told["calls"])] if told.get("calls") else [])])
+    return (
+        f"<p>{_text(who)}: {told.get('groups')} groups of {told.get('parts')} devices with "
+        f"{told.get('room', 0):,} tokens each; micro-batches of {_text(shapes)} tokens a "
+        "device, its own + its share of long sequences.</p>"
+    )
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_eff import schedule_cost
 from jaxrl_eff.arguments import explained
 from jaxrl_eff.data.skrull_cost import Cost, Model
 from jaxrl_eff.data.skrull_study import Study, rows, study
 from jaxrl_eff.planner import hardware as known
+from jaxrl_eff.planner import schedule_cost
 
 AXES = ("data", "fsdp", "seq", "tensor")
 ROOM = 26_000
@@ -130,7 +130,7 @@ def read_model(text: str) -> Model:
 
 
 def cost_on(hardware: str, mesh: dict[str, int], model: Model) -> Cost:
-    """The cost on a mesh of this hardware, see `schedule_cost`.
+    """The cost on a mesh of this hardware, see `planner.schedule_cost`.
 
     Raises:
         ValueError: unknown hardware, or more devices than there are.

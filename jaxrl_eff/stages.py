@@ -4,6 +4,7 @@ Everything that can be wrong with a config is found here, in milliseconds to sec
 weights are read or a program is compiled: files, formats, plans, sizes that do not divide.
 """
 
+import contextlib
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ class Stage:
         schedules: trained role -> learning rate by optimizer update.
         source: the examples, for samples.
         searched: how the plan was found, if it was searched.
+        placed: plan -> `step` under it, checked; None for those over sequences of a data set.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Stage:
     source: Any
     sampling: Sampling | None
     searched: calibrate.Searched | None = None
+    placed: Callable[[Mapping[str, Placement]], Step] | None = None
 
     def told(self) -> dict[str, Any]:
         """Of a scheduled stage: what schedules are made for, see `Scheduled.told`."""
@@ -221,9 +224,12 @@ def _stage(
     specs, schedules = parts.model_specs(s, graph, lms, name)
     with parts.at_path(f"config.{name}.zero"):
         specs = {role: parts.sent(s, spec, lms.get(role)) for role, spec in specs.items()}
-    if s.schedule.name == "skrull" and s.plan == "search":
-        raise ValueError("schedule is 'skrull', whose plan is not searched: say its seq axis.")
-    if s.schedule.name == "skrull" and kind != "prompts":
+    scheduled = s.schedule.name == "skrull"
+    if scheduled and s.plan == "search" and kind != "prompts":
+        raise ValueError(
+            f"schedule is 'skrull', whose plan is not searched for {s.algorithm}: say its seq axis."
+        )
+    if scheduled and kind != "prompts":
         step, batches, shapes, plan = _scheduled(
             s, name, graph, specs, lms, source, encoder, kind, seed, tokenizer
         )
@@ -231,21 +237,34 @@ def _stage(
         return Stage(
             name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling
         )
-    shapes, searched = parts.batch_shapes(s, kind), None
+    shapes, searched, prompts = parts.batch_shapes(s, kind), None, []
+    if scheduled:
+        prompts = long.lengths_of(source, encoder, "prompts", s.schedule.sample)
+        prompts = np.minimum(prompts, s.data.prompt_length)
     with parts.at_path(f"config.{name}.plan"):
         if s.plan == "search":
-            problem = works.works(graph, lms, shapes, sampling=sampling, specs=specs)
+            packing = {}
+            if scheduled:
+                packing = long.expected(s.schedule, graph, prompts, sampling.max_tokens)
+            problem = works.works(
+                graph, lms, shapes, sampling=sampling, specs=specs, **works.expecting(packing)
+            )
             searched = calibrate.search(problem, s.search, seed=run.seed)
             plan = searched.plan
         else:
             plan = plans.plan(s.plan, graph, jax.device_count(), parts.nodes_of(s))
     keep = "tokens segment mask score example" if kind == "prompts" else ""
-    if s.schedule.name == "skrull":
-        step = _packed(s, name, graph, specs, lms, shapes, plan, keep, sampling, source, encoder)
-    else:
-        step = dataflow.compile(graph, plan, specs, keep=keep, sync=parts.changes_of(s)).check(
-            shapes
-        )
+
+    def placed(plan: Mapping[str, Placement]) -> Step:
+        make = packed.compile if scheduled else dataflow.compile
+        step = make(graph, plan, specs, keep=keep, sync=parts.changes_of(s)).check(shapes)
+        if scheduled:
+            most, cluster = sampling.max_tokens, hardware.local()
+            return long.rollouts(s.schedule, step, lms, prompts, most, cluster=cluster)
+        return step
+
+    with parts.at_path(f"config.{name}.schedule") if scheduled else contextlib.nullcontext():
+        step = placed(plan)
     batches = loader.batches(
         source,
         encode=encoder,
@@ -262,7 +281,7 @@ def _stage(
     evaluation = _evaluation(run, name, tokenizer, lms, specs, plan, graph, held_out, sampling)
     return Stage(
         name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
-        searched,
+        searched, placed,
     )  # fmt: skip
 
 
@@ -301,30 +320,6 @@ def _scheduled(
         pad=tokenizer.pad or 0,
     )
     return made.step, made.batches(one_by_one, pad=tokenizer.pad or 0), made.batch, plan
-
-
-def _packed(
-    s: StageSettings,
-    name: str,
-    graph: Graph,
-    specs: dict[str, Spec],
-    lms: dict[str, LMConfig],
-    shapes: Any,
-    plan: dict[str, Placement],
-    keep: str,
-    sampling: Sampling,
-    source: Any,
-    encoder: Callable,
-) -> packed.Packed:
-    """The step of a stage that computes what it sampled packed."""
-    with parts.at_path(f"config.{name}.schedule"):
-        step = packed.compile(graph, plan, specs, keep=keep, sync=parts.changes_of(s)).check(shapes)
-        trained = next(c.of for c in step.packed if c.kind == "train")
-        prompts = long.lengths_of(source, encoder, "prompts", s.schedule.sample)
-        return long.rollouts(
-            s.schedule, step, lms[trained], np.minimum(prompts, s.data.prompt_length),
-            sampling.max_tokens, cluster=hardware.local(),
-        )  # fmt: skip
 
 
 def _evaluation(

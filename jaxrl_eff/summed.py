@@ -32,6 +32,7 @@ class Summed:
         self._layouts, self._call, self._loss = layouts, c, loss
         self._way = programs.way_of(layouts.specs[c.of].tx)
         self._model = layouts.home(c.of)._replace(past=())
+        self._opt_in_host = layouts.plan[c.name].offload == "opt"
         like = lowering.traced(layouts, c, self._sums, self._model, args, local).out
         zeros = jax.eval_shape(programs.Sums.zeros, like)
         whole, there = layouts.whole(c), tree.flat(self._model.params)
@@ -43,7 +44,11 @@ class Summed:
         small = jax.tree.map(lambda x: placed(x, whole), zeros._replace(grads=()))
         self.carry = small._replace(grads=tree.map_with_name(beside, zeros.grads))
 
+    def _fetched(self, model: Model) -> Model:
+        return programs.with_state(model) if self._opt_in_host else model
+
     def _sums(self, model: Model, args: Any, key: jax.Array) -> programs.Sums:
+        model = self._fetched(model)
         leaves = self._way.leaves(model.params, model.opt)
         key = programs.key_of(self._call.name, key)
         return programs.sums(self._loss, self._way, key, model, leaves, args)
@@ -73,6 +78,7 @@ class Summed:
 
         def run(model: Model, carry: programs.Sums, key: jax.Array) -> Any:
             del key
+            model = self._fetched(model)
             leaves = self._way.leaves(model.params, model.opt)
             new, seen = programs.updated(self._way, model, leaves, carry)
             return new, finish(seen)

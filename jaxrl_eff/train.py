@@ -279,12 +279,16 @@ def _replanned(
         out.console.line(f"{stage.name}: no plan saves more than {max(gain, 0.0):.0%}; it stays")
         calibration.keep(new)
         return stage, models
-    out.console.line(f"{stage.name}: {new}; saves {gain:.0%}, taken up")
-    old = stage.step
-    keep = " ".join(old.keep)
-    step = dataflow.compile(old.graph, new.plan, old.specs, keep=keep, sync=old.sync)
+    out.console.line(f"{stage.name}: {new}; saves {gain:.0%}")
+    try:
+        step = stage.placed(new.plan)
+    except ValueError as error:  # of packed rows: no room in the memory that programs really need
+        out.console.line(f"{stage.name}: it cannot run: {error}")
+        calibration.keep(new)
+        return stage, models
     step.build(stage.batch)
-    models = state.moved(models, old, step)
+    models = state.moved(models, stage.step, step)
+    out.console.line(f"{stage.name}: taken up")
     calibration.take(new)
     stage.loader.share(step.share)
     out.writer.document("plan", {stage.name: step.plan_table()}, merge=True)
@@ -381,8 +385,10 @@ class _Log:
         )
         seconds = {s.call: s.end - s.start for s in self.spans}
         if isinstance(self._stage.step, packed.Packed):
-            trained = (c.name for c in self._stage.step.packed if c.kind == "train")
-            values["schedule/measured_seconds"] = sum(seconds[name] for name in trained)
+            trained = [c.name for c in self._stage.step.packed if c.kind == "train"]
+            mine = [seconds[name] for name in trained if name in seconds]
+            if mine:  # of this process's devices
+                values["schedule/measured_seconds"] = sum(mine)
         if self._calibration is not None:
             length = next((v for k, v in values.items() if k.endswith("/length")), None)
             step = self._window[-1][0] - self._window[-2][0]

@@ -359,6 +359,15 @@ def test_a_bad_graph_is_refused_by_name(calls, message):
         Graph("prompt", calls())
 
 
+def test_a_local_call_lies_where_training_does_and_takes_nothing_else_from_its_plan():
+    graph = ppo()
+    rest = {c.name: ONE for c in graph.calls if c.of is not None}
+    away = _place(range(2), fsdp=2, offload="opt")
+    full = dataflow.check_plan(graph, {**rest, "actor_train": away})
+    local = next(c.name for c in graph.calls if c.kind == "local")
+    assert full["actor_train"] == away and full[local] == _place(range(2), fsdp=2)
+
+
 @pytest.mark.parametrize(
     ("plan", "message"),
     [

@@ -112,6 +112,17 @@ def test_the_plan_written_is_one_that_a_run_takes(tmp_path):
     assert plan_page.table(placed) == table
 
 
+def test_what_a_schedule_packs_is_priced_by_expected_lengths_and_said(tmp_path, capsys):
+    config = f"--config={TINY}:algorithm=grpo"
+    for name in ("rows", "skrull"):
+        words = (config, "--cluster=h100:2", "--evaluations=30", f"--workdir={tmp_path}",
+                 f"--config.grpo.schedule.name={name}")  # fmt: skip
+        assert plan.main([*words]) == 0
+        told, page = capsys.readouterr().out, (tmp_path / "timeline.html").read_text()
+        said = "ref_inf: packed, 188 tokens expected of 256 padded ones"
+        assert (said in re.sub(r"\s+", " ", told)) == (said in page) == (name == "skrull")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

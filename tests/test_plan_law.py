@@ -8,7 +8,7 @@ import launch
 import numpy as np
 import pytest
 
-from jaxrl_eff import dataflow, plans, stages, state
+from jaxrl_eff import plans, stages, state
 
 STEPS = 2
 
@@ -26,8 +26,7 @@ def models_after(run, *, steps=STEPS, switch=None):
     start = jax.tree.map(np.asarray, {r: m.params for r, m in models.items()})
     for t in range(steps):
         if t == 1 and switch is not None:
-            new = dataflow.compile(step.graph, switch, step.specs, keep=" ".join(step.keep))
-            new.check(stage.batch).build(stage.batch)
+            new = stage.placed(switch).build(stage.batch)
             models, step = state.moved(models, step, new), new
         models, _, _ = step(models, next(stage.loader), stages.words(0, stage.name, t))
     stage.loader.close()

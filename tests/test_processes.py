@@ -56,6 +56,39 @@ def test_a_plan_may_split_the_processes(plan, cache, tmp_path, grpo):  # noqa: F
     assert results[0] == results[1] and len(results[0]) == 2
 
 
+# The reference on the second process alone, training over both, sampling on half of each.
+MESHES = (
+    "{'default': {'devices': [0, 1, 4, 5], 'seq': 2}, "
+    "'ref_inf': {'devices': [4, 5, 6, 7], 'seq': 2}, "
+    "'actor_train': {'devices': [0, 1, 2, 3, 4, 5, 6, 7], 'seq': 2}}"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "room"),
+    [(MESHES, 8), (MESHES, 0), ("apart", 8), ("{'default': {'seq': 2}}", 8)],
+    ids=["meshes", "room", "apart", "one mesh"],
+)
+def test_sampled_rows_are_packed_on_two_processes(plan, room, cache, tmp_path, grpo):  # noqa: F811
+    schedule = f"--config.grpo.schedule={{'name': 'skrull', 'room': {room}, 'shapes': 2}}"
+    config, spec = f"--config={SPLIT},devices=4", (schedule,)
+    if plan == "apart":
+        config += ",plan=apart"
+    else:
+        spec += (f"--config.grpo.plan={plan}",)
+    done = together(cache, config, *spec, f"--workdir={tmp_path}")
+    for out, err, code in done:
+        assert code == 0, out + err
+    for _, _, values in launch.numbers(tmp_path):
+        if "actor_train/loss" in values:  # the first process knows what is computed on it
+            assert ("schedule/padding" in values) == (plan != "apart")
+            assert ("schedule/measured_seconds" in values) == (plan != "apart")
+    check_equal(tmp_path, grpo)
+    results = [launch.document(d, "result")["results"] for d in (tmp_path, grpo)]
+    assert results[0] == results[1] and len(results[0]) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("plan", ["apart", "across", "overlap", "small"])
@@ -93,7 +126,8 @@ def check_equal(two, one):
     ours, theirs = launch.numbers(two), launch.numbers(one)
     assert [r[:2] for r in ours] == [r[:2] for r in theirs]
     for (_, _, a), (_, _, b) in zip(ours, theirs, strict=True):
-        assert {k for k in a if "/sync_" not in k} == b.keys()
+        told = {k for k in a if "/sync_" not in k and not k.startswith("schedule/")}
+        assert told == b.keys()
         for name in LOSSES:
             if name in b:
                 np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-6, err_msg=name)

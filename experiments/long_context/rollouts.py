@@ -110,7 +110,8 @@ def compare(name, place, cluster):
     settings = ScheduleSettings(name="skrull", room=4096, shapes=6)
     lengths = list(range(16, PROMPT + 1))
     began = time.perf_counter()
-    long.rollouts(settings, ours, LM, lengths, ANSWER, cluster=cluster).build(batch(0))
+    lms = dict.fromkeys(specs, LM)
+    long.rollouts(settings, ours, lms, lengths, ANSWER, cluster=cluster).build(batch(0))
     built = time.perf_counter() - began
     seen = {"padded": [], "packed": []}
     told, predicted = [], []
@@ -131,7 +132,7 @@ def compare(name, place, cluster):
                 seen[way].append((time.perf_counter() - wall, time.process_time() - cpu))
                 if way == "packed":
                     told.append({k: float(v) for k, v in m.items() if k.startswith("schedule/")})
-                    cost = step.packing.cost
+                    cost = step.packings[place].cost
                     estimate = told[-1]["schedule/planned_seconds"]
                     predicted.append(estimate / padded_seconds(cost, place))
     ratios = [[b[i] / a[i] for a, b in zip(seen["padded"], seen["packed"], strict=True)]
@@ -141,7 +142,7 @@ def compare(name, place, cluster):
         return f"{statistics.median(x):.3f} ({min(x):.3f} to {max(x):.3f})"
 
     mean = {k.partition("/")[2]: statistics.mean(t[k] for t in told) for k in told[0]}
-    shapes = " ".join(f"{a}+{b}" for a, b in ours.packing.shapes)
+    shapes = " ".join(f"{a}+{b}" for a, b in ours.packings[place].shapes)
     print(f"{name}: {STEPS} steps, {PROMPTS * SAMPLES} rows of {PROMPT + ANSWER}; shapes {shapes}, "
           f"made and compiled in {built:.0f} s")  # fmt: skip
     for way in seen:

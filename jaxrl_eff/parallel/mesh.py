@@ -74,6 +74,11 @@ class Placement:
         return {axis: getattr(self, axis) for axis in AXES}
 
     @property
+    def bare(self) -> "Placement":
+        """The same mesh, with rows in one part and nothing in host memory."""
+        return dataclasses.replace(self, microbatches=1, offload="")
+
+    @property
     def row_shards(self) -> int:
         """Into how many shards the rows of a batch are split."""
         return self.dcn * self.data * self.fsdp

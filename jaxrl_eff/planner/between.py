@@ -15,6 +15,7 @@ so the network hides from T* = V F (N - 1) / (p N A B) tokens on, whatever the s
 import dataclasses
 
 from jaxrl_eff.parallel.ladder import LADDER, Rung
+from jaxrl_eff.planner import packing
 from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.planner.problem import Problem, Work
 
@@ -79,7 +80,7 @@ def advice(problem: Problem, cluster: Cluster) -> list[Advice]:
 def _of(w: Work, problem: Problem, cluster: Cluster) -> Advice:
     role = problem.roles[w.model]
     passes = role.passes + role.shape.remat
-    tokens = w.rows * w.length / w.minibatches / cluster.devices
+    tokens = packing.tokens(w) / w.minibatches / cluster.devices
     needed = {r.name: break_even(cluster, r, passes=passes) for r in LADDER}
     slow = max(tokens, needed["exact"])
     gain = {k: slow / max(tokens, t) for k, t in needed.items() if k != "exact"}

@@ -100,6 +100,12 @@ class Choices:
         )
 
 
+def _room(work: Work) -> str:
+    if work.packed is None or not work.packed.room:
+        return ""
+    return f", or have {work.length} tokens, more than the room for {work.packed.room} a device"
+
+
 def choices(
     problem: Problem,
     cluster: Cluster,
@@ -138,7 +144,8 @@ def choices(
         if not any(found.values()):
             raise ValueError(
                 f"{work.name}: {work.rows} rows in {work.minibatches} minibatches divide on no "
-                f"mesh of {cluster.name} with at least {smallest} devices."
+                f"mesh of {cluster.name} with at least {smallest} devices"
+                f"{_room(work)}."
             )
         flat = tuple(c for cs in found.values() for c in cs)
         index = {c: i for i, c in enumerate(flat)}

@@ -11,7 +11,8 @@ layer, t = tensor, s = stage, m microbatches, a pass over one microbatch and one
     layer(b, c) = max(2 w b / (t F), w / (t B)) + KV(b, c) / (t B) + 2 all-reduces + layer_seconds
 
 A loop over tokens ends with its longest row: `steps` is the expectation of that over the lengths.
-Sums and gathers are priced in `collectives`, reallocations and transfers in `transfer`.
+Sums and gathers are priced in `collectives`, reallocations and transfers in `transfer`; what the
+micro-batches of a packed call take, in `packing`.
 
 ReaL (Mei et al. 2024, arXiv:2406.14088) profiles calls and leaves gradient traffic out; here all is
 arithmetic, and `Corrections` bring in what was measured. Weights sharded over fsdp are gathered for
@@ -26,6 +27,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxrl_eff.parallel.mesh import Placement
+from jaxrl_eff.planner import packing
 from jaxrl_eff.planner.collectives import Axis, all_reduce, gather, grid, hand_on
 from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.planner.problem import Lengths, Problem, Role, Shape, Work
@@ -168,24 +170,71 @@ def _forward(
     """
     g, cut = grid(p, c), split(shape, p)
     tokens = rows * length / p.seq
+    layers = shape.layers / p.stage
     products = 2.0 * shape.layers * layer_share(shape, cut) * tokens
     scores = 4.0 * shape.head_dim * shape.heads / cut.heads * seen(shape, (length + 1) / 2) * tokens
     last = 2.0 * shape.head_params / (1 if shape.value else cut.vocab) * head_rows / p.seq
     flops = flops_factor * (products + scores + last) / p.stage
     compute = flops / (c.peak(shape.compute_bytes) * efficiency)
-    weights = layer_share(shape, cut) * shape.layers / p.stage * shape.compute_bytes
+    one = _beside(shape, p, c, compute, tokens)
+    if p.seq == 1:
+        return one
+    kv = 2.0 * tokens * shape.kv_heads / cut.kv * shape.head_dim * shape.compute_bytes
+    hops = min(p.seq - 1, _reach(shape, length / p.seq))
+    seq = max(0.0, layers * hops * hand_on(kv, g.seq, c) - c.overlap * one.device)
+    return one._replace(seq=seq)
+
+
+def _beside(
+    shape: Shape, p: Placement, c: Cluster, compute: float | int, tokens: float | int
+) -> Pass:
+    """A pass of so many seconds of computing, with what a device's tokens add; `seq` is 0."""
+    g, cut, layers = grid(p, c), split(shape, p), shape.layers / p.stage
+    weights = layer_share(shape, cut) * layers * shape.compute_bytes
     reading = weights / (c.memory_bytes_per_s * c.memory_efficiency)
-    layers = shape.layers / p.stage
     moved = tokens * shape.width * shape.compute_bytes
     tensor = 2.0 * layers * all_reduce(moved, g.tensor, c)
-    device = max(compute, reading)
-    tensor = max(0.0, tensor - c.tensor_overlap * device)
-    seq = 0.0
-    if p.seq > 1:
-        kv = 2.0 * tokens * shape.kv_heads / cut.kv * shape.head_dim * shape.compute_bytes
-        hops = min(p.seq - 1, _reach(shape, length / p.seq))
-        seq = max(0.0, layers * hops * hand_on(kv, g.seq, c) - c.overlap * device)
-    return Pass(compute, max(0.0, reading - compute), tensor, seq, _starting(layers, p, c))
+    tensor = max(0.0, tensor - c.tensor_overlap * max(compute, reading))
+    return Pass(compute, max(0.0, reading - compute), tensor, 0.0, _starting(layers, p, c))
+
+
+class Part(NamedTuple):
+    """What a call does at once: one of its microbatches, or micro-batches of a schedule.
+
+    Attributes:
+        count: how many there are in an update or pass.
+        one: seconds of one, on average.
+        tokens: of a device in the largest, padding included.
+        scores_bytes: of attention scores that exist at once.
+    """
+
+    count: int
+    one: Pass
+    tokens: float
+    scores_bytes: float
+
+
+def _parts(
+    shape: Shape,
+    work: Work,
+    p: Placement,
+    c: Cluster,
+    efficiency: float | int,
+    factor: float | int,
+) -> Part:
+    """The parts of an infer or train call, forward only."""
+    cut = split(shape, p)
+    if work.packed is None:
+        rows = work.rows / (work.minibatches * p.row_shards * p.microbatches)
+        one = _forward(shape, p, c, rows, work.length, rows * work.length, efficiency, factor)
+        scores = _scores_bytes(shape, rows, work.length, p, cut, c)
+        return Part(p.microbatches, one, rows * work.length / p.seq, scores)
+    done = packing.laid(work, shape, p, c)
+    each = 1.0 / (packing.PASSES * done.steps)
+    compute = factor * done.seconds * each * c.train_efficiency / efficiency
+    one = _beside(shape, p, c, compute, done.columns)._replace(seq=done.exchange * each)
+    scores = _scores_bytes(shape, 1, done.largest * p.seq, p, cut, c)
+    return Part(done.steps, one, done.largest, scores)
 
 
 def _reach(shape: Shape, piece: float) -> int | float:
@@ -286,12 +335,10 @@ def _scores_bytes(
 
 
 def _train(role: Role, work: Work, p: Placement, c: Cluster, corrections: Corrections) -> Cost:
-    shape, g, cut = role.shape, grid(p, c), split(role.shape, p)
-    m, s = p.microbatches, p.stage
+    shape, g, cut, s = role.shape, grid(p, c), split(role.shape, p), p.stage
     updates = work.epochs * work.minibatches
-    rows = work.rows / (work.minibatches * p.row_shards * m)
     factor = corrections.flops.get(work.name, 1.0)
-    one = _forward(shape, p, c, rows, work.length, rows * work.length, c.train_efficiency, factor)
+    m, one, tokens, scores = _parts(shape, work, p, c, c.train_efficiency, factor)
     passes = role.passes + bool(shape.remat)
     u = passes * (one.compute + one.memory + one.overhead)
     collectives = (3 if shape.remat else 2) * one.tensor + passes * one.seq
@@ -312,7 +359,7 @@ def _train(role: Role, work: Work, p: Placement, c: Cluster, corrections: Correc
     optimizer = traffic / (c.memory_bytes_per_s * c.memory_efficiency)
     hop = 0.0
     if s > 1:
-        moved = rows * work.length / p.seq * shape.width * shape.compute_bytes
+        moved = tokens * shape.width * shape.compute_bytes
         hop = 2 * (m + s - 1) * (hand_on(moved, g.stage, c) + c.stage_seconds)
     exposed = 0.0
     where = p.offload
@@ -331,12 +378,10 @@ def _train(role: Role, work: Work, p: Placement, c: Cluster, corrections: Correc
         "overhead": updates * m * passes * one.overhead + c.launch,
         "offload": exposed,
     }
-    tokens = rows * work.length / p.seq
     flight = min(m, s)
     layers = shape.layers / s
     kept = tokens * shape.width * shape.compute_bytes if shape.remat else 0.0
     work_set = _layer_activations(shape, tokens, cut)
-    scores = _scores_bytes(shape, rows, work.length, p, cut, c)
     if shape.remat:
         activations = flight * layers * kept + work_set + scores
     else:
@@ -358,23 +403,20 @@ def _stream(
 
 
 def _infer(role: Role, work: Work, p: Placement, c: Cluster, corrections: Corrections) -> Cost:
-    shape, g, cut = role.shape, grid(p, c), split(role.shape, p)
-    m, s = p.microbatches, p.stage
-    rows = work.rows / (p.row_shards * m)
+    shape, g, cut, s = role.shape, grid(p, c), split(role.shape, p), p.stage
     factor = corrections.flops.get(work.name, 1.0)
-    one = _forward(shape, p, c, rows, work.length, rows * work.length, c.forward_efficiency, factor)
+    m, one, tokens, scores = _parts(shape, work, p, c, c.forward_efficiency, factor)
     param, _ = state_bytes(role, p)
     data = 0.0
     if cut.fsdp > 1:
         whole = params_share(shape, p) * cut.fsdp * min(shape.compute_bytes, shape.param_bytes)
         data = max(0.0, m * gather(whole, g.fsdp, c) - c.overlap * one.device * m)
     hop = 0.0
-    tokens = rows * work.length / p.seq
     if s > 1:
         moved = tokens * shape.width * shape.compute_bytes
         hop = (m + s - 1) * (hand_on(moved, g.stage, c) + c.stage_seconds)
     active = _layer_activations(shape, tokens, cut) + _logits_bytes(shape, tokens, cut, c)
-    active += _scores_bytes(shape, rows, work.length, p, cut, c)
+    active += scores
     active += 2 * layer_share(shape, cut) * shape.compute_bytes if cut.fsdp > 1 else 0.0
     exposed = 0.0
     if p.offload == "params":

@@ -84,6 +84,27 @@ class Lengths:
 
 
 @dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows that a schedule packs by their lengths (`jaxrl_eff.packed`).
+
+    Attributes:
+        prompt: tokens before each response, on average.
+        responses: how long they are expected to be.
+        room: tokens that a device holds at once; 0: as many as there is memory for.
+    """
+
+    prompt: int
+    responses: Lengths
+    room: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a row."""
+        pairs = zip(self.responses.tokens, self.responses.share, strict=True)
+        return self.prompt + sum(n * share for n, share in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Work:
     """One call of the graph as an amount of work.
 
@@ -101,6 +122,8 @@ class Work:
         host: runs in Python on the host.
         staleness: of a generate call: how many updates old its weights may be.
         seconds: of a local call, measured or guessed; calls with a model are priced.
+        packed: of a call (infer, train) that computes its rows packed, what is known of them;
+            None: `length` tokens each.
     """
 
     name: str
@@ -121,6 +144,7 @@ class Work:
     host: bool = False
     staleness: int = 0
     seconds: float | int = 0.0
+    packed: Packed | None = None
 
 
 @dataclasses.dataclass(frozen=True)

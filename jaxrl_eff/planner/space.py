@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_eff.parallel.mesh import Placement
+from jaxrl_eff.planner import packing
 from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.planner.problem import Problem, Shape, Work
 
@@ -100,7 +101,11 @@ def sharded(count: int, per_host: int = 8) -> Iterator[Strategy]:
 
 
 def spread(found: Iterable[Strategy], length: int) -> Iterator[Strategy]:
-    """Strategies with some of the data-parallel devices sharing rows of this length instead."""
+    """Strategies with some of the data-parallel devices sharing rows of this length instead.
+
+    Args:
+        length: that must divide; 0: any is cut as it comes.
+    """
     for s in found:
         for seq in divisors(s.data)[1:]:
             if length % seq == 0:
@@ -114,6 +119,7 @@ def strategies(
     per_host: int = 8,
     shape: Shape | None = None,
     length: int = 0,
+    packed: bool = False,
 ) -> tuple[Strategy, ...]:
     """Ways to parallelise a call on `count` devices.
 
@@ -123,11 +129,12 @@ def strategies(
         per_host: devices of a host; tensor parallelism stays inside one.
         shape: leaves out what does not divide this model's heads, widths or layers.
         length: of rows whose tokens may be spread over devices; 0: none may.
+        packed: a schedule lays these rows out, in parts of any length, and they are not pipelined.
     """
     found: Iterable[Strategy] = sharded(count, per_host)
     if length >= LONG:
-        found = itertools.chain(found, spread(sharded(count, per_host), length))
-    if not executable:
+        found = itertools.chain(found, spread(sharded(count, per_host), 0 if packed else length))
+    if not executable and not packed:
         found = itertools.chain(found, pipelined(count, per_host))
     found = dict.fromkeys(found)
     return tuple(s for s in found if shape is None or _divides(shape, s))
@@ -145,8 +152,13 @@ def _divides(shape: Shape, s: Strategy) -> bool:
 def microbatches(work: Work, s: Strategy, most: int = 12) -> tuple[int, ...]:
     """Into how many parts the call may split its rows; empty if they do not divide at all.
 
-    A generate call splits the prompts that it reads. Of many divisors powers of two are kept.
+    A generate call splits the prompts that it reads. Of many divisors powers of two are kept. Of a
+    packed call they stand for the room, see `packing`; rows need not divide by devices.
     """
+    if work.packed is not None:
+        if work.rows % work.minibatches or not packing.fits(work, s.seq):
+            return ()
+        return (1,) if work.packed.room else tuple(2**i for i in range(most))
     rows = work.prompts if work.kind == "generate" and work.prompts else work.rows
     parts = s.data * s.fsdp * (work.minibatches if work.kind == "train" else 1)
     if rows % parts:
@@ -236,7 +248,7 @@ def candidates(
         found = []
         options = {"executable": executable, "per_host": cluster.per_host, "shape": shape}
         if work.kind in ("infer", "train"):
-            options["length"] = work.length
+            options |= {"length": work.length, "packed": work.packed is not None}
         for s in strategies(count, **options):
             for offload in _offloads(problem, work, offloads):
                 before = float("inf")

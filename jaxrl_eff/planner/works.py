@@ -12,7 +12,7 @@ from jaxrl_eff import tree
 from jaxrl_eff.edges import EDGES
 from jaxrl_eff.graph import Adaptation, Call, Graph, Spec, order
 from jaxrl_eff.models import LMConfig, abstract, lora, quantised
-from jaxrl_eff.planner.problem import Lengths, Problem, Role, Shape, Work
+from jaxrl_eff.planner.problem import Lengths, Packed, Problem, Role, Shape, Work
 from jaxrl_eff.rollout import Sampling
 
 _ONE = Shape(
@@ -69,6 +69,7 @@ def works(
     responses: Lengths | None = None,
     staleness: Mapping[str, int] | None = None,
     seconds: Mapping[str, float | int] | None = None,
+    packed: Mapping[str, Packed] | None = None,
 ) -> Problem:
     """The graph's calls as amounts of work.
 
@@ -81,6 +82,7 @@ def works(
         staleness: generate call -> how many updates old its weights may be, if not what the graph
             says.
         seconds: local call -> seconds, for those that take any.
+        packed: call -> what is known of its rows, for those that compute them packed.
 
     Raises:
         ValueError: a generate call without `sampling` or prompts, or a name that is no call's.
@@ -100,7 +102,10 @@ def works(
             _generate(c, sizes, sampling, responses) if c.kind == "generate" else _other(c, sizes)
         )
         made = dataclasses.replace(
-            made, staleness=staleness.get(c.name, c.staleness), seconds=seconds.get(c.name, 0.0)
+            made,
+            staleness=staleness.get(c.name, c.staleness),
+            seconds=seconds.get(c.name, 0.0),
+            packed=(packed or {}).get(c.name),
         )
         out.append(made)
         for k in c.writes:
@@ -111,6 +116,12 @@ def works(
     trained = {c.of for c in graph.calls if c.kind == "train"}
     roles = {m: role(lms.get(m), (specs or {}).get(m), m in trained) for m in graph.models}
     return Problem(tuple(out), roles, size_bytes)
+
+
+def expecting(packed: Mapping[str, Packed]) -> dict[str, Any]:
+    """Options of `works` for a stage with packed calls; its sampling is expected to match."""
+    first = next(iter(packed.values()), None)
+    return {} if first is None else {"packed": packed, "responses": first.responses}
 
 
 def of_stage(stage: Any, **options: Any) -> Problem:
