@@ -322,6 +322,16 @@ class Step:
         traced = self._traced.pop(c.name, None) or self._trace(c)
         return lowering.lower(self._layouts, c, traced, self._made[c.name])
 
+    def saved(self) -> None:
+        """To be called when what a run goes on from is saved.
+
+        Weights that are sent as rounded differences are sent as a whole next, as they will be in a
+        run that goes on from there: both end alike.
+        """
+        for way in self._ways.values():
+            if isinstance(way, Sync) and self.sync.bits:
+                way.restart()
+
     def due(self, step: int) -> tuple[str, ...]:
         """The models that choose anew what is trained before this step (from 0) of a stage."""
         ways = {

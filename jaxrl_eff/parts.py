@@ -90,6 +90,8 @@ def changes_of(s: StageSettings) -> Changes | None:
     """How trained weights are synced, if not as a whole."""
     if s.sync.name == "whole":
         return None
+    if s.sync.name in ("int8", "int4"):
+        return Changes(bits=int(s.sync.name.removeprefix("int")), every=s.sync.every)
     sparse = [part.density for part in s.adapt.values() if part.name in adapt.SCHEDULES]
     capacity = s.sync.capacity or min(1.0, 2 * max(sparse, default=0.025))
     return Changes(capacity=capacity, every=s.sync.every)

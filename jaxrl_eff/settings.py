@@ -269,14 +269,17 @@ class ScheduleSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SyncSettings:
-    """How trained weights get to calls on other devices. What arrives is the same.
+    """How trained weights get to calls on other devices, or to another layout on the same ones.
 
     Attributes:
         name: "whole": all of them in every step; "changes": frozen tensors once, of the others the
             elements that have changed. The copy stays on those devices then, and beside the
-            trained weights a copy of what was sent.
+            trained weights a copy of what was sent. What arrives is the same. "int8" and "int4": of
+            the others the differences to what arrived last, in 8 or 4 bits, so that those calls
+            compute with weights that lag behind by what was rounded; which weights lag is part of
+            what is computed, and depends on the plan.
         capacity: share of a tensor's elements that may have changed before it goes as a whole; 0
-            is 0.05, or twice the density of a sparse change.
+            is 0.05, or twice the density of a sparse change. Of "changes".
         every: steps between two in which everything goes as a whole, and the copy is checked.
     """
 
@@ -285,11 +288,15 @@ class SyncSettings:
     every: int = 100
 
     def __post_init__(self):
-        if self.name not in ("whole", "changes"):
-            raise ValueError(f"name is {self.name!r}, not 'whole' or 'changes'.")
+        if self.name not in ("whole", "changes", "int8", "int4"):
+            raise ValueError(f"name is {self.name!r}, not 'whole', 'changes', 'int8' or 'int4'.")
         if not 0 <= self.capacity <= 1 or self.every < 1:
             raise ValueError(
                 f"capacity={self.capacity}, every={self.every}; 0 to 1 and at least 1 are needed."
+            )
+        if self.capacity and self.name != "changes":
+            raise ValueError(
+                f"capacity={self.capacity} is of 'changes', and name is {self.name!r}."
             )
 
 

@@ -165,6 +165,7 @@ def _run_stage(
         }
         whole = state.shared({"models": models, "shelf": shelf})
         out.checkpoints.save(at.offset + at.step, whole, record, score=score)
+        stage.step.saved()
 
     out.console.stage(name, total, start=at.step)
     log = _Log(stage, out, at.offset, run.nonfinite, calibration)

@@ -9,6 +9,12 @@ everything goes as a whole, with a checksum of what the receivers should have ha
 
 The receivers' copy is updated in place; the senders keep what they sent in its dtype. Left out: the
 buckets of a `Route`, so a stand-in as large as a shard exists on devices outside of either mesh.
+
+With `bits` a message has the differences of all its elements instead, rounded. Then the senders
+keep what receivers have after that, and the next difference is to it: what rounding left over is
+sent later, and errors do not add up. All receivers have the same bits, whatever their shards:
+blocks that share a scale lie within the smallest piece that any message can have, and a code times
+its scale, which has 8 bits of mantissa, is exact in float32.
 """
 
 import dataclasses
@@ -20,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxrl_eff.parallel import buckets, spmd
+from jaxrl_eff.parallel.blocks import Blocks, decode, encode
 from jaxrl_eff.parallel.layout import Network
 from jaxrl_eff.parallel.realloc import Route
 from jaxrl_eff.parallel.rounds import exchange
@@ -59,6 +66,8 @@ class Delta:
         target: tree of shardings.
         dtype: of the copy; None keeps that of every array.
         capacity: share of a message's elements that may have changed.
+        bits: 0, or 8 or 4: of a difference, for all elements.
+        block: elements that share a scale then, at most.
         every: all goes as a whole, and is checked, in steps that are multiples of this.
         dense_below: tensors whose messages have fewer elements always go as a whole.
         network: as for `Route`.
@@ -74,12 +83,15 @@ class Delta:
         *,
         dtype: Any = jnp.bfloat16,
         capacity: float = 0.05,
+        bits: int = 0,
+        block: int = 256,
         every: int = 100,
         dense_below: int = DENSE_BELOW,
         network: Network | None = None,
     ):
         self._network = network or Network.local()
-        self._capacity, self._every, self._dense_below = capacity, every, dense_below
+        self._every = every
+        self._way = _Way(capacity, Blocks(bits, block) if bits else None, dense_below)
         dtype = None if dtype is None else jnp.dtype(dtype)
         leaves, self._treedef = jax.tree.flatten(source)
         targets = self._treedef.flatten_up_to(target)
@@ -192,7 +204,7 @@ class Delta:
             ]
             return self._run(news, list(operands[n : 2 * n]), list(operands[2 * n :]), dense)
 
-        key = ("delta", plans, self._capacity, self._dense_below, dense)
+        key = ("delta", plans, self._way, dense)
         return spmd.compiled(key, self._devices, inputs, ranks, fn, tuple(range(n, 3 * n)))
 
     # On every device
@@ -201,7 +213,7 @@ class Delta:
         self, news: list[Any], sents: list[Any], copies: list[Any], dense: bool
     ) -> tuple[Any, ...]:
         leaves = [
-            _Leaf(plan, self._devices, new, sent, copy, self._capacity, self._dense_below)
+            _Leaf(plan, self._devices, new, sent, copy, self._way)
             for plan, new, sent, copy in zip(self._plans, news, sents, copies, strict=True)
         ]
         zero = jnp.float32(0)
@@ -226,8 +238,16 @@ class Delta:
                 ),
                 start=zero,
             )
+            news = [leaf.held() for leaf in leaves]
         count = sum((full[i] for i in range(len(leaves))), start=jnp.int32(0))
         return (*news, *out, changed / jnp.float32(elements), received, count, drifted)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    capacity: float
+    blocks: Blocks | None
+    dense_below: int
 
 
 class _Leaf:
@@ -240,22 +260,51 @@ class _Leaf:
         new: Any,
         sent: Any,
         copy: Any,
-        capacity: float,
-        dense_below: int,
+        way: _Way,
     ):
         self._plan, self._devices = plan, devices
         self._new, self._sent, self._copy = new, sent, copy
         self._units = spmd.ratios(new.shape, plan.units)
         sizes = [self._size(r) for r in plan.rounds]
-        self._capacity = [max(1, math.ceil(capacity * n)) for n in sizes]
+        self._capacity = [max(1, math.ceil(way.capacity * n)) for n in sizes]
         item = new.dtype.itemsize
         self.elements = sum(len(r.boxes) * n for r, n in zip(plan.rounds, sizes, strict=True))
         self.dense_bytes = jnp.float32(self.elements * item)
-        self._always_dense = item not in (2, 4) or min(sizes, default=0) < dense_below
+        self._always_dense = item not in (2, 4) or min(sizes, default=0) < way.dense_below
         self.sparse_bytes = self.dense_bytes
-        if not self._always_dense:
+        self._codes = None
+        if way.blocks is not None and new.ndim and not self._always_dense:
+            self._code(way.blocks)
+        elif not self._always_dense:
             rows = zip(plan.rounds, self._capacity, strict=True)
             self.sparse_bytes = jnp.float32(sum(len(r.boxes) * k for r, k in rows) * (4 + item))
+
+    def _code(self, blocks: Blocks) -> None:
+        """Codes of the shard's differences, those of a unit together, if they are fewer bytes."""
+        self._blocks, self._unit = blocks, math.prod(self._units)
+        size = blocks.nbytes(self._unit)
+        self._always_dense = size >= self._unit * self._new.dtype.itemsize
+        if self._always_dense:
+            return
+        apart = self._new.astype(jnp.float32) - self._sent.astype(jnp.float32)
+        codes = encode(_units(apart, self._units), blocks)
+        grid = [n // u for n, u in zip(self._new.shape, self._units, strict=True)]
+        self._codes = codes.reshape(*grid[:-1], grid[-1] * size)
+        self._code_units = (1,) * (len(grid) - 1) + (size,)
+        self._held = self._moved(self._sent, self._codes)
+        self.sparse_bytes = self.dense_bytes * (size / (self._unit * self._new.dtype.itemsize))
+
+    def _moved(self, old: Any, codes: Any) -> Any:
+        """`old` and the differences that are coded."""
+        apart = decode(
+            codes.reshape(-1, self._code_units[-1]), self._unit, self._blocks, jnp.float32
+        )
+        apart = _from_units(apart, old.shape, self._units)
+        return (old.astype(jnp.float32) + apart).astype(old.dtype)
+
+    def held(self) -> Any:
+        """What receivers have after `updated`, of this device's shard."""
+        return self._new if self._codes is None else self._held
 
     def _size(self, r: Any) -> int:
         return math.prod(n * u for n, u in zip(r.size, self._units, strict=True))
@@ -287,7 +336,7 @@ class _Leaf:
 
     def overflows(self) -> Any:
         """1 if a message of this device has more changes than it can carry."""
-        if self._always_dense:
+        if self._always_dense or self._codes is not None:
             return jnp.int32(0)
         over = jnp.int32(0)
         for r, k in zip(self._plan.rounds, self._capacity, strict=True):
@@ -298,12 +347,14 @@ class _Leaf:
     def updated(self, full: Any) -> Any:
         if self._always_dense:
             return self.dense()
+        if self._codes is not None:
+            return self._coded()
         return lax.cond(full, self.dense, self._sparse)
 
-    def _kept(self) -> Any:
-        copy = self._copy
+    def _kept(self, mine: Any = None) -> Any:
+        copy, mine = self._copy, self._new if mine is None else mine
         for r in self._plan.kept:
-            copy = self._put(r, copy, self._cut(r, self._new))
+            copy = self._put(r, copy, self._cut(r, mine))
         return copy
 
     def dense(self) -> Any:
@@ -329,6 +380,15 @@ class _Leaf:
             copy = self._put(r, copy, part.reshape(old.shape).view(copy.dtype))
         return copy
 
+    def _coded(self) -> Any:
+        """The copy with the differences of all elements sent as codes."""
+        copy = self._kept(self._held)
+        for r in self._plan.rounds:
+            part = spmd.taken(r, self._devices, [self._code_units], [self._codes])[0]
+            old = self._cut_of_copy(r, copy)
+            copy = self._put(r, copy, self._moved(old, self._send(r, part)))
+        return copy
+
     def _cut_of_copy(self, r: Any, copy: Any) -> Any:
         at = spmd.put_at(r, self._devices)
         size = tuple(n * u for n, u in zip(r.size, self._units, strict=True))
@@ -343,6 +403,21 @@ class _Leaf:
             gets = spmd.mine(self._devices, {b.target: 1 for b in r.boxes}, 0)
             wrong = wrong + bad[0] * gets
         return wrong
+
+
+def _units(x: Any, units: tuple[int, ...]) -> Any:
+    """[units, elements of one]."""
+    sizes = [n for pair in zip(x.shape, units, strict=True) for n in (pair[0] // pair[1], pair[1])]
+    first, second = range(0, len(sizes), 2), range(1, len(sizes), 2)
+    return x.reshape(sizes).transpose(*first, *second).reshape(-1, math.prod(units))
+
+
+def _from_units(x: Any, shape: tuple[int, ...], units: tuple[int, ...]) -> Any:
+    """The converse of `_units`."""
+    grid = [n // u for n, u in zip(shape, units, strict=True)]
+    k = len(grid)
+    order = [i for pair in zip(range(k), range(k, 2 * k), strict=True) for i in pair]
+    return x.reshape(*grid, *units).transpose(order).reshape(shape)
 
 
 def _bits(x: Any) -> Any:

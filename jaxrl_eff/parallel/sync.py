@@ -3,7 +3,8 @@
 A `Route` sends a tree whole every time. A `Sync` keeps the copy that it made: tensors that training
 leaves as they are (the frozen base of an adapter) go once, and of the others only the elements that
 have changed (`delta`). What arrives is the same, bit for bit; the price is memory between two
-calls: the copy where it is used, and what was sent last where it comes from.
+calls: the copy where it is used, and what was sent last where it comes from. Where that would still
+be too much, differences go in 8 or 4 bits, and what arrives is rounded.
 """
 
 import dataclasses
@@ -23,17 +24,23 @@ class Changes:
     Attributes:
         capacity: share of a message's elements that may have changed; a tensor with more goes as
             a whole.
+        bits: 0; or 8 or 4: the differences of all elements are sent, rounded, in a closed loop.
+        block: elements that share a scale then, at most.
         every: syncs between two in which all goes as a whole and the copy is checked.
         dense_below: tensors whose messages have fewer elements always go as a whole.
     """
 
     capacity: float = 0.05
+    bits: int = 0
+    block: int = 256
     every: int = 100
     dense_below: int = DENSE_BELOW
 
     def __post_init__(self):
         if not 0 < self.capacity <= 1:
             raise ValueError(f"capacity is {self.capacity}, but must be above 0, at most 1.")
+        if self.bits not in (0, 4, 8):
+            raise ValueError(f"bits is {self.bits}, but must be 0, 4 or 8.")
         if self.every < 1:
             raise ValueError(f"every is {self.every}, but must be at least 1.")
 
@@ -114,6 +121,10 @@ class Sync:
         self._copies = kept, copy, sent
         ours, theirs = iter(kept), iter(copy)
         return self._treedef.unflatten([next(ours if s else theirs) for s in self._is_still])
+
+    def restart(self) -> None:
+        """The next call sends everything, as the first one did."""
+        self._copies, self._calls = None, 0
 
     def _still(self, leaves: list[Any]) -> list[Any]:
         return [x for x, s in zip(leaves, self._is_still, strict=True) if s]

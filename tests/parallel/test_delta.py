@@ -57,6 +57,56 @@ def test_a_copy_follows_its_source(place):
             assert (float(done.received) < done.whole / 2) == (not full)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("place", PLACES)
+def test_rounded_differences_leave_all_receivers_alike(place, bits):
+    """Every device has the bits that its source thinks it has, and errors do not add up."""
+    source, target = (rules(p, SIZES).tree(AXES) for p in PLACES[place])
+    now = values(0)
+    sync = Delta(now_on(now, source), target, dtype=None, bits=bits, block=64, dense_below=16)
+    copy, sent = sync.start(now_on(now, source))
+    wrong = []
+    for step in range(1, 9):
+        drift = values(step)
+        now = {k: v + np.float32(0.01) * drift[k] for k, v in now.items()}
+        with jax.transfer_guard("disallow"):
+            copy, sent, done = sync(now_on(now, source), copy, sent, step)
+        for k in now:
+            same = np.asarray(sent[k])
+            for shard in copy[k].addressable_shards:
+                np.testing.assert_array_equal(shard.data, same[shard.index], err_msg=k)
+        apart = np.asarray(copy["w"]) - now["w"]
+        wrong.append(np.abs(apart).max())
+        assert (np.asarray(copy["n"]) == now["n"]).all()  # a number always goes as it is
+    received = float(done.received)
+    if Route(sent, target).report().minimum == 0:
+        assert received == 0
+        return
+    steps = 0.01 * np.abs(values(1)["w"]).max() / (2 ** (bits - 1) - 1)  # of codes, about
+    assert wrong[0] > 0 and max(wrong) < 1.5 * steps
+    assert received < done.whole * (bits / 32 + 0.06)  # scales, and what is too small
+    for step in range(9, 13):  # nothing changes: what was left over arrives
+        copy, sent, done = sync(now_on(now, source), copy, sent, step)
+    assert np.abs(np.asarray(copy["w"]) - now["w"]).max() < wrong[-1] / 100
+    copy, sent, done = sync(now_on(now, source), copy, sent, 100)
+    np.testing.assert_array_equal(copy["w"], now["w"])
+    assert int(done.drifted) == 0
+
+
+def now_on(values, where):
+    return jax.device_put(values, where)
+
+
+def test_what_is_not_finite_arrives_so():
+    source, target = (rules(p, SIZES).tree(AXES) for p in PLACES["disjoint"])
+    now = values(0)
+    sync = Delta(now_on(now, source), target, dtype=None, bits=4, dense_below=16)
+    copy, sent = sync.start(now_on(now, source))
+    now["w"][5, 7] = np.nan
+    copy, sent, _ = sync(now_on(now, source), copy, sent, 1)
+    assert np.isnan(np.asarray(copy["w"])[5, 7])
+
+
 def test_a_copy_that_drifted_is_noticed_and_mended():
     source, target = (rules(p, SIZES).tree(AXES) for p in PLACES["disjoint"])
     now = values(0)
