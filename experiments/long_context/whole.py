@@ -1,6 +1,6 @@
-"""The train call of a config, compiled for eight TPUs that are not there.
+"""The calls of a config, compiled for eight TPUs or GPUs that are not there.
 
-  python experiments/long_context/whole.py v5e:2x4 configs/sft.py [--KEY=VALUE ...]
+  python experiments/long_context/whole.py tpu v5e:2x4 configs/sft.py [--KEY=VALUE ...]
 
 See `targets`. The topology stands in for this machine's devices while the stage is assembled and
 its calls are compiled. What is not compiled in: a vocabulary, whose size the config's tokenizer
@@ -17,7 +17,7 @@ from unittest import mock
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-from jax.experimental import topologies
+import targets
 
 from jaxrl_eff import arguments, settings, stages
 from jaxrl_eff.parallel import kernels
@@ -26,17 +26,17 @@ SENT = r" (collective-permute|all-gather|all-reduce|reduce-scatter|all-to-all)(?
 
 
 def main() -> int:
-    topology, config, *changes = sys.argv[1:]
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    platform, target, config, *changes = sys.argv[1:]
+    devices, kernel = targets.devices(platform, target), targets.KERNELS[platform]
     run = settings.run(arguments.load(config, [c.removeprefix("--") for c in changes]))
     as_if = {
         "devices": lambda *_: list(devices),
         "device_count": lambda *_: len(devices),
-        "default_backend": lambda: "tpu",
+        "default_backend": lambda: {"tpu": "tpu", "cuda": "gpu"}[platform],
     }
     with (
         mock.patch.multiple(jax, **as_if),
-        mock.patch.object(kernels, "best", lambda: kernels.MOSAIC),  # cannot be tried here
+        mock.patch.object(kernels, "best", lambda: kernel),  # cannot be tried here
     ):
         for stage in stages.assemble(run).stages:
             began = time.perf_counter()
@@ -45,7 +45,7 @@ def main() -> int:
             for name, found in stage.step.analysis().items():
                 text = stage.step.program(name).as_text()
                 sent = dict(collections.Counter(re.findall(SENT, text)))
-                calls = text.count("tpu_custom_call")
+                calls = len(re.findall(r"tpu_custom_call|__gpu\$xla.gpu.triton", text))
                 call, _, shape = name.partition(" ")
                 print(
                     f"  {call} on {stage.step.plan[call]}{shape and ', micro-batches of '}{shape}"
