@@ -20,10 +20,10 @@ STYLE = (
 
 
 def found(results: dict) -> dict[str, np.ndarray]:
-    """Rung -> training losses [seeds, points]."""
+    """Rung -> training losses [3, points], of the seeds that all rungs have."""
     out: dict[str, list] = {}
     for key, one in results.items():
-        if match := re.fullmatch(r"trained steps=1000 seed=\d+: (.*)", key):
+        if match := re.fullmatch(r"trained steps=1000 seed=[012]: (.*)", key):
             out.setdefault(match[1], []).append(one["training"])
     return {k: np.array(v) for k, v in out.items()}
 

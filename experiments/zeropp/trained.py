@@ -1,6 +1,6 @@
 """The rungs of `config.STAGE.zero` as training takes them: the character model, two nodes of four.
 
-  python -m experiments.zeropp.trained [--steps=1000] [--seeds=3]
+  python -m experiments.zeropp.trained [--steps=1000] [--seeds=3] [--rungs=NAME ...]
 
 What a run does, without its files: an SFT step compiled for a plan with dcn=2 and fsdp=4, whose
 weights and gradients travel as the rung says, each kernel by itself. The validation loss is of the
@@ -56,13 +56,14 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=RUNGS, metavar="NAME")
     args = parser.parse_args()
     lm = language_model()
     cfg = model(int(max(lm.training.max(), lm.validation.max())) + 1)
     held_out = jnp.asarray(lm.batches(10_000, 40, validation=True))
     validate = jax.jit(lambda p: jax.lax.map(lambda t: loss(cfg, p, t), held_out).mean())
     results = json.loads(OUT.read_text()) if OUT.exists() else {}
-    for rung in RUNGS:
+    for rung in args.rungs:
         step = compiled(cfg, rung, args.steps)
         for seed in range(args.seeds):
             key = f"trained steps={args.steps} seed={seed}: {rung or 'compiler'}"
