@@ -50,6 +50,9 @@ def spec(
         low_rank, logical = lora.lora_shapes(lm, s.rank, wanted, dora=s.name == "dora")
         shapes, axes = tree.with_leaves(shapes, low_rank), tree.with_leaves(axes, logical)
     whole = whole_names(s, lm)
+    under = {k.removesuffix("lora_a") + "kernel" for k in low_rank if k.endswith("lora_a")}
+    if both := sorted(under & set(whole)):
+        raise ValueError(f"whole has {both}, which have an adapter; see targets.")
     names = [k for k in low_rank if not k.endswith("lora_scale")] + whole
     parts: dict[str, Any] = {}
     if names:

@@ -309,11 +309,14 @@ def _scheduled(told: dict[str, Any]) -> str:
     """What schedules are made for, in words; see `Stage.told`."""
     places, out = told.get("places", [told]), []
     for place in places:
-        shapes = ", ".join(f"{own}+{shared}" for own, shared in place["shapes"])
-        calls = f"{', '.join(place['calls'])}: " if len(places) > 1 else ""
-        out.append(
-            f"{calls}{place['room']:,} tokens a device; micro-batches of {shapes} (own + shared)"
+        # One device shares with nobody.
+        alone = place["parts"] == 1
+        shapes = ", ".join(
+            f"{own + shared}" if alone else f"{own}+{shared}" for own, shared in place["shapes"]
         )
+        kinds = "tokens" if alone else "(own + shared)"
+        calls = f"{', '.join(place['calls'])}: " if len(places) > 1 else ""
+        out.append(f"{calls}{place['room']:,} tokens a device; micro-batches of {shapes} {kinds}")
     return "; ".join(out)
 
 

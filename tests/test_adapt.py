@@ -232,6 +232,10 @@ def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
         (dict(name="static", tiles=(0, 1)), r"tiles is \(0, 1\)"),
         (dict(name="static", targets=("nothing",)), "'nothing' matches no projection"),
         (dict(name="static", whole=TARGETS[1:]), "also trained by entries"),
+        (
+            dict(name="lora", rank=2, whole=TARGETS[1:]),
+            "whole has .*mlp/up/kernel.*have an adapter",
+        ),
         (dict(name="static", probe=0), "probe is 0"),
         (dict(name="lisa", layers=3), "3 layers are trained at a time, but there are 2"),
         (dict(name="lisa", rank=2), "no rank and no overlay"),

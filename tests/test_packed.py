@@ -422,12 +422,15 @@ def test_a_searched_plan_may_be_given_up_for_another_one():
 
 
 def test_what_is_packed_where_is_said():
-    one = {"room": 16, "shapes": [[12, 4], [0, 16]]}
+    one = {"room": 16, "parts": 2, "shapes": [[12, 4], [0, 16]]}
     assert main._scheduled(one) == "16 tokens a device; micro-batches of 12+4, 0+16 (own + shared)"
-    places = [{"calls": ["ref_inf"], **one}, {"calls": ["a", "b"], "room": 8, "shapes": [[0, 8]]}]
+    places = [
+        {"calls": ["ref_inf"], **one},
+        {"calls": ["a", "b"], "room": 8, "parts": 1, "shapes": [[0, 8]]},
+    ]
     assert main._scheduled({"places": places}) == (
         "ref_inf: 16 tokens a device; micro-batches of 12+4, 0+16 (own + shared); "
-        "a, b: 8 tokens a device; micro-batches of 0+8 (own + shared)"
+        "a, b: 8 tokens a device; micro-batches of 8 tokens"
     )
 
 

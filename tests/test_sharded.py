@@ -269,7 +269,8 @@ def test_beside_a_frozen_model_only_its_adapter_crosses_the_slow_axis(name, k, b
 
 
 def test_what_an_adaptation_trains_whole_is_sent_as_in_training_whole():
-    of = adapted(sends("int4_delta"), name="lora", rank=2, whole=("layers/mlp/up/kernel",))
+    whole, below = ("layers/mlp/up/kernel",), (".*attn/./kernel",)
+    of = adapted(sends("int4_delta"), name="lora", rank=2, targets=below, whole=whole)
     home = laid_out(NODES, of).home("actor")
     assert [*home.left] == [*home.held] == ["layers/mlp/up/kernel"]
     assert home.params["layers"]["mlp"]["up"]["kernel"].sharding.spec[1] == ("dcn", "fsdp")
