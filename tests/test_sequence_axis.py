@@ -139,6 +139,14 @@ def test_own_and_shared_tokens_by_any_way_are_two_attentions(way):
     assert sent[way] in text
 
 
+def test_chunks_on_cpus_are_short():
+    q, at = jnp.zeros((1, 512, 2, 8)), jnp.zeros((1, 512), jnp.int32)
+    attend = spread.attend(Placement((0, 1), seq=2), "ring")
+    where = dict.fromkeys(("q_position", "k_position", "q_segment", "k_segment"), at)
+    text = str(jax.make_jaxpr(lambda q: attend(q, q, q, **where, scale=1.0))(q))
+    assert f"f32[2,1,2,{spread.CPU_CHUNK},8]" in text  # two chunks a device
+
+
 def test_what_is_striped_comes_back():
     x = jax.random.normal(jax.random.key(0), (3, 24))
     there = spread.striped(x, 4)

@@ -101,7 +101,8 @@ def fastest(
 
 def _how() -> dict[str, Any]:
     chunk = CPU_CHUNK if jax.default_backend() == "cpu" else kernels.CHUNK
-    return {"chunk": chunk, "kernel": kernels.best()}
+    best = kernels.best()
+    return {"chunk": chunk, "kernel": best if best.exact else None}  # XLA's chunk is ours to say
 
 
 def reach(piece: int, sight: int | None) -> int | float:
