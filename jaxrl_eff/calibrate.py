@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxrl_eff import timeline
+from jaxrl_eff import operations, timeline
 from jaxrl_eff.parallel import Placement
 from jaxrl_eff.planner import hardware, profile
 from jaxrl_eff.planner.cost import NONE, Corrections
@@ -89,14 +89,8 @@ def search(
 
 
 def _from_first(plan: Mapping[str, Placement]) -> dict[str, Placement]:
-    if jax.process_count() == 1:
-        return dict(plan)
     fields = {k: dataclasses.asdict(p) for k, p in plan.items()}
-    text = np.frombuffer(json.dumps(fields).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    padded = np.zeros(size, np.uint8)
-    padded[: min(size, len(text))] = text[:size]
-    sent = bytes(multihost_utils.broadcast_one_to_all(padded)).decode()
+    sent = operations.told(json.dumps(fields))[0]
     return {
         k: Placement(**{**fields, "devices": tuple(fields["devices"])})
         for k, fields in json.loads(sent).items()

@@ -3,15 +3,13 @@
 Activations are not here; `Step.analysis` has what the compiled programs need of them.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxrl_eff import tree
 from jaxrl_eff.dataflow import Adaptation, Step
-from jaxrl_eff.layouts import placed
+from jaxrl_eff.layouts import placed, shard_bytes
 from jaxrl_eff.models import lora, quantised
 
 
@@ -74,10 +72,7 @@ def whole(step: Step, model: str) -> Footprint:
 
 def _bytes(arrays: Any, itemsize: int = 0) -> int:
     """Of the part that one device holds."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or jnp.dtype(x.dtype).itemsize)
-        for x in jax.tree.leaves(arrays)
-    )
+    return sum(shard_bytes(x, itemsize) for x in jax.tree.leaves(arrays))
 
 
 def used() -> tuple[int, str]:

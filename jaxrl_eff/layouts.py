@@ -19,6 +19,7 @@ from jaxrl_eff.graph import Adaptation, Call, Graph, Model, Spec, order
 from jaxrl_eff.models.attention import Spread, spreading
 from jaxrl_eff.optim import state_shardings
 from jaxrl_eff.parallel import Placement, Rules, mesh, rows, rules, spread
+from jaxrl_eff.parallel.order import reach
 from jaxrl_eff.parallel.sharding import in_host, replicated
 from jaxrl_eff.sharded import Sharded
 
@@ -155,10 +156,14 @@ def held(like: Any) -> dict[Any, int]:
     for x in jax.tree.leaves(like):
         if x.sharding == in_host(x.sharding):
             continue
-        size = math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
         for device in x.sharding.device_set:
-            out[device] = out.get(device, 0) + size
+            out[device] = out.get(device, 0) + shard_bytes(x)
     return out
+
+
+def shard_bytes(x: Any, itemsize: int = 0) -> int:
+    """Of the part of an array that one device holds; with another size of its elements, if any."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or jnp.dtype(x.dtype).itemsize)
 
 
 def _spread(place: Placement, length: int, sight: int | None) -> Spread:
@@ -169,9 +174,9 @@ def _spread(place: Placement, length: int, sight: int | None) -> Spread:
         return Spread()
     if place.seq == 1:
         return Spread(spread.attend(place))
-    reach = spread.reach(length // place.seq, sight)
-    if reach < place.seq - 1:
-        return Spread(spread.attend(place, reach=reach))
+    pieces = reach(length // place.seq, sight)
+    if pieces < place.seq - 1:
+        return Spread(spread.attend(place, reach=pieces))
     ways = (functools.partial(f, parts=place.seq) for f in (spread.striped, spread.unstriped))
     return Spread(spread.attend(place), *ways)
 

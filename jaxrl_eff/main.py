@@ -264,7 +264,7 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
 
     from jaxrl_eff import footprint
     from jaxrl_eff.models import attention, count
-    from jaxrl_eff.parallel import kernels, spread
+    from jaxrl_eff.parallel import spread
 
     kind, n = jax.devices()[0].device_kind, jax.device_count()
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -277,7 +277,7 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
     plans = [p for stage in assembled.stages for p in stage.step.plan.values()]
     scheduled = any(s.settings.schedule.name == "skrull" for s in assembled.stages)
     if spread.for_whole_rows() or scheduled or any(p.seq > 1 for p in plans):
-        facts["model"] += f", over a mesh by {kernels.best().name}"
+        facts["model"] += f", over a mesh by {spread.kernel().name}"
     for stage in assembled.stages:
         held: dict[int, int] = {}
         for role in stage.step.graph.models:

@@ -97,17 +97,22 @@ def meet(key: str, *, seconds: int = 1800) -> None:
 
 def told(text: str) -> list[str]:
     """What every process says, in their order. Every process must call."""
+    every, sizes = _gathered(np.frombuffer(text.encode(), np.uint8))
+    return [bytes(row[:n]).decode() for row, n in zip(every, sizes.tolist(), strict=True)]
+
+
+def _gathered(mine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[processes, most rows, ...], filled with zeros, and how many rows each process has."""
     import jax
     from jax.experimental import multihost_utils
 
     if jax.process_count() == 1:
-        return [text]
-    mine = np.frombuffer(text.encode(), np.uint8)
+        return mine[None], np.array([len(mine)])
     sizes = multihost_utils.process_allgather(np.array([len(mine)], np.int32)).reshape(-1)
-    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded = np.zeros((int(sizes.max()), *mine.shape[1:]), mine.dtype)
     padded[: len(mine)] = mine
-    every = multihost_utils.process_allgather(padded).reshape(len(sizes), -1)
-    return [bytes(row[:n]).decode() for row, n in zip(every, sizes.tolist(), strict=True)]
+    every = multihost_utils.process_allgather(padded)
+    return every.reshape(len(sizes), *padded.shape), sizes
 
 
 def digest(operations: Sequence[Operation]) -> np.ndarray:
@@ -126,16 +131,11 @@ def agree(operations: Sequence[Operation]) -> None:
         ValueError: the lists differ, on every process.
     """
     import jax
-    from jax.experimental import multihost_utils
 
     check_order({p: project(operations, p) for p in range(jax.process_count())})
     if jax.process_count() == 1:
         return
-    mine = digest(operations)
-    lengths = multihost_utils.process_allgather(np.array([len(mine)], np.uint32)).reshape(-1)
-    padded = np.zeros((int(lengths.max()), 2), np.uint32)
-    padded[: len(mine)] = mine
-    every = multihost_utils.process_allgather(padded).reshape(len(lengths), -1, 2)
+    every, lengths = _gathered(digest(operations))
     differs = (every != every[0]).any(-1)
     if len(set(lengths.tolist())) > 1 or differs.any():
         process = int(differs.any(-1).argmax())

@@ -36,7 +36,7 @@ def main() -> int:
     }
     with (
         mock.patch.multiple(jax, **as_if),
-        mock.patch.object(kernels, "best", lambda: kernel),  # cannot be tried here
+        mock.patch.object(kernels, "best", lambda *_: kernel),  # cannot be tried here
     ):
         for stage in stages.assemble(run).stages:
             began = time.perf_counter()

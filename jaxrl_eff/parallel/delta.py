@@ -351,15 +351,16 @@ class _Leaf:
             return self._coded()
         return lax.cond(full, self.dense, self._sparse)
 
-    def _kept(self, mine: Any = None) -> Any:
-        copy, mine = self._copy, self._new if mine is None else mine
+    def _kept(self, mine: Any) -> Any:
+        """The copy with what this device has of the source itself."""
+        copy = self._copy
         for r in self._plan.kept:
             copy = self._put(r, copy, self._cut(r, mine))
         return copy
 
     def dense(self) -> Any:
         """The copy with every message sent as a whole."""
-        copy = self._kept()
+        copy = self._kept(self._new)
         for r in self._plan.rounds:
             part = self._send(r, _bits(self._cut(r, self._new)))
             copy = self._put(r, copy, part.view(copy.dtype))
@@ -367,7 +368,7 @@ class _Leaf:
 
     def _sparse(self) -> Any:
         """The copy with changes alone sent: indices and values in one message."""
-        copy = self._kept()
+        copy = self._kept(self._new)
         for r, k in zip(self._plan.rounds, self._capacity, strict=True):
             new = _bits(self._cut(r, self._new))
             (at,) = jnp.nonzero(self._differs(r), size=k, fill_value=new.size)

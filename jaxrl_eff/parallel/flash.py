@@ -160,6 +160,12 @@ def by_head(x: Float[Array, "n B K R *h"], chunk: int) -> Float[Array, "n B N c 
     return x.reshape(chunks, rows, heads * many // chunk, chunk, *x.shape[4:])
 
 
+def by_group(x: Float[Array, "n B N c *h"], keys: int) -> Float[Array, "n B K R *h"]:
+    """The converse of `by_head`."""
+    chunks, rows, heads, chunk = x.shape[:4]
+    return x.reshape(chunks, rows, keys, heads // keys * chunk, *x.shape[4:])
+
+
 def like(x: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     """Of an output that varies over the devices as `x` does."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

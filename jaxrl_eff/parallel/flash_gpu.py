@@ -52,7 +52,7 @@ def forward(
         name="ring_forward",
         **_how(q.shape[-1], kv.dtype, interpret),
     )(*operands)
-    return _by_group(out, kv), _by_group(lse, kv)
+    return flash.by_group(out, kv.shape[3]), flash.by_group(lse, kv.shape[3])
 
 
 def backward(
@@ -99,13 +99,7 @@ def backward(
         name="ring_backward_kv",
         **how,
     )(spans.of_keys, *where, q, kv, dout, lse, delta)  # fmt: skip
-    return _by_group(dq, kv), dkv
-
-
-def _by_group(x: Array, kv: Array) -> Array:
-    chunks, rows, heads, chunk = x.shape[:4]
-    keys = kv.shape[3]
-    return x.reshape(chunks, rows, keys, heads // keys * chunk, *x.shape[4:])
+    return flash.by_group(dq, kv.shape[3]), dkv
 
 
 def _how(head_dim: int, dtype: Any, interpret: bool) -> dict[str, Any]:

@@ -181,8 +181,7 @@ class _Grid:
         return self.heads(x)[..., None, :]
 
     def folded(self, x: Float[Array, "n B N c *h"]) -> Float[Array, "n B K R *h"]:
-        chunks, rows, heads, chunk = x.shape[:4]
-        return x.reshape(chunks, rows, self._keys, heads // self._keys * chunk, *x.shape[4:])
+        return flash.by_group(x, self._keys)
 
 
 def _inside(spans: Any, chunk: Any, row: Any, at: Any) -> Any:

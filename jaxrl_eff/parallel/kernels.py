@@ -67,15 +67,18 @@ def interpreted(kernel: Kernel) -> Kernel:
 
 
 @functools.lru_cache(maxsize=1)
-def best() -> Kernel:
+def best(chunk: int = CHUNK) -> Kernel:
     """The kernel of the default device, once it has computed there what `hops` computes.
 
     Otherwise, with a warning that says why, XLA's: a compiler too old or new for a kernel costs
     time, not a run.
+
+    Args:
+        chunk: of XLA's.
     """
     kernel = _OF_PLATFORM.get(jax.default_backend())
     if kernel is None:
-        return xla()
+        return xla(chunk)
     try:
         with ThreadPoolExecutor(1) as apart:  # whatever this thread is tracing
             wrong = apart.submit(error_of, kernel).result()
@@ -86,7 +89,7 @@ def best() -> Kernel:
             return kernel
         reason = f"its results here are wrong by {wrong:.2g} of their size"
     logging.warning("attention over a mesh uses XLA and not %s: %s", kernel.name, reason)
-    return xla()
+    return xla(chunk)
 
 
 def error_of(kernel: Kernel, length: int = 256, head_dim: int = 64) -> float:

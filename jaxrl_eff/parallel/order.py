@@ -6,6 +6,7 @@ split into equal contiguous pieces, one a rank.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -69,6 +70,16 @@ def zigzag(length: int, parts: int) -> Order:
 def contiguous(length: int, parts: int) -> Order:
     """The row as it is: the last rank of one document has the most work, the first the least."""
     return _order("contiguous", length, parts, np.arange)
+
+
+def reach(piece: float | int, sight: int | None) -> int | float:
+    """Of a row as it is, how many pieces before its own a rank's queries see into.
+
+    Args:
+        piece: tokens a rank.
+        sight: positions that a query sees, its own included; None: all.
+    """
+    return math.inf if sight is None else math.ceil((sight - 1) / piece)
 
 
 def _order(name: str, length: int, multiple: int, tokens: Callable[[int], np.ndarray]) -> Order:

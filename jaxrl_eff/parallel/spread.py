@@ -1,7 +1,6 @@
 """The attention of a call whose rows are split over the sequence axis of its mesh."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +37,8 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
         raise ValueError(f"attention over the sequence axis is {way!r}; there are {list(WAYS)}.")
     grid = mesh(place)
     if reach is not None:
-        return ring.on_mesh(ring.ring("seq", reach=reach, **_how()), grid)
-    made = {name: ring.on_mesh(make("seq", **_how()), grid) for name, make in WAYS.items()}
+        return ring.on_mesh(ring.ring("seq", reach=reach, kernel=kernel()), grid)
+    made = {name: ring.on_mesh(make("seq", kernel=kernel()), grid) for name, make in WAYS.items()}
     if way or place.seq == 1:
         return made[way or "ring"]
 
@@ -53,7 +52,7 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
 @functools.lru_cache(maxsize=1)
 def own() -> Callable[..., Array]:
     """Attention to a device's own rows, inside a `shard_map` over all axes of a mesh."""
-    attend = functools.partial(ring.local("seq", **_how()))
+    attend = ring.local("seq", kernel=kernel())
     attend.names = ring.NAMES
     return attend
 
@@ -99,20 +98,9 @@ def fastest(
     return min(seconds, key=seconds.__getitem__)
 
 
-def _how() -> dict[str, Any]:
-    chunk = CPU_CHUNK if jax.default_backend() == "cpu" else kernels.CHUNK
-    best = kernels.best()
-    return {"chunk": chunk, "kernel": best if best.exact else None}  # XLA's chunk is ours to say
-
-
-def reach(piece: int, sight: int | None) -> int | float:
-    """Of rows in order, how many pieces before its own a device's queries see into.
-
-    Args:
-        piece: tokens a device.
-        sight: positions that a query sees, its own included; None: all.
-    """
-    return math.inf if sight is None else -(-(sight - 1) // piece)
+def kernel() -> kernels.Kernel:
+    """What computes a device's share here."""
+    return kernels.best(CPU_CHUNK if jax.default_backend() == "cpu" else kernels.CHUNK)
 
 
 def for_whole_rows() -> bool:
@@ -138,8 +126,8 @@ def both(place: Placement, local: int, way: str = "") -> Callable[..., Array]:
     Args:
         way: as of `attend`, for what is shared.
     """
-    own = ring.local("seq", **_how())
-    shared = {name: make("seq", **_how()) for name, make in WAYS.items()}
+    own = ring.local("seq", kernel=kernel())
+    shared = {name: make("seq", kernel=kernel()) for name, make in WAYS.items()}
 
     def attend(q: Array, k: Array, v: Array, **how: Any) -> Array:
         where = {name: how.pop(name) for name in _WHERE}

@@ -26,6 +26,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from jaxrl_eff.parallel import order
 from jaxrl_eff.parallel.mesh import Placement
 from jaxrl_eff.planner import packing
 from jaxrl_eff.planner.collectives import Axis, all_reduce, gather, grid, hand_on
@@ -180,7 +181,7 @@ def _forward(
     if p.seq == 1:
         return one
     kv = 2.0 * tokens * shape.kv_heads / cut.kv * shape.head_dim * shape.compute_bytes
-    hops = min(p.seq - 1, _reach(shape, length / p.seq))
+    hops = min(p.seq - 1, order.reach(length / p.seq, shape.sight))
     seq = max(0.0, layers * hops * hand_on(kv, g.seq, c) - c.overlap * one.device)
     return one._replace(seq=seq)
 
@@ -235,13 +236,6 @@ def _parts(
     one = _beside(shape, p, c, compute, done.columns)._replace(seq=done.exchange * each)
     scores = _scores_bytes(shape, 1, done.largest * p.seq, p, cut, c)
     return Part(done.steps, one, done.largest, scores)
-
-
-def _reach(shape: Shape, piece: float) -> int | float:
-    """As `parallel.spread.reach`: pieces before its own that a device's queries see into."""
-    if shape.window is None or shape.windowed < shape.layers:
-        return math.inf
-    return math.ceil((shape.window - 1) / piece)
 
 
 def _starting(layers: float | int, p: Placement, c: Cluster) -> float:

@@ -42,6 +42,11 @@ class Shape:
     windowed: int = 0
 
     @property
+    def sight(self) -> int | None:
+        """As `models.LMConfig.sight`."""
+        return self.window if self.windowed == self.layers else None
+
+    @property
     def layer_params(self) -> int:
         """Matrix entries of one layer."""
         attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
