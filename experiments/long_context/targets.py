@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_eff.parallel import kernels, ring
 
-HEADS, KV_HEADS, DIM, PARTS = 28, 4, 128, 8
+HEADS, KV_HEADS, PARTS = 28, 4, 8
 LENGTHS = (8_192, 32_768, 131_072)
 KERNELS = {"tpu": kernels.MOSAIC, "cuda": kernels.TRITON}
 
@@ -45,7 +45,7 @@ def devices(platform: str, target: str) -> list:
     return list(described.devices[:PARTS])
 
 
-def compiled(platform: str, over: Mesh, length: int, kernel: kernels.Kernel):
+def compiled(platform: str, over: Mesh, length: int, dim: int, kernel: kernels.Kernel):
     pieces = NamedSharding(over, PartitionSpec(None, "seq"))
 
     def of(*shape: int, dtype=jnp.bfloat16):
@@ -57,13 +57,13 @@ def compiled(platform: str, over: Mesh, length: int, kernel: kernels.Kernel):
         def apply(q, k, v):
             return attend(
                 q, k, v, q_position=position, k_position=position, q_segment=segment,
-                k_segment=segment, scale=DIM**-0.5,
+                k_segment=segment, scale=dim**-0.5,
             )  # fmt: skip
 
         out, pull = jax.vjp(apply, q, k, v)
         return out, *pull(dout)
 
-    q, k, at = of(HEADS, DIM), of(KV_HEADS, DIM), of(dtype=jnp.int32)
+    q, k, at = of(HEADS, dim), of(KV_HEADS, dim), of(dtype=jnp.int32)
     traced = jax.jit(layer).trace(q, k, k, q, at, at)
     return traced.lower(lowering_platforms=(platform,)).compile()
 
@@ -85,13 +85,14 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("platform", choices=KERNELS)
     parser.add_argument("target")
+    parser.add_argument("--head_dim", type=int, default=128)
     args = parser.parse_args()
     over = Mesh(np.array(devices(args.platform, args.target)), ("seq",))
     print(f"{PARTS} x {over.devices.flat[0].device_kind}")
     for length in LENGTHS:
         for kernel in (KERNELS[args.platform], kernels.xla()):
             began = time.perf_counter()
-            program = compiled(args.platform, over, length, kernel)
+            program = compiled(args.platform, over, length, args.head_dim, kernel)
             text, memory = program.as_text(), program.memory_analysis()
             print(
                 f"{length:>7} tokens, {kernel.name:>6}: temporary "
