@@ -1,5 +1,6 @@
 """Several processes compute what one computes; only the first one speaks."""
 
+import re
 import socket
 
 import launch
@@ -7,6 +8,11 @@ import numpy as np
 import pytest
 from launch import cache  # noqa: F401 (fixture)
 
+# What Gloo prints of every rank, in pieces: its threads may write between each other's.
+GLOO = re.compile(
+    r"\[Gloo\] Rank | is connected to | peer ranks\. "
+    r"|Expected number of connected peer ranks is : |\d+"
+)
 LOSSES = ("actor_train/loss", "actor_train/grad_norm", "advantage/score")
 
 
@@ -143,8 +149,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight(spec, cache, tmp_path,
     for out, err, code in done:
         assert code == 0, out + err
     check_equal(tmp_path, one)
-    said = "\n".join(line for line in done[1][0].splitlines() if "Gloo" not in line)
-    assert not said.strip() and "PASS" in done[0][0]
+    assert not GLOO.sub("", done[1][0]).strip() and "PASS" in done[0][0]
     assert "8 x cpu, 2 processes" in done[0][0]
 
 
