@@ -173,7 +173,7 @@ def _spread(place: Placement, length: int, sight: int | None) -> Spread:
     if length % place.seq:
         return Spread()
     if place.seq == 1:
-        return Spread(spread.attend(place))
+        return Spread(spread.attend(place), fits=spread.fits_whole_rows)
     pieces = reach(length // place.seq, sight)
     if pieces < place.seq - 1:
         return Spread(spread.attend(place, reach=pieces))
@@ -183,7 +183,7 @@ def _spread(place: Placement, length: int, sight: int | None) -> Spread:
 
 def _own(place: Placement, length: int, sight: int | None) -> Spread:
     del length, sight
-    return Spread() if place.tensor > 1 else Spread(spread.own())
+    return Spread() if place.tensor > 1 else Spread(spread.own(), fits=spread.fits_whole_rows)
 
 
 def _both(place: Placement, local: int, length: int, sight: int | None) -> Spread:

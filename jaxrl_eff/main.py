@@ -276,7 +276,9 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
     )
     plans = [p for stage in assembled.stages for p in stage.step.plan.values()]
     scheduled = any(s.settings.schedule.name == "skrull" for s in assembled.stages)
-    if spread.for_whole_rows() or scheduled or any(p.seq > 1 for p in plans):
+    if spread.for_whole_rows() and spread.fits_whole_rows(base.head_dim, base.dtype):
+        facts["model"] += f" to a cache, by {spread.kernel().name} elsewhere"
+    elif scheduled or any(p.seq > 1 for p in plans):
         facts["model"] += f", over a mesh by {spread.kernel().name}"
     for stage in assembled.stages:
         held: dict[int, int] = {}

@@ -9,7 +9,7 @@ them as its `attend`.
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +185,7 @@ class Spread(NamedTuple):
         place: `[B, T]` -> the same in the order in which devices hold tokens.
         restore: the converse.
         next, previous: `[B, T]` not placed -> what belongs to the token after, or before, each.
+        fits: (head dim, dtype) -> whether `attend` is for such a model; otherwise any is.
     """
 
     attend: Attend | None = None
@@ -192,6 +193,7 @@ class Spread(NamedTuple):
     restore: Callable[[Array], Array] = _same
     next: Callable[[Array], Array] = _next
     previous: Callable[[Array], Array] = _previous
+    fits: Callable[[int, Any], bool] = lambda head_dim, dtype: True
 
 
 _spread: contextvars.ContextVar[Callable[[int, int | None], Spread] | None]
@@ -210,14 +212,11 @@ def spreading(of: Callable[[int, int | None], Spread] | None) -> Iterator[None]:
         _spread.reset(token)
 
 
-def spread(length: int, sight: int | None = None) -> Spread:
-    """How rows of this length are spread, as the call's surroundings say.
-
-    Args:
-        sight: how many positions a model's queries see, `LMConfig.sight`.
-    """
+def spread(length: int, cfg: LMConfig) -> Spread:
+    """How rows of this length of a model's input are spread, as the call's surroundings say."""
     of = _spread.get()
-    return Spread() if of is None else of(length, sight)
+    over = Spread() if of is None else of(length, cfg.sight)
+    return over if over.fits(cfg.head_dim, cfg.dtype) else over._replace(attend=None)
 
 
 def choose(cfg: LMConfig, platform: str | None = None) -> Attend:

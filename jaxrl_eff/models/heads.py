@@ -54,7 +54,7 @@ def token_logprobs(
         with_entropy: False leaves the entropy out and returns zeros in its place.
     """
     # Only numbers of tokens change places between devices, never hidden states.
-    over = attention.spread(tokens.shape[1], cfg.sight)
+    over = attention.spread(tokens.shape[1], cfg)
     where = map(over.place, (tokens, position, segment))
     hidden, _ = apply(cfg, params, *where, attend=attend or over.attend)
     following = over.place(over.next(tokens))
@@ -116,7 +116,7 @@ def scalar_head(
     attend: Attend | None = None,
 ) -> Float[Array, "B T"]:
     """The value head's number after reading token t (not shifted); 0 at padding."""
-    over = attention.spread(tokens.shape[1], cfg.sight)
+    over = attention.spread(tokens.shape[1], cfg)
     where = map(over.place, (tokens, position, segment))
     hidden, _ = apply(cfg, params, *where, attend=attend or over.attend)
     return jnp.where(segment > 0, over.restore(scalar(cfg, params, hidden)), 0.0)
@@ -133,7 +133,7 @@ def token_values(
 ) -> Float[Array, "B T"]:
     """The value head's estimate before token t is chosen; 0 where a segment begins, at padding."""
     after = scalar_head(cfg, params, tokens, position, segment, attend=attend)
-    over = attention.spread(tokens.shape[1], cfg.sight)
+    over = attention.spread(tokens.shape[1], cfg)
     return _shift(over, after, (position > 0) & (segment > 0))
 
 

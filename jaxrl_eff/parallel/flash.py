@@ -6,6 +6,7 @@ first to the last that it may see. What it met before comes in as (out, lse) and
 place, so hops of a ring need no merging.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +17,18 @@ from jaxrl_eff.parallel.hops import FLOOR, NEG, Window
 from jaxrl_eff.shapes import Array, Bool, Float, Int
 
 FAR = 2**30  # a window that hides nothing, a position after all others
+LOG2E = math.log2(math.e)
 
 
 class Bounds(NamedTuple):
-    """Chunks from `low` to before `high` are to be met; [2, chunks, B] int32 in one array."""
+    """What a chunk must meet: four numbers (low, high, first, end), int32 in one array.
 
-    of_queries: Int[Array, "2 n B"]
-    of_keys: Int[Array, "2 m B"]
+    Chunks from `low` to before `high`; of those from `first` to before `end` each query sees each
+    key, so that no mask is needed, and low <= first <= end <= high.
+    """
+
+    of_queries: Int[Array, "4 n B"]
+    of_keys: Int[Array, "4 m B"]
 
 
 def bounds(
@@ -30,30 +36,73 @@ def bounds(
 ) -> Bounds:
     """Which chunks each chunk must meet: all that it sees, and few more.
 
-    A chunk is known by the least and greatest position and segment of its tokens: another document
-    or a later token is left out when the whole chunk is.
+    A chunk is known by its least and its greatest document, and by the first and last position in
+    each and in all. Two that share one document are judged by their positions in that one: what
+    else is in a chunk where a document ends says nothing of it. What needs no mask is one run, the
+    first.
     """
-    (q_first, q_last), (q_least, q_most) = _ranges(q_where)[..., :, None, :]
-    (k_first, k_last), (k_least, k_most) = _ranges(k_where)[..., None, :, :]
-    meet = (q_least <= k_most) & (k_least <= q_most) & (q_last >= k_first)
+    q, k = _known(q_where), _known(k_where)
+    ends = q.most[:, None] == k.least[None]  # the only document that both have
+    begins = q.least[:, None] == k.most[None]
+
+    def shared(q: Array, k: Array) -> tuple[Array, Array]:
+        """Positions in what both have: of (all, least, most) [3, chunks, B]."""
+        q, k = q[:, :, None], k[:, None]
+        return (
+            jnp.where(ends, q[2], jnp.where(begins, q[1], q[0])),
+            jnp.where(ends, k[1], jnp.where(begins, k[2], k[0])),
+        )
+
+    q_last, k_first = shared(q.last, k.first)
+    meet = (q.least[:, None] <= k.most[None]) & (k.least[None] <= q.most[:, None])
+    meet &= q_last >= k_first
+    one = (q.least == q.most)[:, None] & (k.least == k.most)[None] & ends
+    full = q.real[:, None] & k.real[None] & one & (q.first[0][:, None] >= k.last[0][None])
     if window is not None:
+        q_first, k_last = shared(q.first, k.last)
         meet &= q_first - k_last < window
-    return Bounds(_span(meet, 1), _span(meet, 0))
+        full &= q.last[0][:, None] - k.first[0][None] < window
+    return Bounds(_span(meet, full, 1), _span(meet, full, 0))
 
 
-def _ranges(where: Int[Array, "n 2 B c"]) -> Int[Array, "2 2 n B"]:
-    """(position, segment), (least, most) of the tokens of a chunk; of no tokens, most < least."""
-    real = where[:, 1:] > 0
-    least = jnp.where(real, where, FAR).min(axis=-1)
-    most = jnp.where(real, where, -1).max(axis=-1)
-    return jnp.moveaxis(jnp.stack([least, most]), 2, 0)
+class _Known(NamedTuple):
+    """Of every chunk: documents, first and last positions in (all, least, most), and whether no
+    token is padding. Of no tokens, most < least.
+    """
+
+    least: Int[Array, "n B"]
+    most: Int[Array, "n B"]
+    first: Int[Array, "3 n B"]
+    last: Int[Array, "3 n B"]
+    real: Bool[Array, "n B"]
 
 
-def _span(meet: Bool[Array, "n m B"], axis: int) -> Int[Array, "2 rest B"]:
-    """Along `axis` the first that holds, and one past the last; (0, 0) if none does."""
+def _known(where: Int[Array, "n 2 B c"]) -> _Known:
+    position, segment = where[:, 0], where[:, 1]
+    real = segment > 0
+    least = jnp.where(real, segment, FAR).min(axis=-1)
+    most = jnp.where(real, segment, -1).max(axis=-1)
+    inside = jnp.stack([real, segment == least[..., None], segment == most[..., None]])
+    first = jnp.where(inside, position, FAR).min(axis=-1)
+    last = jnp.where(inside, position, -1).max(axis=-1)
+    return _Known(least, most, first, last, real.all(axis=-1))
+
+
+def _span(
+    meet: Bool[Array, "n m B"], full: Bool[Array, "n m B"], axis: int
+) -> Int[Array, "4 rest B"]:
+    """Along `axis`: the first to meet, one past the last, and the same of the first full run.
+
+    (0, 0, 0, 0) if there is none to meet; without a full one, its run is empty and at the end.
+    """
+    size = meet.shape[axis]
     low = jnp.argmax(meet, axis=axis)
-    high = meet.shape[axis] - jnp.argmax(jnp.flip(meet, axis), axis=axis)
-    return jnp.stack([low, jnp.where(meet.any(axis=axis), high, 0)]).astype(jnp.int32)
+    high = jnp.where(meet.any(axis), size - jnp.argmax(jnp.flip(meet, axis), axis=axis), 0)
+    first = jnp.where(full.any(axis), jnp.argmax(full, axis=axis), high)
+    at = jnp.arange(size).reshape([-1 if i == axis else 1 for i in range(3)])
+    over = ~full & (at >= jnp.expand_dims(first, axis))
+    end = jnp.where(over.any(axis), jnp.argmax(over, axis=axis), size)
+    return jnp.stack([low, high, first, jnp.clip(end, first, high)]).astype(jnp.int32)
 
 
 # Of one chunk of queries, of one head, and one of keys, inside a kernel. Letters as in `hops`.
@@ -72,12 +121,12 @@ def begin(out: Float[Array, "c H"], lse: Float[Array, "c 1"]) -> Met:
     return Met(out, lse, jnp.where(lse > FLOOR, 1.0, 0.0).astype(lse.dtype))
 
 
-def meet(met: Met, q: Array, k: Array, v: Array, seen: Array, softcap: float | None) -> Met:
-    """With these keys and values, too."""
+def meet(met: Met, q: Array, k: Array, v: Array, seen: Array | None, softcap: float | None) -> Met:
+    """With these keys and values, too; all of them seen, if `seen` is None."""
     score = _score(q, k, seen, softcap)[0]
     top = jnp.maximum(met.top, score.max(axis=-1, keepdims=True))
     # The floor makes every weight of a query that sees nothing vanish, instead of all being equal.
-    weight = jnp.exp(score - jnp.maximum(top, FLOOR))
+    weight = _exp(score, jnp.maximum(top, FLOOR))
     shrink = jnp.exp(met.top - top)
     out = met.out * shrink + _product(weight.astype(v.dtype), v, 1, 0)
     return Met(out, top, met.total * shrink + weight.sum(axis=-1, keepdims=True))
@@ -99,14 +148,18 @@ def weights(
     k: Float[Array, "d H"],
     v: Float[Array, "d H"],
     dout: Float[Array, "c H"],
-    lse: Float[Array, "c 1"],
-    delta: Float[Array, "c 1"],
-    seen: Bool[Array, "c d"],
+    lse: Float[Array, "#c #d"],
+    delta: Float[Array, "#c #d"],
+    seen: Bool[Array, "c d"] | None,
     softcap: float | None,
 ) -> tuple[Float[Array, "c d"], Float[Array, "c d"]]:
-    """The attention weights, and the gradient with respect to the scores q.k, in `k`'s dtype."""
+    """The attention weights, and the gradient with respect to the scores q.k, in `k`'s dtype.
+
+    Transposed, `[d, c]`, if what belongs to queries and to keys changes places (q with k, v with
+    dout) and lse and delta are rows.
+    """
     score, slope = _score(q, k, seen, softcap)
-    weight = jnp.exp(score - jnp.maximum(lse, FLOOR))
+    weight = _exp(score, jnp.maximum(lse, FLOOR))
     dscore = weight * (_product(dout, v, 1, 1) - delta)
     if slope is not None:
         dscore *= slope
@@ -118,7 +171,12 @@ def _score(q, k, seen, softcap):
     if softcap is not None:
         bend = jnp.tanh(score / softcap)
         score, slope = softcap * bend, 1 - bend * bend
-    return jnp.where(seen, score, NEG), slope
+    return (score if seen is None else jnp.where(seen, score, NEG)), slope
+
+
+def _exp(x: Array, minus: Array) -> Array:
+    """e^(x - minus) as one multiplication with addition and the power of 2 that chips have."""
+    return jnp.exp2(x * LOG2E - minus * LOG2E)
 
 
 def _product(x: Array, y: Array, over_x: int, over_y: int) -> Array:
@@ -138,13 +196,16 @@ def spread_queries(dscore: Array, k: Array) -> Array:
 
 
 def sees(
-    q_position: Int[Array, "c 1"],
-    q_segment: Int[Array, "c 1"],
-    k_position: Int[Array, "1 d"],
-    k_segment: Int[Array, "1 d"],
+    q_position: Int[Array, "#c #d"],
+    q_segment: Int[Array, "#c #d"],
+    k_position: Int[Array, "#c #d"],
+    k_segment: Int[Array, "#c #d"],
     window: Int[Array, ""],
 ) -> Bool[Array, "c d"]:
-    """`models.attention.allowed` of one row; a window of `FAR` hides nothing."""
+    """`models.attention.allowed` of one row; a window of `FAR` hides nothing.
+
+    Transposed if queries are a row and keys a column.
+    """
     behind = q_position - k_position
     return (q_segment == k_segment) & (k_segment > 0) & (behind >= 0) & (behind < window)
 

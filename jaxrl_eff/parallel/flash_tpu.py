@@ -38,7 +38,7 @@ def forward(
     interpret: bool = False,
 ) -> tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]]:
     """`hops.forward`."""
-    spans = flash.bounds(q_where, k_where, window).of_queries
+    spans = flash.bounds(q_where, k_where, window).of_queries[:2]
     grid = _Grid(q, kv, q_where, k_where)
     out, lse, q = grid.heads(out), grid.rows(lse), grid.heads(q)
     out, lse = pl.pallas_call(
@@ -95,7 +95,7 @@ def backward(
         input_output_aliases={9: 0},
         name="ring_backward_q",
         **how,
-    )(spans.of_queries, window, *grid.where, q, kv, dout, lse, delta, dq)  # fmt: skip
+    )(spans.of_queries[:2], window, *grid.where, q, kv, dout, lse, delta, dq)  # fmt: skip
     dkv = pl.pallas_call(
         functools.partial(_to_keys, softcap=softcap, chunks=len(q)),
         grid_spec=tpu.PrefetchScalarGridSpec(
@@ -111,7 +111,7 @@ def backward(
         out_shape=flash.like(q, kv.shape),
         name="ring_backward_kv",
         **how,
-    )(spans.of_keys, window, *grid.where, q, kv, dout, lse, delta)  # fmt: skip
+    )(spans.of_keys[:2], window, *grid.where, q, kv, dout, lse, delta)  # fmt: skip
     return grid.folded(dq), dkv
 
 

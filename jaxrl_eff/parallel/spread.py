@@ -106,9 +106,23 @@ def kernel() -> kernels.Kernel:
 def for_whole_rows() -> bool:
     """Whether rows that no axis splits should be attended to by `attend`, too.
 
-    On TPUs, where the attention of one device would write its scores to memory.
+    On TPUs, where the attention of one device writes its scores to memory; on GPUs, where it writes
+    a mask of all pairs and computes what lies between documents, if a kernel runs there.
     """
-    return jax.default_backend() == "tpu"
+    return jax.default_backend() == "tpu" or (_on_gpu() and kernel().name != "xla")
+
+
+def fits_whole_rows(head_dim: int, dtype: Any) -> bool:
+    """Whether they should be for a model of such heads and arithmetic.
+
+    On GPUs those that the kernel takes, in half precision, where it is faster.
+    """
+    half = jnp.dtype(dtype).itemsize <= 2
+    return not _on_gpu() or (half and kernel().fits(head_dim, dtype))
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() in ("gpu", "cuda")
 
 
 def _peak(dtype: Any) -> float:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxrl_eff.models import attention
-from jaxrl_eff.parallel import flash, hops, kernels, order, ring
+from jaxrl_eff.parallel import flash, flash_gpu, hops, kernels, order, ring
 from tests.parallel.test_ring import line, packed, value_and_gradients
 
 DIM = {"triton": 16, "mosaic": 64}
@@ -70,8 +70,8 @@ def test_a_kernel_does_not_touch_chunks_outside_its_bounds(name):
     position = jnp.tile(jnp.arange(32), 2)[None]
     where = hops.fold_where(position, segment, 16)
     spans = flash.bounds(where, where, None)
-    np.testing.assert_array_equal(spans.of_queries[:, :, 0], [[0, 0, 2, 2], [1, 2, 3, 4]])
-    np.testing.assert_array_equal(spans.of_keys[:, :, 0], [[0, 1, 2, 3], [2, 2, 4, 4]])
+    np.testing.assert_array_equal(spans.of_queries[:2, :, 0], [[0, 0, 2, 2], [1, 2, 3, 4]])
+    np.testing.assert_array_equal(spans.of_keys[:2, :, 0], [[0, 1, 2, 3], [2, 2, 4, 4]])
     out, lse = KERNELS[name].forward(
         *hops.nothing(q), q, kv.at[2].set(np.nan), where, where, None, None
     )
@@ -89,19 +89,51 @@ def test_bounds_hold_all_that_is_seen_and_narrow_with_a_window():
             hops.fold_where(*map(jnp.asarray, packed(rng, 3, n)), 4) for n in (40, 52)
         )
         spans = flash.bounds(q_where, k_where, window)
-        seen = jax.vmap(
-            lambda q, k=k_where, w=window: jax.vmap(lambda k: hops.sees(q, k, w).any((1, 2)))(k)
-        )(q_where)
-        for low, high, any_seen in (
-            (*spans.of_queries, seen), (*spans.of_keys, seen.swapaxes(0, 1))
-        ):  # fmt: skip
-            at = jnp.arange(any_seen.shape[1])[None, :, None]
+        seen = jax.vmap(lambda q, k=k_where, w=window: jax.vmap(lambda k: hops.sees(q, k, w))(k))(
+            q_where
+        )
+        some, every = seen.any((3, 4)), seen.all((3, 4))
+        for (low, high, first, end), any_, all_ in (
+            (spans.of_queries, some, every),
+            (spans.of_keys, some.swapaxes(0, 1), every.swapaxes(0, 1)),
+        ):
+            at = jnp.arange(any_.shape[1])[None, :, None]
             inside = (at >= low[:, None]) & (at < high[:, None])
-            assert not (any_seen & ~inside).any()
+            assert not (any_ & ~inside).any()
+            assert (low <= first).all() and (first <= end).all() and (end <= high).all()
+            unmasked = (at >= first[:, None]) & (at < end[:, None])
+            assert not (unmasked & ~all_).any()
+            assert (unmasked.any(1) == all_.any(1)).all()
+            hull = [any_.argmax(1), any_.shape[1] - any_[:, ::-1].argmax(1)]
+            for bound, exact in zip((low, high), hull, strict=True):
+                assert (bound == jnp.where(any_.any(1), exact, 0)).all()  # of tokens in order
     document = jnp.arange(64)[None]
     where = hops.fold_where(document, document * 0 + 1, 8)
-    low, high = flash.bounds(where, where, jnp.int32(9)).of_queries[..., 0]
+    low, high = flash.bounds(where, where, jnp.int32(9)).of_queries[:2, :, 0]
     assert (high - low <= 2).all()
+    low, high, first, end = flash.bounds(where, where, None).of_queries[..., 0]
+    np.testing.assert_array_equal(end - first, np.arange(8))  # all but the diagonal
+
+
+@pytest.mark.parametrize("own, met", [(8, 4), (4, 16), (16, 8)])
+def test_how_a_gpu_divides_its_work_changes_nothing(own, met, monkeypatch):
+    """Tiles of a chunk, documents longer than several of them, and a window."""
+    rng = np.random.default_rng(7)
+    q, dout, kv, *_ = operands(rng, "triton", jnp.float32, 1, 96, 128)
+    segment = jnp.repeat(jnp.array([1, 2, 0]), jnp.array([70, 50, 8]))[None]
+    position = jnp.concatenate([jnp.arange(70), jnp.arange(50), jnp.arange(8)])[None]
+    q_where, k_where = (hops.fold_where(position[:, :n], segment[:, :n], 16) for n in (96, 128))
+    tile = flash_gpu.Tile(own, met, 4, 2)
+    monkeypatch.setattr(flash_gpu, "tiles", lambda *_: flash_gpu.Tiles(tile, tile, tile))
+    for window in (None, jnp.int32(40)):
+        found = []
+        for way in (kernels.xla(), KERNELS["triton"]):
+            rest = q_where, k_where, window, None
+            out, lse = way.forward(*hops.nothing(q), q, kv, *rest)
+            delta = (out * dout).sum(axis=-1)
+            found.append((out, *way.backward(dout, q, dout, lse, delta, kv, *rest)))
+        for x, y in zip(*found, strict=True):
+            np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
 
 
 def unchecked(attend, parts):

@@ -1,0 +1,411 @@
+r"""Attention and micro-steps on one GPU: rates of kernels, and the constants of a schedule's cost.
+
+  python experiments/long_context/gpu.py --work attention hop micro --out gpu.jsonl
+
+Random numbers and weights. TFLOP/s count what is needed alone: 4 N H FLOP for every pair of a query
+and a key that it sees, forward, and five halves of that backward. Every line is a JSON object;
+rates stand beside the products and copies that were measured in the same process.
+
+- attention: rows of one document and packed rows; the kernel of distributed attention on whole
+  rows, the one of `attention.choose`, cuDNN without documents, and chunks in XLA.
+- hop: what one of 8 devices does while one piece of a ring is at hand, for 131,072 tokens in
+  stripes; and that four pieces met one after the other give what all keys at once do.
+- micro: seconds of training micro-steps over tokens and lengths, and `Cost`'s constants fitted to
+  half of them, which predict the other half.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from jaxrl_eff import hardware, long, mixed
+from jaxrl_eff.algorithms import sft
+from jaxrl_eff.data.scheduled import arrange
+from jaxrl_eff.data.schedules import Schedule, Shape
+from jaxrl_eff.data.skrull_cost import cost_of, refit
+from jaxrl_eff.dataflow import Placement, Spec
+from jaxrl_eff.models import LMConfig, attention, logical_axes, params
+from jaxrl_eff.parallel import flash_gpu, hops, kernels, order, ring, spread
+from jaxrl_eff.parallel.mesh import mesh
+from jaxrl_eff.planner import schedule_cost
+
+HEADS = {"0.5b": (14, 2, 64), "7b": (28, 4, 128)}
+COMMON = {"vocab": 151_936, "qkv_bias": True, "dtype": "bfloat16", "max_length": 131_072}
+MODELS = {
+    "0.5b": LMConfig(
+        **COMMON, layers=24, width=896, heads=14, kv_heads=2, head_dim=64, ffn=4864, tie=True,
+        remat="outputs",
+    ),
+    # Four of 28 layers: weights, gradients and activations of all do not fit one GPU.
+    "7b": LMConfig(
+        **COMMON, layers=4, width=3584, heads=28, kv_heads=4, head_dim=128, ffn=18_944, tie=True,
+        param_dtype="bfloat16", remat="outputs",
+    ),
+    "tiny": LMConfig(vocab=64, layers=2, width=64, heads=4, kv_heads=2, head_dim=16, ffn=128),
+}  # fmt: skip
+ROWS = ((16, 2_048), (4, 8_192), (1, 32_768), (1, 131_072))
+MOST_MASKED = 32_768  # tokens of a row whose mask of all pairs still fits
+
+
+def seconds(fn: Any, *args: Any, repeat: int = 3) -> float:
+    jax.block_until_ready(fn(*args))
+    found = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for _ in range(repeat):
+            out = fn(*args)
+        jax.block_until_ready(out)
+        found.append((time.perf_counter() - began) / repeat)
+    return float(np.median(found))
+
+
+def documents(rows: int, length: int, mean: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and segments of rows full of documents of exponential lengths; 0: one a row."""
+    rng = np.random.default_rng(seed)
+    position, segment = np.zeros((2, rows, length), np.int32)
+    for r in range(rows):
+        at, n = 0, 1
+        while at < length:
+            size = min(int(np.ceil(rng.exponential(mean))) if mean else length, length - at)
+            position[r, at : at + size], segment[r, at : at + size] = np.arange(size), n
+            at, n = at + size, n + 1
+    return position, segment
+
+
+def without_documents(q, k, v, *, scale, **where):
+    del where
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+    )
+
+
+def compared(limit: dict[str, float], lengths: tuple) -> Any:
+    """All programs are compiled at once, before the first is timed."""
+    kinds = {
+        "kernel": spread.attend(Placement((0,))),
+        "fused": attention.fused,
+        "cudnn": without_documents,
+        "xla": ring.on_mesh(ring.ring(), mesh(Placement((0,)))),
+    }
+    cases = [
+        (shape, rows, length, mean, [n for n in kinds if _takes(n, shape, length, mean)])
+        for shape in HEADS
+        for rows, length in lengths
+        for mean in (0, 512, 4096)
+        if mean * 4 <= length
+    ]
+    with ThreadPoolExecutor(12) as pool:
+        started = {}
+        for shape, rows, length, _, names in cases:
+            for name in names:
+                key = shape, rows, length, name
+                if key not in started:
+                    one = _lowered(kinds[name], shape, rows, length)
+                    started[key] = [pool.submit(_compiled, x) for x in one]
+        programs = {key: [x.result() for x in both] for key, both in started.items()}
+    for shape, rows, length, mean, names in cases:
+        heads, _, dim = HEADS[shape]
+        position, segment = documents(rows, length, mean)
+        where = jnp.asarray(position), jnp.asarray(segment)
+        numbers = [
+            jax.random.normal(jax.random.key(i), x.shape, x.dtype)
+            for i, x in enumerate(_numbers(shape, rows, length))
+        ]
+        flop = 4.0 * heads * dim * float((position + 1.0).sum())
+        row = {
+            "work": "attention", "shape": shape, "rows": rows, "length": length,
+            "documents": mean or length,
+        }  # fmt: skip
+        for name in names:
+            forward, both = programs[shape, rows, length, name]
+            if isinstance(both, str):  # what a kernel refuses is a result as well
+                row[name] = both
+                continue
+            ahead, taken = seconds(forward, *numbers, *where), seconds(both, *numbers, *where)
+            row[name] = {
+                "forward_ms": 1e3 * ahead, "both_ms": 1e3 * taken,
+                "forward_tflops": flop / ahead / 1e12, "both_tflops": 3.5 * flop / taken / 1e12,
+                "of_products": 3.5 * flop / taken / 1e12 / limit["matmul_tflops"],
+                "temporary_mb": both.memory_analysis().temp_size_in_bytes / 1e6,
+            }  # fmt: skip
+        yield row
+
+
+def _takes(name: str, shape: str, length: int, mean: int) -> bool:
+    if name == "cudnn":
+        return not mean  # it would attend to other documents
+    if name == "fused":
+        return length <= MOST_MASKED
+    return name == "kernel" or (length <= 8_192 and shape == "0.5b")
+
+
+def _numbers(shape: str, rows: int, length: int) -> list[jax.ShapeDtypeStruct]:
+    heads, kv_heads, dim = HEADS[shape]
+    return [
+        jax.ShapeDtypeStruct((rows, length, n, dim), jnp.bfloat16)
+        for n in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def _lowered(fn: Any, shape: str, rows: int, length: int) -> list[Any]:
+    """Forward, and forward and backward, of (q, k, v, gradient, position, segment)."""
+
+    def run(q, k, v, g, position, segment):
+        del g
+        return fn(
+            q, k, v, q_position=position, k_position=position, q_segment=segment,
+            k_segment=segment, scale=q.shape[-1] ** -0.5,
+        )  # fmt: skip
+
+    def both(q, k, v, g, *where):
+        return jax.vjp(lambda *x: run(*x, g, *where), q, k, v)[1](g)
+
+    at = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    args = *_numbers(shape, rows, length), at, at
+    found = []
+    for f in (run, both):
+        try:
+            found.append(jax.jit(f).lower(*args))
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {str(error)[:200]}")
+    return found
+
+
+def _compiled(lowered: Any) -> Any:
+    if isinstance(lowered, str):
+        return lowered
+    try:
+        return lowered.compile()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def hop(limit: dict[str, float], tokens: int = 131_072, parts: int = 8) -> Any:
+    """One hop of a striped ring; then all hops of a shorter row against no ring."""
+    for shape, (heads, kv_heads, dim) in HEADS.items():
+        piece = tokens // parts
+        q, kv, g = _pieces(piece, heads, kv_heads, dim)
+        mine, theirs = (_stripe(piece, parts, r) for r in (3, 5))
+
+        def forward(q, kv, mine, theirs):
+            return flash_gpu.forward(*hops.nothing(q), q, kv, mine, theirs, None, None)
+
+        def backward(q, kv, g, lse, delta, mine, theirs):
+            zero = jnp.zeros(q.shape, jnp.float32)
+            return flash_gpu.backward(zero, q, g, lse, delta, kv, mine, theirs, None, None)
+
+        out, lse = jax.jit(forward)(q, kv, mine, theirs)
+        delta = (out * g.astype(jnp.float32)).sum(-1)
+        flop = 4.0 * heads * dim * piece**2 / 2
+        ahead = seconds(jax.jit(forward), q, kv, mine, theirs)
+        back = seconds(jax.jit(backward), q, kv, g, lse, delta, mine, theirs)
+        yield {
+            "work": "hop", "shape": shape, "tokens": tokens, "parts": parts,
+            "forward_ms": 1e3 * ahead, "backward_ms": 1e3 * back,
+            "forward_tflops": flop / ahead / 1e12, "backward_tflops": 2.5 * flop / back / 1e12,
+            "of_products": 3.5 * flop / (ahead + back) / 1e12 / limit["matmul_tflops"],
+            # What a link must carry in that time: keys and values, and in float32 their gradients.
+            "hides_gb_per_s": 4 * piece * kv_heads * dim / ahead / 1e9,
+            "hides_gb_per_s_backward": 12 * piece * kv_heads * dim / back / 1e9,
+        } | _ring_error(heads, kv_heads, dim)  # fmt: skip
+
+
+def _pieces(length: int, heads: int, kv_heads: int, dim: int, seed: int = 0) -> list[jax.Array]:
+    numbers = (
+        jax.random.normal(jax.random.key(seed + i), (1, length, n, dim), jnp.bfloat16)
+        for i, n in enumerate((heads, kv_heads, kv_heads, heads))
+    )
+    q, k, v, g = (hops.fold(x, kv_heads, flash_gpu.CHUNK) for x in numbers)
+    return [q * jnp.asarray(dim**-0.5, q.dtype), jnp.stack([k, v], axis=1), g]
+
+
+def _stripe(piece: int, parts: int, rank: int) -> jax.Array:
+    position = jnp.arange(piece, dtype=jnp.int32)[None] * parts + rank
+    return hops.fold_where(position, jnp.ones_like(position), flash_gpu.CHUNK)
+
+
+def _ring_error(heads: int, kv_heads: int, dim: int, length: int = 4096, parts: int = 4) -> dict:
+    """Four devices' hops, one after the other, on packed rows: against float32 without a ring."""
+    position, segment = documents(1, length, 700)
+    numbers = [
+        np.asarray(jax.random.normal(jax.random.key(9 + i), (1, length, n, dim)))
+        for i, n in enumerate((heads, kv_heads, kv_heads, heads))
+    ]
+    to = order.striped(length, parts)
+    chunk, pieces = flash_gpu.CHUNK, np.arange(length).reshape(parts, -1)
+
+    def at(x, rank):
+        return jnp.asarray(to.place(x)[:, pieces[rank]])
+
+    def folded(x, rank):
+        return hops.fold(at(x, rank).astype(jnp.bfloat16), kv_heads, chunk)
+
+    ranks = range(parts)
+    where = [hops.fold_where(at(position, r), at(segment, r), chunk) for r in ranks]
+    qs = [folded(numbers[0], r) * jnp.bfloat16(dim**-0.5) for r in ranks]
+    kvs = [jnp.stack([folded(x, r) for x in numbers[1:3]], axis=1) for r in ranks]
+    gs, outs, grads = [folded(numbers[3], r) for r in ranks], [], []
+    forward = jax.jit(functools.partial(flash_gpu.forward, window=None, softcap=None))
+    backward = jax.jit(functools.partial(flash_gpu.backward, window=None, softcap=None))
+    dkvs = [jnp.zeros(kv.shape, jnp.float32) for kv in kvs]
+    for r in ranks:
+        met = hops.nothing(qs[r])
+        for hop in ranks:
+            s = (r - hop) % parts
+            met = forward(*met, qs[r], kvs[s], where[r], where[s])
+        out, lse = met
+        delta, dq = (out * gs[r].astype(jnp.float32)).sum(-1), jnp.zeros_like(out)
+        for hop in ranks:
+            s = (r - hop) % parts
+            dq, dkv = backward(dq, qs[r], gs[r], lse, delta, kvs[s], where[r], where[s])
+            dkvs[s] = dkvs[s] + dkv
+        outs.append(out)
+        grads.append(dq)
+
+    def whole(x):
+        return to.restore(np.concatenate([hops.unfold(y, length // parts, chunk) for y in x], 1))
+
+    keys = [whole([kv[:, i] for kv in dkvs]) for i in (0, 1)]
+    got = [whole(outs), whole(grads) * dim**-0.5, *keys]
+    at_all = {f"{s}_{n}": jnp.asarray(x) for s in "qk" for n, x in
+              (("position", position), ("segment", segment))}  # fmt: skip
+
+    def plain(q, k, v):
+        return attention.plain(q, k, v, **at_all, scale=dim**-0.5)
+
+    with jax.default_matmul_precision("highest"):
+        out, pull = jax.vjp(plain, *map(jnp.asarray, numbers[:3]))
+        want = [out, *pull(jnp.asarray(numbers[3]))]
+    apart = [
+        float(np.linalg.norm(x - np.asarray(y)) / np.linalg.norm(np.asarray(y)))
+        for x, y in zip(got, want, strict=True)
+    ]
+    return {"ring_error": max(apart)}
+
+
+def micro(model: str, longest: int) -> Any:
+    """Steps of one micro-step over documents of many lengths, and of four."""
+    lm, place = MODELS[model], Placement((0,))
+    sizes = [n for n in (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
+             if n <= longest]  # fmt: skip
+    graph = sft.graph(sft.SFTConfig(), lm)
+    spec = Spec(params.abstract(lm), logical_axes(lm), optax.sgd(0.0))
+    step = mixed.compile(graph, {"actor_train": place}, {"actor": spec})
+    began = time.perf_counter()
+    step.build([long.of_shape(graph.inputs.split(), Shape(n, 0), place) for n in sizes])
+    built = time.perf_counter() - began
+    models = {"actor": step.init("actor", jax.jit(lambda k: params.init(lm, k))(jax.random.key(0)))}
+    peak = hardware.peak_flops_per_s(jax.devices()[0].device_kind, "bfloat16") or 1e11
+    cost = cost_of(schedule_cost.model_of(lm), flops_per_s=0.5 * peak, bytes_per_s=1e11)
+    rng, rows, number = np.random.default_rng(0), [], 0
+    for size in sizes:
+        for each in sorted({size, min(size, 512), min(size, 4096)}):
+            for repeat in (1, 4) if size <= 4096 else (1,):
+                lengths = np.full(repeat * (size // each), each)
+                units = [((rng.integers(4, lm.vocab, n).astype(np.int32), np.ones(n, np.float32)),)
+                         for n in lengths]  # fmt: skip
+                at, one = np.repeat(np.arange(repeat), size // each), np.zeros(len(lengths), int)
+                schedule = Schedule(
+                    lengths, 1, 1, size, cost, (Shape(size, 0),) * repeat, at, one, one, 0.0, "", {}
+                )
+                batch, found = arrange(schedule, units), []
+                for _ in range(4):
+                    began = time.perf_counter()
+                    models, _, m = step(models, batch, np.array([0, number], np.uint32))
+                    jax.block_until_ready(m)
+                    found.append(time.perf_counter() - began)
+                    number += 1
+                taken = float(np.median(found[1:]))
+                tokens = int(lengths.sum())
+                needed = sum(schedule_cost.model_of(lm).flops(int(n)) for n in lengths)
+                rows.append((schedule, taken))
+                yield {
+                    "work": "micro", "model": model, "tokens": size, "documents": each,
+                    "micro_steps": len(schedule.shapes), "seconds": taken,
+                    "tokens_per_s": tokens / taken, "tflops": needed / taken / 1e12,
+                }  # fmt: skip
+    rows = [rows[i] for i in rng.permutation(len(rows))]
+    fitted = refit(cost, [(s.terms(), t) for s, t in rows[::2]], trust=0.001)
+    # Twice: where a kernel's rate is half, too, which a fit of rates does not move.
+    best = None
+    for half in (30, 100, 300, 600, 1000, 1500, 2500):
+        with_half = dataclasses.replace(fitted, half=half)
+        terms = [(dataclasses.replace(s, cost=with_half).terms(), t) for s, t in rows[::2]]
+        one = refit(with_half, terms, trust=0.001)
+        errors = [_predicted(s, one) / t - 1 for s, t in rows]
+        known, rest = np.abs(errors[::2]), np.abs(errors[1::2])
+        if best is None or known.mean() < best[1].mean():
+            best = one, known, rest, half
+    one, known, rest, half = best
+    yield {
+        "work": "constants", "model": model, "half": half, "flops_tflops": one.flops_per_s / 1e12,
+        "attention_tflops": one.attention_per_s / 1e12,
+        "attention_share": one.attention_per_s / one.flops_per_s,
+        "micro_ms": 1e3 * one.micro_seconds, "step_ms": 1e3 * one.step_seconds,
+        "error_fitted": float(known.mean()), "error_others": float(rest.mean()),
+        "error_most": float(rest.max()), "compiled_s": built,
+        "planned_gb": max(v["bytes"] for v in step.analysis().values()) / 1e9,
+        "peak_gb": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9,
+    }  # fmt: skip
+
+
+def _predicted(schedule: Any, cost: Any) -> float:
+    again = dataclasses.replace(schedule, cost=cost)
+    return float(again.rank_seconds().max((1, 2)).sum()) + cost.step_seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", nargs="+", default=["attention", "hop", "micro"])
+    parser.add_argument("--models", nargs="+", default=["0.5b", "7b"], choices=list(MODELS))
+    parser.add_argument("--longest", type=int, default=131_072, help="tokens of a micro-step")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    began = time.perf_counter()
+    name = kernels.best().name
+    limit = {
+        "work": "limits", "device": jax.devices()[0].device_kind, "jax": jax.__version__,
+        "kernel": name, "checked_s": time.perf_counter() - began,
+        "matmul_tflops": hardware.measure_matmul("bfloat16") / 1e12,
+        "copy_tb_per_s": hardware.measure_copy() / 1e12,
+    }  # fmt: skip
+    _tell(args.out, limit)
+    for work in args.work:
+        if work == "attention":
+            found = compared(limit, tuple(x for x in ROWS if x[1] <= args.longest))
+        elif work == "hop":
+            found = hop(limit)
+        else:
+            found = (row for m in args.models for row in micro(m, args.longest))
+        for row in found:
+            _tell(args.out, row)
+
+
+def _tell(out: Path | None, row: dict[str, Any]) -> None:
+    def rounded(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: rounded(v) for k, v in x.items()}
+        return float(f"{x:.4g}") if isinstance(x, float) else x
+
+    text = json.dumps(rounded(row))
+    print(text, flush=True)
+    if out is not None:
+        with out.open("a") as f:
+            f.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
