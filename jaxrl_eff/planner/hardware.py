@@ -42,6 +42,7 @@ class Cluster:
         overlap: share of a pass's time on the device behind which data and fsdp traffic hides;
             `tensor_overlap` the same for tensor-parallel traffic.
         fused: attention scores never reach memory.
+        attention_half: tokens of a sequence whose attention reaches half the rate of long ones'.
         shared_compute: 0: every device computes by itself. Otherwise devices share their host's
             cores, and this is the share of the whole that a program on one device gets alone.
     """
@@ -74,6 +75,7 @@ class Cluster:
     overlap: float | int = 0.5
     tensor_overlap: float | int = 0.0
     fused: bool = True
+    attention_half: float | int = 300
     shared_compute: float | int = 0.0
 
     def __post_init__(self):
@@ -147,6 +149,7 @@ def gpus(name: str, hosts: int = 1, per_host: int = 8) -> Cluster:
         devices=hosts * per_host,
         per_host=per_host,
         **_rates(name.upper(), *_GPUS[name]),
+        attention_half=1350,  # measured on an H100: experiments/long_context
     )
 
 

@@ -29,5 +29,6 @@ def cost_on(cluster: Cluster, model: Model, *, seq: int, tensor: int, itemsize: 
         flops_per_s=tensor * cluster.train_efficiency * cluster.peak(itemsize),
         bytes_per_s=tensor * rate,  # each has its share of the heads to send
         hop_seconds=start,
+        attention_half=cluster.attention_half,
         overlap=1.0,
     )

@@ -61,8 +61,10 @@ def test_small_kernels_are_slower_and_cut_ones_more_so():
     assert np.all(shared < whole) and np.all(8 * shared > whole)
     wasted = 8 * shared / whole
     assert np.all(np.diff(wasted) < 0) and wasted[0] > 5 and wasted[-1] < 1.1
-    at_half = COST.square * COST.half**2 / COST.attention_per_s
-    assert COST.attention(np.array([COST.half]))[0] == pytest.approx(2 * at_half)
+    cost = dataclasses.replace(COST, attention_half=700)
+    at_half = cost.square * 700**2 / cost.attention_per_s
+    assert cost.attention(np.array([700]))[0] == pytest.approx(2 * at_half)
+    assert cost.products(700) == COST.products(700)
 
 
 def schedules(n, cost, seed=0):
@@ -140,8 +142,9 @@ def test_what_cannot_be_is_refused():
         cost_of(SMALL, flops_per_s=0, bytes_per_s=1)
     with pytest.raises(ValueError, match="overlap is 2"):
         dataclasses.replace(COST, overlap=2)
-    with pytest.raises(ValueError, match="half is -1"):
-        dataclasses.replace(COST, half=-1)
+    for name in ("half", "attention_half"):
+        with pytest.raises(ValueError, match=f"Cost.{name} is -1"):
+            dataclasses.replace(COST, **{name: -1})
     with pytest.raises(ValueError, match="at least one measured step"):
         refit(COST, [])
     with pytest.raises(ValueError, match="a step took 0"):
