@@ -43,6 +43,7 @@ class Long:
         cost: by which schedules are judged at first.
         batch: a micro-batch of every shape, shapes and dtypes alone.
         lengths: of some units.
+        measure: whether measured steps correct the cost.
     """
 
     step: mixed.Mixed
@@ -51,13 +52,14 @@ class Long:
     cost: Cost
     batch: list[dict[str, dict[str, jax.ShapeDtypeStruct]]]
     lengths: list[int]
+    measure: bool = True
 
     def batches(self, source: loader.Loader, *, pad: int) -> Scheduled:
         """Its loader, from one that gives an example a row."""
         place = next(iter(self.step.plan.values()))
         return Scheduled(
             source, groups=place.row_shards, parts=place.seq, room=self.room, cost=self.cost,
-            shapes=self.shapes, lengths=self.lengths, pad=pad,
+            shapes=self.shapes, lengths=self.lengths, pad=pad, measure=self.measure,
         )  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def prepared(
     )  # fmt: skip
     micro = [of_shape(names, shape, place) for shape in shapes]
     step.check(micro)
-    return Long(step, shapes, room, cost, micro, fits)
+    return Long(step, shapes, room, cost, micro, fits, s.measure)
 
 
 def cost_on(cluster: Cluster, place: Placement, lm: LMConfig) -> Cost:

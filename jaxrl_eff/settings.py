@@ -250,12 +250,16 @@ class ScheduleSettings:
         room: tokens that a device holds at once; 0: found by compiling the model for two sizes.
         shapes: of micro-batches, at most; each is a program to compile, for every call.
         sample: examples whose lengths the shapes are chosen by.
+        measure: let what is measured improve the estimates: the rates of CPUs at the start, and
+            steps of algorithms that do not sample. Then two runs add up the same gradients in
+            different orders; False: by constants alone, so that a run repeats bit for bit.
     """
 
     name: str = "rows"
     room: int = 0
     shapes: int = 12
     sample: int = 1024
+    measure: bool = True
 
     def __post_init__(self):
         if self.name not in ("rows", "skrull"):

@@ -259,7 +259,7 @@ def _stage(
         make = packed.compile if scheduled else dataflow.compile
         step = make(graph, plan, specs, keep=keep, sync=parts.changes_of(s)).check(shapes)
         if scheduled:
-            most, cluster = sampling.max_tokens, hardware.local()
+            most, cluster = sampling.max_tokens, hardware.local(measured=s.schedule.measure)
             return long.rollouts(s.schedule, step, lms, prompts, most, cluster=cluster)
         return step
 
@@ -306,7 +306,7 @@ def _scheduled(
         lengths = long.lengths_of(source, encoder, kind, s.schedule.sample)
         made = long.prepared(
             s.schedule, graph, plan, specs, lms[trained], lengths, batch=s.batch,
-            longest=s.data.length, cluster=hardware.local(),
+            longest=s.data.length, cluster=hardware.local(measured=s.schedule.measure),
         )  # fmt: skip
     one_by_one = loader.batches(
         source,

@@ -11,6 +11,7 @@ import pytest
 from launch import cache, compiled_once  # noqa: F401 (fixtures)
 
 from jaxrl_eff import metrics
+from jaxrl_eff.planner import hardware
 
 THREE = f"--config={launch.TINY}:algorithm=three,steps=3,devices=2,every=1,evaluate=1"
 CHECKPOINTS = "jaxrl_eff.checkpoint:Checkpoints"
@@ -152,6 +153,26 @@ def test_onto_another_mesh_it_is_equal_to_rounding(sft, axes, tmp_path, monkeypa
         np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-4, err_msg=name)
     losses = [[v["actor_train/loss"] for _, _, v in launch.numbers(d)] for d in (tmp_path, sft)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+@pytest.mark.usefixtures("compiled_once")
+def test_scheduled_by_constants_it_ends_bitwise_the_same(algorithm, tmp_path, monkeypatch):
+    """And however long steps take, which schedules are otherwise judged by."""
+    plan = "{'default': {'devices': [0, 1, 2, 3], 'data': 2, 'seq': 2}}"
+    changes = (
+        f"{algorithm}.plan={plan}",
+        f"{algorithm}.schedule={{'name': 'skrull', 'room': 24, 'shapes': 3, 'measure': False}}",
+    )
+    run = launch.config(f"algorithm={algorithm},steps=4,every=1", *changes)
+    monkeypatch.setattr(hardware, "_measured", None)  # CPUs must not be asked
+    assert launch.train(run, tmp_path / "whole")
+    stopped(monkeypatch, run, tmp_path / "killed", after=2)
+    hardware.local.cache_clear()
+    assert launch.train(run, tmp_path / "killed")
+    assert launch.export(tmp_path / "killed") == launch.export(tmp_path / "whole")
+    told = [launch.document(tmp_path / d, "schedule") for d in ("whole", "killed")]
+    assert told[0] == told[1]
 
 
 def damage(checkpoint):

@@ -112,6 +112,7 @@ class Scheduled:
         lengths: of some units, to be told.
         pad: token id at padding.
         ahead: batches planned ahead.
+        measure: whether measured batches correct the cost.
 
     Attributes:
         schedule: of the batch that was given last.
@@ -129,7 +130,9 @@ class Scheduled:
         lengths: Sequence[int] = (),
         pad: int = 0,
         ahead: int = 2,
+        measure: bool = True,
     ):
+        self._measure = measure
         self._lengths = np.asarray(lengths, np.int64)
         self._loader, self._cost, self._shapes, self._pad = loader, cost, tuple(shapes), pad
         self._mesh = {"groups": groups, "parts": parts, "room": room}
@@ -197,9 +200,10 @@ class Scheduled:
     def measured(self, schedule: Schedule, seconds: float) -> None:
         """Tells how long a batch took.
 
-        Schedules made from then on are judged by a cost that explains the last steps better.
+        Schedules made from then on are judged by a cost that explains the last steps better, if
+        that is wished.
         """
-        if seconds > 0:
+        if self._measure and seconds > 0:
             self._seen = [*self._seen, (schedule.terms(), seconds)][-KEPT:]
             self._cost = refit(self._cost, self._seen)
 

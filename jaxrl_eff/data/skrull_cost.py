@@ -64,7 +64,8 @@ class Cost:
     """Seconds from tokens, lengths and bytes.
 
     A kernel on n tokens reaches n / (n + half) of its rate, so that it takes what n + half tokens
-    would (of one on a GPU measured from 2,048 to 131,072 tokens, to 5 %). Products over a row are one kernel; attention is one for every sequence and rank.
+    would (attention on a GPU, from 2,048 to 131,072 tokens, is within 3 % of that). Products over a
+    row are one kernel; attention is one for every sequence and rank.
 
     Attributes:
         linear, square: FLOP a token, and a token squared; see `Model`.
