@@ -23,8 +23,23 @@ import numpy as np
 _TRAIN = 3  # forward and backward, in forward passes
 
 
+def seen(n: np.ndarray, window: int, share: float | int) -> np.ndarray:
+    """Tokens squared, of sequences of n tokens: twice the pairs that attention computes, nearly.
+
+    Args:
+        window: positions that a windowed layer's query sees, itself included.
+        share: of the layers that are windowed.
+    """
+    n = np.asarray(n, np.float64)
+    near = np.minimum(n, window)
+    return (1 - share) * n * n + share * near * (2 * n - near)
+
+
 class Model(NamedTuple):
-    """A decoder's sizes: gated MLP, causal attention, one unembedding."""
+    """A decoder's sizes: gated MLP, causal attention, one unembedding.
+
+    `windowed` of the layers see `window` positions back, the others all.
+    """
 
     layers: int
     width: int
@@ -33,6 +48,8 @@ class Model(NamedTuple):
     head_dim: int
     ffn: int
     vocab: int
+    window: int = 0
+    windowed: int = 0
 
     @property
     def linear(self) -> int:
@@ -54,9 +71,10 @@ class Model(NamedTuple):
         """
         return self.layers * 16 * self.kv_heads * self.head_dim
 
-    def flops(self, tokens: int) -> int:
+    def flops(self, tokens: int) -> float:
         """FLOP of training on a sequence of so many tokens."""
-        return self.linear * tokens + self.square * tokens**2
+        pairs = seen(np.array([tokens]), self.window, self.windowed / self.layers)
+        return self.linear * tokens + self.square * float(pairs[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +87,7 @@ class Cost:
 
     Attributes:
         linear, square: FLOP a token, and a token squared; see `Model`.
+        window, windowed: positions that windowed layers see, and their share of the layers.
         wire: bytes a token of the distributed part sends in one hop, over the whole micro-step.
         laps: times that the ring is gone round in a micro-step; each has parts - 1 hops.
         flops_per_s, attention_per_s: of one rank, for products and for attention.
@@ -94,6 +113,8 @@ class Cost:
     micro_seconds: float | int = 5e-3
     step_seconds: float | int = 0.0
     overlap: float | int = 0.0
+    window: int = 0
+    windowed: float | int = 0.0
 
     def __post_init__(self):
         for name in ("linear", "flops_per_s", "attention_per_s", "bytes_per_s"):
@@ -106,6 +127,11 @@ class Cost:
                 raise ValueError(f"Cost.{name} is {getattr(self, name)}, but must be at least 0.")
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"Cost.overlap is {self.overlap}, but must be in [0, 1].")
+        if not 0 <= self.windowed <= 1 or self.window < bool(self.windowed):
+            raise ValueError(
+                f"Cost.windowed is {self.windowed} and window {self.window}, but must be in [0, 1] "
+                "and, if there are such layers, at least 1."
+            )
 
     def products(self, columns: float | int) -> float:
         """Seconds of all matrix products on a row with so many columns; none take none."""
@@ -117,7 +143,8 @@ class Cost:
         Each rank has `tokens / parts` queries in its kernels, and all keys pass by.
         """
         n = np.asarray(lengths, np.float64)
-        return self.square * n * (n / parts + self.attention_half) / self.attention_per_s
+        pairs = seen(n, self.window, self.windowed)
+        return self.square * (pairs / parts + n * self.attention_half) / self.attention_per_s
 
     def exchange(self, columns: float | int, parts: int) -> float:
         """Seconds until keys, values and their gradients of so many columns went round."""
@@ -154,7 +181,8 @@ class Cost:
         Fixed costs, kernels that are small, padding and the exchange are left out.
         """
         n = np.asarray(lengths, np.float64)
-        each = self.linear * n / self.flops_per_s + self.square * n * n / self.attention_per_s
+        pairs = seen(n, self.window, self.windowed)
+        each = self.linear * n / self.flops_per_s + self.square * pairs / self.attention_per_s
         return float(each.sum()) / ranks
 
     def bound(self, lengths: np.ndarray, groups: int, parts: int, *, steps: int = 1) -> float:
@@ -230,6 +258,8 @@ def cost_of(
         laps=3 * model.layers,  # keys and values forward and backward, gradients backward
         flops_per_s=flops_per_s,
         attention_per_s=attention_share * flops_per_s,
+        window=model.window,
+        windowed=model.windowed / model.layers,
         bytes_per_s=bytes_per_s,
         **others,
     )

@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import numpy as np
+
 from jaxrl_eff.data.skrull_cost import Cost, Model, cost_of
 from jaxrl_eff.planner.hardware import Cluster
 
 
 def model_of(lm: Any) -> Model:
-    """The sizes of an `LMConfig` that count."""
-    return Model(lm.layers, lm.width, lm.heads, lm.kv_heads, lm.head_dim, lm.ffn, lm.vocab)
+    """The sizes of an `LMConfig`, or of a planner's `ModelShape`, that count."""
+    sizes = lm.layers, lm.width, lm.heads, lm.kv_heads, lm.head_dim, lm.ffn, lm.vocab
+    return Model(*sizes, window=lm.window or 0, windowed=int(np.sum(lm.windowed)))
 
 
 def cost_on(cluster: Cluster, model: Model, *, seq: int, tensor: int, itemsize: int) -> Cost:

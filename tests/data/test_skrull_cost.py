@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_eff.data import skrull
-from jaxrl_eff.data.skrull_cost import CONSTANTS, Model, cost_of, non_negative, refit
+from jaxrl_eff.data.skrull_cost import CONSTANTS, Model, cost_of, non_negative, refit, seen
 
 SMALL = Model(24, 896, 14, 2, 64, 4864, 151936)
 LARGE = Model(28, 3584, 28, 4, 128, 18944, 152064)
@@ -52,6 +52,26 @@ def test_seconds_follow_equation_2():
     )
     assert c.seconds(0, 0, parts) == c.micro_seconds
     assert c.exchange(500, 1) == 0
+
+
+def test_windowed_layers_see_what_a_window_reaches():
+    n = np.array([1, 7, 64, 300])
+    for window in (1, 5, 64, 1000):
+        behind = [np.subtract.outer(np.arange(k), np.arange(k)) for k in n]
+        pairs = np.array([((b >= 0) & (b < window)).sum() for b in behind])
+        # n^2 / 2 stands for the n (n + 1) / 2 pairs of a whole sequence: half a token each is off.
+        off = pairs - seen(n, window, 1) / 2
+        assert (off >= 0).all() and (off <= n / 2).all(), window
+    mixed = SMALL._replace(window=512, windowed=12)
+    assert mixed.flops(512) == SMALL.flops(512) and mixed.flops(4096) < SMALL.flops(4096)
+    cost = cost_of(mixed, flops_per_s=5e14, bytes_per_s=1e11)
+    whole = cost_of(SMALL, flops_per_s=5e14, bytes_per_s=1e11)
+    lengths = np.array([100, 30_000])
+    short, long = cost.attention(lengths) / whole.attention(lengths)
+    assert short == 1 and 0.5 < long < 0.53
+    assert cost.perfect(lengths, 4) < whole.perfect(lengths, 4)
+    with pytest.raises(ValueError, match=r"windowed is 0\.5 and window 0"):
+        dataclasses.replace(cost, window=0)
 
 
 def test_small_kernels_are_slower_and_cut_ones_more_so():
