@@ -12,7 +12,7 @@ from test_plan_law import check, models_after
 
 from jaxrl_eff import dataflow, stages
 from jaxrl_eff.models import LMConfig, attention, logical_axes, params
-from jaxrl_eff.parallel import Network, Placement, spread
+from jaxrl_eff.parallel import Network, Placement, kernels, spread
 
 ALGORITHMS = ("sft", "reward_model", "dpo", "ppo", "grpo")
 FEW = ("dpo", "ppo")  # between them every loss: likelihood, pairs, values, ratios
@@ -100,6 +100,22 @@ def test_whole_rows_attended_to_as_on_a_tpu_give_the_same_parameters(monkeypatch
     monkeypatch.setattr(spread, "attend", lambda *a: made.append(a) or real(*a))
     check(models_after(run("ppo", devices=[3, 0, 2, 1], data=2, fsdp=2)), want)
     assert made
+
+
+def test_whole_rows_on_a_gpu_are_for_the_kernel_if_it_takes_the_model(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for kernel, whole in ((kernels.TRITON, True), (kernels.xla(), False)):
+        monkeypatch.setattr(kernels, "best", lambda *_, kernel=kernel: kernel)
+        assert spread.for_whole_rows() == whole
+    monkeypatch.setattr(kernels, "best", lambda *_: kernels.TRITON)
+    assert spread.fits_whole_rows(64, "bfloat16")
+    assert not spread.fits_whole_rows(80, "bfloat16")  # no power of two
+    assert not spread.fits_whole_rows(64, "float32")
+    lm = LMConfig(vocab=8, layers=1, width=8, heads=1, kv_heads=1, head_dim=64, ffn=8)
+    over = attention.Spread(attention.plain, fits=spread.fits_whole_rows)
+    with attention.spreading(lambda length, sight: over):
+        assert attention.spread(4, lm).attend is None
+        assert attention.spread(4, lm.replace(dtype="bfloat16")).attend is attention.plain
 
 
 @pytest.mark.parametrize("way", ["ring", "gathered", "ulysses"])

@@ -212,11 +212,16 @@ def spreading(of: Callable[[int, int | None], Spread] | None) -> Iterator[None]:
         _spread.reset(token)
 
 
-def spread(length: int, cfg: LMConfig) -> Spread:
-    """How rows of this length of a model's input are spread, as the call's surroundings say."""
+def spread(length: int, cfg: LMConfig | None = None) -> Spread:
+    """How rows of this length are spread, as the call's surroundings say.
+
+    Args:
+        cfg: of the model that reads them; None: one that sees the whole row.
+    """
     of = _spread.get()
-    over = Spread() if of is None else of(length, cfg.sight)
-    return over if over.fits(cfg.head_dim, cfg.dtype) else over._replace(attend=None)
+    over = Spread() if of is None else of(length, None if cfg is None else cfg.sight)
+    fits = cfg is None or over.fits(cfg.head_dim, cfg.dtype)
+    return over if fits else over._replace(attend=None)
 
 
 def choose(cfg: LMConfig, platform: str | None = None) -> Attend:
