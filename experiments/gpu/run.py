@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxrl_eff import dataflow, hardware, settings, stages, state, train
 from jaxrl_eff.models import LMConfig, attention, heads, params
+from jaxrl_eff.parallel import spread
 from jaxrl_eff.rollout import Sampling, sample
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -108,7 +109,7 @@ def loop(args: argparse.Namespace, work: str, limit: dict[str, Any]) -> dict[str
     median = float(np.median(seconds[2:]))
     split = {k: float(np.median([c[k] for c in calls[2:]])) for k in calls[-1]}
     out = {
-        "work": work, "attention": attention.choose(lm).__name__, "ready_s": ready,
+        "work": work, "attention": _attention(lm), "ready_s": ready,
         "first_step_s": seconds[0], "step_s": median, "calls_s": split,
         "planned_gib": max(a["bytes"] for a in stage.step.analysis().values()) / 2**30,
         "memory_gib": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 2**30,
@@ -136,6 +137,12 @@ def loop(args: argparse.Namespace, work: str, limit: dict[str, Any]) -> dict[str
 
         out["kernels"] = profiled(once, args.profile)
     return out
+
+
+def _attention(lm: LMConfig) -> str:
+    """Of whole rows."""
+    kernel = spread.for_whole_rows() and spread.fits_whole_rows(lm.head_dim, lm.dtype)
+    return spread.kernel().name if kernel else attention.choose(lm).__name__
 
 
 def _share(flops: float, seconds: float, limit: dict[str, Any]) -> dict[str, float]:
