@@ -120,6 +120,7 @@ def test_how_a_gpu_divides_its_work_changes_nothing(own, met, monkeypatch):
     """Tiles of a chunk, documents longer than several of them, and a window."""
     rng = np.random.default_rng(7)
     q, dout, kv, *_ = operands(rng, "triton", jnp.float32, 1, 96, 128)
+    q = q * DIM["triton"] ** -0.5
     segment = jnp.repeat(jnp.array([1, 2, 0]), jnp.array([70, 50, 8]))[None]
     position = jnp.concatenate([jnp.arange(70), jnp.arange(50), jnp.arange(8)])[None]
     q_where, k_where = (hops.fold_where(position[:, :n], segment[:, :n], 16) for n in (96, 128))
