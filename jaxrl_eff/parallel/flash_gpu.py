@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -17,6 +18,8 @@ from jaxrl_eff.parallel.hops import Window
 from jaxrl_eff.shapes import Array, Float, Int
 
 CHUNK = 128  # tokens, a power of two: Triton's blocks are
+# Compute capabilities with 160 kB of shared memory a program and more; others have 100 or less.
+LARGE = ("8.0", "8.7", "9.0", "10.0", "10.3")
 
 
 class Tile(NamedTuple):
@@ -48,14 +51,24 @@ def tiles(head_dim: int, dtype: Any) -> Tiles:
     if wide <= 128:
         return Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2))
     if wide <= 256:
-        return Tiles(Tile(128, 128, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2))
+        small = Tile(64, 64, 4, 2)
+        return Tiles(Tile(128, 128, 8, 3) if _large() else small, small, small)
     return Tiles(*[Tile(64, 32, 8, 2)] * 2, Tile(32, 32, 8, 2))
 
 
 def fits(head_dim: int, dtype: Any) -> bool:
-    """Whether the kernels take heads of this size and numbers of this dtype."""
-    power = head_dim & (head_dim - 1) == 0
-    return power and 16 <= head_dim <= 256 and jnp.dtype(dtype).itemsize <= 4
+    """Whether the kernels take heads of this size and numbers of this dtype.
+
+    Heads of a power of two, of up to 512 bytes, 256 on GPUs with little shared memory.
+    """
+    power, itemsize = head_dim & (head_dim - 1) == 0, jnp.dtype(dtype).itemsize
+    most = 512 if _large() else 256
+    return power and head_dim >= 16 and itemsize <= 4 and head_dim * itemsize <= most
+
+
+def _large() -> bool:
+    """Of the GPU at hand; without one, programs are compiled for another."""
+    return getattr(jax.devices()[0], "compute_capability", LARGE[-1]) in LARGE
 
 
 def forward(

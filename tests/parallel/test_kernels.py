@@ -1,6 +1,7 @@
 """Kernels, run step by step on a CPU, against chunks in XLA and against one formula."""
 
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -204,6 +205,8 @@ def test_what_does_not_fit_a_kernel_is_computed_by_xla():
         (80, "float32", False),
         (64, "float64", False),
         (64, "bfloat16", True),
+        (256, "bfloat16", True),
+        (256, "float32", False),
     ):
         assert kernels.TRITON.fits(dim, dtype) == fits
     refuses = kernels.TRITON._replace(forward=None, backward=None)  # would fail if called
@@ -214,6 +217,16 @@ def test_what_does_not_fit_a_kernel_is_computed_by_xla():
     want = value_and_gradients(attention.plain, None)(x, x, x, x, at, one, None)
     for a, b in zip(want, got, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
+
+
+def test_gpus_with_little_shared_memory_have_smaller_tiles(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="8.9")])
+    for dim, dtype, fits in ((128, "bfloat16", True), (256, "bfloat16", False)):
+        assert flash_gpu.fits(dim, dtype) == fits
+    for kernel in flash_gpu.tiles(128, "bfloat16"):
+        # Keys and values of all stages, and the queries.
+        held = (2 * kernel.stages * kernel.met + kernel.own) * 128 * 2
+        assert held <= 99 * 1024
 
 
 @pytest.mark.parametrize("kernel", [kernels.TRITON, kernels.MOSAIC], ids=lambda k: k.name)
