@@ -104,17 +104,18 @@ def test_whole_rows_attended_to_as_on_a_tpu_give_the_same_parameters(monkeypatch
 
 def test_whole_rows_on_a_gpu_are_for_the_kernel_if_it_takes_the_model(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for kernel, whole in ((kernels.TRITON, True), (kernels.xla(), False)):
+    assert spread.for_whole_rows()
+    for kernel, whole in ((kernels.xla(), False), (kernels.TRITON, True)):
         monkeypatch.setattr(kernels, "best", lambda *_, kernel=kernel: kernel)
-        assert spread.for_whole_rows() == whole
-    monkeypatch.setattr(kernels, "best", lambda *_: kernels.TRITON)
-    assert spread.fits_whole_rows(64, "bfloat16")
+        assert spread.fits_whole_rows(64, "bfloat16") == whole
+    monkeypatch.setattr(kernels, "best", None)  # others must not make it try a kernel
     assert not spread.fits_whole_rows(80, "bfloat16")  # no power of two
     assert not spread.fits_whole_rows(64, "float32")
     lm = LMConfig(vocab=8, layers=1, width=8, heads=1, kv_heads=1, head_dim=64, ffn=8)
     over = attention.Spread(attention.plain, fits=spread.fits_whole_rows)
     with attention.spreading(lambda length, sight: over):
         assert attention.spread(4, lm).attend is None
+        monkeypatch.setattr(kernels, "best", lambda *_: kernels.TRITON)
         assert attention.spread(4, lm.replace(dtype="bfloat16")).attend is attention.plain
 
 

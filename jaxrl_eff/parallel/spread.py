@@ -36,11 +36,13 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
     if way not in ("", *WAYS):
         raise ValueError(f"attention over the sequence axis is {way!r}; there are {list(WAYS)}.")
     grid = mesh(place)
+    if place.seq == 1:
+        return _when_called(lambda: ring.on_mesh(ring.local("seq", kernel=kernel()), grid))
     if reach is not None:
         return ring.on_mesh(ring.ring("seq", reach=reach, kernel=kernel()), grid)
     made = {name: ring.on_mesh(make("seq", kernel=kernel()), grid) for name, make in WAYS.items()}
-    if way or place.seq == 1:
-        return made[way or "ring"]
+    if way:
+        return made[way]
 
     def chosen(q: Array, k: Array, v: Array, **how: Any) -> Array:
         return made[fastest(place, q.shape, k.shape[2], q.dtype)](q, k, v, **how)
@@ -52,7 +54,15 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
 @functools.lru_cache(maxsize=1)
 def own() -> Callable[..., Array]:
     """Attention to a device's own rows, inside a `shard_map` over all axes of a mesh."""
-    attend = ring.local("seq", kernel=kernel())
+    return _when_called(lambda: ring.local("seq", kernel=kernel()))
+
+
+def _when_called(make: Callable[[], Callable[..., Array]]) -> Callable[..., Array]:
+    """An attention made when it is traced: a kernel is tried for models only that it is for."""
+
+    def attend(*args: Any, **how: Any) -> Array:
+        return make()(*args, **how)
+
     attend.names = ring.NAMES
     return attend
 
@@ -104,21 +114,23 @@ def kernel() -> kernels.Kernel:
 
 
 def for_whole_rows() -> bool:
-    """Whether rows that no axis splits should be attended to by `attend`, too.
+    """Whether rows that no axis splits should be attended to by `attend`, too, if it fits.
 
     On TPUs, where the attention of one device writes its scores to memory; on GPUs, where it writes
-    a mask of all pairs and computes what lies between documents, if a kernel runs there.
+    a mask of all pairs and computes what lies between documents.
     """
-    return jax.default_backend() == "tpu" or (_on_gpu() and kernel().name != "xla")
+    return jax.default_backend() == "tpu" or _on_gpu()
 
 
 def fits_whole_rows(head_dim: int, dtype: Any) -> bool:
     """Whether they should be for a model of such heads and arithmetic.
 
-    On GPUs those that the kernel takes, in half precision, where it is faster.
+    On GPUs those that the kernel takes, in half precision, where it is faster, if it runs there.
     """
-    half = jnp.dtype(dtype).itemsize <= 2
-    return not _on_gpu() or (half and kernel().fits(head_dim, dtype))
+    if not _on_gpu():
+        return True
+    takes = jnp.dtype(dtype).itemsize <= 2 and kernels.TRITON.fits(head_dim, dtype)
+    return takes and kernel().name != "xla"  # it is tried only where it is wanted
 
 
 def _on_gpu() -> bool:
