@@ -33,6 +33,7 @@ _PEAK_TFLOPS = {
     "TPU v5": {"bfloat16": 459, "float32": 459},
     "TPU v6": {"bfloat16": 918, "float32": 918},
 }
+CORE_FLOPS_PER_S = 5e10  # usual for a core of a CPU, where nothing is measured
 
 
 def peak_flops_per_s(device_kind: str, dtype: Any) -> float | None:

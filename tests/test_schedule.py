@@ -37,14 +37,15 @@ def command(path, *more, mesh="data2,seq4", model="qwen2.5-0.5b", hardware="h100
 
 def test_it_prints_every_rule_and_draws_a_page(lengths, tmp_path, capsys):
     page = tmp_path / "deep" / "page.html"
-    assert schedule.main(command(lengths, "--batch=12", f"--page={page}")) == 0
+    run = command(lengths, "--batch=12", f"--page={page}", hardware="b200")
+    assert schedule.main(run) == 0
     said = capsys.readouterr().out
     assert "30 in 3 batches" in said and "longest 20,000" in said and "data 2, seq 4" in said
     gains = {}
     for name in ("skrull", "exact", "unpacked", "sorted", "packed", "printed"):
         (line,) = re.findall(rf"^  {name} .*$", said, re.M)
         gains[name] = float(line.split()[2].rstrip("x"))
-    assert gains["skrull"] == 1 and gains["unpacked"] > 1.4
+    assert gains["skrull"] == 1 and gains["unpacked"] > 1.5
     assert 0.9 < gains["exact"] == min(gains.values()) <= 1
     text = page.read_text()
     HTMLParser().feed(text)

@@ -30,7 +30,6 @@ def seen(n: np.ndarray, window: int, share: float | int) -> np.ndarray:
         window: positions that a windowed layer's query sees, itself included.
         share: of the layers that are windowed.
     """
-    n = np.asarray(n, np.float64)
     near = np.minimum(n, window)
     return (1 - share) * n * n + share * near * (2 * n - near)
 

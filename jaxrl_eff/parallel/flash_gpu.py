@@ -171,12 +171,8 @@ class _Queries:
         self.grid = n * parts, rows, heads
         last = n * parts - 1
 
-        def at(i):
-            return lax.div(last - i, parts), lax.rem(last - i, parts)
-
         def tile_at(i, b, h):
-            chunk, part = at(i)
-            return chunk, b, h, part, 0
+            return lax.div(last - i, parts), b, h, lax.rem(last - i, parts), 0
 
         self.at = (
             pl.BlockSpec((4, None, None), lambda i, b, h: (0, last - i, b)),
@@ -247,13 +243,16 @@ def _column(x: Array) -> Array:
     return x[:, None]
 
 
+def _row(where: Any, t: Any) -> tuple[Array, Array]:
+    """Positions and segments of a tile."""
+    return where[t, 0][None], where[t, 1][None]
+
+
 def _forward(span, window, q_where, k_where, q, kv, out, lse, new_out, new_lse, *, softcap, met):
     queries, at = q[...], (_column(q_where[0]), _column(q_where[1]))
 
     def step(masked, t, found):
-        seen = None
-        if masked:
-            seen = flash.sees(*at, k_where[t, 0][None], k_where[t, 1][None], window[0])
+        seen = flash.sees(*at, *_row(k_where, t), window[0]) if masked else None
         j, part = _place(t, met, kv.shape[-2])
         return flash.meet(found, queries, kv[j, 0, part], kv[j, 1, part], seen, softcap)
 
@@ -269,9 +268,7 @@ def _to_queries(
     queries = q[...]
 
     def step(masked, t, dq):
-        seen = None
-        if masked:
-            seen = flash.sees(*at, k_where[t, 0][None], k_where[t, 1][None], window[0])
+        seen = flash.sees(*at, *_row(k_where, t), window[0]) if masked else None
         j, part = _place(t, met, kv.shape[-2])
         keys = kv[j, 0, part]
         dscore = flash.weights(queries, keys, kv[j, 1, part], *mine, seen, softcap)[1]
@@ -287,9 +284,7 @@ def _to_keys(span, window, q_where, k_where, q, kv, dout, lse, delta, dkv, *, so
     def head(g, both):
         def step(masked, t, both):
             # Transposed: as they come, the weights are what the products after them start with.
-            seen = None
-            if masked:
-                seen = flash.sees(q_where[t, 0][None], q_where[t, 1][None], *at, window[0])
+            seen = flash.sees(*_row(q_where, t), *at, window[0]) if masked else None
             i, part = _place(t, met, q.shape[-2])
             queries, pull = q[i, g, part], dout[i, g, part]
             numbers = lse[i, g, part][None], delta[i, g, part][None]

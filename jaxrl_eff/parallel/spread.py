@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.hardware import peak_flops_per_s
+from jaxrl_eff.hardware import CORE_FLOPS_PER_S, peak_flops_per_s
 from jaxrl_eff.parallel import kernels, ring
 from jaxrl_eff.parallel.layout import Network
 from jaxrl_eff.parallel.mesh import Placement, mesh
@@ -15,7 +15,6 @@ from jaxrl_eff.shapes import Array
 
 GATHERED_BYTES = 1 << 30  # keys and values of a layer that a device may hold whole
 CPU_CHUNK = 128  # tokens: quicker for many short sequences, and for long ones no slower
-CORE_FLOPS_PER_S = 5e10  # of a simulated device
 WAYS = {"ring": ring.ring, "gathered": ring.gathered, "ulysses": ring.ulysses}
 
 

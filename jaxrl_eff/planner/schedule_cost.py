@@ -9,7 +9,7 @@ from jaxrl_eff.planner.hardware import Cluster
 
 
 def model_of(lm: Any) -> Model:
-    """The sizes of an `LMConfig`, or of a planner's `ModelShape`, that count."""
+    """The sizes of an `LMConfig`, or of a `problem.Shape`, that count."""
     sizes = lm.layers, lm.width, lm.heads, lm.kv_heads, lm.head_dim, lm.ffn, lm.vocab
     return Model(*sizes, window=lm.window or 0, windowed=int(np.sum(lm.windowed)))
 
