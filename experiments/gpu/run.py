@@ -370,6 +370,7 @@ def main() -> None:
     parser.add_argument("--growths", type=int, default=1)
     parser.add_argument("--unstack", default="auto", choices=["auto", "yes", "no"])
     parser.add_argument("--remat", default="none")
+    parser.add_argument("--rows_by", default="auto", choices=["auto", "masked"])
     parser.add_argument("--decode_attend", default="", choices=["", "fused", "plain", "masked"])
     parser.add_argument("--profile", type=int, default=0, help="print the n dearest kernels")
     parser.add_argument("--chunk", type=int, default=0, help="log2 of the logits at once")
@@ -377,6 +378,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.chunk:
         heads.CHUNK_LOGITS = heads.CHUNK_LOGITS_CPU = 2**args.chunk
+    if args.rows_by == "masked":  # by cuDNN, although there is a kernel
+        spread.for_whole_rows = lambda: False
     limit = limits()
     _tell(args.out, {"work": "limits"} | limit)
     for work in args.work:

@@ -10,6 +10,10 @@ rates stand beside the products and copies that were measured in the same proces
   rows, the one of `attention.choose`, cuDNN without documents, and chunks in XLA.
 - hop: what one of 8 devices does while one piece of a ring is at hand, for 131,072 tokens in
   stripes; and that four pieces met one after the other give what all keys at once do.
+- errors: of results and gradients of the kernel on a small packed row, heads of many sizes.
+- tiles: milliseconds of the three kernels by how they divide their work, on one document of 16,384
+  tokens and on 32 of 512; `--sizes=all` tries all of 33.
+- met: how many tiles of 64 tokens the kernels meet on packed rows, and how many hold what is seen.
 - micro: seconds of training micro-steps over tokens and lengths, and `Cost`'s constants fitted to
   half of them, which predict the other half; constants: fitted again to the rows in `--out`.
 """
@@ -23,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +43,7 @@ from jaxrl_eff.data.schedules import Schedule, Shape
 from jaxrl_eff.data.skrull_cost import Cost, cost_of, refit
 from jaxrl_eff.dataflow import Placement, Spec
 from jaxrl_eff.models import LMConfig, attention, logical_axes, params
-from jaxrl_eff.parallel import flash_gpu, hops, kernels, order, ring, spread
+from jaxrl_eff.parallel import flash, flash_gpu, hops, kernels, order, ring, spread
 from jaxrl_eff.parallel.mesh import mesh
 from jaxrl_eff.planner import schedule_cost
 
@@ -193,25 +198,94 @@ def _compiled(lowered: Any) -> Any:
         return f"{type(error).__name__}: {str(error)[:200]}"
 
 
+def errors() -> Any:
+    for dim in (16, 64, 128, 256):
+        for length in (256, 1024):
+            wrong = kernels.error_of(kernels.TRITON, length, dim)
+            yield {"work": "errors", "head_dim": dim, "length": length, "error": wrong}
+
+
+TILES = {64: ((64, 64, 4, 3), (64, 64, 4, 2), (128, 128, 8, 3)),
+         128: ((64, 64, 4, 2), (128, 128, 8, 3), (128, 64, 8, 4))}  # fmt: skip
+EVERY = tuple(
+    (own, met, warps, stages)
+    for own in (64, 128) for met in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)
+    if (own, met, warps) != (64, 128, 8)
+)  # fmt: skip
+
+
+def tiles(sizes: str, length: int = 16_384) -> Any:
+    """All programs of a row are compiled at once; what does not fit is told, not timed."""
+    for shape, (heads, kv_heads, dim) in HEADS.items():
+        q, kv, g = _pieces(length, heads, kv_heads, dim)
+        for each in (length, 512):
+            position = jnp.tile(jnp.arange(each, dtype=jnp.int32), length // each)[None]
+            segment = jnp.repeat(jnp.arange(1, length // each + 1), each)[None]
+            where = hops.fold_where(position, segment, flash_gpu.CHUNK)
+            out, lse = jax.jit(_forward)(q, kv, where, where)
+            delta = (out * g.astype(jnp.float32)).sum(-1)
+            operands = q, kv, g, lse, delta, where, where
+            started = []
+            with ThreadPoolExecutor(12) as pool:
+                for size in EVERY if sizes == "all" else TILES[dim]:
+                    for name, fn, args in (
+                        ("forward", _forward, (q, kv, where, where)),
+                        ("dq", lambda *a: _backward(*a)[0], operands),
+                        ("dk and dv", lambda *a: _backward(*a)[1], operands),
+                    ):
+                        lowered = _divided(flash_gpu.Tile(*size), fn, args)
+                        started.append((name, size, args, pool.submit(_compiled, lowered)))
+            for name, size, args, program in started:
+                program = program.result()
+                told = program if isinstance(program, str) else 1e3 * seconds(program, *args)
+                yield {
+                    "work": "tiles", "shape": shape, "documents": each, "kernel": name,
+                    "tile": size, "ms": told,
+                }  # fmt: skip
+
+
+def _divided(tile: flash_gpu.Tile, fn: Any, args: tuple) -> Any:
+    """Traced by a function of its own, or JAX would take what it knows of other tiles."""
+    every = flash_gpu.Tiles(tile, tile, tile)
+    with mock.patch.object(flash_gpu, "tiles", lambda *_: every):
+        return jax.jit(lambda *a: fn(*a)).lower(*args)
+
+
+def _forward(q, kv, q_where, k_where):
+    return flash_gpu.forward(*hops.nothing(q), q, kv, q_where, k_where, None, None)
+
+
+def _backward(q, kv, g, lse, delta, q_where, k_where):
+    zero = jnp.zeros(q.shape, jnp.float32)
+    return flash_gpu.backward(zero, q, g, lse, delta, kv, q_where, k_where, None, None)
+
+
+def met(size: int = 64) -> Any:
+    for rows, length in ROWS:
+        for mean in (0, 512, 4096):
+            if mean * 4 <= length:
+                position, segment = map(jnp.asarray, documents(rows, length, mean))
+                where = hops.fold_where(position, segment, size)
+                low, high, first, end = flash.bounds(where, where, None).of_queries
+                yield {
+                    "work": "met", "rows": rows, "length": length, "documents": mean or length,
+                    "met": int((high - low).sum()), "without_mask": int((end - first).sum()),
+                    "needed": round(float((position + 1.0).sum()) / size**2),
+                }  # fmt: skip
+
+
 def hop(limit: dict[str, float], tokens: int = 131_072, parts: int = 8) -> Any:
     """One hop of a striped ring; then all hops of a shorter row against no ring."""
     for shape, (heads, kv_heads, dim) in HEADS.items():
         piece = tokens // parts
         q, kv, g = _pieces(piece, heads, kv_heads, dim)
         mine, theirs = (_stripe(piece, parts, r) for r in (3, 5))
-
-        def forward(q, kv, mine, theirs):
-            return flash_gpu.forward(*hops.nothing(q), q, kv, mine, theirs, None, None)
-
-        def backward(q, kv, g, lse, delta, mine, theirs):
-            zero = jnp.zeros(q.shape, jnp.float32)
-            return flash_gpu.backward(zero, q, g, lse, delta, kv, mine, theirs, None, None)
-
-        out, lse = jax.jit(forward)(q, kv, mine, theirs)
+        forward, backward = jax.jit(_forward), jax.jit(_backward)
+        out, lse = forward(q, kv, mine, theirs)
         delta = (out * g.astype(jnp.float32)).sum(-1)
         flop = 4.0 * heads * dim * piece**2 / 2
-        ahead = seconds(jax.jit(forward), q, kv, mine, theirs)
-        back = seconds(jax.jit(backward), q, kv, g, lse, delta, mine, theirs)
+        ahead = seconds(forward, q, kv, mine, theirs)
+        back = seconds(backward, q, kv, g, lse, delta, mine, theirs)
         yield {
             "work": "hop", "shape": shape, "tokens": tokens, "parts": parts,
             "forward_ms": 1e3 * ahead, "backward_ms": 1e3 * back,
@@ -374,6 +448,14 @@ def constants(model: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def fitted_again(models: list[str], file: Path) -> Any:
+    known = [json.loads(line) for line in file.read_text().splitlines()]
+    for model in models:
+        rows = [r for r in known if r["work"] == "micro" and r["model"] == model]
+        if rows:
+            yield constants(model, rows)
+
+
 def _predicted(schedule: Schedule, cost: Cost) -> float:
     again = dataclasses.replace(schedule, cost=cost)
     return float(again.rank_seconds().max((1, 2)).sum()) + cost.step_seconds
@@ -381,34 +463,39 @@ def _predicted(schedule: Schedule, cost: Cost) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", nargs="+", default=["attention", "hop", "micro"])
+    works = ("attention", "hop", "errors", "tiles", "met", "micro", "constants")
+    parser.add_argument("--work", nargs="+", default=["attention", "hop", "micro"], choices=works)
     parser.add_argument("--models", nargs="+", default=["0.5b", "7b"], choices=list(MODELS))
     parser.add_argument("--longest", type=int, default=131_072, help="tokens of a micro-step")
+    parser.add_argument("--sizes", default="few", choices=["few", "all"], help="of tiles")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    limit = {}
+    if not {*args.work} <= {"met", "constants"}:  # which ask no device
+        limit = limits()
+        _tell(args.out, limit)
+    rows = {
+        "attention": lambda: compared(limit, tuple(x for x in ROWS if x[1] <= args.longest)),
+        "hop": lambda: hop(limit),
+        "errors": errors,
+        "tiles": lambda: tiles(args.sizes),
+        "met": met,
+        "micro": lambda: (row for m in args.models for row in micro(m, args.longest)),
+        "constants": lambda: fitted_again(args.models, args.out),
+    }
+    for work in args.work:
+        for row in rows[work]():
+            _tell(args.out, row)
+
+
+def limits() -> dict[str, Any]:
     began = time.perf_counter()
-    name = kernels.best().name
-    limit = {
+    return {
         "work": "limits", "device": jax.devices()[0].device_kind, "jax": jax.__version__,
-        "kernel": name, "checked_s": time.perf_counter() - began,
+        "kernel": kernels.best().name, "checked_s": time.perf_counter() - began,
         "matmul_tflops": hardware.measure_matmul("bfloat16") / 1e12,
         "copy_tb_per_s": hardware.measure_copy() / 1e12,
     }  # fmt: skip
-    _tell(args.out, limit)
-    for work in args.work:
-        if work == "attention":
-            found = compared(limit, tuple(x for x in ROWS if x[1] <= args.longest))
-        elif work == "hop":
-            found = hop(limit)
-        elif work == "constants":
-            known = [json.loads(line) for line in args.out.read_text().splitlines()]
-            known = {m: [r for r in known if r["work"] == "micro" and r["model"] == m]
-                     for m in args.models}  # fmt: skip
-            found = [constants(m, rows) for m, rows in known.items() if rows]
-        else:
-            found = (row for m in args.models for row in micro(m, args.longest))
-        for row in found:
-            _tell(args.out, row)
 
 
 def _tell(out: Path | None, row: dict[str, Any]) -> None:
