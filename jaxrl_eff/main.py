@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from jaxrl_eff import arguments, host, settings
+from jaxrl_eff import arguments, host, settings, startup
 
 _CONFIG = flags.DEFINE_string("config", None, "A file of configs/, FILE[:argument].")
 _CHANGES = flags.DEFINE_multi_string(arguments.FLAG, [], "--config.a.b=c sets a value of it.")
@@ -51,7 +51,9 @@ def main(argv: list[str]) -> None:
     try:
         run = settings.run(arguments.load(_CONFIG.value, _CHANGES.value))
         check_workdir(Path(_WORKDIR.value))
-        prepare(run)
+        startup.prepare(
+            run, startup.Processes(*(f.value for f in (_COORDINATOR, _PROCESSES, _PROCESS)))
+        )
         passed = train(run, Path(_WORKDIR.value), quiet=_QUIET.value)
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("JAXRL_EFF_TRACEBACK"):
@@ -91,51 +93,6 @@ def _help(argv: list[str]) -> str:
             [*lines, "", f"Values of {spec}:", *map("  --{}".format, arguments.flat(run))]
         )
     return "\n".join([*lines, "", "Configs:", arguments.describe()])
-
-
-def prepare(run: settings.Run) -> None:
-    """Sets what must be set before JAX starts: devices, processes, compilation cache."""
-    if run.simulate_devices:
-        host.simulate(run.simulate_devices)
-    import jax
-
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # between processes
-    given = {f.name: _flag(f) for f in (_COORDINATOR, _PROCESSES, _PROCESS)}
-    if any(v is not None for v in given.values()):
-        if missing := [f"--{name}" for name, v in given.items() if v is None]:
-            raise ValueError(
-                f"--coordinator, --processes, --process belong together; no {missing}."
-            )
-        if not 0 <= given["process"] < given["processes"]:
-            raise ValueError(f"--process={given['process']} is not below {given['processes']}.")
-        jax.distributed.initialize(*given.values())
-    elif _on_cluster():
-        jax.distributed.initialize()
-    cache()
-
-
-def _flag(holder: Any) -> Any:
-    return holder.value if flags.FLAGS.is_parsed() else None
-
-
-def _on_cluster() -> bool:
-    """Whether a scheduler that JAX can ask started several processes."""
-    several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return several or len(hosts.split(",")) > 1 or "OMPI_COMM_WORLD_SIZE" in os.environ
-
-
-def cache() -> Path:
-    """Turns the persistent compilation cache on; JAX_COMPILATION_CACHE_DIR moves it."""
-    import jax
-
-    from jaxrl_eff.hardware import cache_directory
-
-    where = cache_directory()
-    jax.config.update("jax_compilation_cache_dir", str(where))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    return where
 
 
 def train(run: settings.Run, workdir: Path, *, quiet: bool = False) -> bool:

@@ -27,6 +27,7 @@ RANKS = (
     ("report", "doctor", "generate", "delta"),
     ("plan_page", "needle"),
     ("schedule_page",),
+    ("startup",),
     ("main", "plan", "schedule"),
 )
 # Within a line, who may import whom.

@@ -29,7 +29,7 @@ if sys.argv[1:] == ["grpo_disagg"]:
 
 import jax
 
-from jaxrl_eff import main, parts, settings, stages, state, train
+from jaxrl_eff import parts, settings, stages, startup, state, train
 
 STEPS, BATCH, SEQ = (
     int(os.environ.get(k, d)) for k, d in (("STEPS", 8), ("BATCH", 16), ("SEQ", 128))
@@ -90,7 +90,7 @@ def run(work: str) -> dict:
     parts.REWARDS["letter_e"] = letter_e
     if CACHE:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
-        main.cache()
+        startup.cache()
     assembled = stages.assemble(settings.run(config(work)))
     imported = time.perf_counter() - START
     stage = assembled.stages[0]
