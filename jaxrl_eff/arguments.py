@@ -12,31 +12,61 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 FLAG = "config."  # absl collects the overrides under this name
+TRACEBACK = "JAXRL_EFF_TRACEBACK"  # the environment variable that asks for tracebacks
+_LONGEST = 2000  # characters of a message; values of a config may be of any size
 
 
 class ConfigError(ValueError):
     """A config file or an override that cannot be used."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; see --help.")
+
+
 @contextlib.contextmanager
-def explained(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """What is wrong with a command becomes the parser's one line and exit code 2."""
+def explained() -> Iterator[None]:
+    """Whatever goes wrong within becomes one line "error: ..." and exit code 2.
+
+    With JAXRL_EFF_TRACEBACK=1 in the environment errors pass as they are. A reader of standard
+    output that has left ends the command quietly, Ctrl-C with exit code 130.
+    """
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(0) from None
-        parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         print()
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        fail(said(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Prints "error: ..." and leaves with exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def said(error: BaseException) -> str:
+    """An error in one line. Types whose messages are made for users go without their names."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, ValueError | OSError | ImportError) or not text:
+        text = f"{type(error).__name__}: {text or 'no message'} ({TRACEBACK}=1 tells where)"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def rewrite(argv: Sequence[str]) -> list[str]:
@@ -69,7 +99,10 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise ConfigError(f"--config={name} is no file. There are: {known}.")
     config = _get(path, arg)
     if hasattr(config, "to_dict"):
-        config = config.to_dict()
+        try:
+            config = config.to_dict()
+        except Exception as error:  # placeholders without a value, sections that hold themselves
+            raise ConfigError(f"get_config of {path}: {said(error)}") from error
     if not isinstance(config, Mapping):
         raise ConfigError(f"get_config of {path} gave {type(config).__name__}, but no config.")
     config = dict(config)
@@ -84,24 +117,28 @@ def _get(path: Path, arg: str) -> Any:
     for place in (str(Path.cwd()), str(path.resolve().parent.parent)):
         if place not in sys.path:
             sys.path.append(place)
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None:
+        raise ConfigError(f"--config={path} is no Python file; its name must end in .py.")
     try:
-        spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path} cannot be read: {_told(error, path)}") from error
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no function get_config.")
+    if not callable(module.get_config):
+        raise ConfigError(f"{path}: get_config is {module.get_config!r:.80}, but no function.")
     takes = bool(inspect.signature(module.get_config).parameters)
     if arg and not takes:
         raise ConfigError(f"{path} takes no argument, but got {arg!r} behind the colon.")
     try:
         return module.get_config(arg) if takes and arg else module.get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{path}: {_told(error, path)}") from error
 
 
-def _told(error: Exception, path: Path) -> str:
+def _told(error: BaseException, path: Path) -> str:
     """One line: a ValueError speaks for itself, others with their type and place."""
     if isinstance(error, ValueError):
         return str(error)
@@ -129,7 +166,7 @@ def override(config: dict[str, Any], where: str, text: str) -> None:
             if not isinstance(section, dict):
                 path = ".".join(way[: i + 1])
                 raise ConfigError(
-                    f"--config.{where}: config.{path} is {section!r}, which has no fields."
+                    f"--config.{where}: config.{path} is {section!r:.200}, which has no fields."
                 )
     section[last] = _value(text, section.get(last))
 
@@ -141,7 +178,7 @@ def _value(text: str, now: Any) -> Any:
         return text.lower() == "true"
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         pass
     if isinstance(now, tuple | list):
         return tuple(part.strip() for part in text.split(",") if part.strip())
@@ -167,12 +204,12 @@ def describe() -> str:
     rows = []
     for path in files():
         try:
-            said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        except (OSError, SyntaxError):
-            said = ""
-        rows.append((str(path), said.partition("\n")[0]))
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        except (OSError, SyntaxError, ValueError):
+            text = ""
+        rows.append((str(path), text.partition("\n")[0]))
     width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"  {name:{width}}  {said}" for name, said in rows)
+    return "\n".join(f"  {name:{width}}  {text}" for name, text in rows)
 
 
 def flat(value: Any, path: str = "config") -> list[str]:

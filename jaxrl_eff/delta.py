@@ -15,7 +15,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -24,12 +24,6 @@ from jaxrl_eff.data.tokenizer import load_tokenizer
 from jaxrl_eff.deltas.coding import bound
 from jaxrl_eff.deltas.file import index_bytes
 from jaxrl_eff.models.hf import config_from_hf
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the usage as well."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def _diff(args: argparse.Namespace) -> None:
@@ -157,11 +151,11 @@ def _numbers(text: str) -> list[float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = arguments.Parser(
         prog="python -m jaxrl_eff.delta", allow_abbrev=False, description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=arguments.Parser)
 
     def command(name: str, run: Callable[[argparse.Namespace], None], what: str) -> Any:
         sub = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
@@ -210,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; what is wrong with it is one line and exit code 2."""
     parser = _parser()
     args = parser.parse_args(argv)
-    with arguments.explained(parser):
+    with arguments.explained():
         args.run(args)
 
 

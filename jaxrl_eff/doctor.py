@@ -1,10 +1,9 @@
 """`python -m jaxrl_eff.doctor`: what is installed, what the devices are and give, what is missing.
 
-Exit status 0 if training can run, 1 if something needed is missing or known not to work. Nothing
-is changed or downloaded.
+Exit status 0 if training can run, 1 if something needed is missing or known not to work, 2 if the
+command or an environment variable asks for what cannot be. Nothing is changed or downloaded.
 """
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -14,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxrl_eff import host
+from jaxrl_eff import arguments, host
 from jaxrl_eff.console import Console, number
 
 # Import names differ from the names of distributions; both are needed.
@@ -103,8 +102,10 @@ def device_facts(devices: list[Any]) -> dict[str, str]:
     }
 
 
-def cache_fact(directory: str | Path) -> str:
+def cache_fact(directory: str | Path | None) -> str:
     """Where compiled programs are kept, how many and how large."""
+    if directory is None:
+        return "off: nothing can be written there (JAX_COMPILATION_CACHE_DIR says where)"
     if not Path(directory).is_dir():
         return f"{directory} (not there yet; JAX_COMPILATION_CACHE_DIR moves it)"
     sizes = [p.stat().st_size for p in Path(directory).rglob("*") if p.is_file()]
@@ -159,9 +160,14 @@ def rates(device: Any) -> list[list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the findings; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m jaxrl_eff.doctor", description=__doc__)
+    parser = arguments.Parser(prog="python -m jaxrl_eff.doctor", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="don't measure rates")
-    arguments = parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    with arguments.explained():
+        return _examine(options.quick)
+
+
+def _examine(quick: bool) -> int:
     console = Console(terminal=False, width=shutil.get_terminal_size((100, 24)).columns)
     versions = {name: version(name) for name in REQUIRED}
     broken = problems(versions)
@@ -179,19 +185,20 @@ def main(argv: list[str] | None = None) -> int:
     if not broken:
         try:
             import flax.linen  # noqa: F401
-            import jax
 
             from jaxrl_eff.hardware import cache_directory
 
-            devices = jax.devices()
+            devices = host.devices()
+        except host.PlatformError:
+            raise
         except Exception as error:  # whatever it is, saying it is this program's task
             broken.append(f"{type(error).__name__} while starting JAX: {error}")
     if devices:
         cache = cache_fact(cache_directory())
         console.header("devices", {**device_facts(devices), "compile cache": cache})
         remarks += notes(devices)
-        if not arguments.quick:
-            console.table("measured", ["", "rate", ""], rates(jax.local_devices()[0]))
+        if not quick:
+            console.table("measured", ["", "rate", ""], rates(devices[0]))
     console.table("optional", ["extra", "for", ""], extras())
     for remark in remarks:
         console.line(f"note: {remark}")

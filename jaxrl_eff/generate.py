@@ -16,12 +16,12 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff import arguments
+from jaxrl_eff import arguments, host
 from jaxrl_eff.data.chat import render_chat
 from jaxrl_eff.data.tokenizer import Tokenizer, decode_stream, load_tokenizer
 from jaxrl_eff.models import LMConfig, apply, unembed, unstack
@@ -192,14 +192,8 @@ def _chat(
         messages.append({"role": "assistant", "content": answer})
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the usage as well."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = arguments.Parser(
         prog="python -m jaxrl_eff.generate", description="Prints what a model says.",
         allow_abbrev=False,
     )  # fmt: skip
@@ -223,12 +217,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.prompt is None) != args.chat:
         parser.error("give either --prompt=TEXT or --chat.")
-    with arguments.explained(parser):
+    with arguments.explained():
         _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:
     # Everything that can be wrong is found before the weights are read.
+    host.devices()
     directory = find(args.model)
     cfg = config_from_hf(directory).replace(dtype=args.dtype, param_dtype=args.dtype)
     if cfg.head != "lm":

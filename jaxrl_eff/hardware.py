@@ -45,10 +45,22 @@ def peak_flops_per_s(device_kind: str, dtype: Any) -> float | None:
     return None
 
 
-def cache_directory() -> Path:
-    """Where runs keep compiled programs: JAX_COMPILATION_CACHE_DIR, or in the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or home / "jaxrl_eff" / "xla")
+def cache_directory() -> Path | None:
+    """Where runs keep compiled programs: JAX_COMPILATION_CACHE_DIR, or in the user's cache.
+
+    None where nothing can be written there or the user's home is unknown: there is no cache then.
+    """
+    where = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        if not where:
+            return None
+        home = Path()
+    directory = Path(where or home / "jaxrl_eff" / "xla")
+    there = next((p for p in (directory, *directory.parents) if p.exists()), Path())
+    usable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    return directory if usable else None
 
 
 def memory_bytes(device: jax.Device) -> int | None:

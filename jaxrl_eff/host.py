@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 # XLA's CPU runtime starts collectives that do not depend on each other side by side. It tells them
 # apart by a channel, and JAX gives all that are written in a `shard_map` the same: parts of one get
@@ -42,3 +43,28 @@ def use_huge_pages() -> None:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+class PlatformError(ValueError):
+    """JAX_PLATFORMS asks for a platform that does not start here."""
+
+
+def devices() -> list[Any]:
+    """JAX's devices; starts JAX.
+
+    Raises:
+        PlatformError: JAX does not start, and the environment says what it must run on.
+    """
+    import jax
+
+    try:
+        return jax.devices()
+    except Exception as error:
+        asked = os.environ.get("JAX_PLATFORMS")
+        if not asked:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise PlatformError(
+            f"JAX_PLATFORMS={asked}: that platform does not start here ({reason:.300}). Unset the "
+            "variable, or set it to a platform of this machine, such as cpu."
+        ) from None

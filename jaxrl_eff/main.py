@@ -257,9 +257,15 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
             facts[f"{stage.name}/{role}"] = (
                 f"{part.name}: {ours}; trained whole with Adam {all_.total / 1e6:,.2f}"
             )
-    directory = Path(jax.config.jax_compilation_cache_dir or "")
-    warm = directory.is_dir() and any(directory.iterdir())
-    facts["compile cache"] = f"{directory} ({'in use' if warm else 'empty: first compilation'})"
+    directory = jax.config.jax_compilation_cache_dir
+    if directory is None:
+        facts["compile cache"] = (
+            "off: nothing can be written; JAX_COMPILATION_CACHE_DIR says where"
+        )
+    else:
+        warm = Path(directory).is_dir() and any(Path(directory).iterdir())
+        told = "in use" if warm else "empty: first compilation"
+        facts["compile cache"] = f"{directory} ({told})"
     facts["workdir"] = str(workdir)
     return facts
 

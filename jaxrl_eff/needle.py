@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import arguments, charts, report
+from jaxrl_eff import arguments, charts, host, report
 from jaxrl_eff.data import needles
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.generate import find
@@ -211,7 +211,7 @@ def page(title: str, found_: Grid, loss: Sequence[Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and draws."""
-    parser = argparse.ArgumentParser(
+    parser = arguments.Parser(
         prog="python -m jaxrl_eff.needle",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -226,11 +226,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--seed", type=int, default=0, help="of the needles (%(default)s)")
     add("--page", metavar="FILE.html", help="draws both figures")
     args = parser.parse_args(argv)
-    with arguments.explained(parser):
+    with arguments.explained():
         _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:
+    host.devices()
     try:
         lengths = sorted({int(n) for n in args.lengths.split(",")})
     except ValueError:

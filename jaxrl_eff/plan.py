@@ -149,25 +149,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plans, prints and writes; returns the exit status."""
     # Sizes are computed with JAX, on no device: an accelerator would be taken from its user.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    try:
+    with arguments.explained():
         options = _parse(sys.argv[1:] if argv is None else list(argv))
         run = settings.run(arguments.load(options.config, options.changes))
         plan_all(run, options)
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("JAXRL_EFF_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message}; see --help.")
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = arguments.Parser(
         prog="python -m jaxrl_eff.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

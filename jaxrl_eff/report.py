@@ -5,7 +5,6 @@ It reads what a run writes (metrics.jsonl, samples.jsonl, and result, plan, time
 .json), and says what is absent, so a run that was cut short has a report as well.
 """
 
-import argparse
 import html
 import json
 import math
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrl_eff import charts, metrics
+from jaxrl_eff import arguments, charts, metrics
 from jaxrl_eff.console import clock, number
 
 FILES = (
@@ -628,14 +627,11 @@ for (const svg of document.querySelectorAll("svg.chart")) {
 
 def main(argv: list[str] | None = None) -> int:
     """Writes the report; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m jaxrl_eff.report", description=__doc__)
+    parser = arguments.Parser(prog="python -m jaxrl_eff.report", description=__doc__)
     parser.add_argument("workdir", help="directory of a run")
-    arguments = parser.parse_args(argv)
-    try:
-        print(write(arguments.workdir))
-    except (OSError, ValueError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 1
+    options = parser.parse_args(argv)
+    with arguments.explained():
+        print(write(options.workdir))
     return 0
 
 

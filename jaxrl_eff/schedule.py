@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_eff.arguments import explained
+from jaxrl_eff.arguments import Parser, explained
 from jaxrl_eff.data.skrull_cost import Cost, Model
 from jaxrl_eff.data.skrull_study import Study, rows, study
 from jaxrl_eff.planner import hardware as known
@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed on a device
     parser = _parser()
     options = parser.parse_args(argv)
-    with explained(parser):
+    with explained():
         for name in ("room", "batch", "shapes"):
             low = 0 if name == "shapes" else 1
             if getattr(options, name) < low:
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m jaxrl_eff.schedule",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -28,7 +28,8 @@ def prepare(run: settings.Run, given: Processes = ALONE) -> None:
     """Sets what must be set before JAX starts: devices, processes, compilation cache.
 
     Raises:
-        ValueError: flags of several processes that do not fit together.
+        ValueError: flags of several processes that do not fit together, or JAX_PLATFORMS names a
+            platform that is not here.
     """
     if run.simulate_devices:
         host.simulate(run.simulate_devices)
@@ -45,6 +46,7 @@ def prepare(run: settings.Run, given: Processes = ALONE) -> None:
         jax.distributed.initialize(*given)
     elif on_cluster():
         jax.distributed.initialize()
+    host.devices()
     cache()
 
 
@@ -55,14 +57,14 @@ def on_cluster() -> bool:
     return several or len(hosts.split(",")) > 1 or "OMPI_COMM_WORLD_SIZE" in os.environ
 
 
-def cache() -> Path:
-    """Turns the persistent compilation cache on; JAX_COMPILATION_CACHE_DIR moves it."""
+def cache() -> Path | None:
+    """Turns the persistent compilation cache on, if there is a place for it."""
     import jax
 
     from jaxrl_eff.hardware import cache_directory
 
     where = cache_directory()
-    jax.config.update("jax_compilation_cache_dir", str(where))
+    jax.config.update("jax_compilation_cache_dir", str(where) if where else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     return where

@@ -5,9 +5,10 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import launch
 import pytest
 
-from jaxrl_eff import doctor
+from jaxrl_eff import doctor, startup
 from jaxrl_eff.hardware import (
     cache_directory,
     measure_copy,
@@ -53,8 +54,39 @@ def test_a_backend_that_does_not_start_is_broken(capsys, monkeypatch):
         raise RuntimeError("no driver")
 
     monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     assert doctor.main(["--quick"]) == 1
     assert "broken: RuntimeError while starting JAX: no driver" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Unable to initialize backend"), AssertionError()])
+def test_a_platform_that_is_not_here_is_named_with_its_variable(error, capsys, monkeypatch):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", fail)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    code, _, err = launch.called(doctor.main, capsys, "--quick")
+    assert code == 2 and err.startswith("error: JAX_PLATFORMS=cuda: ") and err.count("\n") == 1
+    run = launch.config("algorithm=sft")
+    with pytest.raises(ValueError, match="JAX_PLATFORMS=cuda: that platform does not start here"):
+        startup.prepare(run)
+
+
+def test_without_a_home_there_is_no_cache(monkeypatch, tmp_path):
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", unknown)
+    assert cache_directory() is None and doctor.cache_fact(None).startswith("off: ")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file" / "below"))
+    assert cache_directory() is None
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "a" / "b"))
+    assert cache_directory() == tmp_path / "a" / "b"
 
 
 def test_versions_outside_the_bounds_are_noted():
@@ -75,8 +107,9 @@ def test_the_cache_is_counted(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     assert cache_directory() == tmp_path
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert str(cache_directory()) == "/x/jaxrl_eff/xla"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert cache_directory() == tmp_path / "x" / "jaxrl_eff" / "xla"
+    assert not (tmp_path / "x").exists()
     (tmp_path / "a").write_bytes(b"x" * 2**20)
     assert "(1 files, 1.0 MiB)" in doctor.cache_fact(tmp_path)
     assert "not there" in doctor.cache_fact(tmp_path / "no")

@@ -8,6 +8,7 @@ import sys
 import xml.dom.minidom
 from html.parser import HTMLParser
 
+import launch
 import pytest
 from launch import ROOT, TINY, environment
 
@@ -138,16 +139,15 @@ def test_what_a_schedule_packs_is_priced_by_expected_lengths_and_said(tmp_path, 
     ],
 )
 def test_mistakes_are_one_clear_sentence(words, told, capsys, tmp_path):
-    assert plan.main([*words, f"--workdir={tmp_path}"]) == 2
-    said = capsys.readouterr()
-    assert told in said.err and said.err.startswith("error: ") and said.err.count("\n") == 1
+    code, _, err = launch.called(plan.main, capsys, *words, f"--workdir={tmp_path}")
+    assert code == 2 and told in err and err.startswith("error: ") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_fit_names_its_stage(big, capsys, tmp_path):
     words = [f"--config={big}", "--cluster=v5e:1", "--evaluations=30", f"--workdir={tmp_path}"]
-    assert plan.main(words) == 2
-    assert "error: ppo: no plan fits into the" in capsys.readouterr().err
+    code, _, err = launch.called(plan.main, capsys, *words)
+    assert code == 2 and "error: ppo: no plan fits into the" in err
 
 
 def test_outlines_are_the_stages_of_a_run():

@@ -6,6 +6,7 @@ import re
 import xml.dom.minidom
 from html.parser import HTMLParser
 
+import launch
 import pytest
 
 from jaxrl_eff import charts, report
@@ -182,8 +183,8 @@ def test_a_missing_or_empty_directory_is_named(tmp_path, capsys):
         report.write(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no run: none of metrics\.jsonl"):
         report.write(tmp_path)
-    assert report.main([str(tmp_path)]) == 1
-    assert str(tmp_path) in capsys.readouterr().err
+    code, _, err = launch.called(report.main, capsys, tmp_path)
+    assert code == 2 and err.startswith("error: ") and str(tmp_path) in err
 
 
 def test_the_command_prints_the_path(run, capsys):
