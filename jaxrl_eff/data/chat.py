@@ -1,27 +1,26 @@
 """Conversations -> text, token ids, and a mask of what the assistant said.
 
-A checkpoint's chat template is a Jinja program; it is run in Jinja's sandbox with the functions
-that transformers gives it. Which tokens the assistant said comes from the template's own
-`{% generation %}` blocks where it has them. Other templates are rendered turn by turn: what turn n
-adds to the conversation before it (with the assistant's opening) is what the assistant said. That
-only works if a template never changes what it has already written, so this is checked.
+A checkpoint's chat template is a Jinja program; `templates` runs it. Which tokens the assistant
+said comes from the template's own `{% generation %}` blocks where it has them. Other templates are
+rendered turn by turn: what turn n adds to the conversation before it (with the assistant's opening)
+is what the assistant said. That only works if a template never changes what it has already written,
+so this is checked.
 
 Left out: tools and documents as arguments of the template.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
+from jaxrl_eff.data import templates
 from jaxrl_eff.data.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Mark the ends of a {% generation %} block in the rendered text; noncharacters, never in text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MARKS = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 def render_chat(
@@ -30,15 +29,24 @@ def render_chat(
     """The conversation as the model reads it.
 
     Args:
-        messages: dicts with `role` (one of `ROLES`) and `content`.
+        messages: dicts with `role` (one of `ROLES`) and `content`. Other keys are for the template;
+            those that are None are left out, in nested values as well.
         add_generation_prompt: end with the opening of an assistant turn.
 
     Raises:
-        ValueError: no template, a message of the wrong form, or a refusal by the template.
+        ValueError: no template, a message of the wrong form, a refusal by the template, or one that
+            goes beyond the bounds of `templates`.
         ImportError: Jinja is missing.
     """
-    text = _render(tokenizer, messages, add_generation_prompt)
-    return text.replace(_OPEN, "").replace(_CLOSE, "")
+    return render_chats(tokenizer, [(messages, add_generation_prompt)])[0]
+
+
+def render_chats(
+    tokenizer: Tokenizer, wanted: Sequence[tuple[Sequence[Message], bool]]
+) -> list[str]:
+    """As `render_chat`, for several pairs of (messages, add_generation_prompt)."""
+    plain = [(_plain(messages), opening) for messages, opening in wanted]
+    return [_unmark(text)[0] for text in _render(tokenizer, plain)]
 
 
 def encode_chat(
@@ -52,11 +60,15 @@ def encode_chat(
     Raises:
         ValueError: as `render_chat`; or a turn that is rendered otherwise once others follow.
     """
-    marked = _render(tokenizer, messages, add_generation_prompt)
-    text, spans = _unmark(marked)
-    by_turns = _OPEN not in marked
+    messages = _plain(messages)
+    whole, turns = [(messages, add_generation_prompt)], _by_turn(messages)
+    marks = _MARKS.search(tokenizer.chat_template or "") is not None
+    rendered = _render(tokenizer, whole if marks else [*whole, *turns])
+    text, spans = _unmark(rendered[0])
+    by_turns = _OPEN not in rendered[0]
     if by_turns:
-        spans = _turn_spans(tokenizer, messages, text)
+        parts = _render(tokenizer, turns) if marks and turns else rendered[1:]
+        spans = _turn_spans(tokenizer, messages, text, [_unmark(part)[0] for part in parts])
     ids, offsets = tokenizer.encode_spans(text)
     mask = [0] * len(ids)
     for start, end in spans:
@@ -68,16 +80,42 @@ def encode_chat(
     return ids, mask
 
 
+def to_answer(messages: Sequence[Message]) -> Sequence[Message]:
+    """The conversation that the assistant should answer next: without its last answer, if it has
+    that.
+
+    The last turn of a user or a tool asks; from the first turn of the assistant behind it, nothing
+    is kept. A conversation in which nobody asks ends before the first turn of the assistant.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    roles = [m.get("role") if isinstance(m, Mapping) else None for m in messages]
+    asked = max((n for n, role in enumerate(roles) if role in ("user", "tool")), default=-1)
+    end = next((n for n in range(asked + 1, len(roles)) if roles[n] == "assistant"), len(roles))
+    if not end:
+        what = "begins with the assistant's answer" if roles else "has no turns"
+        raise ValueError(f"the conversation {what}, so there is nothing to answer.")
+    return messages[:end]
+
+
+def _by_turn(messages: Sequence[Message]) -> list[tuple[Sequence[Message], bool]]:
+    """What to render for `_turn_spans`: each assistant turn's conversation without and with it."""
+    return [
+        part
+        for n, message in enumerate(messages)
+        if message["role"] == "assistant"
+        for part in ((messages[:n], True), (messages[: n + 1], False))
+    ]
+
+
 def _turn_spans(
-    tokenizer: Tokenizer, messages: Sequence[Message], whole: str
+    tokenizer: Tokenizer, messages: Sequence[Message], whole: str, parts: Sequence[str]
 ) -> list[tuple[int, int]]:
     """Characters [start, end) that each assistant turn added."""
     spans = []
-    for n, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(tokenizer, messages[:n], True)
-        after = _render(tokenizer, messages[: n + 1], False)
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    for n, before, after in zip(turns, parts[::2], parts[1::2], strict=True):
         if not after.startswith(before) or not whole.startswith(after):
             raise ValueError(
                 f"turn {n} (assistant): the chat template of {tokenizer.origin} writes it "
@@ -101,39 +139,55 @@ def _until_end_of_turn(tokenizer: Tokenizer, ids: list[int], turn: list[int]) ->
     return turn[:keep] if ended else turn
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], prompt: bool) -> str:
+def _render(tokenizer: Tokenizer, wanted: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
+    """The marked texts of conversations that `_plain` has checked."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{tokenizer.origin} has no chat template (chat_template.jinja, or chat_template in "
             "tokenizer_config.json)."
         )
-    for n, message in enumerate(messages):
-        _check(n, message)
-    template = _compile(tokenizer.chat_template, tokenizer.origin)
-    import jinja2
-
-    try:
-        return template.render(
-            messages=[dict(m) for m in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=prompt,
-            **tokenizer.special,
-        )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template of {tokenizer.origin} refused: {error}") from error
+    return templates.render(
+        tokenizer.chat_template,
+        tokenizer.origin,
+        wanted,
+        special=tokenizer.special,
+        marks=(_OPEN, _CLOSE),
+    )
 
 
-def _check(n: int, message: Message) -> None:
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as plain dicts, checked, without keys that are None.
+
+    A parquet file gives every message the keys of all messages, and None where one has none; a
+    template that asks `'tool_calls' in message` must not see these. `content` of a message with
+    tool calls and no text is None, as templates expect, however the file says that.
+    """
+    return [_checked(n, message) for n, message in enumerate(messages)]
+
+
+def _checked(n: int, message: Message) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"turn {n} is a {type(message).__name__}, but should be a message.")
+    plain = _without_nulls(message)
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"turn {n} has role={role!r}; there is {', '.join(ROLES)}.")
-    if content is None and message.get("tool_calls"):
-        return
+    if content is None and plain.get("tool_calls"):
+        return {**plain, "content": None}
     if not isinstance(content, str):
-        raise ValueError(f"turn {n} ({role}) has content={content!r}, but it should be text.")
+        raise ValueError(f"turn {n} ({role}) has content={content!r:.60}, but it should be text.")
     if _OPEN in content or _CLOSE in content:
         raise ValueError(f"turn {n} ({role}) contains the noncharacter U+FDD0 or U+FDD1.")
+    return plain
+
+
+def _without_nulls(value: Any) -> Any:
+    """Dicts and lists without keys that are None, at any depth."""
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [_without_nulls(v) for v in value]
+    return value
 
 
 def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
@@ -147,58 +201,3 @@ def _unmark(marked: str) -> tuple[str, list[tuple[int, int]]]:
         else:
             text += part
     return text, spans
-
-
-@lru_cache(maxsize=8)
-def _compile(source: str, origin: str) -> Any:
-    """The template in an immutable sandbox, with what transformers gives to templates."""
-    try:
-        import jinja2
-        from jinja2.ext import Extension, loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError as error:
-        raise ImportError("chat templates need Jinja: pip install 'jaxrl_eff[hf]'.") from error
-
-    class Generation(Extension):
-        """`{% generation %} ... {% endgeneration %}` puts marks around what it renders."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = self.call_method("_mark")
-            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _mark(self, caller: Any) -> str:
-            return f"{_OPEN}{caller()}{_CLOSE}"
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own filter escapes <, > and & for HTML.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template of {origin} is not Jinja: {error}.") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_eff.data.chat import encode_chat
+from jaxrl_eff.data.chat import encode_chat, render_chat, to_answer
 from jaxrl_eff.data.packing import Pair, Segment
 from jaxrl_eff.data.tokenizer import Tokenizer
 
@@ -97,14 +97,16 @@ def encode_chat_prompt(
 ) -> Callable[[Example], np.ndarray]:
     """A conversation up to the opening of the assistant's next turn, as ids int32 [n].
 
-    A string in the field counts as one message of the user.
+    A string in the field counts as one message of the user. An answer that ends the conversation is
+    what should be found, and no part of the prompt; see `chat.to_answer`.
     """
 
     def encode(example: Example) -> np.ndarray:
         messages = read(example, field, (list, str))
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        return np.array(encode_chat(tokenizer, messages, add_generation_prompt=True)[0], np.int32)
+        text = render_chat(tokenizer, to_answer(messages), add_generation_prompt=True)
+        return np.array(tokenizer.encode(text), np.int32)
 
     return encode
 

@@ -115,6 +115,10 @@ def batches(
         raise ValueError(f"epochs is {epochs}; it must be at least 1, or None for no end.")
     if len(source) < 1:
         raise ValueError("the source has no examples.")
+    # A second that is spent here, by the thread that makes loaders: while grain is imported,
+    # `builtins.__import__` is another for all threads, and imports in those fail.
+    import grain  # noqa: F401
+
     return Loader(
         source=source,
         encode=encode,
@@ -179,7 +183,7 @@ class Loader:
         self._process = process
 
     def prepare(self) -> None:
-        """Imports grain, a second or two, ahead of the first batch."""
+        """Makes the order of examples, ahead of the first batch."""
         self._indices()
 
     def state(self) -> dict[str, Any]:

@@ -315,3 +315,37 @@ print([name for name in ("grain", "jax") if name in sys.modules])
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_grain_is_imported_by_the_thread_that_makes_a_loader_and_nothing_after_it():
+    """Grain's imports replace `builtins.__import__` for all threads while they run."""
+    code = """
+import sys, threading
+from jaxrl_eff.data import loader
+import numpy as np
+assert "grain" not in sys.modules
+batches = loader.batches(
+    [{"ids": [1, 2]}] * 9, encode=lambda e: (np.array(e["ids"]), np.array([0.0, 1.0])), batch=2,
+    kind="sft", seed=0, length=8,
+)
+before = set(sys.modules)
+print("grain" in before)
+
+def body():
+    batches.prepare()
+    next(batches)
+    batches.close()
+
+thread = threading.Thread(target=body)
+thread.start()
+thread.join()
+print(sorted(set(sys.modules) - before), batches.stats()["batches"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.stdout.split("\n")[:2] == ["True", "[] 1"]
