@@ -259,9 +259,7 @@ def _facts(assembled: Any, workdir: Path) -> dict[str, str]:
             )
     directory = jax.config.jax_compilation_cache_dir
     if directory is None:
-        facts["compile cache"] = (
-            "off: nothing can be written; JAX_COMPILATION_CACHE_DIR says where"
-        )
+        facts["compile cache"] = "off: nothing can be written; JAX_COMPILATION_CACHE_DIR says where"
     else:
         warm = Path(directory).is_dir() and any(Path(directory).iterdir())
         told = "in use" if warm else "empty: first compilation"

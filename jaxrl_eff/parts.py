@@ -23,7 +23,8 @@ from jaxrl_eff.optim import optimizer, warmup_then
 from jaxrl_eff.parallel import Changes, ladder
 from jaxrl_eff.rewards import verify
 from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.settings import RewardSettings, StageSettings, build
+from jaxrl_eff.schema import build
+from jaxrl_eff.settings import RewardSettings, StageSettings
 
 # Algorithm -> its config, and the kind of batch that it reads.
 ALGORITHMS: dict[str, tuple[Any, type, str]] = {

@@ -1,17 +1,31 @@
-"""The schema of a config: frozen dataclasses, and the one function that fills them.
+"""The schema of a config: frozen dataclasses, and the function that fills them.
 
-A config file returns an `ml_collections.ConfigDict`; `build` turns it into a `Run`, naming every
-unknown key and every value of the wrong type with its full path, before anything is loaded. What
-needs files, devices or the model to be checked is checked in `stages`.
+A config file returns an `ml_collections.ConfigDict`; `run` turns it into a `Run`, naming every
+unknown key and every value of the wrong type or out of its range with its full path, before
+anything is loaded. What needs files, devices or the model to be checked is checked in `stages`,
+and `unused` finds values that nothing would read.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping
-from typing import Any
+import math
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from jaxrl_eff.running import ScheduleSettings, SearchSettings, SyncSettings, ZeroSettings
+from jaxrl_eff.schema import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Share,
+    Switch,
+    Within,
+    among,
+    build,
+)
+
+Seed = Annotated[int, Within(0, 2**32 - 1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +49,7 @@ class ModelSettings:
     param_dtype: str = ""
     remat: str = ""
     rope: dict[str, Any] = dataclasses.field(default_factory=dict)
-    max_length: int = 0
+    max_length: Natural = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,11 +79,11 @@ class DataSettings:
     template: str = "{prompt}"
     bos: bool = True
     eos: bool = True
-    length: int = 0
-    prompt_length: int = 0
+    length: Natural = 0
+    prompt_length: Natural = 0
     packed: bool = True
     overlong: str = "drop"
-    held_out: int = 0
+    held_out: Natural = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -85,21 +99,16 @@ class OptimSettings:
     """
 
     name: str = "adamw"
-    lr: float = 1e-4
+    lr: NonNegative = 1e-4
     schedule: str = "constant"
-    warmup: int = 0
-    final: float = 0.0
-    clip_norm: float = 1.0
-    weight_decay: float = 0.0
+    warmup: Natural = 0
+    final: NonNegative = 0.0
+    clip_norm: NonNegative = 1.0
+    weight_decay: NonNegative = 0.0
     store: str = ""
     descent: bool = False
     frozen: tuple[str, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        for name in ("lr", "final", "clip_norm", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be finite and >= 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,23 +154,23 @@ class AdaptSettings:
     name: str
     targets: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
-    rank: int = 0
-    alpha: float = 16.0
+    rank: Natural = 0
+    alpha: Positive = 16.0
     start: str = ""
-    density: float = 0.01
+    density: Annotated[float, Within(0, 1, above=True)] = 0.01
     granularity: str = "element"
-    block: tuple[int, ...] = (128, 128)
+    block: tuple[Count, ...] = (128, 128)
     selector: str = "random"
-    layers: int = 2
-    every: int = 20
-    share: float = 0.2
+    layers: Count = 2
+    every: Count = 20
+    share: Share = 0.2
     decay: str = "linear"
     mode: str = "in_place"
     base: str = ""
     on_drop: str = "revert"
-    probe: int = 1
-    tiles: tuple[int, ...] = (1, 1)
-    seed: int = 0
+    probe: Count = 1
+    tiles: tuple[Count, ...] = (1, 1)
+    seed: Seed = 0
 
     def __post_init__(self):
         for field in ("every", "probe", "layers"):
@@ -201,135 +210,13 @@ class EvalSettings:
         data: a file of its own with held-out examples; "" uses the stage's held-out part.
     """
 
-    problems: int = 0
-    every: int = 0
+    problems: Annotated[int, Within(0), Switch()] = 0
+    every: Natural = 0
     before: bool = False
     reward: RewardSettings = RewardSettings(name="gold")
-    max_tokens: int = 0
-    temperature: float = 0.0
+    max_tokens: Natural = 0
+    temperature: NonNegative = 0.0
     data: str = ""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SearchSettings:
-    """How a plan is searched, and corrected by what its steps really take.
-
-    Attributes:
-        evaluations: plans to simulate in one search.
-        calibrate: steps after which predicted and measured times are compared, the cost model is
-            corrected and the search repeated; twice as many before the next time, and so on. 0:
-            never.
-        threshold: share of the step's time that a new plan must save to be taken up.
-        cluster: "local" for the devices at hand, or what `planner.hardware.parse` knows.
-    """
-
-    evaluations: int = 3000
-    calibrate: int = 4
-    threshold: float = 0.05
-    cluster: str = "local"
-
-    def __post_init__(self):
-        if self.evaluations < 1 or self.calibrate < 0 or self.threshold < 0:
-            raise ValueError(
-                f"evaluations={self.evaluations}, calibrate={self.calibrate}, threshold="
-                f"{self.threshold}; at least 1, 0 and 0 are needed."
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScheduleSettings:
-    """How sequences of many lengths become a step.
-
-    Attributes:
-        name: "rows": into packed rows of `data.length`, `batch` of them; "skrull": `batch`
-            sequences (or pairs) a step, short ones whole on a device and long ones over the plan's
-            `seq` axis, in micro-batches chosen by estimated time. `data.length` is the longest
-            sequence then; 0 is all that the devices of a `seq` axis hold. Of algorithms that
-            sample: "rows": log-probabilities, values, rewards and training of padded rows;
-            "skrull": of micro-batches chosen likewise once the responses' lengths are known.
-        room: tokens that a device holds at once; 0: found by compiling the model for two sizes.
-        shapes: of micro-batches, at most; each is a program to compile, for every call.
-        sample: examples whose lengths the shapes are chosen by.
-        measure: let what is measured improve the estimates: the rates of CPUs at the start, and
-            steps of algorithms that do not sample. Then two runs add up the same gradients in
-            different orders; False: by constants alone, so that a run repeats bit for bit.
-    """
-
-    name: str = "rows"
-    room: int = 0
-    shapes: int = 12
-    sample: int = 1024
-    measure: bool = True
-
-    def __post_init__(self):
-        if self.name not in ("rows", "skrull"):
-            raise ValueError(f"name is {self.name!r}, not 'rows' or 'skrull'.")
-        if self.room < 0 or self.shapes < 1 or self.sample < 1:
-            raise ValueError(
-                f"room={self.room}, shapes={self.shapes}, sample={self.sample}; at least 0, 1 and "
-                "1 are needed."
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SyncSettings:
-    """How trained weights get to calls on other devices, or to another layout on the same ones.
-
-    Attributes:
-        name: "whole": all of them in every step; "changes": frozen tensors once, of the others the
-            elements that have changed. The copy stays on those devices then, and beside the
-            trained weights a copy of what was sent. What arrives is the same. "int8" and "int4": of
-            the others the differences to what arrived last, in 8 or 4 bits, so that those calls
-            compute with weights that lag behind by what was rounded; which weights lag is part of
-            what is computed, and depends on the plan.
-        capacity: share of a tensor's elements that may have changed before it goes as a whole; 0
-            is 0.05, or twice the density of a sparse change. Of "changes".
-        every: steps between two in which everything goes as a whole, and the copy is checked.
-    """
-
-    name: str = "whole"
-    capacity: float = 0.0
-    every: int = 100
-
-    def __post_init__(self):
-        if self.name not in ("whole", "changes", "int8", "int4"):
-            raise ValueError(f"name is {self.name!r}, not 'whole', 'changes', 'int8' or 'int4'.")
-        if not 0 <= self.capacity <= 1 or self.every < 1:
-            raise ValueError(
-                f"capacity={self.capacity}, every={self.every}; 0 to 1 and at least 1 are needed."
-            )
-        if self.capacity and self.name != "changes":
-            raise ValueError(
-                f"capacity={self.capacity} is of 'changes', and name is {self.name!r}."
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ZeroSettings:
-    """What train calls send between nodes, over links that are slow (ZeRO++).
-
-    Part of what is computed, unlike a plan: all but "exact" round.
-
-    Attributes:
-        name: "": whatever the compiler makes of the plan. Otherwise weights are gathered and
-            gradients reduced in two stages, between nodes and within them, and the program's bytes
-            are checked against what they should be: "exact" in the precision of compute; "int8"
-            weights and gradients; "int4" gradients, rotated and with error feedback, weights in 8
-            bits; "qgz" the same gradients without these, rounded within a node too; "int4_delta"
-            the gradients of "int4", and of weights their differences from a copy in 16 bits that
-            every node keeps, in 4 bits. What `adapt` leaves frozen every node has whole, and it is
-            not sent; what it trains but does not train whole has exact gradients.
-        nodes: into how many the devices of a train call fall; its plan must have dcn=nodes.
-        block: numbers that share a scale.
-    """
-
-    name: str = ""
-    nodes: int = 2
-    block: int = 256
-
-    def __post_init__(self):
-        if self.nodes < 2:
-            raise ValueError(f"nodes is {self.nodes}; there must be 2 or more to send between.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -363,8 +250,8 @@ class StageSettings:
     """
 
     algorithm: str
-    steps: int
-    batch: int
+    steps: Count
+    batch: Count
     data: DataSettings
     models: dict[str, str] = dataclasses.field(default_factory=dict)
     optim: dict[str, OptimSettings] = dataclasses.field(default_factory=dict)
@@ -373,13 +260,13 @@ class StageSettings:
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)
     reward: RewardSettings = RewardSettings()
     plan: str | dict[str, dict[str, Any]] = "all"
-    search: SearchSettings = SearchSettings()
-    sync: SyncSettings = SyncSettings()
-    schedule: ScheduleSettings = ScheduleSettings()
-    zero: ZeroSettings = ZeroSettings()
-    staleness: int = 0
+    search: SearchSettings = dataclasses.field(default_factory=SearchSettings)
+    sync: SyncSettings = dataclasses.field(default_factory=SyncSettings)
+    schedule: ScheduleSettings = dataclasses.field(default_factory=ScheduleSettings)
+    zero: ZeroSettings = dataclasses.field(default_factory=ZeroSettings)
+    staleness: Natural = 0
     evaluate: EvalSettings = EvalSettings()
-    samples_every: int = 10
+    samples_every: Natural = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -389,8 +276,8 @@ class CheckpointSettings:
     keep: newest checkpoints kept.
     """
 
-    every: int = 0
-    keep: int = 2
+    every: Natural = 0
+    keep: Count = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -404,8 +291,8 @@ class ExpectSettings:
         rise: absolute.
     """
 
-    metric: str = ""
-    at_least: float = float("-inf")
+    metric: Annotated[str, Switch()] = ""
+    at_least: Annotated[float, Within(infinite=True)] = -math.inf
     rises_over: str = ""
     rise: float = 0.0
 
@@ -427,8 +314,8 @@ class Run:
         export: write the last trained model as a Hugging Face directory.
     """
 
-    seed: int = 0
-    simulate_devices: int = 0
+    seed: Seed = 0
+    simulate_devices: Annotated[int, Within(0, 1024)] = 0
     model: ModelSettings
     tokenizer: str = "model"
     stages: tuple[str, ...]
@@ -442,110 +329,42 @@ class Run:
     def __post_init__(self):
         if not self.stages:
             raise ValueError("config.stages is empty; it must name at least one stage.")
+        for name in self.stages:
+            if not re.fullmatch(r"[^\W_][\w.+-]*", name):
+                raise ValueError(
+                    f"config.stages has {name!r:.200}; a stage's name begins with a letter or "
+                    "digit and holds these, '_', '.', '+' and '-'."
+                )
+        if twice := sorted({s for s in self.stages if self.stages.count(s) > 1}):
+            raise ValueError(f"config.stages has {twice} more than once.")
         if missing := [s for s in self.stages if s not in self.stage]:
             raise ValueError(f"config.stages names {missing}, but there is {sorted(self.stage)}.")
         if self.nonfinite not in ("stop", "skip"):
             raise ValueError(f"config.nonfinite is {self.nonfinite!r}, not 'stop' or 'skip'.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"config.seed is {self.seed}; it must be at least 0, below 2**32.")
 
 
 def run(config: Mapping[str, Any]) -> Run:
     """The settings of a config: sections with an algorithm are stages, `stages` says which run.
 
     Raises:
-        ValueError: an unknown key or a value of the wrong type, with its path.
+        ValueError: an unknown key or a value of the wrong type or out of its range, with its path.
     """
     config = dict(config)
     names = config.get("stages", ())
     if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
-        raise ValueError(f"config.stages is {names!r}, but it must be a tuple of names.")
+        raise ValueError(f"config.stages is {names!r:.200}, but it must be a tuple of names.")
     sections = [k for k, v in config.items() if isinstance(v, Mapping) and "algorithm" in v]
-    stages = {k: build(StageSettings, config.pop(k), f"config.{k}") for k in sections}
+    stages = {k: _stage(config.pop(k), f"config.{k}") for k in sections}
     fields = [f.name for f in dataclasses.fields(Run) if f.name != "stage"]
-    if unknown := next((k for k in config if k not in fields), None):
-        raise ValueError(f"config has no field {_among(unknown, [*fields, *sections])}")
+    if unknown := [k for k in config if k not in fields]:
+        raise ValueError(f"config has no field {among(unknown[0], [*fields, *stages])}")
     return build(Run, {**config, "stage": stages}, "config")
 
 
-def build(cls: type, section: Mapping[str, Any], path: str) -> Any:
-    """Fills a dataclass from a config section.
-
-    Raises:
-        ValueError: a key that the class does not have, a missing one, or a value of another type.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for key in section:
-        if key not in fields:
-            raise ValueError(f"{path} has no field {_among(key, fields)}")
-    for name, f in fields.items():
-        no_default = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if no_default and name not in section:
-            raise ValueError(f"{path}.{name} is missing.")
-    hints = typing.get_type_hints(cls)
-    values = {k: _convert(hints[k], v, f"{path}.{k}") for k, v in section.items()}
-    try:
-        return cls(**values)
-    except ValueError as error:
-        message = str(error)
+def _stage(section: Mapping[str, Any], path: str) -> StageSettings:
+    s = build(StageSettings, section, path)
+    if "plan" not in section and s.search != SearchSettings():
         raise ValueError(
-            message if message.startswith("config") else f"{path}: {message}"
-        ) from None
-
-
-def _among(key: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"{key!r}; it has {sorted(known)}." + (f" Did you mean {close[0]!r}?" if close else "")
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """`value` as `hint` wants it; integers pass as floats, lists as tuples."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return _plain(value)
-    if origin in (typing.Union, types.UnionType):
-        for option in args:
-            if isinstance(value, Mapping) and typing.get_origin(option) is not dict:
-                continue
-            with contextlib.suppress(_WrongType):
-                return _convert(option, value, path)
-        raise _wrong(hint, value, path)
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, hint):
-            return value
-        if not isinstance(value, Mapping):
-            raise _wrong(hint, value, path)
-        return build(hint, value, path)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise _wrong(hint, value, path)
-        return {str(k): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            raise _wrong(hint, value, path)
-        return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, float, str, bool) and type(value) is hint:
-        return value
-    if hint is type(None) and value is None:
-        return None
-    raise _wrong(hint, value, path)
-
-
-def _plain(value: Any) -> Any:
-    """Containers of the standard library in place of ml_collections'."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(_plain(v) for v in value)
-    return value
-
-
-class _WrongType(ValueError):
-    """A value that is of no allowed type."""
-
-
-def _wrong(hint: Any, value: Any, path: str) -> _WrongType:
-    name = hint.__name__ if isinstance(hint, type) else str(hint)
-    return _WrongType(f"{path} is {value!r} ({type(value).__name__}), but it must be {name}.")
+            f"{path}.search is given, but {path}.plan is not; only plan='search' reads it."
+        )
+    return s

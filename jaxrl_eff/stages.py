@@ -25,7 +25,8 @@ from jaxrl_eff.models.config import Rope
 from jaxrl_eff.planner import hardware, works
 from jaxrl_eff.rewards import verify
 from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.settings import Run, StageSettings, build
+from jaxrl_eff.schema import build
+from jaxrl_eff.settings import Run, StageSettings
 
 _SIZES = ("vocab", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "max_length")
 

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "jaxrl_eff"
 # Every file may import those of its own line and of the lines above; but optim only itself.
 RANKS = (
     ("shapes", "tree", "masked", "meters", "edges", "hardware", "host", "arrays", "operations"),
+    ("schema", "running"),
     ("optim",),
     ("models", "parallel", "data"),
     ("rollout", "graph", "rewards", "timeline", "deltas"),
@@ -49,7 +50,7 @@ APART = {
     "metrics": {"metrics"},
     "console": {"console"},
 }
-LEAVES = set(RANKS[0])
+LEAVES = {*RANKS[0], *RANKS[1]}
 
 
 def room(path):

@@ -49,7 +49,7 @@ def directory(tmp_path, vocab, **changes):
 WRONG = [
     # algorithm, model, tokenizer
     (SFT, ["sft.algorithm=stf"], r"config.sft: algorithm is 'stf'; there are \['sft', 'reward_m"),
-    (SFT, ["sft.steps=0"], r"config.sft: steps is 0, but must be at least 1"),
+    (SFT, ["sft.steps=0"], r"config.sft.steps is 0, but must be at least 1"),
     (SFT, ["model.path=/no/where"], r"config.model.*(no|not).*path and shape|has both path and sh"),
     (SFT, ["model.shape={}", "model.path=/no/where"], r"config.model: .*/no/where"),
     (SFT, ["model.shape.layrs=1"], r"config.model.shape has no field 'layrs'.*'layers'"),
@@ -81,7 +81,7 @@ WRONG = [
     (SFT, ["sft.optim={}"], r"config.sft: optim lacks 'actor', which the stage trains"),
     (SFT, ["sft.optim.critic.lr=1.0"], r"optim names \['critic'\], but the stage trains"),
     (SFT, ["sft.optim.actor.name=adam2"], r"config.sft.optim.actor: optimizer is 'adam2'"),
-    (SFT, ["sft.optim.actor.lr=-1.0"], r"config.sft.optim.actor: lr is -1.0, but must be"),
+    (SFT, ["sft.optim.actor.lr=-1.0"], r"config.sft.optim.actor.lr is -1.0, but must be"),
     (SFT, ["sft.optim.actor.schedule=cos"], r"config.sft.optim.actor: schedule is 'cos'"),
     (SFT, ["sft.optim.actor.warmup=9"], r"config.sft.optim.actor: warmup is 9 updates"),
     (SFT, ["sft.optim.actor.frozen=('no.*',)"], r"config.sft.optim.actor: .*no\.\*"),

@@ -9,7 +9,7 @@ import launch
 import pytest
 from launch import ROOT, TINY
 
-from jaxrl_eff import arguments, main, settings, stages
+from jaxrl_eff import arguments, main, schema, settings, stages
 from jaxrl_eff.algorithms.ppo import PPOConfig
 from jaxrl_eff.arguments import ConfigError
 from jaxrl_eff.models.rope import frequencies
@@ -45,7 +45,7 @@ def test_defaults_and_conversions():
         ({"sft": {**SFT, "steps": True}}, r"config.sft.steps is True \(bool\), but it must be int"),
         ({"sft": {**SFT, "data": 3}}, r"config.sft.data is 3 \(int\), but it must be DataSettings"),
         ({"sft": {**SFT, "plan": 3}}, r"config.sft.plan is 3"),
-        ({"seed": -1}, r"config.seed is -1; it must be at least 0"),
+        ({"seed": -1}, r"config.seed is -1, but must be at least 0"),
         ({"seed": 1.5}, r"config.seed is 1.5 \(float\), but it must be int"),
         ({"nonfinite": "ignore"}, r"config.nonfinite is 'ignore', not 'stop' or 'skip'"),
         ({"stages": ()}, r"config.stages is empty"),
@@ -67,14 +67,14 @@ def test_a_missing_model_is_named():
 
 def test_an_algorithms_own_checks_carry_the_path():
     with pytest.raises(ValueError, match=r"^config.ppo.loss.*clip.*2"):
-        settings.build(PPOConfig, {"clip": 2.0}, "config.ppo.loss")
+        schema.build(PPOConfig, {"clip": 2.0}, "config.ppo.loss")
 
 
 def test_optional_numbers_may_be_none():
-    assert settings.build(PPOConfig, {"value_clip": None}, "x").value_clip is None
-    assert settings.build(PPOConfig, {"value_clip": 1}, "x").value_clip == 1.0
+    assert schema.build(PPOConfig, {"value_clip": None}, "x").value_clip is None
+    assert schema.build(PPOConfig, {"value_clip": 1}, "x").value_clip == 1.0
     with pytest.raises(ValueError, match=r"x.value_clip is 'no'"):
-        settings.build(PPOConfig, {"value_clip": "no"}, "x")
+        schema.build(PPOConfig, {"value_clip": "no"}, "x")
 
 
 # The command line's part

@@ -154,7 +154,7 @@ def test_what_lags_behind_is_sent_whole_after_a_checkpoint():
         ("grpo.sync.name=half", "config.grpo.sync: name is 'half', not 'whole', 'changes', 'int8'"),
         ("grpo.sync={'name': 'int4', 'capacity': 0.1}", "capacity=0.1 is of 'changes'"),
         ("grpo.sync.capacity=2.0", "config.grpo.sync: capacity=2.0, every=100; 0 to 1"),
-        ("grpo.sync.every=0", "every=0; 0 to 1 and at least 1 are needed"),
+        ("grpo.sync.every=0", "config.grpo.sync.every is 0, but must be at least 1"),
     ],
 )
 def test_a_bad_setting_is_named(change, message):

@@ -1,0 +1,223 @@
+"""Dataclasses as schemas: types, ranges, and the function that fills one from a config's section.
+
+A field's annotation says what may stand there. `Annotated[float, Within(0)]` is a number of at
+least 0; a number without a range is any that is finite. What is wrong is named with its path.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+_DEEPEST = 32  # sections within sections; one that holds itself never ends
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """The range of a number.
+
+    Attributes:
+        low, high: the smallest and the largest value; infinite values are refused unless `low` or
+            `high` is given as just that value and `infinite` is set.
+        above: the smallest value itself is not allowed.
+        infinite: infinite values within the range are allowed.
+    """
+
+    low: float | int = -math.inf
+    high: float | int = math.inf
+    above: bool = False
+    infinite: bool = False
+
+    def holds(self, value: float | int) -> bool:
+        if not math.isfinite(value) and (math.isnan(value) or not self.infinite):
+            return False
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        parts = []
+        if self.low > -math.inf:
+            parts.append(f"{'above' if self.above else 'at least'} {self.low:g}")
+        if self.high < math.inf:
+            parts.append(f"at most {self.high:,}")
+        return " and ".join(parts) or "finite"
+
+
+@dataclasses.dataclass(frozen=True)
+class Switch:
+    """Marks the field that turns its section on: without it nothing reads the others."""
+
+
+Count = Annotated[int, Within(1)]
+Natural = Annotated[int, Within(0)]
+NonNegative = Annotated[float, Within(0)]
+Positive = Annotated[float, Within(0, above=True)]
+Share = Annotated[float, Within(0, 1)]
+
+_INTEGERS = Within(-(2**63), 2**63 - 1)
+_FLOATS = Within()
+
+
+def build(cls: type, section: Mapping[str, Any], path: str) -> Any:
+    """Fills a dataclass from a config section.
+
+    Raises:
+        ValueError: a key that the class does not have, a missing one, a value of another type or
+            out of its range, or values beside a switch that is left off.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in section:
+        if key not in fields:
+            raise ValueError(f"{path} has no field {among(key, fields)}")
+    for name, f in fields.items():
+        if _default(f) is dataclasses.MISSING and name not in section:
+            raise ValueError(f"{path}.{name} is missing.")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    values = {k: _convert(hints[k], v, f"{path}.{k}") for k, v in section.items()}
+    for name, hint in hints.items():
+        if name not in section and any(isinstance(m, Switch) for m in _marks(hint)):
+            for other, value in values.items():
+                if value != _default(fields[other]):
+                    raise ValueError(
+                        f"{path}.{other} is {value!r:.200}, but {path}.{name} is not given, "
+                        "without which nothing reads it."
+                    )
+    try:
+        return cls(**values)
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(
+            message if message.startswith("config") else f"{path}: {message}"
+        ) from None
+
+
+def among(key: Any, known: Iterable[str]) -> str:
+    """A key that is not known, what is, and which one may be meant."""
+    known = sorted(known)
+    close = difflib.get_close_matches(key, known, n=1) if isinstance(key, str) else []
+    return f"{key!r:.200}; it has {known}." + (f" Did you mean {close[0]!r}?" if close else "")
+
+
+def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _marks(hint: Any) -> tuple[Any, ...]:
+    return hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+
+
+def _convert(hint: Any, value: Any, path: str, within: Within | None = None) -> Any:
+    """`value` as `hint` wants it; integers pass as floats, lists as tuples, numpy's as Python's."""
+    if marks := _marks(hint):
+        ranges = [m for m in marks if isinstance(m, Within)]
+        return _convert(typing.get_args(hint)[0], value, path, ranges[0] if ranges else within)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return _plain(value, path)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            if isinstance(value, Mapping) and typing.get_origin(option) is not dict:
+                continue
+            with contextlib.suppress(_WrongType):
+                return _convert(option, value, path, within)
+        raise _wrong(hint, value, path)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):
+            return value
+        if not isinstance(value, Mapping):
+            raise _wrong(hint, value, path)
+        return build(hint, value, path)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong(hint, value, path)
+        return {_name(k, path): _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            raise _wrong(hint, value, path)
+        return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    return _scalar(hint, _unwrapped(value), path, within)
+
+
+def _scalar(hint: Any, value: Any, path: str, within: Within | None) -> Any:
+    if hint is type(None) and value is None:
+        return None
+    if hint is float and type(value) is int and not _is_huge(value):
+        value = float(value)
+    if hint not in (int, float, str, bool) or type(value) is not hint:
+        raise _wrong(hint, value, path)
+    if hint in (int, float):
+        within = within or (_INTEGERS if hint is int else _FLOATS)
+        for allowed in (within, _INTEGERS if hint is int else within):
+            if not allowed.holds(value):
+                raise ValueError(f"{path} is {_digits(value)}, but must be {allowed}.")
+    return value
+
+
+def _digits(value: Any) -> str:
+    return f"a number of {value.bit_length()} bits" if _is_huge(value) else f"{value!r}"
+
+
+def _is_huge(value: Any) -> bool:
+    """Python refuses to print integers of thousands of digits."""
+    return isinstance(value, int) and value.bit_length() > 1000
+
+
+def _plain(value: Any, path: str, depth: int = 0) -> Any:
+    """Containers of the standard library in place of others', and values that can be written down.
+
+    Raises:
+        ValueError: a value of another kind, whose identity no checkpoint could keep; or sections
+            nested deeper than any that is meant.
+    """
+    if depth > _DEEPEST:
+        raise ValueError(f"{path:.200}... is nested more than {_DEEPEST} deep.")
+    if isinstance(value, Mapping):
+        return {k: _plain(v, f"{path}.{k}", depth + 1) for k, v in value.items()}
+    if isinstance(value, tuple | list | set | frozenset):
+        items = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+        return tuple(_plain(v, f"{path}[{i}]", depth + 1) for i, v in enumerate(items))
+    value = _unwrapped(value)
+    if _is_huge(value):
+        raise ValueError(f"{path} is {_digits(value)}, but must be {_INTEGERS}.")
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise ValueError(
+        f"{path} is {value!r:.200} ({type(value).__name__}); a config holds text, numbers, True, "
+        "False, None, and tuples and dicts of them."
+    )
+
+
+def _unwrapped(value: Any) -> Any:
+    """A scalar of numpy as Python's."""
+    if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
+        return value.item()
+    return value
+
+
+def _name(key: Any, path: str) -> str:
+    if not isinstance(key, str):
+        raise ValueError(f"{path} has the key {key!r:.200} ({type(key).__name__}); keys are text.")
+    return key
+
+
+class _WrongType(ValueError):
+    """A value that is of no allowed type."""
+
+
+def _wrong(hint: Any, value: Any, path: str) -> _WrongType:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        name = " or ".join(_named(a) for a in typing.get_args(hint))
+    else:
+        name = _named(hint)
+    told = _digits(value) if _is_huge(value) else f"{value!r:.200} ({type(value).__name__})"
+    return _WrongType(f"{path} is {told}, but it must be {name}.")
+
+
+def _named(hint: Any) -> str:
+    hint = typing.get_args(hint)[0] if _marks(hint) else hint
+    return hint.__name__ if type(hint) is type else str(hint)
