@@ -207,7 +207,8 @@ class EvalSettings:
         reward: a function of the text, as in `RewardSettings`.
         max_tokens: of a response; 0 takes the stage's sampling.
         temperature: 0 is greedy.
-        data: a file of its own with held-out examples; "" uses the stage's held-out part.
+        data: a file of its own with held-out examples, parquet or JSON lines by its suffix; ""
+            uses the stage's held-out part.
     """
 
     problems: Annotated[int, Within(0), Switch()] = 0

@@ -341,7 +341,7 @@ def _evaluation(
         if "actor" not in graph.models:
             raise ValueError(f"{s.algorithm} trains no model that generates.")
         if e.data:
-            held_out = examples.templated(sources.jsonl(e.data), s.data)
+            held_out = examples.templated(sources.file(e.data), s.data)
         if held_out is None:
             raise ValueError("there is nothing held out; set data.held_out or evaluate.data.")
         if e.problems > len(held_out):

@@ -6,15 +6,18 @@ the loader's order exactly resumable. A plain list of dicts is a source too. Lef
 without random access, and files on remote storage, which belong on a mounted path.
 """
 
+import codecs
+import errno
 import functools
 import json
 import operator
 import os
+import stat
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, BinaryIO, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 
@@ -61,23 +64,29 @@ def python_source(examples: Sequence[Example] | Callable[[], Iterable[Example]])
 
 
 def jsonl(path: str | os.PathLike) -> Examples:
-    """A source over a file with one JSON object a line; empty lines are skipped.
+    """A source over a file with one JSON object a line, or with one JSON array of objects.
 
-    The file is scanned once for the byte offsets of its lines (16 bytes of memory a line); lines
-    are parsed when they are read.
+    Empty lines are skipped. The file is scanned once for the byte offsets of its lines (16 bytes of
+    memory a line), which are parsed when they are read; an array is read whole.
 
     Raises:
-        OSError: the file cannot be opened; names it.
-        ValueError: on reading, a line is not a JSON object; names file and line, from 1.
+        OSError: the file cannot be opened, or is a directory, a pipe or the like; names it.
+        ValueError: the file is compressed, a parquet file or not in UTF-8; or, on reading, a line
+            is not a JSON object (as RFC 8259 has it: no NaN) or holds a lone surrogate; names file
+            and line, from 1.
     """
+    name = os.fspath(path)
     offsets, lines = [], []
     with _open(path) as file:
-        offset = 0
+        offset = _begin(file, name)
+        file.seek(offset)
         for number, line in enumerate(file, start=1):
             if line.strip():
                 offsets.append(offset)
                 lines.append(number)
             offset += len(line)
+        if offsets and (rows := _array(file, offsets[0], name)) is not None:
+            return Examples(len(rows), lambda i: _object(rows[i], f"{name}, item {i}"), name)
     starts, numbers = np.array(offsets, np.int64), np.array(lines, np.int64)
 
     def read(index: int) -> Example:
@@ -85,22 +94,83 @@ def jsonl(path: str | os.PathLike) -> Examples:
         with _open(path) as file:
             file.seek(starts[index])
             text = file.readline()
-        where = f"{os.fspath(path)}, line {numbers[index]}"
-        try:
-            example = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON: {error}.") from error
-        if not isinstance(example, dict):
-            raise ValueError(f"{where}: {type(example).__name__} instead of a JSON object.")
-        return example
+        where = f"{name}, line {numbers[index]}"
+        return _object(_parsed(text, where), where)
 
-    return Examples(len(starts), read, os.fspath(path))
+    return Examples(len(starts), read, name)
+
+
+def _begin(file: BinaryIO, name: str) -> int:
+    """The byte at which text begins, behind a mark of UTF-8.
+
+    Raises:
+        ValueError: the file is of another kind.
+    """
+    head = file.read(4)
+    for sign, kind in (
+        (b"\x1f\x8b", "compressed by gzip; decompress it, since rows are read by their place"),
+        (b"\x28\xb5\x2f\xfd", "compressed by zstd; decompress it, since rows are read by place"),
+        (b"PAR1", "a parquet file, not JSON lines"),
+        (b"\xff\xfe", "in UTF-16; JSON lines are in UTF-8"),
+        (b"\xfe\xff", "in UTF-16; JSON lines are in UTF-8"),
+    ):
+        if head.startswith(sign):
+            raise ValueError(f"{name} is {kind}.")
+    return 3 if head.startswith(codecs.BOM_UTF8) else 0
+
+
+def _array(file: BinaryIO, start: int, name: str) -> list[Any] | None:
+    """The items of a file that is one JSON array; None if it is lines.
+
+    Raises:
+        ValueError: it begins as an array does and is neither.
+    """
+    file.seek(start)
+    first = file.readline()
+    if not first.lstrip().startswith(b"["):
+        return None
+    try:
+        return _parsed(first + file.read(), name)
+    except ValueError as whole:
+        try:
+            _parsed(first, name)
+        except ValueError:
+            raise whole from None
+        return None
+
+
+def _parsed(text: bytes, where: str) -> Any:
+    """The value of a JSON text, in which every string can be written as UTF-8."""
+    try:
+        value = json.loads(text.decode(), parse_constant=_refuse)
+        if b"\\ud" in text.lower():  # half of a pair, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{where}: half of a surrogate pair alone, {half!a}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: nested too deeply.") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}.") from error
+    return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON value")
+
+
+def _object(value: Any, where: str) -> Example:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {type(value).__name__} instead of a JSON object.")
+    return value
 
 
 def parquet(
     path: str | os.PathLike, *, columns: Sequence[str] | None = None, groups_in_memory: int = 8
 ) -> Examples:
-    """A source over the rows of a parquet file.
+    """A source over the rows of a parquet file. Maps become dicts.
 
     Args:
         path: the file.
@@ -110,8 +180,9 @@ def parquet(
 
     Raises:
         ImportError: pyarrow is missing.
-        OSError: the file cannot be opened; names it.
-        ValueError: the file is not parquet, or has no such column; names both.
+        OSError: the file cannot be opened, or is a directory, a pipe or the like; names it.
+        ValueError: the file is not parquet, or has no such column; names both. Or, on reading, a
+            row group cannot be read.
     """
     try:
         import pyarrow
@@ -120,29 +191,71 @@ def parquet(
         message = "parquet files need pyarrow: pip install 'jaxrl_eff[parquet]'"
         raise ImportError(message) from error
     _open(path).close()
+    name = os.fspath(path)
     try:
-        file = pyarrow.parquet.ParquetFile(os.fspath(path))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{os.fspath(path)}: not a parquet file: {error}") from error
-    there = file.schema_arrow.names
+        file = pyarrow.parquet.ParquetFile(name)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{name}: not a parquet file: {error}") from error
+    schema = file.schema_arrow
+    if twice := sorted({n for n in schema.names if schema.names.count(n) > 1}):
+        raise ValueError(f"{name} has more than one column of the names {twice}.")
     for column in columns or ():
-        if column not in there:
-            raise ValueError(f"{os.fspath(path)} has no column {column!r}; it has {there}.")
+        if column not in schema.names:
+            raise ValueError(f"{name} has no column {column!r}; it has {schema.names}.")
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-    starts = [0, *np.cumsum(sizes).tolist()]
+    starts, maps = [0, *np.cumsum(sizes).tolist()], "map<" in str(schema)
     lock = threading.Lock()  # neither the file nor a half-read group may be shared by threads
 
     @functools.lru_cache(maxsize=groups_in_memory)
     def group(g: int):
-        return file.read_row_group(g, columns=list(columns) if columns else None)
+        try:
+            return file.read_row_group(g, columns=list(columns) if columns else None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{name}: row group {g} cannot be read: {error}") from error
 
     def read(index: int) -> Example:
         g = bisect_right(starts, index) - 1
         with lock:
             table = group(g)
-        return table.slice(index - starts[g], 1).to_pylist()[0]
+        row = table.slice(index - starts[g], 1).to_pylist()[0]
+        if not maps:
+            return row
+        return {k: _with_dicts(v, schema.field(k).type) for k, v in row.items()}
 
-    return Examples(starts[-1], read, os.fspath(path))
+    return Examples(starts[-1], read, name)
+
+
+def _with_dicts(value: Any, kind: Any) -> Any:
+    """A value from an Arrow array, with a dict in place of the pairs of a map."""
+    import pyarrow.types as of
+
+    if value is None or not of.is_nested(kind):
+        return value
+    if of.is_map(kind):
+        return {k: _with_dicts(v, kind.item_type) for k, v in value}
+    if of.is_struct(kind):
+        types = {field.name: field.type for field in kind}
+        return {k: _with_dicts(v, types[k]) for k, v in value.items()}
+    if of.is_list(kind) or of.is_large_list(kind) or of.is_fixed_size_list(kind):
+        return [_with_dicts(v, kind.value_type) for v in value]
+    return value
+
+
+def file(path: str | os.PathLike) -> Examples:
+    """A source over a file of either kind: parquet by its suffix (.parquet, .pq), or by its first
+    bytes if it has neither that nor one of JSON (.jsonl, .json, .ndjson).
+
+    Raises:
+        OSError, ValueError, ImportError: as `parquet` and `jsonl`.
+    """
+    suffix = os.path.splitext(os.fspath(path))[1].lower()
+    if suffix in (".parquet", ".pq"):
+        return parquet(path)
+    if suffix not in (".jsonl", ".json", ".ndjson"):
+        with _open(path) as opened:
+            if opened.read(4) == b"PAR1":
+                return parquet(path)
+    return jsonl(path)
 
 
 def require(source: Source, fields: str | Sequence[str]) -> Examples:
@@ -206,10 +319,15 @@ def _name(source: Source) -> str:
     return source.name if isinstance(source, Examples) else "the source"
 
 
-def _open(path: str | os.PathLike):
+def _open(path: str | os.PathLike) -> BinaryIO:
     """Opens for reading bytes; the error says what was meant by the path."""
     try:
+        # To open a pipe would wait for somebody who writes into it.
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise OSError(errno.EINVAL, "it is a pipe or a device, not a regular file")
         return open(path, "rb")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise type(error)(f"cannot read the data file {os.fspath(path)!r}: {reason}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        message = f"cannot read the data file {os.fspath(path)!r}: {reason}"
+        raise (type(error) if isinstance(error, OSError) else ValueError)(message) from error

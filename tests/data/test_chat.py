@@ -5,7 +5,9 @@ import json
 import pytest
 from test_tokenizer import save_bytes_tokenizer
 
-from jaxrl_eff.data.chat import encode_chat, render_chat
+from jaxrl_eff.data import sources
+from jaxrl_eff.data.chat import encode_chat, render_chat, to_answer
+from jaxrl_eff.data.encode import encode_chat_prompt, encode_messages
 from jaxrl_eff.data.tokenizer import CharTokenizer, load_tokenizer
 
 CHATML = (
@@ -150,3 +152,93 @@ def test_a_character_tokenizer_can_chat():
     toy = CharTokenizer("abc", "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}")
     talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
     assert encode_chat(toy, talk) == ([3, 4, 2, 5, 2], [0, 0, 0, 1, 1])
+
+
+def test_parquet_and_json_lines_give_the_same_tokens(tmp_path):
+    """Parquet fills the union of all keys with None, at every depth."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    template = (
+        "{% for m in messages %}<{{ m.role }}{% if 'name' in m %} {{ m.name }}{% endif %}>"
+        "{% if m['content'] is none %}-{% else %}{{ m['content'] }}{% endif %}"
+        "{% if 'tool_calls' in m %}{{ m.tool_calls | tojson }}{% endif %}{{ eos_token }}"
+        "{% endfor %}"
+    )
+
+    def call(name, **arguments):
+        return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+    talks = [
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "tool_calls": [call("f", city="x")]},
+            {"role": "tool", "content": "3", "name": "f"},
+            {"role": "assistant", "content": "b"},
+        ],
+        [
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "tool_calls": [call("g", n=1), call("h", city=None, n=2)]},
+        ],
+    ]
+    rows = [{"messages": talk} for talk in talks]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    save_bytes_tokenizer(tmp_path, chat_template=template)
+    encode = encode_messages(load_tokenizer(tmp_path))
+    for i in range(2):
+        a, b = (encode(sources.file(tmp_path / f"x.{kind}")[i]) for kind in ("jsonl", "parquet"))
+        assert a[0].tolist() == b[0].tolist() and a[1].tolist() == b[1].tolist()
+    whole = [render_chat(load_tokenizer(tmp_path), talk) for talk in talks]
+    assert '"arguments": {"city": "x"}}' in whole[0] and "null" not in whole[0] + whole[1]
+    assert "<assistant>-[" in whole[0] and "<assistant>-[" in whole[1]
+    assert whole[0].count("[") == 1
+
+
+U, A, S, T = (
+    {"role": role, "content": role[0]} for role in ("user", "assistant", "system", "tool")
+)
+
+
+@pytest.mark.parametrize(
+    ("talk", "left"),
+    [
+        ([U], [U]),
+        ([U, A], [U]),
+        ([S, U, A], [S, U]),
+        ([U, A, U], [U, A, U]),
+        ([U, A, U, A], [U, A, U]),
+        ([U, A, A], [U]),  # an answer in two turns
+        ([U, A, T], [U, A, T]),  # what a tool found is to be answered
+        ([U, A, T, A], [U, A, T]),
+        ([U, A, S], [U]),  # nobody asks after the answer
+        ([U, S], [U, S]),
+        ([U, S, A], [U, S]),
+        ([S, A], [S]),
+        ([A, U, A], [A, U]),
+        ([S], [S]),
+    ],
+    ids=lambda talk: "".join(m["content"] for m in talk),
+)
+def test_a_prompt_ends_before_the_last_answer(talk, left):
+    assert to_answer(talk) == left
+    tokenizer = CharTokenizer("uast>", "{% for m in messages %}{{ m.content }}{% endfor %}>")
+    ids = encode_chat_prompt(tokenizer)({"messages": talk})
+    assert tokenizer.decode(ids.tolist()) == "".join(m["content"] for m in left) + ">"
+
+
+@pytest.mark.parametrize("talk", [[], [A], [A, A], [A, S]])
+def test_a_conversation_without_anything_to_answer_is_refused(talk):
+    with pytest.raises(ValueError, match="nothing to answer"):
+        to_answer(talk)
+
+
+def test_a_prompt_may_follow_turns_that_the_template_rewrites(tokenizer_of):
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "hm</think>b"},
+        {"role": "user", "content": "c"},
+    ]
+    tok = tokenizer_of(FORGETFUL)
+    text = tok.decode(encode_chat_prompt(tok)({"messages": talk}).tolist(), special=True)
+    assert text == "<user>a<|im_end|><assistant>b<|im_end|><user>c<|im_end|><assistant>"
