@@ -12,7 +12,7 @@ PACKAGE = ROOT / "jaxrl_eff"
 # Every file may import those of its own line and of the lines above; but optim only itself.
 RANKS = (
     ("shapes", "tree", "masked", "meters", "edges", "hardware", "host", "arrays", "operations"),
-    ("schema", "running"),
+    ("schema", "running", "agreement", "files"),
     ("optim",),
     ("models", "parallel", "data"),
     ("rollout", "graph", "rewards", "timeline", "deltas"),
@@ -20,6 +20,7 @@ RANKS = (
     ("mixed", "pieces", "packed"),
     ("planner",),
     ("algorithms",),
+    ("manifest", "stored"),
     ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts"),
     ("evaluate", "calibrate"),
     ("adapt", "examples", "footprint", "long", "parts", "stages"),
@@ -46,7 +47,9 @@ APART = {
     "adapt": {"adapt", "graph", "models", "optim", "settings"},
     "settings": {"settings"},
     "arguments": {"arguments"},
-    "checkpoint": {"checkpoint"},
+    "manifest": {"manifest"},
+    "stored": {"stored", "manifest"},
+    "checkpoint": {"checkpoint", "manifest", "stored"},
     "metrics": {"metrics"},
     "console": {"console"},
 }
