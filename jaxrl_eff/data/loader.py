@@ -11,12 +11,13 @@ processes (tokenizing text is far cheaper than learning from it), and mixing sev
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from jaxrl_eff.data import packing
+from jaxrl_eff.data import fates, packing
+from jaxrl_eff.data.fates import Item
 from jaxrl_eff.data.sources import Source
 
 KINDS = ("sft", "preference", "prompts")
@@ -25,17 +26,6 @@ _COUNTS = (
     "batches", "examples", "overlong", "empty", "remainder", "truncated",
     "positions", "tokens", "learned",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Item:
-    """An example drawn and encoded."""
-
-    index: int  # in the source
-    segments: tuple[packing.Segment, ...]  # one, or chosen and rejected
-    tokens: int  # of all segments
-    fate: str  # "kept", "truncated", "overlong" or "empty"; the last two are dropped
-    at: int = -1  # how many examples were drawn before it
 
 
 def batches(
@@ -186,6 +176,10 @@ class Loader:
         """Makes the order of examples, ahead of the first batch."""
         self._indices()
 
+    def survey(self, count: int = fates.SURVEYED) -> fates.Survey:
+        """What becomes of some examples, spread over the whole source; see `fates.survey`."""
+        return fates.survey(self._read, len(self._source), length=self._length, count=count)
+
     def state(self) -> dict[str, Any]:
         """Where the loader stands after the batches it has given: JSON-able, and small.
 
@@ -319,7 +313,7 @@ class Loader:
         """Encodes one example. Runs in grain's threads, so it changes nothing."""
         try:
             encoded = self._encode(self._source[int(index)])
-            return _item(int(index), encoded, self._layout, self._length)
+            return fates.item(int(index), encoded, self._layout, self._length)
         except Exception as error:
             raise ValueError(f"example {index}: {error}") from error
 
@@ -338,25 +332,3 @@ class Loader:
     def _first_indices(self) -> list[int]:
         """The start of the order, kept in the state to notice if grain's shuffle ever changes."""
         return [int(self._indices()[at]) for at in range(min(4, self._order["examples"]))]
-
-
-def _item(index: int, encoded: Any, layout: dict[str, Any], length: int) -> Item:
-    """Checks what `encode` gave, and decides on its fate."""
-    kind, overlong = layout["kind"], layout["overlong"]
-    if kind == "prompts":
-        encoded = (encoded, np.zeros(len(encoded), np.float32))
-    segments = tuple(encoded) if kind == "preference" else (encoded,)
-    if kind == "preference" and len(segments) != 2:
-        raise ValueError(f"a preference is 2 responses, but encode gave {len(segments)}.")
-    if any(len(mask) and mask[0] for _, mask in segments):
-        raise ValueError("its mask starts with 1, but nothing precedes a first token.")
-    fate, tokens = "kept", sum(len(ids) for ids, _ in segments)
-    if tokens > length and overlong == "error":
-        raise ValueError(f"it has {tokens} tokens, but at most {length} fit.")
-    if tokens > length and overlong == "drop":
-        return Item(index, segments, tokens, "overlong")
-    if tokens > length:
-        segments, fate = packing.shorten(segments, length=length), "truncated"
-        tokens = length
-    worth = [len(ids) if kind == "prompts" else mask.any() for ids, mask in segments]
-    return Item(index, segments, tokens, fate if all(worth) else "empty")
