@@ -18,7 +18,12 @@ from jaxrl_eff.rollout import Sampling, sample
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Answers to held-out problems, scored by a function of the text. Made by `of`."""
+    """Answers to held-out problems, scored by a function of the text. Made by `of`.
+
+    Attributes:
+        problems: how many are asked; `wanted`: how many should have been.
+        notes: why these differ, in words.
+    """
 
     step: Step
     loader: loader.Loader
@@ -27,6 +32,8 @@ class Evaluation:
     tokenizer: Tokenizer
     problems: int
     seed: int
+    wanted: int
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -43,6 +50,8 @@ class Evaluation:
         reward: Callable,
         tokenizer: Tokenizer,
         seed: int,
+        wanted: int | None = None,
+        notes: tuple[str, ...] = (),
     ) -> "Evaluation":
         """Checks shapes; compiles on first use.
 
@@ -58,6 +67,7 @@ class Evaluation:
             reward: (example, response) -> number.
             tokenizer: for the response's text.
             seed: of sampling at a temperature.
+            wanted, notes: see the attributes; by default all problems are asked.
         """
         placement = dataclasses.replace(placement, microbatches=1)
         call = dataflow.generate(
@@ -83,7 +93,15 @@ class Evaluation:
             process=step.share,
             threads=0,
         )
-        return cls(step, batches, source, reward, tokenizer, problems, seed)
+        wanted = problems if wanted is None else wanted
+        return cls(step, batches, source, reward, tokenizer, problems, seed, wanted, notes)
+
+    @property
+    def of_how_many(self) -> str:
+        """What the mean is of, as " of 4 of 8 problems", if some could not be asked; or ""."""
+        if self.problems == self.wanted:
+            return ""
+        return f" of {self.problems} of {self.wanted} problems"
 
     def __call__(self, params_: Any) -> tuple[float, list[dict[str, Any]]]:
         """Mean reward over the problems, and one dict a problem of this process.

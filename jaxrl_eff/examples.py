@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxrl_eff.data import encode, needles, sources, toys
+from jaxrl_eff.data import borders, encode, fates, needles, sources, toys
 from jaxrl_eff.data.tokenizer import Tokenizer
 from jaxrl_eff.settings import DataSettings, StageSettings
+
+_BORDERS = 16  # examples whose prompts are compared with what is trained on
 
 # Format -> kind of batch and encoder. Chat formats write their own special tokens.
 FORMATS: dict[str, tuple[str, Callable]] = {
@@ -21,7 +23,8 @@ FORMATS: dict[str, tuple[str, Callable]] = {
 def check(what: str, fn: Callable, source: Any) -> None:
     """Applies a function to the first example, so that one that cannot work is found now."""
     if not len(source):
-        raise ValueError(f"{what}: there are no examples.")
+        name = getattr(source, "name", "the source")
+        raise ValueError(f"{what}: there are no examples in {name}.")
     try:
         fn(source[0])
     except Exception as error:
@@ -126,3 +129,103 @@ def encoder(s: StageSettings, kind: str, tokenizer: Tokenizer) -> Callable:
         return make(tokenizer, **options)
     except TypeError as error:
         raise ValueError(f"data.fields {data.fields}: {error}.") from None
+
+
+def notes(
+    s: StageSettings, kind: str, source: Any, tokenizer: Tokenizer, survey: fates.Survey
+) -> tuple[str, ...]:
+    """What a person should know of a stage's examples before training, one line each.
+
+    Examples that are dropped or truncated, prompts that do not continue as what is trained on does,
+    and prompts that hold their completions.
+    """
+    field = "data.prompt_length" if kind == "prompts" else "data.length"
+    return (*survey.notes(field, kind), *_border_notes(s.data, source, tokenizer))
+
+
+def _border_notes(data: DataSettings, source: Any, tokenizer: Tokenizer) -> list[str]:
+    few = [source[i] for i in range(min(_BORDERS, len(source)))]
+    fields = {k: data.fields.get(k, k) for k in ("prompt", "completion", "chosen")}
+    if data.format == "messages":
+        talks = (encode.read(e, data.fields.get("field", "messages"), list) for e in few)
+        found = (borders.of_chat(tokenizer, talk) for talk in talks)
+        return [note for note in found if note][:1]
+    if data.format not in ("completion", "preference"):
+        return []
+    prompt, answer = fields["prompt"], fields["chosen"]
+    if data.format == "completion":
+        answer = fields["completion"]
+    found = (borders.of_completion(tokenizer, e[prompt], e[answer]) for e in few)
+    out = [note for note in found if note][:1]
+    holding = sum(borders.holds_completion(e, prompt, answer) for e in few)
+    if holding == len(few) > 3:
+        out.append(
+            f"all of the first {len(few)} prompts (field {prompt!r}) end with their completions "
+            f"(field {answer!r}), which a prompt should not hold"
+        )
+    return out
+
+
+def prompt_encoder(data: DataSettings, tokenizer: Tokenizer, *, own_rows: bool) -> Callable:
+    """Makes the prompt of a held-out example, for a stage of any format.
+
+    Args:
+        data: the stage's section.
+        tokenizer: the run's.
+        own_rows: whether the rows are held out from the stage's data, or from another file.
+
+    Raises:
+        ValueError: the prompt would be all of the text that others are trained on.
+    """
+    field = data.fields.get("prompt") or data.fields.get("field")
+    if data.format == "text" and own_rows and field:
+        raise ValueError(
+            f"data.format is 'text', so the prompt would be all that is learned, field {field!r}; "
+            "give evaluate.data, a file with prompts."
+        )
+    fields = {"field": field} if field else {}
+    if data.format in ("messages", "chat_prompt"):
+        return encode.encode_chat_prompt(tokenizer, **fields)
+    return encode.encode_prompt(tokenizer, bos=data.bos, **fields)
+
+
+def asked(
+    held_out: Any, encoder: Callable, problems: int, data: DataSettings
+) -> tuple[sources.Examples, tuple[str, ...]]:
+    """Those of the first `problems` held-out examples whose prompts can be given to the model.
+
+    Args:
+        held_out: examples.
+        encoder: example -> prompt ids.
+        problems: how many.
+        data: the stage's section; `overlong` "error" refuses what does not fit.
+
+    Returns:
+        The examples, and a note that says how many were left out, if any were.
+
+    Raises:
+        ValueError: a prompt that cannot be made, that is too long although nothing may be dropped,
+            or none that fits.
+    """
+    limit, lengths = data.prompt_length, []
+    for i in range(problems):
+        try:
+            lengths.append(len(encoder(held_out[i])))
+        except Exception as error:
+            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"the prompt of held-out problem {i} fails: {reason}") from None
+    fit = [i for i, n in enumerate(lengths) if 1 <= n <= limit]
+    if len(fit) == problems:
+        return sources.subset(held_out, fit), ()
+    reasons = (
+        (sum(n > limit for n in lengths), f"too long for data.prompt_length={limit} (up to "
+         f"{max(lengths):,} tokens)"),
+        (lengths.count(0), "without a token"),
+    )  # fmt: skip
+    what = " and ".join(f"{n:,} {why}" for n, why in reasons if n)
+    what = f"of {problems:,} held-out problems {what}"
+    if not fit:
+        raise ValueError(f"{what}: nothing is left to be asked.")
+    if data.overlong == "error":
+        raise ValueError(f"{what}, and data.overlong is 'error'.")
+    return sources.subset(held_out, fit), (f"{what}: left out of the mean",)

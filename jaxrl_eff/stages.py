@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxrl_eff import calibrate, dataflow, examples, long, packed, parts, plans
-from jaxrl_eff.data import encode, loader, sources
+from jaxrl_eff.data import fates, loader, sources
 from jaxrl_eff.data.scheduled import Scheduled
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.dataflow import Graph, Placement, Spec, Step
@@ -48,6 +48,7 @@ class Stage:
         source: the examples, for samples.
         searched: how the plan was found, if it was searched.
         placed: plan -> `step` under it, checked; None for those over sequences of a data set.
+        notes: what a person should know of the stage's examples before training.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Stage:
     sampling: Sampling | None
     searched: calibrate.Searched | None = None
     placed: Callable[[Mapping[str, Placement]], Step] | None = None
+    notes: tuple[str, ...] = ()
 
     def told(self) -> dict[str, Any]:
         """Of a scheduled stage: what schedules are made for, see `Scheduled.told`."""
@@ -231,13 +233,15 @@ def _stage(
             f"schedule is 'skrull', whose plan is not searched for {s.algorithm}: say its seq axis."
         )
     if scheduled and kind != "prompts":
-        step, batches, shapes, plan = _scheduled(
+        step, batches, shapes, plan, survey = _scheduled(
             s, name, graph, specs, lms, source, encoder, kind, seed, tokenizer
         )
         evaluation = _evaluation(run, name, tokenizer, lms, specs, plan, graph, held_out, sampling)
+        notes = _notes(s, kind, source, tokenizer, survey, evaluation)
         return Stage(
-            name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling
-        )
+            name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
+            notes=notes,
+        )  # fmt: skip
     shapes, searched, prompts = parts.batch_shapes(s, kind), None, []
     if scheduled:
         prompts = long.lengths_of(source, encoder, "prompts", s.schedule.sample)
@@ -279,10 +283,13 @@ def _stage(
         pad=tokenizer.pad or 0,
         process=step.share,
     )
+    with parts.at_path(f"config.{name}.data"):
+        survey = batches.survey()
     evaluation = _evaluation(run, name, tokenizer, lms, specs, plan, graph, held_out, sampling)
+    notes = _notes(s, kind, source, tokenizer, survey, evaluation)
     return Stage(
         name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
-        searched, placed,
+        searched, placed, notes,
     )  # fmt: skip
 
 
@@ -297,8 +304,8 @@ def _scheduled(
     kind: str,
     seed: int,
     tokenizer: Tokenizer,
-) -> tuple[Any, Any, Any, dict[str, Placement]]:
-    """Step, loader, shapes and plan of a stage over sequences of many lengths."""
+) -> tuple[Any, Any, Any, dict[str, Placement], fates.Survey]:
+    """Step, loader, shapes, plan and survey of a stage over sequences of many lengths."""
     with parts.at_path(f"config.{name}.plan"):
         plan = plans.plan(s.plan, graph, jax.device_count())
         place = next(iter(plan.values()))
@@ -320,7 +327,22 @@ def _scheduled(
         packed=False,
         pad=tokenizer.pad or 0,
     )
-    return made.step, made.batches(one_by_one, pad=tokenizer.pad or 0), made.batch, plan
+    with parts.at_path(f"config.{name}.data"):
+        survey = one_by_one.survey()
+    return made.step, made.batches(one_by_one, pad=tokenizer.pad or 0), made.batch, plan, survey
+
+
+def _notes(
+    s: StageSettings,
+    kind: str,
+    source: Any,
+    tokenizer: Tokenizer,
+    survey: fates.Survey,
+    evaluation: Evaluation | None,
+) -> tuple[str, ...]:
+    """Of the examples that are trained on, and those that are held out."""
+    own = examples.notes(s, kind, source, tokenizer, survey)
+    return own if evaluation is None else (*own, *evaluation.notes)
 
 
 def _evaluation(
@@ -351,17 +373,11 @@ def _evaluation(
             raise ValueError("max_tokens is 0, and the stage has no sampling to take it from.")
         if s.data.prompt_length < 1:
             raise ValueError("data.prompt_length is needed to evaluate.")
-        prompt_format = "chat_prompt" if s.data.format in ("messages", "chat_prompt") else "prompt"
-        field = s.data.fields.get("prompt") or s.data.fields.get("field")
-        fields = {"field": field} if field else {}
-        if prompt_format == "prompt":
-            encoder = encode.encode_prompt(tokenizer, bos=s.data.bos, **fields)
-        else:
-            encoder = encode.encode_chat_prompt(tokenizer, **fields)
+        encoder = examples.prompt_encoder(s.data, tokenizer, own_rows=not e.data)
+        asked, notes = examples.asked(held_out, encoder, e.problems, s.data)
         score = parts.reward_fn(e.reward)
-        examples.check("the prompt", encoder, held_out)
         what = f"the reward {e.reward.name!r}"
-        examples.check(what, lambda example: score(example, "0"), held_out)
+        examples.check(what, lambda example: score(example, "0"), asked)
         home = "actor_gen" if "actor_gen" in plan else graph.home("actor").name
         stop = sampling.stop if sampling else ()
         return Evaluation.of(
@@ -374,9 +390,11 @@ def _evaluation(
                 pad=tokenizer.pad or 0,
             ),
             placement=plan[home],
-            source=held_out,
+            source=asked,
             encode=encoder,
-            problems=e.problems,
+            problems=len(asked),
+            wanted=e.problems,
+            notes=notes,
             prompt_length=s.data.prompt_length,
             reward=score,
             tokenizer=tokenizer,

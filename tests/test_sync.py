@@ -153,7 +153,10 @@ def test_what_lags_behind_is_sent_whole_after_a_checkpoint():
     [
         ("grpo.sync.name=half", "config.grpo.sync: name is 'half', not 'whole', 'changes', 'int8'"),
         ("grpo.sync={'name': 'int4', 'capacity': 0.1}", "capacity=0.1 is of 'changes'"),
-        ("grpo.sync.capacity=2.0", "config.grpo.sync.capacity is 2.0, but must be at least 0 and at most 1"),
+        (
+            "grpo.sync.capacity=2.0",
+            "config.grpo.sync.capacity is 2.0, but must be at least 0 and at most 1",
+        ),
         ("grpo.sync.every=0", "config.grpo.sync.every is 0, but must be at least 1"),
     ],
 )

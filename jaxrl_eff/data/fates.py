@@ -95,9 +95,7 @@ def item(index: int, encoded: Any, layout: dict[str, Any], length: int) -> Item:
     return Item(index, segments, tokens, fate if all(worth) else "empty", full)
 
 
-def survey(
-    read: Callable[[int], Item], size: int, *, length: int, count: int = SURVEYED
-) -> Survey:
+def survey(read: Callable[[int], Item], size: int, *, length: int, count: int = SURVEYED) -> Survey:
     """Looks at some examples, spread over the whole source, for at most two seconds.
 
     Args:
