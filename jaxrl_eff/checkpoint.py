@@ -91,6 +91,7 @@ class Checkpoints:
         self.messages: list[str] = []
         self._keep, self._keep_best, self._sign = keep, keep_best, 1 if mode == "max" else -1
         self._fingerprint = fingerprint
+        self._mine = None if fingerprint is None else (fingerprint,)
         self._refused: set[int] = set()
         self._verified: set[int] = set()
         self._saved: dict[str, weakref.ref[Array]] = {}  # what the last save was given
@@ -279,7 +280,7 @@ class Checkpoints:
         ]
 
     def _foreign(self, path: Path) -> str | None:
-        return manifest.foreign(path, self._fingerprint)
+        return manifest.foreign(path, self._mine)
 
     def _commit(self, step: int, saving: Path, source: Path | None, writing: ExitStack) -> None:
         """Turns what orbax has written into a checkpoint, and removes old ones.

@@ -25,7 +25,9 @@ from jaxrl_eff import files
 
 SAVING, DELETING = "saving-", "deleting-"
 PARTS = ("state", "still")
-_CONTENT = re.compile(r"(record|manifest)\.json|\.(record|manifest)\.json\.partial|(state|still).*")
+_CONTENT = re.compile(
+    r"(record|manifest|noted)\.json|\.(record|manifest|noted)\.json\.partial|(state|still).*"
+)
 # Nine digits at most, so that processes can tell each other a step in 32 bits.
 _NAME = re.compile(rf"({SAVING}|{DELETING}|)([0-9]{{8,9}})")
 
@@ -70,14 +72,15 @@ def make_room(path: Path) -> Path | None:
     return aside
 
 
-def foreign(path: Path, fingerprint: str | None) -> str | None:
-    """Why a checkpoint is none of the run with this fingerprint, or None."""
+def foreign(path: Path, fingerprints: tuple[str, ...] | None) -> str | None:
+    """Why a checkpoint is none of the run with these fingerprints, or None; `None` takes any."""
     try:
         theirs = read(path / "record.json")["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
         return "its record.json cannot be read"
-    if fingerprint is not None and theirs != fingerprint:
-        return f"it belongs to another run (fingerprint {theirs!r}; this run's is {fingerprint!r})"
+    if fingerprints is not None and theirs not in fingerprints:
+        mine = fingerprints[0]
+        return f"it belongs to another run (fingerprint {theirs!r}; this run's is {mine!r})"
     return None
 
 
