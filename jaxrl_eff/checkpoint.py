@@ -8,6 +8,7 @@ protocol on an ordinary (shared) file system:
     saving-00000040/record.json     stage, data position, seed, ...; and the shape of every leaf
     saving-00000040/manifest.json   size and CRC-32 of every file, written last
     00000040/                       the same directory renamed: only now is it a checkpoint
+    00000040/noted.json             later: what an evaluation of it gave
 
 So a directory with a plain number is complete: before the manifest is written, orbax' own index has
 been compared with the leaves. One that was truncated or altered later no longer fits its manifest;
@@ -69,6 +70,7 @@ class Checkpoints:
         keep_best: int = 1,
         mode: str = "max",
         fingerprint: str | None,
+        accepted: tuple[str, ...] = (),
     ):
         """Touches nothing yet.
 
@@ -79,6 +81,7 @@ class Checkpoints:
             mode: whether a larger ("max") or a smaller ("min") score is better.
             fingerprint: what must agree for a checkpoint to belong to this run. `None` accepts
                 any (to look at a run rather than continue it).
+            accepted: fingerprints of older checkpoints that belong to it all the same.
 
         Raises:
             ValueError: `keep`, `keep_best` or `mode` is out of range.
@@ -91,7 +94,7 @@ class Checkpoints:
         self.messages: list[str] = []
         self._keep, self._keep_best, self._sign = keep, keep_best, 1 if mode == "max" else -1
         self._fingerprint = fingerprint
-        self._mine = None if fingerprint is None else (fingerprint,)
+        self._mine = None if fingerprint is None else (fingerprint, *accepted)
         self._refused: set[int] = set()
         self._verified: set[int] = set()
         self._saved: dict[str, weakref.ref[Array]] = {}  # what the last save was given
@@ -162,6 +165,22 @@ class Checkpoints:
         self._saved = {name: weakref.ref(x) for name, x in arrays.items()}
         self._still = step, still
         self._pending = self._threads.submit(self._commit, step, saving, source, writing)
+
+    def note(self, changes: dict[str, Any], *, score: float | int | None = None) -> None:
+        """Adds to the record of the checkpoint saved last what became known since.
+
+        Args:
+            changes: replace values of the record.
+            score: ranks the checkpoint, as in `save`.
+
+        Raises:
+            Exception: whatever made that save fail.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            ranked = {} if score is None or not math.isfinite(score) else {"score": score}
+            noted = {"record": changes, **ranked}
+            manifest.write(self._path(self._still[0]) / "noted.json", noted)
 
     def peek(self) -> dict[str, Any] | None:
         """The record of the newest good checkpoint, or None. No array is read into memory."""
@@ -265,7 +284,13 @@ class Checkpoints:
         return self.directory / manifest.name(step)
 
     def _meta(self, step: int) -> dict[str, Any]:
-        return manifest.read(self._path(step) / "record.json")
+        """The record.json of a checkpoint and what was noted later; a damaged note is none."""
+        meta = manifest.read(self._path(step) / "record.json")
+        try:
+            noted = manifest.read(self._path(step) / "noted.json")
+            return {**meta, **noted, "record": {**meta["record"], **noted["record"]}}
+        except (OSError, ValueError, TypeError, KeyError):
+            return meta
 
     def _steps(self) -> list[int]:
         """Newest first."""

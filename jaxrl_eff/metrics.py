@@ -25,6 +25,7 @@ class Writer:
         *,
         resume_step: int | None = None,
         resume_stage: str | None = None,
+        evaluated: bool = True,
         tensorboard: bool = True,
         wandb: Mapping[str, Any] | None = None,
         enabled: bool = True,
@@ -37,6 +38,8 @@ class Writer:
                 line cut short by a kill, are removed. None: append.
             resume_stage: the stage of that step. What the next stage measured before its first
                 step has the same number and will be measured again.
+            evaluated: False: what was measured on held-out examples after `resume_step` will be
+                measured again, and its lines are removed.
             wandb: arguments of `wandb.init` (project, name, ...); None: no W&B.
             enabled: False writes nothing at all.
 
@@ -54,7 +57,7 @@ class Writer:
         if wandb is not None:
             self._wandb = _wandb_run(self._workdir, wandb)
         self._workdir.mkdir(parents=True, exist_ok=True)
-        last = (resume_step, resume_stage)
+        last = (resume_step, resume_stage, evaluated)
         self._metrics = _open(self._workdir / "metrics.jsonl", *last)
         self._samples = _open(self._workdir / "samples.jsonl", *last)
 
@@ -188,19 +191,24 @@ def _append(file: TextIOBase, row: Mapping[str, Any]) -> None:
     file.flush()
 
 
-def _open(path: Path, step: int | None, stage: str | None) -> TextIOBase:
+def _open(path: Path, step: int | None, stage: str | None, evaluated: bool) -> TextIOBase:
     if path.is_file():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if (row := _parse(line)) and _counts(row, step, stage)]
+        kept = [
+            line for line in lines if (row := _parse(line)) and _counts(row, step, stage, evaluated)
+        ]
         if kept != lines or not path.read_bytes().endswith(b"\n"):
             _replace(path, "".join(line + "\n" for line in kept))
     return path.open("a", encoding="utf-8")
 
 
-def _counts(row: Mapping[str, Any], step: int | None, stage: str | None) -> bool:
+def _counts(row: Mapping[str, Any], step: int | None, stage: str | None, evaluated: bool) -> bool:
     if step is None or row.get("step", 0) < step:
         return True
-    return row["step"] == step and stage in (None, row.get("stage"))
+    if row["step"] > step or stage not in (None, row.get("stage")):
+        return False
+    held_out = "eval" in row.get("values", ()) or row.get("held_out") is True
+    return evaluated or not held_out
 
 
 def _replace(path: Path, text: str) -> None:

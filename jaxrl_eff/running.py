@@ -75,6 +75,11 @@ class SyncSettings:
     capacity: Share = 0.0
     every: Count = 100
 
+    @property
+    def exact(self) -> bool:
+        """Whether what arrives is what was sent."""
+        return self.name in ("whole", "changes")
+
     def __post_init__(self):
         if self.name not in ("whole", "changes", "int8", "int4"):
             raise ValueError(f"name is {self.name!r}, not 'whole', 'changes', 'int8' or 'int4'.")

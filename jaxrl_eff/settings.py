@@ -273,11 +273,14 @@ class StageSettings:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """Attributes:
-    every: steps between checkpoints; 0 saves only at the end of a stage.
+    every: steps between checkpoints; 0: every so many `minutes`. Besides, the end of a stage, what
+        is about to be evaluated, and a run that is asked to stop are always saved.
+    minutes: between checkpoints if `every` is 0; 0: none but these.
     keep: newest checkpoints kept.
     """
 
     every: Natural = 0
+    minutes: NonNegative = 10.0
     keep: Count = 2
 
 

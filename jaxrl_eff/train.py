@@ -5,12 +5,8 @@ wait for the log. A step is a function of the parameters, the batch and two inte
 step), so a run that is killed and resumed ends where one that was never stopped ends.
 """
 
-import collections
 import contextlib
 import dataclasses
-import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,53 +14,49 @@ from typing import Any
 
 import jax
 
-from jaxrl_eff import dataflow, evaluate, hardware, packed, state
+from jaxrl_eff import evaluate, state
+from jaxrl_eff.cadence import Cadence
 from jaxrl_eff.calibrate import Calibration
 from jaxrl_eff.checkpoint import Checkpoints
 from jaxrl_eff.console import Console
-from jaxrl_eff.data.schedules import Schedule, quality
+from jaxrl_eff.interrupts import Interrupts, Stopped
 from jaxrl_eff.metrics import Writer
-from jaxrl_eff.models import params
 from jaxrl_eff.parallel import Route
 from jaxrl_eff.planner import profile
+from jaxrl_eff.progress import Dispatched, StepLog, lengths
+from jaxrl_eff.settings import Run
 from jaxrl_eff.stages import Assembled, Stage, words
-from jaxrl_eff.timeline import StepTimes
-
-# What the console shows of a step: (label, metric name), the first two that are there.
-WATCHED = (
-    ("reward", "score"), ("KL", "ref_kl"), ("accuracy", "accuracy"), ("loss", "loss"),
-)  # fmt: skip
-
-
-RATE_STEPS = 5
-
-
-class NonFinite(ArithmeticError):
-    """A loss, gradient or other metric was NaN or infinite."""
-
-
-class Stopped(Exception):
-    """The run was asked to stop (SIGTERM) and has saved its state."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outlets:
-    """Where a run's words, numbers and checkpoints go."""
+    """Where a run's words, numbers and checkpoints go, and who may stop it."""
 
     console: Console
     writer: Writer
     checkpoints: Checkpoints
-    every: int  # steps between checkpoints; 0: only at the end of a stage
+    interrupts: Interrupts
 
 
 @dataclasses.dataclass
 class Position:
-    """Where the run is; changes as it goes."""
+    """Where the run is; changes as it goes.
 
-    index: int
-    step: int  # steps taken in this stage
-    offset: int  # steps of all earlier stages
-    results: dict[str, float]
+    Attributes:
+        index: of the stage.
+        step: steps taken in this stage.
+        offset: steps of all earlier stages.
+        results: see `Finished`.
+        evaluated: whether the evaluation that is due after `step`, if any, is among the results.
+        withheld: "stage/call" -> steps whose update was withheld.
+    """
+
+    index: int = 0
+    step: int = 0
+    offset: int = 0
+    results: dict[str, float] = dataclasses.field(default_factory=dict)
+    evaluated: bool = True
+    withheld: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +68,7 @@ class Finished:
         samples: the same keys -> rows of prompt, completion, reward.
         models, stage: of the last stage.
         summary: stage -> last metrics.
+        withheld: "stage/call" -> steps whose update was withheld.
     """
 
     results: dict[str, float]
@@ -83,6 +76,7 @@ class Finished:
     models: state.Models
     stage: Stage
     summary: dict[str, dict[str, float]]
+    withheld: dict[str, int]
 
 
 def fit(assembled: Assembled, out: Outlets) -> Finished:
@@ -90,8 +84,27 @@ def fit(assembled: Assembled, out: Outlets) -> Finished:
 
     Raises:
         NonFinite: see there, unless the run skips such updates.
-        Stopped: after SIGTERM.
+        Stopped: after a signal.
     """
+    models, shelf, at = _restored(assembled, out)
+    samples: dict[str, list] = {}
+    summary: dict[str, dict] = {}
+    while True:
+        stage = assembled.stages[at.index]
+        models = _run_stage(assembled, out, at, models, shelf, samples, summary)
+        if at.index + 1 == len(assembled.stages):
+            break
+        shelf = state.shelve(assembled, at.index, models, shelf)
+        at.index, at.step, at.offset = at.index + 1, 0, at.offset + stage.settings.steps
+        models = None
+    out.checkpoints.wait()
+    return Finished(at.results, samples, models, stage, summary, at.withheld)
+
+
+def _restored(
+    assembled: Assembled, out: Outlets
+) -> tuple[state.Models | None, state.Shelf, Position]:
+    """Models, shelf and position of the newest good checkpoint; no models if there is none."""
 
     def saved(record: dict[str, Any]) -> Any:
         return state.shared_layout(state.abstract(assembled, _index(assembled, record["stage"])))
@@ -99,30 +112,22 @@ def fit(assembled: Assembled, out: Outlets) -> Finished:
     restored = out.checkpoints.restore(saved, partial=True)
     for message in out.checkpoints.messages:
         out.console.warn(message)
-    models, shelf = None, {}
-    at = Position(0, 0, 0, {})
-    if restored is not None:
-        record = restored.record
-        index = _index(assembled, record["stage"])
-        home = Route(restored.state, state.abstract(assembled, index), donate=True)(restored.state)
-        models, shelf = home["models"], home["shelf"]
-        offset = sum(s.settings.steps for s in assembled.stages[:index])
-        at = Position(index, record["step"], offset, dict(record["results"]))
-        assembled.stages[index].loader.restore(record["data"])
-        out.console.line(f"resumed at stage {record['stage']}, step {record['step']}")
-    samples: dict[str, list] = {}
-    summary: dict[str, dict] = {}
-    with _stop_signal() as stopping:
-        while True:
-            stage = assembled.stages[at.index]
-            models = _run_stage(assembled, out, at, models, shelf, stopping, samples, summary)
-            if at.index + 1 == len(assembled.stages):
-                break
-            shelf = state.shelve(assembled, at.index, models, shelf)
-            at.index, at.step, at.offset = at.index + 1, 0, at.offset + stage.settings.steps
-            models = None
-    out.checkpoints.wait()
-    return Finished(at.results, samples, models, stage, summary)
+    if restored is None:
+        return None, {}, Position()
+    record = restored.record
+    index = _index(assembled, record["stage"])
+    home = Route(restored.state, state.abstract(assembled, index), donate=True)(restored.state)
+    at = Position(
+        index=index,
+        step=record["step"],
+        offset=sum(s.settings.steps for s in assembled.stages[:index]),
+        results=dict(record["results"]),
+        evaluated=record["evaluated"],
+        withheld=dict(record["withheld"]),
+    )
+    assembled.stages[index].loader.restore(record["data"])
+    out.console.line(f"resumed at stage {record['stage']}, step {record['step']}")
+    return home["models"], home["shelf"], at
 
 
 def _index(assembled: Assembled, name: str) -> int:
@@ -135,12 +140,13 @@ def _run_stage(
     at: Position,
     models: state.Models | None,
     shelf: state.Shelf,
-    stopping: threading.Event,
     samples: dict[str, list],
     summary: dict[str, dict],
 ) -> state.Models:
     stage = assembled.stages[at.index]
     name, total, run = stage.name, stage.settings.steps, assembled.run
+    out.interrupts.phase = f"the start of stage {name}"
+    out.interrupts.check()
     resumed = models is not None
     began = time.perf_counter()
     with (
@@ -156,72 +162,119 @@ def _run_stage(
     if not resumed and stage.evaluation is not None and stage.settings.evaluate.before:
         measure(stage, models, "eval_before")
 
-    def save(score: float | None = None) -> None:
+    def evaluate_held_out(saved: bool) -> None:
+        """Evaluates the actor; loses nothing if that fails."""
+        try:
+            score = measure(stage, models, "eval")
+        except Exception:
+            if not saved:
+                save()
+            out.checkpoints.wait()
+            raise
+        at.evaluated = True
+        if saved:
+            out.checkpoints.note({"results": at.results, "evaluated": True}, score=score)
+
+    if not at.evaluated:  # the run ended between a save and its evaluation
+        evaluate_held_out(saved=True)
+
+    def save() -> None:
         record = {
             "stage": name,
             "step": at.step,
             "data": data_state,
             "results": at.results,
+            "evaluated": at.evaluated,
+            "withheld": at.withheld | {f"{name}/{c}": n for c, n in log.withheld.items()},
         }
         whole = state.shared({"models": models, "shelf": shelf})
-        out.checkpoints.save(at.offset + at.step, whole, record, score=score)
+        out.checkpoints.save(at.offset + at.step, whole, record)
         stage.step.saved()
+        cadence.saved()
 
     out.console.stage(name, total, start=at.step)
-    log = _Log(stage, out, at.offset, run.nonfinite, calibration)
-    every = stage.settings.evaluate.every if stage.evaluation is not None else 0
+    earlier = {k.partition("/")[2]: n for k, n in at.withheld.items() if k.startswith(f"{name}/")}
+    log = StepLog(stage, out, at.offset, run.nonfinite, calibration, withheld=earlier)
+    cadence = Cadence(_steps_between_saves(run, stage), run.checkpoint.minutes)
     last = at.index + 1 == len(assembled.stages)
     pending = None
-    while at.step < total:
-        batch = next(stage.loader)
-        data_state = stage.loader.state()
-        with jax.transfer_guard("disallow"):
-            models, data, metrics = stage.step(
-                models, batch, words(run.seed, name, at.step), reselect=stage.step.due(at.step)
-            )
-        at.step += 1
-        schedule = getattr(stage.loader, "schedule", None)
-        times = stage.step.timeline.newest
-        step = _Dispatched(at.step, metrics, times, _tokens(batch), schedule)
+
+    def flush() -> None:
+        """Writes the line of the step that was dispatched last; it must be done for that."""
+        nonlocal pending
         if pending is not None:
             log(pending)
-        pending = step
-        show = stage.settings.samples_every
-        if data and show and (at.step % show == 0 or at.step == total):
-            log(pending)
             pending = None
-            shown = stage.step.shown(data)
-            log.samples(at.step, evaluate.responses(shown, stage.source, assembled.tokenizer, 16))
-        score = None
-        if (every and at.step % every == 0) or (at.step == total and stage.evaluation is not None):
-            if pending is not None:
-                log(pending)
-                pending = None
-            score = measure(stage, models, "eval")
-            log.pause()
-        stop = _asked_to_stop(stopping, at.step)
-        if at.step == total or stop or (out.every and at.step % out.every == 0):
-            if pending is not None:
-                log(pending)
-                pending = None
-            save(score)
-            log.pause()
-        if stop and (at.step < total or not last):
-            out.checkpoints.wait()
-            raise Stopped(f"stage {name}, step {at.step} of {total}")
-        if calibration is not None and at.step < total and calibration.due(at.step):
-            if pending is not None:
-                log(pending)
-                pending = None
-            stage, models = _replanned(stage, models, calibration, out)
-            log.restart(stage)
+
+    with out.interrupts.training():
+        while at.step < total:
+            batch = next(stage.loader)
+            data_state = stage.loader.state()
+            with jax.transfer_guard("disallow"):
+                models, data, metrics = stage.step(
+                    models, batch, words(run.seed, name, at.step), reselect=stage.step.due(at.step)
+                )
+            at.step += 1
+            done = _dispatched(stage, at.step, metrics, batch)
+            flush()
+            pending = done
+            show = stage.settings.samples_every
+            if data and show and (at.step % show == 0 or at.step == total):
+                flush()
+                shown = stage.step.shown(data)
+                rows = evaluate.responses(shown, stage.source, assembled.tokenizer, 16)
+                log.samples(at.step, rows)
+            at.evaluated = not _evaluates(stage, at.step)
+            stop = out.interrupts.asked(at.offset + at.step)
+            due = cadence.due(at.step) or at.step == total or stop
+            if due or not at.evaluated:
+                flush()  # what is saved or measured has finite numbers
+            if due:
+                save()
+                log.pause()
+            if not at.evaluated and not stop:
+                evaluate_held_out(saved=due)
+                log.pause()
+            if stop and (at.step < total or not last or not at.evaluated):
+                out.checkpoints.wait()
+                raise Stopped(f"stage {name}, step {at.step} of {total}")
+            if calibration is not None and at.step < total and calibration.due(at.step):
+                flush()
+                stage, models = _replanned(stage, models, calibration, out)
+                log.restart(stage)
     out.console.end_stage()
     if log.spans:
         spans = [dataclasses.asdict(s) for s in log.spans]
         out.writer.document("timeline", {name: spans}, merge=True)
     summary[name] = log.last
+    at.withheld |= {f"{name}/{call}": n for call, n in log.withheld.items()}
     stage.loader.close()
     return models
+
+
+def _dispatched(stage: Stage, step: int, metrics: Any, batch: Any) -> Dispatched:
+    schedule = getattr(stage.loader, "schedule", None)
+    found = lengths(batch) if schedule is None else schedule.lengths
+    return Dispatched(step, metrics, stage.step.timeline.newest, found, schedule)
+
+
+def _evaluates(stage: Stage, step: int) -> bool:
+    """Whether held-out problems are answered after a step."""
+    if stage.evaluation is None:
+        return False
+    every = stage.settings.evaluate.every
+    return step == stage.settings.steps or bool(every and step % every == 0)
+
+
+def _steps_between_saves(run: Run, stage: Stage) -> int:
+    """Steps, or 0 where the clock decides.
+
+    Weights that are sent as rounded differences are sent as a whole after every save, so that a
+    save is part of what is computed then, and no clock may decide about it.
+    """
+    if run.checkpoint.every or stage.settings.sync.exact:
+        return run.checkpoint.every
+    return stage.settings.sync.every
 
 
 @contextlib.contextmanager
@@ -313,202 +366,6 @@ def _measure(out: Outlets, at: Position, samples: dict[str, list]):
         return score
 
     return measure
-
-
-@dataclasses.dataclass(frozen=True)
-class _Dispatched:
-    """A step on its way: its number, metrics, times, and tokens of its batch."""
-
-    step: int
-    metrics: dict[str, jax.Array]
-    times: StepTimes
-    tokens: int
-    schedule: Schedule | None = None
-
-
-def _tokens(batch: Any) -> int:
-    """Tokens of a batch from the source: of packed rows, or of prompts. This process's."""
-    if isinstance(batch, list):
-        return sum(_tokens(rows) for micro in batch for rows in micro.values())
-    if "segment" in batch:
-        return int((batch["segment"] > 0).sum())
-    return int(batch["prompt_length"].sum())
-
-
-class _Log:
-    """Turns finished steps into lines of numbers; stops the run at one that is not finite."""
-
-    def __init__(
-        self, stage: Stage, out: Outlets, offset: int, nonfinite: str, seen: Calibration | None
-    ):
-        self._stage, self._out, self._offset, self._nonfinite = stage, out, offset, nonfinite
-        self._calibration, self._scheduled = seen, False
-        # (end, tokens, FLOPs) of the last steps: rates over a few of them, since the clock of a
-        # single step waits for a thread to be scheduled.
-        self._window = collections.deque([(time.perf_counter(), 0.0, 0.0)], maxlen=RATE_STEPS + 1)
-        self.spans: list[Any] = []
-        self.last: dict[str, float] = {}
-        kinds = {d.device_kind for d in jax.devices()}
-        peak = hardware.peak_flops_per_s(kinds.pop(), self._dtype()) if len(kinds) == 1 else None
-        self._peak = peak * jax.device_count() if peak else None
-
-    def _dtype(self) -> str:
-        return next(iter(self._stage.lms.values())).dtype
-
-    def restart(self, stage: Stage) -> None:
-        """Goes on with another plan."""
-        self._stage = stage
-        self.pause()
-
-    def pause(self) -> None:
-        """What was done since the last step (saving, evaluating) is not part of any rate."""
-        self._window.clear()
-        self._window.append((time.perf_counter(), 0.0, 0.0))
-
-    def __call__(self, done: _Dispatched) -> None:
-        busy = max(self._window[-1][0] - done.times.origin, 0.0)
-        self.spans = done.times.spans(after=busy)
-        values = {k: float(v) for k, v in jax.device_get(done.metrics).items()}
-        end = done.times.origin + max((s.end for s in self.spans), default=0.0)
-        for role, schedule in self._stage.schedules.items():
-            update = (done.step - 1) * self._stage.updates(role)
-            values[f"{role}/lr"] = float(schedule(update))
-        tokens = self._all_tokens(done.tokens, values)
-        flops = self._flops(tokens, done.schedule)
-        self._window.append((max(end, self._window[-1][0]), tokens, flops))
-        if done.schedule is not None:
-            values |= self._of_schedule(done.schedule)
-        elapsed = self._window[-1][0] - self._window[0][0]
-        tokens, flops = (sum(row[i] for row in list(self._window)[1:]) for i in (1, 2))
-        # Steps of microseconds can seem to end together, and have no rate then.
-        tokens_per_s, flops_per_s = (
-            n / elapsed if elapsed > 1e-6 else None for n in (tokens, flops)
-        )
-        seconds = {s.call: s.end - s.start for s in self.spans}
-        if isinstance(self._stage.step, packed.Packed):
-            trained = [c.name for c in self._stage.step.packed if c.kind == "train"]
-            mine = [seconds[name] for name in trained if name in seconds]
-            if mine:  # of this process's devices
-                values["schedule/measured_seconds"] = sum(mine)
-        if self._calibration is not None:
-            length = next((v for k, v in values.items() if k.endswith("/length")), None)
-            step = self._window[-1][0] - self._window[-2][0]
-            self._calibration.see(self.spans, length, step)
-        self._out.writer.step(
-            self._offset + done.step,
-            self._stage.name,
-            values,
-            seconds=seconds,
-            tokens_per_s=tokens_per_s,
-            flops_per_s=flops_per_s,
-            mfu=flops_per_s / self._peak if self._peak and flops_per_s else None,
-        )
-        self.last = values
-        self._out.console.step(
-            done.step, _watched(values), tokens_per_s=tokens_per_s, seconds=seconds
-        )
-        self._check(done.step, values)
-
-    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Writes samples of a step and shows two."""
-        self._out.writer.samples(self._offset + step, self._stage.name, rows)
-        self._out.console.samples(f"samples at step {step}", rows[:2])
-
-    def _all_tokens(self, tokens: int, values: dict[str, float]) -> float:
-        """Tokens of the step over all processes, sampled ones included."""
-        total = float(tokens * self._stage.step.share[1])
-        if self._stage.sampling is not None:
-            samples = self._stage.sampling.samples
-            length = values.get("advantage/length", values.get("select/length", 0.0))
-            total = samples * (total + length * self._stage.settings.batch)
-        return total
-
-    def _of_schedule(self, schedule: Schedule) -> dict[str, float]:
-        """A schedule in numbers; tells the loader how long it took."""
-        seconds = self._window[-1][0] - self._window[-2][0] if len(self._window) > 1 else 0.0
-        if self._scheduled:  # the first step has more to do
-            self._stage.loader.measured(schedule, seconds)
-        self._scheduled = True
-        found = quality(schedule)
-        return {
-            "schedule/padding": found.padding,
-            "schedule/balance": found.time_balance,
-            "schedule/distributed": found.distributed,
-            "schedule/micro_steps": float(found.steps),
-            "schedule/planned_seconds": found.seconds,
-            "schedule/measured_seconds": seconds,
-        }
-
-    def _flops(self, tokens: float, schedule: Schedule | None) -> float:
-        """Useful FLOPs: a forward pass costs 1, a train pass 3 or less, padding nothing."""
-        total = 0.0
-        for c in self._stage.step.calls:
-            if c.of in self._stage.lms:
-                lm = self._stage.lms[c.of]
-                way = self._stage.step.specs[c.of].tx
-                products = way.passes if isinstance(way, dataflow.Adaptation) else 3
-                passes = products * c.epochs if c.kind == "train" else 1
-                length = self._stage.settings.data.length or self._stage.settings.data.prompt_length
-                if schedule is not None:  # the mean a token looks back
-                    n = schedule.lengths.astype(float)
-                    length = float((n * n).sum() / n.sum())
-                total += passes * tokens * params.flops_per_token(lm, length / 2)
-        return total
-
-    def _check(self, step: int, values: dict[str, float]) -> None:
-        for k in [k for k, v in values.items() if k.endswith("/sync_drifted") and v > 0]:
-            self._out.console.warn(
-                f"weights of {k.partition('/')[0]} were not what had been sent at step {step}; "
-                "they were sent again as a whole"
-            )
-        bad = [k for k, v in values.items() if not math.isfinite(v)]
-        withheld = [k for k, v in values.items() if k.endswith("/finite") and v == 0]
-        if not bad and not withheld:
-            return
-        first = bad[0] if bad else withheld[0].replace("/finite", "/grad_norm")
-        call, _, metric = first.partition("/")
-        text = (
-            f"{metric} of {call} is {values.get(first, float('nan'))} at step {step} of stage "
-            f"{self._stage.name}"
-        )
-        if self._nonfinite == "stop":
-            raise NonFinite(
-                f"{text}. The update was withheld; checkpoints hold finite parameters. "
-                "Set config.nonfinite='skip' to go on past such steps."
-            )
-        self._out.console.warn(f"{text}; the update was skipped")
-
-
-def _watched(values: dict[str, float]) -> dict[str, float]:
-    """The two numbers worth a glance."""
-    found = {}
-    for label, name in WATCHED:
-        match = next((v for k, v in values.items() if k.split("/")[-1] == name), None)
-        if match is not None and len(found) < 2:
-            found[label] = match
-    return found
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """Set by SIGTERM while the block runs."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-        yield event  # several processes agree through JAX's own preemption notice
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _asked_to_stop(event: threading.Event, step: int) -> bool:
-    if jax.process_count() == 1:
-        return event.is_set()
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager

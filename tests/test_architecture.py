@@ -21,12 +21,14 @@ RANKS = (
     ("planner",),
     ("algorithms",),
     ("manifest", "stored"),
-    ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts"),
+    ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts", "interrupts"),
+    ("cadence", "identity"),
     ("evaluate", "calibrate"),
     ("adapt", "examples", "footprint", "long", "parts", "stages"),
     ("state",),
+    ("progress",),
     ("train",),
-    ("report", "doctor", "generate", "delta"),
+    ("report", "doctor", "generate", "delta", "export", "summary"),
     ("plan_page", "needle"),
     ("schedule_page",),
     ("startup",),
@@ -52,6 +54,7 @@ APART = {
     "checkpoint": {"checkpoint", "manifest", "stored"},
     "metrics": {"metrics"},
     "console": {"console"},
+    "interrupts": {"interrupts"},
 }
 LEAVES = {*RANKS[0], *RANKS[1]}
 

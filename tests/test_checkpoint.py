@@ -331,3 +331,26 @@ def test_killed_while_saving_the_last_good_checkpoint_stays(tmp_path):
     assert record["step"] >= 5
     assert found.messages == []
     np.testing.assert_array_equal(got.state["x"], np.full(300_000, got.step, np.float32))
+
+
+def test_what_was_noted_belongs_to_the_record_and_ranks(open_run):
+    run = open_run(keep=1)
+    for step, score in ((1, 0.9), (2, 0.1), (3, float("nan"))):
+        run.save(step, {"x": jnp.zeros(3)}, {"step": step, "results": {}})
+        run.note({"results": {"a": score}} if score == score else {"late": True}, score=score)
+    assert steps_in(run.directory) == ["00000001", "00000003"]  # the newest and the best
+    assert open_run().peek() == {"step": 3, "results": {}, "late": True}
+    (run.directory / "00000003" / "noted.json").write_text("{")
+    assert open_run().peek() == {"step": 3, "results": {}}
+
+
+def test_checkpoints_from_before_accepted_changes_are_the_runs(open_run):
+    before = open_run(fingerprint="old")
+    before.save(1, {"x": jnp.ones(3)}, {})
+    before.wait()
+    assert open_run(fingerprint="new").peek() is None
+    run = open_run(fingerprint="new", accepted=("old",), keep=1)
+    assert run.peek() == {}
+    run.save(2, {"x": jnp.ones(3)}, {})
+    run.wait()
+    assert steps_in(run.directory) == ["00000002"]

@@ -8,7 +8,7 @@ import launch
 import pytest
 from launch import cache  # noqa: F401 (fixture)
 
-from jaxrl_eff import main, settings, stages
+from jaxrl_eff import identity, settings, stages, summary
 
 SFT = "algorithm=sft"
 THREE = "algorithm=three"
@@ -180,7 +180,7 @@ def test_fields_that_examples_lack_are_named_before_training(tmp_path):
 
 def test_the_header_tells_devices_meshes_and_parameters(tmp_path):
     out = assemble("algorithm=ppo", "ppo.plan.ref_inf={'devices': [7]}")
-    facts = main._facts(out, tmp_path)
+    facts = summary.facts(out, tmp_path)
     assert facts["devices"].startswith("8 x cpu") and jax.__version__ in facts["devices"]
     assert "ref_inf on devices 7: one device" in facts["ppo"]
     assert "actor_train" in facts["ppo"] and "data=2" in facts["ppo"]
@@ -189,7 +189,7 @@ def test_the_header_tells_devices_meshes_and_parameters(tmp_path):
 
 def test_what_a_checkpoint_must_agree_in():
     def mark(*changes):
-        return main.fingerprint(launch.config(SFT, *changes))
+        return identity.fingerprint(launch.config(SFT, *changes))
 
     assert mark() == mark() == mark("sft.plan=all", "export=false", "checkpoint.every=7")
     different = [mark(), mark("seed=1"), mark("sft.steps=3"), mark("sft.optim.actor.lr=1.0")]
@@ -199,7 +199,7 @@ def test_what_a_checkpoint_must_agree_in():
 def test_expectations():
     def met(results, **expect):
         run = settings.run(launch.arguments.load(launch.TINY) | {"expect": expect})
-        return main.expectation(run, results)
+        return summary.expectation(run, results)
 
     assert met({})
     assert met({"a": 0.5}, metric="a", at_least=0.5)

@@ -12,7 +12,7 @@ import pytest
 from launch import compiled_once  # noqa: F401 (fixture)
 from test_plan_law import check, models_after
 
-from jaxrl_eff import dataflow, layouts, long, main, metrics, packed, report, stages, state
+from jaxrl_eff import dataflow, layouts, long, metrics, packed, report, stages, state, summary
 from jaxrl_eff.algorithms import grpo, ppo
 from jaxrl_eff.data import scheduled, skrull
 from jaxrl_eff.data.schedules import Schedule, Shape
@@ -423,12 +423,15 @@ def test_a_searched_plan_may_be_given_up_for_another_one():
 
 def test_what_is_packed_where_is_said():
     one = {"room": 16, "parts": 2, "shapes": [[12, 4], [0, 16]]}
-    assert main._scheduled(one) == "16 tokens a device; micro-batches of 12+4, 0+16 (own + shared)"
+    assert (
+        summary.scheduled_rows(one)
+        == "16 tokens a device; micro-batches of 12+4, 0+16 (own + shared)"
+    )
     places = [
         {"calls": ["ref_inf"], **one},
         {"calls": ["a", "b"], "room": 8, "parts": 1, "shapes": [[0, 8]]},
     ]
-    assert main._scheduled({"places": places}) == (
+    assert summary.scheduled_rows({"places": places}) == (
         "ref_inf: 16 tokens a device; micro-batches of 12+4, 0+16 (own + shared); "
         "a, b: 8 tokens a device; micro-batches of 8 tokens"
     )

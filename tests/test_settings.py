@@ -9,7 +9,7 @@ import launch
 import pytest
 from launch import ROOT, TINY
 
-from jaxrl_eff import arguments, main, schema, settings, stages
+from jaxrl_eff import arguments, schema, settings, stages, summary
 from jaxrl_eff.algorithms.ppo import PPOConfig
 from jaxrl_eff.arguments import ConfigError
 from jaxrl_eff.models.rope import frequencies
@@ -186,7 +186,7 @@ def test_every_config_that_needs_no_file_fits_its_devices(path, monkeypatch):
     assembled = stages.assemble(out)
     assert [s.name for s in assembled.stages] == list(out.stages)
     if out.expect.metric:
-        assert main.expectation(out, {out.expect.metric: 2.0, out.expect.rises_over: 0.0})
+        assert summary.expectation(out, {out.expect.metric: 2.0, out.expect.rises_over: 0.0})
 
 
 @pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3"])

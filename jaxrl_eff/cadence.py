@@ -1,0 +1,52 @@
+"""When a run is saved: every so many steps, or every so many minutes."""
+
+import time
+
+import jax
+import numpy as np
+
+
+class Cadence:
+    """Says after which steps to save.
+
+    With several processes the first one's clock decides, which is asked only when half of the
+    time that was left must have gone by, not at every step.
+    """
+
+    def __init__(self, every: int, minutes: float):
+        """Starts the clock.
+
+        Args:
+            every: steps between two saves; 0: by time.
+            minutes: between two saves, if `every` is 0; 0: never.
+        """
+        self._every, self._seconds = every, 60.0 * minutes
+        self.saved()
+
+    def saved(self) -> None:
+        """Starts the clock anew."""
+        self._began, self._steps, self._look = time.monotonic(), 0, 2
+
+    def due(self, step: int) -> bool:
+        """Whether to save after a step of the stage (from 1). To be called once a step."""
+        if self._every:
+            return step % self._every == 0
+        if not self._seconds:
+            return False
+        self._steps += 1
+        if jax.process_count() == 1:
+            return time.monotonic() - self._began >= self._seconds
+        if self._steps < self._look:
+            return False
+        gone = time.monotonic() - self._began
+        half = (self._seconds - gone) * self._steps / max(gone, 1e-9) / 2
+        steps = 0 if half <= 0 else max(1, int(min(half, 2**30)))
+        steps = _first_process_says(steps)
+        self._look = self._steps + steps
+        return steps == 0
+
+
+def _first_process_says(number: int) -> int:
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
