@@ -2,8 +2,9 @@ r"""Supervised fine-tuning on the digits toy, from scratch, on packed rows.
 
   python -m jaxrl_eff.main --config=configs/sft.py --workdir=runs/sft
 
-With your own data: --config.sft.data.source=jsonl --config.sft.data.path=FILE and a model by
---config.model.path=DIR --config.model.shape="{}" --config.tokenizer=model.
+With your own data: --config.sft.data.source=jsonl --config.sft.data.path=FILE
+--config.sft.data.options="{}" and a model by --config.model.path=DIR --config.model.shape="{}"
+--config.tokenizer=model.
 """
 
 from configs import common

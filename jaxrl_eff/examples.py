@@ -1,5 +1,7 @@
 """From a config's data section to examples and the function that makes tokens of one."""
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,11 +27,40 @@ def check(what: str, fn: Callable, source: Any) -> None:
     if not len(source):
         name = getattr(source, "name", "the source")
         raise ValueError(f"{what}: there are no examples in {name}.")
+    _try(what, fn, source, 0)
+
+
+def try_all(what: str, fn: Callable, source: Any, seconds: float = math.inf) -> tuple[str, ...]:
+    """Applies a function to every example, so that one that cannot work is found now, not later.
+
+    Args:
+        what: the function, in words.
+        seconds: after these the rest is left untried.
+
+    Returns:
+        A note that says how many were tried, if some were not.
+
+    Raises:
+        ValueError: there are no examples, or the function raised for one, which is named.
+    """
+    check(what, fn, source)
+    until = time.monotonic() + seconds
+    for i in range(1, len(source)):
+        if time.monotonic() > until:
+            return (f"{what} was tried on {i:,} of {len(source):,} examples, in {seconds:g} s",)
+        _try(what, fn, source, i)
+    return ()
+
+
+def _try(what: str, fn: Callable, source: Any, i: int) -> None:
     try:
-        fn(source[0])
+        fn(source[i])
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise ValueError(f"{what} fails for the first example: {reason}") from None
+        where = f"example {i}"
+        if name := getattr(source, "name", ""):
+            where += f" of {name}"
+        raise ValueError(f"{what} fails for {where}: {reason}") from None
 
 
 def source(data: DataSettings, seed: int) -> tuple[Any, Any]:

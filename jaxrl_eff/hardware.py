@@ -66,10 +66,11 @@ def cache_directory() -> Path | None:
 def memory_bytes(device: jax.Device) -> int | None:
     """Memory that programs may use on a device; of a CPU, the host's, shared by its devices."""
     limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
-    return limit if limit or device.platform != "cpu" else _host_memory_bytes()
+    return limit if limit or device.platform != "cpu" else host_memory_bytes()
 
 
-def _host_memory_bytes() -> int | None:
+def host_memory_bytes() -> int | None:
+    """Memory of this machine, or of the container; None if it cannot be told."""
     try:
         physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):

@@ -67,11 +67,16 @@ class at_path:
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, ValueError | FileNotFoundError | ImportError):
-            message = str(error)
-            if not message.startswith("config"):
-                message = f"{self._path}: {message}"
-            raise type(error)(message) from (None if isinstance(error, ValueError) else error)
+        if not isinstance(error, Exception):
+            return
+        kept = (FileNotFoundError, OSError, ImportError)  # others are made for messages of theirs
+        told = next((t for t in kept if isinstance(error, t)), ValueError)
+        message = str(error)
+        if not isinstance(error, (ValueError, *kept)):
+            message = f"{type(error).__name__}: {message}"
+        if not message.startswith("config"):
+            message = f"{self._path}: {message}"
+        raise told(message) from (None if isinstance(error, ValueError) else error)
 
 
 def algorithm_of(s: StageSettings) -> tuple[Any, str]:

@@ -74,10 +74,11 @@ def outlines(run: settings.Run) -> list[Outline]:
 def _outline(
     run: settings.Run, name: str, tokenizer: Any, base: Any, earlier: list[Outline]
 ) -> Outline:
-    from jaxrl_eff import long, parts
+    from jaxrl_eff import long, parts, unused
 
     s = run.stage[name]
     room, kind = parts.algorithm_of(s)
+    unused.check(s)
     cfg = parts.loss_of(s, name)
     given = _origins(s, earlier)
     _, lms = parts.roles_of(dataclasses.replace(s, models=given), base, [])

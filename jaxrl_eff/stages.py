@@ -14,8 +14,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl_eff import calibrate, dataflow, examples, long, packed, parts, plans
-from jaxrl_eff.data import fates, loader, sources
+from jaxrl_eff import (
+    calibrate,
+    dataflow,
+    examples,
+    fits,
+    held_out,
+    long,
+    packed,
+    parts,
+    plans,
+    unused,
+)
+from jaxrl_eff.data import fates, loader
 from jaxrl_eff.data.scheduled import Scheduled
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.dataflow import Graph, Placement, Spec, Step
@@ -28,6 +39,7 @@ from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.schema import build
 from jaxrl_eff.settings import Run, StageSettings
 
+_TRIED_SECONDS = 20.0  # how long a reward is tried on examples before training, a stage
 _SIZES = ("vocab", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "max_length")
 
 
@@ -115,6 +127,7 @@ def assemble(run: Run) -> Assembled:
     for name in run.stages:
         with parts.at_path(f"config.{name}"):
             stages.append(_stage(run, name, tokenizer, base, stages))
+            fits.check_models(stages[-1].step)
     out = Assembled(run, tokenizer, base, tuple(stages))
     _check_expectation(out)
     return out
@@ -196,16 +209,14 @@ def _stage(
 ) -> Stage:
     s = run.stage[name]
     room, kind = parts.algorithm_of(s)
-    for field in ("steps", "batch"):
-        if getattr(s, field) < 1:
-            raise ValueError(f"{field} is {getattr(s, field)}, but must be at least 1.")
+    unused.check(s)
     cfg = parts.loss_of(s, name)
     seed = (run.seed + zlib.crc32(name.encode())) % 2**32
-    source, held_out = examples.source(s.data, seed)
+    source, apart = examples.source(s.data, seed)
     encoder = examples.encoder(s, kind, tokenizer)
     examples.check("data", encoder, source)
 
-    sampling, reward = parts.sampling_of(s, name, tokenizer), None
+    sampling, reward, tried = parts.sampling_of(s, name, tokenizer), None, ()
     origins, lms = parts.roles_of(s, base, earlier)
     if kind == "prompts":
         if s.reward.name == "model":
@@ -213,9 +224,11 @@ def _stage(
         else:
             with parts.at_path(f"config.{name}.reward"):
                 score = parts.reward_fn(s.reward)
-                examples.check(s.reward.name, lambda example: score(example, "0"), source)
+                what = f"the reward {s.reward.name!r}"
+                tried = examples.try_all(what, lambda row: score(row, "0"), source, _TRIED_SECONDS)
                 reward = verify.host_reward(score, source, tokenizer)
     parts.check_length(s, lms, sampling)
+    fits.check_batch(s, sampling)
     graph = parts.graph_of(s, room, cfg, lms, reward, sampling)
     lms = {r: lm for r, lm in lms.items() if r in graph.models}
     origins = {r: o for r, o in origins.items() if r in graph.models}
@@ -236,7 +249,9 @@ def _stage(
         step, batches, shapes, plan, survey = _scheduled(
             s, name, graph, specs, lms, source, encoder, kind, seed, tokenizer
         )
-        evaluation = _evaluation(run, name, tokenizer, lms, specs, plan, graph, held_out, sampling)
+        evaluation = held_out.evaluation(
+            run, name, tokenizer, lms, specs, plan, graph, apart, sampling
+        )
         notes = _notes(s, kind, source, tokenizer, survey, evaluation)
         return Stage(
             name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
@@ -285,8 +300,8 @@ def _stage(
     )
     with parts.at_path(f"config.{name}.data"):
         survey = batches.survey()
-    evaluation = _evaluation(run, name, tokenizer, lms, specs, plan, graph, held_out, sampling)
-    notes = _notes(s, kind, source, tokenizer, survey, evaluation)
+    evaluation = held_out.evaluation(run, name, tokenizer, lms, specs, plan, graph, apart, sampling)
+    notes = (*_notes(s, kind, source, tokenizer, survey, evaluation), *tried)
     return Stage(
         name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
         searched, placed, notes,
@@ -343,63 +358,6 @@ def _notes(
     """Of the examples that are trained on, and those that are held out."""
     own = examples.notes(s, kind, source, tokenizer, survey)
     return own if evaluation is None else (*own, *evaluation.notes)
-
-
-def _evaluation(
-    run: Run,
-    name: str,
-    tokenizer: Tokenizer,
-    lms: dict[str, LMConfig],
-    specs: dict[str, Spec],
-    plan: dict[str, Placement],
-    graph: Graph,
-    held_out: Any,
-    sampling: Sampling | None,
-) -> Evaluation | None:
-    e, s = run.stage[name].evaluate, run.stage[name]
-    if not e.problems:
-        return None
-    with parts.at_path(f"config.{name}.evaluate"):
-        if "actor" not in graph.models:
-            raise ValueError(f"{s.algorithm} trains no model that generates.")
-        if e.data:
-            held_out = examples.templated(sources.file(e.data), s.data)
-        if held_out is None:
-            raise ValueError("there is nothing held out; set data.held_out or evaluate.data.")
-        if e.problems > len(held_out):
-            raise ValueError(f"problems is {e.problems}, but {len(held_out)} are held out.")
-        tokens = e.max_tokens or (sampling.max_tokens if sampling else 0)
-        if not tokens:
-            raise ValueError("max_tokens is 0, and the stage has no sampling to take it from.")
-        if s.data.prompt_length < 1:
-            raise ValueError("data.prompt_length is needed to evaluate.")
-        encoder = examples.prompt_encoder(s.data, tokenizer, own_rows=not e.data)
-        asked, notes = examples.asked(held_out, encoder, e.problems, s.data)
-        score = parts.reward_fn(e.reward)
-        what = f"the reward {e.reward.name!r}"
-        examples.check(what, lambda example: score(example, "0"), asked)
-        home = "actor_gen" if "actor_gen" in plan else graph.home("actor").name
-        stop = sampling.stop if sampling else ()
-        return Evaluation.of(
-            lm=lms["actor"],
-            spec=specs["actor"],
-            sampling=Sampling(
-                max_tokens=tokens,
-                temperature=e.temperature,
-                stop=stop,
-                pad=tokenizer.pad or 0,
-            ),
-            placement=plan[home],
-            source=asked,
-            encode=encoder,
-            problems=len(asked),
-            wanted=e.problems,
-            notes=notes,
-            prompt_length=s.data.prompt_length,
-            reward=score,
-            tokenizer=tokenizer,
-            seed=run.seed,
-        )
 
 
 def _check_expectation(out: Assembled) -> None:

@@ -24,7 +24,7 @@ RANKS = (
     ("checkpoint", "metrics", "console", "arguments", "settings", "plans", "charts", "interrupts"),
     ("cadence", "identity"),
     ("evaluate", "calibrate"),
-    ("adapt", "examples", "footprint", "long", "parts", "stages"),
+    ("adapt", "examples", "footprint", "long", "parts", "unused", "fits", "held_out", "stages"),
     ("state",),
     ("progress",),
     ("train",),

@@ -46,6 +46,7 @@ def directory(tmp_path, vocab, **changes):
     return tmp_path
 
 
+EMPTY = "sft.data.options={}"
 WRONG = [
     # algorithm, model, tokenizer
     (SFT, ["sft.algorithm=stf"], r"config.sft: algorithm is 'stf'; there are \['sft', 'reward_m"),
@@ -63,8 +64,13 @@ WRONG = [
     (SFT, ["tokenizer=chars:aa"], r"config.tokenizer: .*\['a'\] more than once"),
     # data
     (SFT, ["sft.data.source=csv"], r"config.sft: data.source is 'csv'; there are \['jsonl', 'par"),
-    (SFT, ["sft.data.source=jsonl"], r"config.sft: data.path is empty"),
-    (SFT, ["sft.data.source=jsonl", "sft.data.path=/no/x.jsonl"], r"config.sft.*: .*/no/x.jsonl"),
+    (SFT, ["sft.data.source=jsonl"], r"config.sft: data.options is .*the source is 'jsonl'"),
+    (SFT, ["sft.data.source=jsonl", EMPTY], r"config.sft: data.path is empty"),
+    (
+        SFT,
+        ["sft.data.source=jsonl", EMPTY, "sft.data.path=/no/x.jsonl"],
+        r"config.sft.*: .*/no/x.jsonl",
+    ),
     (SFT, ["sft.data.options.digts=3"], r"config.sft: data.options has unknown \['digts'\]"),
     (SFT, ["sft.data.options.digits=99"], r"config.sft.*: digits is 99"),
     (SFT, ["sft.data.format=prompt"], r"'prompt'; sft needs one of \['text', 'completion'"),
