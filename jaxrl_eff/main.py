@@ -68,7 +68,10 @@ def _parse(argv: list[str]) -> list[str]:
         if {"--help", "-help", "-h"} & set(argv):
             print(_help(argv))
             sys.exit(0)
-    return app.parse_flags_with_usage(argv)
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        arguments.fail(f"{' '.join(str(error).split())}; see --help.")
 
 
 def _help(argv: list[str]) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -21,8 +22,7 @@ class Within:
     """The range of a number.
 
     Attributes:
-        low, high: the smallest and the largest value; infinite values are refused unless `low` or
-            `high` is given as just that value and `infinite` is set.
+        low, high: the smallest and the largest value. NaN is in no range.
         above: the smallest value itself is not allowed.
         infinite: infinite values within the range are allowed.
     """
@@ -33,7 +33,7 @@ class Within:
     infinite: bool = False
 
     def holds(self, value: float | int) -> bool:
-        if not math.isfinite(value) and (math.isnan(value) or not self.infinite):
+        if isinstance(value, float) and not math.isfinite(value) and not self.infinite:
             return False
         return self.low <= value <= self.high and not (self.above and value == self.low)
 
@@ -51,6 +51,12 @@ class Switch:
     """Marks the field that turns its section on: without it nothing reads the others."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Regex:
+    """Marks text that must be a regular expression."""
+
+
+Pattern = Annotated[str, Regex()]
 Count = Annotated[int, Within(1)]
 Natural = Annotated[int, Within(0)]
 NonNegative = Annotated[float, Within(0)]
@@ -61,7 +67,7 @@ _INTEGERS = Within(-(2**63), 2**63 - 1)
 _FLOATS = Within()
 
 
-def build(cls: type, section: Mapping[str, Any], path: str) -> Any:
+def build(cls: type, section: Mapping[Any, Any], path: str) -> Any:
     """Fills a dataclass from a config section.
 
     Raises:
@@ -111,11 +117,10 @@ def _marks(hint: Any) -> tuple[Any, ...]:
     return hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
 
 
-def _convert(hint: Any, value: Any, path: str, within: Within | None = None) -> Any:
+def _convert(hint: Any, value: Any, path: str, marks: tuple[Any, ...] = ()) -> Any:
     """`value` as `hint` wants it; integers pass as floats, lists as tuples, numpy's as Python's."""
-    if marks := _marks(hint):
-        ranges = [m for m in marks if isinstance(m, Within)]
-        return _convert(typing.get_args(hint)[0], value, path, ranges[0] if ranges else within)
+    if more := _marks(hint):
+        return _convert(typing.get_args(hint)[0], value, path, (*marks, *more))
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return _plain(value, path)
@@ -124,7 +129,7 @@ def _convert(hint: Any, value: Any, path: str, within: Within | None = None) -> 
             if isinstance(value, Mapping) and typing.get_origin(option) is not dict:
                 continue
             with contextlib.suppress(_WrongType):
-                return _convert(option, value, path, within)
+                return _convert(option, value, path, marks)
         raise _wrong(hint, value, path)
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):
@@ -140,10 +145,10 @@ def _convert(hint: Any, value: Any, path: str, within: Within | None = None) -> 
         if not isinstance(value, tuple | list):
             raise _wrong(hint, value, path)
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    return _scalar(hint, _unwrapped(value), path, within)
+    return _scalar(hint, _unwrapped(value), path, marks)
 
 
-def _scalar(hint: Any, value: Any, path: str, within: Within | None) -> Any:
+def _scalar(hint: Any, value: Any, path: str, marks: tuple[Any, ...]) -> Any:
     if hint is type(None) and value is None:
         return None
     if hint is float and type(value) is int and not _is_huge(value):
@@ -151,10 +156,15 @@ def _scalar(hint: Any, value: Any, path: str, within: Within | None) -> Any:
     if hint not in (int, float, str, bool) or type(value) is not hint:
         raise _wrong(hint, value, path)
     if hint in (int, float):
-        within = within or (_INTEGERS if hint is int else _FLOATS)
-        for allowed in (within, _INTEGERS if hint is int else within):
+        ranges = (m for m in marks if isinstance(m, Within))
+        for allowed in (*ranges, _INTEGERS) if hint is int else (next(ranges, _FLOATS),):
             if not allowed.holds(value):
                 raise ValueError(f"{path} is {_digits(value)}, but must be {allowed}.")
+    if hint is str and any(isinstance(m, Regex) for m in marks):
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{path} is {value!r:.200}, no regular expression: {error}.") from None
     return value
 
 

@@ -17,6 +17,7 @@ from jaxrl_eff.schema import (
     Count,
     Natural,
     NonNegative,
+    Pattern,
     Positive,
     Share,
     Switch,
@@ -107,7 +108,7 @@ class OptimSettings:
     weight_decay: NonNegative = 0.0
     store: str = ""
     descent: bool = False
-    frozen: tuple[str, ...] = ()
+    frozen: tuple[Pattern, ...] = ()
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -152,8 +153,8 @@ class AdaptSettings:
     """
 
     name: str
-    targets: tuple[str, ...] = ()
-    whole: tuple[str, ...] = ()
+    targets: tuple[Pattern, ...] = ()
+    whole: tuple[Pattern, ...] = ()
     rank: Natural = 0
     alpha: Positive = 16.0
     start: str = ""

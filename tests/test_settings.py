@@ -1,5 +1,6 @@
 """Configs: everything unknown or of the wrong type is named with its path and what is allowed."""
 
+import os
 import re
 import time
 from pathlib import Path
@@ -16,6 +17,14 @@ from jaxrl_eff.models.rope import frequencies
 
 MODEL = {"shape": {"layers": 1}}
 SFT = {"algorithm": "sft", "steps": 1, "batch": 2, "data": {}}
+
+
+ENDLESS = {}
+ENDLESS["a"] = ENDLESS
+
+
+def OPTIM(actor):
+    return {"sft": {**SFT, "optim": {"actor": actor}}}
 
 
 def run(**changes):
@@ -53,6 +62,28 @@ def test_defaults_and_conversions():
         ({"stages": ("sft", "dpo")}, r"config.stages names \['dpo'\], but there is \['sft'\]"),
         ({"model": 3}, r"config.model is 3"),
         ({"sft": {k: v for k, v in SFT.items() if k != "batch"}}, r"config.sft.batch is missing"),
+        ({"sft": {**SFT, "steps": 0}}, r"config.sft.steps is 0, but must be at least 1"),
+        ({"sft": {**SFT, "batch": 2**63}}, r"config.sft.batch is 9223372036854775808, but must be"),
+        ({"sft": {**SFT, "batch": 10**9999}}, r"config.sft.batch is a number of 33216 bits"),
+        (OPTIM({"lr": float("nan")}), r"config.sft.optim.actor.lr is nan, but must be at least 0"),
+        (OPTIM({"lr": float("inf")}), r"config.sft.optim.actor.lr is inf, but must be at least 0"),
+        (OPTIM({"lr": 10**400}), r"config.sft.optim.actor.lr is a number of 1329 bits"),
+        (OPTIM({"frozen": ("(",)}), r"actor.frozen\[0\] is '\(', no regular expression: missing"),
+        (OPTIM({"options": {"a": object()}}), r"options.a is <object .*; a config holds text, num"),
+        (OPTIM({3: 1}), r"config.sft.optim.actor has no field 3; it has"),
+        ({"sft": {**SFT, "models": {3: "base"}}}, r"config.sft.models has the key 3 \(int\)"),
+        ({"sft": {**SFT, "loss": ENDLESS}}, r"config.sft.loss.a.a.*nested more than 32 deep"),
+        ({"sft": {**SFT, "evaluate": {"temperature": -1.0}}}, r"evaluate.temperature is -1.0, but"),
+        ({"checkpoint": {"every": -1}}, r"config.checkpoint.every is -1, but must be at least 0"),
+        ({"checkpoint": {"keep": 0}}, r"config.checkpoint.keep is 0, but must be at least 1"),
+        ({"simulate_devices": -2}, r"config.simulate_devices is -2, but must be at least 0 and at"),
+        (
+            {"expect": {"metric": "a/eval", "at_least": float("nan")}},
+            r"config.expect.at_least is n",
+        ),
+        ({"stages": ("sft", "sft")}, r"config.stages has \['sft'\] more than once"),
+        ({"stages": ("a/b",), "a/b": SFT}, r"config.stages has 'a/b'; a stage's name begins with"),
+        ({"stages": ("",), "": SFT}, r"config.stages has ''; a stage's name begins with"),
     ],
 )
 def test_what_is_wrong_is_named(changes, message):
@@ -131,6 +162,13 @@ def test_overrides_that_lead_nowhere(text, message):
         arguments.override({"seed": 0}, where, value)
 
 
+REQUIRED = """
+from ml_collections import ConfigDict, config_dict
+def get_config():
+  return ConfigDict({"seed": config_dict.required_placeholder(int)})
+"""
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -140,6 +178,12 @@ def test_overrides_that_lead_nowhere(text, message):
         ("def get_config():\n  return 1", r"gave int, but no config"),
         ("def get_config():\n  return {}['x']", r"line 2: KeyError: 'x'"),
         ("def get_config(arg=None):\n  raise ValueError('no such thing')", r": no such thing"),
+        ("import sys\nsys.exit('bye')", r"line 2: SystemExit: bye"),
+        ("def get_config():\n  raise SystemExit(0)", r"line 2: SystemExit: 0"),
+        ("def get_config():\n  return get_config()", r"line 2: RecursionError"),
+        ("get_config = 3", r"get_config is 3, but no function"),
+        ("\0", r"SyntaxError.*null bytes"),
+        (REQUIRED, r"RequiredValueError"),
     ],
 )
 def test_config_files_that_cannot_be_used(tmp_path, text, message):
@@ -155,6 +199,12 @@ def test_config_files_that_are_not_there(tmp_path, monkeypatch):
     for name in ("nothere.py", str(tmp_path)):
         with pytest.raises(ConfigError, match=r"is no file. There are: .*configs/quickstart.py"):
             arguments.load(name)
+    (tmp_path / "config.txt").write_text("")
+    with pytest.raises(ConfigError, match=r"config.txt is no Python file; its name must end in"):
+        arguments.load(str(tmp_path / "config.txt"))
+    os.mkfifo(tmp_path / "pipe.py")
+    with pytest.raises(ConfigError, match=r"pipe.py is no file"):
+        arguments.load(str(tmp_path / "pipe.py"))
     with pytest.raises(ConfigError, match=r"takes no argument, but got 'x=1' behind the colon"):
         arguments.load("configs/quickstart.py:x=1")
     with pytest.raises(ConfigError, match=r"no argument 'x'; it has \['algorithm'"):
@@ -210,3 +260,24 @@ def test_a_stretch_that_cannot_be_is_said():
         run = launch.config("algorithm=sft", f"model.rope={rope}")
         with pytest.raises(ValueError, match=message):
             stages.base_model(run, stages.tokenizer_of(run))
+
+
+# Errors of a command
+
+
+def test_any_error_is_one_line_and_exit_code_2(capsys, monkeypatch):
+    def left(error):
+        with pytest.raises(SystemExit) as stop, arguments.explained():
+            raise error
+        return stop.value.code, capsys.readouterr().err
+
+    assert left(ValueError("config.x is\n3")) == (2, "error: config.x is 3\n")
+    told = (2, "error: KeyError: 'x' (JAXRL_EFF_TRACEBACK=1 tells where)\n")
+    assert left(KeyError("x")) == told
+    code, err = left(AssertionError())
+    assert code == 2 and err.startswith("error: AssertionError: no message")
+    assert len(left(ValueError("x" * 10**6))[1]) < 3000
+    assert left(BrokenPipeError()) == (0, "") and left(KeyboardInterrupt()) == (130, "")
+    monkeypatch.setenv(arguments.TRACEBACK, "1")
+    with pytest.raises(KeyError), arguments.explained():
+        raise KeyError("x")
