@@ -183,7 +183,7 @@ def started(s: AdaptSettings, lm: LMConfig) -> dict[str, jax.Array]:
     """
     if not s.start:
         return {}
-    leaves = peft.load_peft(s.start, lm)
+    leaves = peft.load_peft(s.start, lm, ignore=s.ignore)
     dora = s.name == "dora"
     shapes, _ = lora.lora_shapes(lm, s.rank, s.targets or lora.TARGETS, dora=dora)
     wanted = {*shapes, *whole_names(s, lm)}

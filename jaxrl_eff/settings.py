@@ -42,6 +42,9 @@ class ModelSettings:
             stretch the context of a model; its `original_length` is the model's if not given. Kinds
             are "linear", "yarn", "llama3", and "ntk", which changes the base alone.
         max_length: tokens; 0 keeps the shape's, times the factor if `rope` has one.
+        ignore: names of fields of the files of `path` and of `models.ROLE` (config.json, those of
+            the tokenizer), of tensors and of files, that are read as if they were not there, where
+            a run would be refused because they are not known.
     """
 
     path: str = ""
@@ -51,6 +54,7 @@ class ModelSettings:
     remat: str = ""
     rope: dict[str, Any] = dataclasses.field(default_factory=dict)
     max_length: Natural = 0
+    ignore: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +131,8 @@ class AdaptSettings:
             always is.
         rank, alpha: of LoRA; a sparse name with a rank above 0 trains both.
         start: a directory in PEFT's format that LoRA starts from; its scale counts, not `alpha`.
+        ignore: fields of `start`'s adapter_config.json, and tensors, that are read as if they were
+            not there.
         density: share of the entries that is trained.
         granularity: of what is chosen: "element", "block", "row", "column", or "head" (heads of
             attention, channels of the MLP). All but "element" spare the gradient of the rest.
@@ -158,6 +164,7 @@ class AdaptSettings:
     rank: Natural = 0
     alpha: Positive = 16.0
     start: str = ""
+    ignore: tuple[str, ...] = ()
     density: Annotated[float, Within(0, 1, above=True)] = 0.01
     granularity: str = "element"
     block: tuple[Count, ...] = (128, 128)

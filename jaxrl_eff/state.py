@@ -83,7 +83,8 @@ def _base(
     if directory:
         from jaxrl_eff.models import load_hf
 
-        return load_hf(directory, lm, where, dtype=lm.param_dtype, keep=keep)
+        ignore = assembled.run.model.ignore
+        return load_hf(directory, lm, where, dtype=lm.param_dtype, keep=keep, ignore=ignore)
     key = jax.random.key(assembled.run.seed)
     return _kept(jax.jit(lambda k: params.init(lm, k), out_shardings=where)(key), keep)
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "jaxrl_eff"
 # Every file may import those of its own line and of the lines above; but optim only itself.
 RANKS = (
     ("shapes", "tree", "masked", "meters", "edges", "hardware", "host", "arrays", "operations"),
-    ("schema", "running", "agreement", "files"),
+    ("schema", "running", "agreement", "files", "fields"),
     ("optim",),
     ("models", "parallel", "data"),
     ("rollout", "graph", "rewards", "timeline", "deltas"),

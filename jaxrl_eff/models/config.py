@@ -9,6 +9,9 @@ on the length at run time ("dynamic", "longrope").
 """
 
 import dataclasses
+import math
+import numbers
+from collections.abc import Collection
 from os import PathLike
 from typing import Any
 
@@ -17,11 +20,30 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 REMATS = ("none", "full", "dots", "attention", "outputs", "host")
 HEADS = ("lm", "value")
 DTYPES = ("float32", "bfloat16", "float16")
+# Far above any model, and below what could be asked for by a broken file: sizes that are larger
+# would fill the memory of the host before anything is compared with a checkpoint.
+LARGEST = {
+    "vocab": 2**28, "layers": 10_000, "width": 2**24, "heads": 2**16, "kv_heads": 2**16,
+    "head_dim": 2**16, "ffn": 2**26, "max_length": 2**31 - 1,
+}  # fmt: skip
 
 
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r}, but it should be one of {', '.join(allowed)}.")
+
+
+def _check_size(name: str, value: Any, largest: int) -> None:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= largest:
+        raise ValueError(f"{name}={value!r}, but it should be an integer from 1 to {largest}.")
+
+
+def _check_number(name: str, value: Any, *, zero: bool = False) -> None:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        bound = "of at least 0" if zero else "above 0"
+        raise ValueError(f"{name}={value!r}, but it should be a finite number {bound}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +79,8 @@ class Rope:
 
     def __post_init__(self) -> None:
         _check("Rope.kind", self.kind, ROPE_KINDS)
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast"):
+            _check_number(f"Rope.{name}", getattr(self, name))
         if self.kind in ("llama3", "yarn") and self.original_length is None:
             raise ValueError(f"Rope(kind={self.kind!r}) needs original_length, which is None.")
 
@@ -140,6 +164,15 @@ class LMConfig:
         _check("head", self.head, HEADS)
         _check("dtype", self.dtype, DTYPES)
         _check("param_dtype", self.param_dtype, DTYPES)
+        for name, largest in LARGEST.items():
+            _check_size(name, getattr(self, name), largest)
+        _check_number("norm_eps", self.norm_eps, zero=True)
+        _check_number("init_std", self.init_std, zero=True)
+        for name in ("query_scale", "attn_softcap", "final_softcap"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name))
+        if self.window is not None:
+            _check_size("window", self.window, LARGEST["max_length"])
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}.")
         if self.head_dim % 2:
@@ -173,15 +206,20 @@ class LMConfig:
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def from_hf(cls, source: dict[str, Any] | str | PathLike[str]) -> "LMConfig":
+    def from_hf(
+        cls, source: dict[str, Any] | str | PathLike[str], *, ignore: Collection[str] = ()
+    ) -> "LMConfig":
         """Reads a Hugging Face `config.json`, given as a dict, its path or its directory.
 
+        Args:
+            ignore: names of fields that are read as if the file did not hold them.
+
         Raises:
-            ValueError: the architecture or the value of a field is not supported.
+            ValueError: the architecture, a field or its value is not supported; named.
         """
         from jaxrl_eff.models import hf
 
-        return hf.config_from_hf(source)
+        return hf.config_from_hf(source, ignore=ignore)
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face configuration of this model, ready for `json.dump`."""

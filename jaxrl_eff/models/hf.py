@@ -10,8 +10,9 @@ Left out: pickled checkpoints (`.bin`, `.pt`), which run code when read; quantiz
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import tree
+from jaxrl_eff import fields, tree
 from jaxrl_eff.models import params as lm_params
 from jaxrl_eff.models.config import DTYPES, LMConfig
-from jaxrl_eff.models.hf_config import config_from_hf, config_to_hf, read_json
+from jaxrl_eff.models.hf_config import config_from_hf
+from jaxrl_eff.models.hf_export import config_to_hf
 from jaxrl_eff.models.hf_save import save_hf
 from jaxrl_eff.models.hf_table import CODES, Tensor, tensors
 from jaxrl_eff.shapes import Array, PyTree
@@ -34,6 +36,7 @@ _VALUE_NAMES = ("score.weight", "v_head.weight", "v_head.summary.weight", "value
 # Where a checkpoint keeps the decoder: alone, within an image-text model (two spellings), bare.
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 _IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+_ROWS = 16_384  # of a table, compared at once
 _BUFFERS = re.compile(r".*rotary_emb\.inv_freq")
 
 
@@ -60,6 +63,7 @@ def load_hf(
     dtype: str | None = None,
     value_std: float = 0.0,
     keep: Callable[[str, Array], dict[str, Array]] | None = None,
+    ignore: Collection[str] = (),
 ) -> PyTree:
     """Reads a checkpoint into parameters placed as asked.
 
@@ -72,6 +76,8 @@ def load_hf(
             of the normal distribution its weights are drawn from. With 0 every value is 0.
         keep: name, parameter -> what is kept of it, by name, and done to each as soon as it is
             read, so that never more than one of them is there as a whole; None: itself.
+        ignore: names of files and of tensors that are passed over; in a tensor's name `*` stands
+            for anything.
 
     Returns:
         The parameters of `params.abstract(cfg)`, or what is kept of them. In several processes,
@@ -79,7 +85,8 @@ def load_hf(
 
     Raises:
         FileNotFoundError: no safetensors files, or one that the index names is missing.
-        ValueError: a missing, extra or misshapen tensor, or one of another dtype; a damaged file.
+        ValueError: a missing, extra or misshapen tensor, or one of another dtype; a damaged file;
+            two files that cannot both be the model; a tied head that is not the table.
     """
     dtype = cfg.param_dtype if dtype is None else str(jnp.dtype(dtype))
     if dtype not in DTYPES:
@@ -93,7 +100,7 @@ def load_hf(
     else:
         shardings = jax.tree.map(lambda _, s: _Given(s), shapes, shardings)
     with ExitStack() as stack:
-        files = _open(Path(directory), stack)
+        files = _open(Path(directory), stack, ignore)
         table = _with_value_head(table, files)
         _check(files, table, shapes, cfg)
 
@@ -118,16 +125,42 @@ class _Given:
     sharding: Any
 
 
-def _open(directory: Path, stack: ExitStack) -> _Files:
+def check_weights(
+    directory: str | PathLike[str], cfg: LMConfig, *, ignore: Collection[str] = ()
+) -> None:
+    """Compares the tensors of a directory with those that a model needs; reads almost nothing.
+
+    Names, shapes and dtypes come from the files' headers. Only a head that is stored beside the
+    table it is tied to is read, since it must be the same.
+
+    Args:
+        cfg, ignore: as for `load_hf`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_hf`.
+    """
+    with ExitStack() as stack:
+        files = _open(Path(directory), stack, ignore)
+        table = _with_value_head({tensor.path: tensor for tensor in tensors(cfg)}, files)
+        _check(files, table, lm_params.abstract(cfg), cfg)
+
+
+def _open(directory: Path, stack: ExitStack, ignore: Collection[str]) -> _Files:
     from safetensors import SafetensorError, safe_open
 
     slices: dict[str, Any] = {}
-    for path in weight_files(directory):
+    home: dict[str, Path] = {}
+    for path in weight_files(directory, ignore=ignore):
         try:
             file = stack.enter_context(safe_open(str(path), framework="np"))
-            slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read: {error}.") from error
+        if twice := sorted(set(found) & set(slices)):
+            raise ValueError(f"{twice[0]!r} is in both {home[twice[0]]} and {path}.")
+        home |= dict.fromkeys(found, path)
+        slices |= found
+    slices = {k: v for k, v in slices.items() if not any(fnmatchcase(k, i) for i in ignore)}
     prefixes = [p for p in _PREFIXES if f"{p}embed_tokens.weight" in slices]
     if not prefixes:
         some = ", ".join(sorted(slices)[:5])
@@ -135,22 +168,31 @@ def _open(directory: Path, stack: ExitStack) -> _Files:
     return _Files(directory, slices, prefixes[0])
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; see `load_hf` for what is raised."""
+def weight_files(directory: Path, *, ignore: Collection[str] = ()) -> list[Path]:
+    """The safetensors files of a checkpoint; see `load_hf` for what is raised.
+
+    `model.safetensors` is what transformers reads where there is an index as well, so the two must
+    not differ. Other files are nobody's, and are left alone.
+    """
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}.")
+    adapter = directory / "adapter_config.json"
+    if adapter.exists() and adapter.name not in ignore:
+        raise ValueError(
+            f"{directory} holds {adapter.name} beside the model, and transformers would add that "
+            f"adapter to it; keep them apart, or ignore=({adapter.name!r},) reads the model alone."
+        )
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index} has no weight_map.")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name or not (directory / name).is_file():
-                raise FileNotFoundError(f"{index} names {name!r}, which is not in {directory}.")
-        return [directory / name for name in names]
-    if single.exists():
+    indexed = _indexed(index) if index.exists() and index.name not in ignore else []
+    if single.is_file():
+        if indexed and indexed != [single]:
+            raise ValueError(
+                f"{directory} has {single.name} and {index.name}, which names "
+                f"{indexed[0].name!r}: only one of them can be the model."
+            )
         return [single]
+    if indexed:
+        return indexed
     there = sorted(p.name for p in directory.iterdir())
     if pickled := [n for n in there if re.fullmatch(r".*\.(bin|pt|pth|ckpt)", n)]:
         raise FileNotFoundError(
@@ -161,6 +203,24 @@ def weight_files(directory: Path) -> list[Path]:
         f"there is no model.safetensors or model.safetensors.index.json in {directory}; "
         f"it holds {there[:8]}."
     )
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index names, all of its own directory."""
+    weight_map = fields.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map={fields.short(weight_map)}; it should name files.")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{index}: weight_map.{tensor}={fields.short(name)}, but it should be a file."
+            )
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        # Nothing outside of the directory is opened, whatever an index of a stranger says.
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index} names {name!r}, which is not in {index.parent}.")
+    return [index.parent / name for name in names]
 
 
 def _with_value_head(table: dict[str, Tensor], files: _Files) -> dict[str, Tensor]:
@@ -194,10 +254,35 @@ def _check(files: _Files, table: dict[str, Tensor], shapes: PyTree, cfg: LMConfi
     for name, shape in expected.items():
         there = tuple(files.slices[name].get_shape())
         if there != shape:
-            raise ValueError(f"{name!r} is {list(there)}, but it should be {list(shape)}.")
+            raise ValueError(
+                f"{files.directory}: {name!r} is {list(there)}, but it should be {list(shape)}."
+            )
         code = files.slices[name].get_dtype()
         if code not in CODES:
-            raise ValueError(f"{name!r} is {code}, but it should be one of {', '.join(CODES)}.")
+            raise ValueError(
+                f"{files.directory}: {name!r} is {code}, but it should be one of "
+                f"{', '.join(CODES)}."
+            )
+    if cfg.tie and cfg.head == "lm":
+        _check_tied(files)
+
+
+def _check_tied(files: _Files) -> None:
+    """Refuses a stored head that differs from the table: transformers would not tie the two."""
+    head = files.name(Tensor("", "/lm_head.weight", ()))
+    table = files.name(Tensor("", "embed_tokens.weight", ()))
+    if head not in files.slices:
+        return
+    a, b = files.slices[head], files.slices[table]
+    same = list(a.get_shape()) == list(b.get_shape())
+    if not same or any(
+        not np.array_equal(a[i : i + _ROWS], b[i : i + _ROWS])
+        for i in range(0, a.get_shape()[0], _ROWS)
+    ):
+        raise ValueError(
+            f"{files.directory}: tie_word_embeddings is true, but {head!r} is not the same as "
+            f"{table!r}. ignore=({head!r},) goes on without it; tie_word_embeddings=false keeps it."
+        )
 
 
 def _ignored(name: str, files: _Files, cfg: LMConfig) -> bool:

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import tree
+from jaxrl_eff import fields, tree
 from jaxrl_eff.models import params as lm_params
 from jaxrl_eff.models.config import LMConfig
-from jaxrl_eff.models.hf_config import config_to_hf, read_json
+from jaxrl_eff.models.hf_export import config_to_hf
 from jaxrl_eff.models.hf_table import CODES, Tensor, tensors
 from jaxrl_eff.shapes import Array, PyTree
 
@@ -118,7 +118,7 @@ def _write_texts(to: Path, cfg: LMConfig, raw: dict[str, Any], tokenizer_from: A
             if path.is_file() and _TOKENIZER.fullmatch(path.name):
                 shutil.copyfile(path, to / path.name)
         if (source / "generation_config.json").exists():
-            generation = read_json(source / "generation_config.json")
+            generation = fields.read_json(source / "generation_config.json")
     ids = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation |= {k: v for k, v in ids.items() if v is not None}
     for name, value in (("config.json", raw), ("generation_config.json", generation)):

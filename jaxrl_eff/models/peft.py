@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 
@@ -19,14 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff import tree
-from jaxrl_eff.models import lora
+from jaxrl_eff.models import lora, peft_config
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.hf_save import gathered
-from jaxrl_eff.models.hf_table import Tensor, tensors
+from jaxrl_eff.models.hf_table import CODES, Tensor, tensors
 from jaxrl_eff.models.params import abstract
+from jaxrl_eff.models.peft_config import AdapterConfig
 from jaxrl_eff.shapes import Array, PyTree
 
-_PREFIX = "base_model.model.model."
+_BASE = "base_model.model."
+# The table and the head, one tensor where they are tied.
+_TIED = ("model.embed_tokens", "lm_head")
 _SUFFIXES = {
     "lora_a": "lora_A.weight",
     "lora_b": "lora_B.weight",
@@ -72,19 +76,21 @@ def save_peft(
             rows = math.prod(here["lora_a"].shape[:-1])
             shaped = {"lora_a": (rows, rank), "lora_b": (rank, -1), "dora": (-1,)}
             for k, x in here.items():
-                stored[f"{_PREFIX}{name.format(layer)}.{_SUFFIXES[k]}"] = np.ascontiguousarray(
+                stored[f"{_BASE}model.{name.format(layer)}.{_SUFFIXES[k]}"] = np.ascontiguousarray(
                     x.reshape(shaped[k]).T
                 )
     if not stored:
         raise ValueError("the parameters have no LoRA to be saved.")
-    kept = {_module(t) for t in tensors(cfg) if t.path in whole}
-    if both := sorted(kept & set(modules)):
-        raise ValueError(f"PEFT's format cannot say that {both} have LoRA and are trained whole.")
+    kept = check_exportable(cfg, modules, whole)
     for t in tensors(cfg):
         for layer in range(cfg.layers if t.stacked else 1) if _module(t) in kept else ():
             array = gathered(flat[t.path], layer if t.stacked else None, fetch=True)
             # float32, since safetensors' numpy reader has no bfloat16.
-            stored[f"base_model.model.{t.full_name(layer)}"] = t.fold(array).astype(np.float32)
+            stored[f"{_BASE}{t.full_name(layer)}"] = t.fold(array).astype(np.float32)
+    table, head = (f"{_BASE}{name}.weight" for name in _TIED)
+    tied = cfg.tie and cfg.head == "lm" and table in stored
+    if tied:
+        stored[head] = stored[table].copy()
     if len(scales) > 1 or len(ranks) > 1:
         raise ValueError(f"PEFT wants one scale and one rank, got {sorted(scales)}, {ranks}.")
     if jax.process_index():
@@ -106,6 +112,8 @@ def save_peft(
         "use_dora": any(k.endswith("lora_magnitude_vector") for k in stored),
         "fan_in_fan_out": False,
         "modules_to_save": sorted(kept) or None,
+        # Without it PEFT's copy of a table is not the head's.
+        "ensure_weight_tying": tied,
         "inference_mode": True,
     }
     directory = Path(directory)
@@ -115,79 +123,191 @@ def save_peft(
     save_file(stored, directory / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def load_peft(directory: str | PathLike[str], cfg: LMConfig) -> dict[str, Array]:
+def check_exportable(
+    cfg: LMConfig, adapted: Collection[str], whole: Collection[str] = ()
+) -> list[str]:
+    """Tries whether PEFT's format can say which modules have LoRA and which are trained whole.
+
+    Args:
+        adapted: PEFT's modules with LoRA ("q_proj"), or parameters' names (".../q/kernel").
+        whole: names of parameters that are trained whole.
+
+    Returns:
+        The modules to save, by names that PEFT does not confuse with others.
+
+    Raises:
+        ValueError: a module is both.
+    """
+    modules = {_module(t): t for t in tensors(cfg)}
+    kept = {_module(t) for t in tensors(cfg) if t.path in whole}
+    have = {_module(t) for t in tensors(cfg) if t.path in adapted} | (set(modules) & set(adapted))
+    if both := sorted(kept & have):
+        raise ValueError(f"PEFT's format cannot say that {both} have LoRA and are trained whole.")
+    return sorted(kept)
+
+
+def load_peft(
+    directory: str | PathLike[str], cfg: LMConfig, *, ignore: Collection[str] = ()
+) -> dict[str, Array]:
     """LoRA's leaves by name, float32, and the parameters saved whole, for `tree.with_leaves`.
+
+    Args:
+        cfg: of the base model, with the head that is wanted.
+        ignore: names of fields of `adapter_config.json` that are read as if it did not hold them,
+            and of tensors that are passed over; in a tensor's name `*` stands for anything.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: another kind of adapter, tensors that are missing in some layer, of another
-            shape, or of modules that the model does not have.
+        ValueError: another kind of adapter; a field that is not supported or not known; tensors
+            that are missing in some layer, of another shape, not what the configuration names, or
+            of modules that the model does not have; a tied table without its head.
     """
-    from safetensors.numpy import load_file
-
     directory = Path(directory)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    path = directory / "adapter_model.safetensors"
+    for name in ("adapter_config.json", path.name):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} has no {name}.")
-    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
-    for field, allowed in (("peft_type", ("LORA",)), ("bias", ("none", None))):
-        if config.get(field) not in allowed:
-            raise ValueError(f"{directory}: {field} is {config.get(field)!r}, not {allowed[0]!r}.")
-    for field in ("rank_pattern", "alpha_pattern", "fan_in_fan_out"):
-        if config.get(field):
-            raise ValueError(f"{directory}: {field} is {config[field]!r}, which is not read.")
-    rank = config["r"]
-    method = "rslora" if config.get("use_rslora") else "lora"
-    scale = lora.lora_scale(method, float(config["lora_alpha"]), rank)
-    stored = load_file(directory / "adapter_model.safetensors")
+    config = peft_config.read(directory / "adapter_config.json", ignore)
+    for module in (*_TIED, "model.norm", "score"):
+        if config.adapts(module):
+            raise ValueError(
+                f"{config.where}: target_modules names {module!r}, but only projections of the "
+                "layers can have LoRA here."
+            )
+    scale = lora.lora_scale(config.method, config.alpha, config.rank)
+    stored = _stored(path, ignore)
     out: dict[str, Array] = {}
     flat, rest = tree.flat(abstract(cfg)), set(stored)
-    for path, name, inputs in _projections(cfg):
-        shape = flat[f"{path}kernel"].shape[1:]
+    for path_, name, inputs in _projections(cfg):
+        shape = flat[f"{path_}kernel"].shape[1:]
         shapes = {
-            "lora_a": (*shape[:inputs], rank),
-            "lora_b": (rank, *shape[inputs:]),
+            "lora_a": (*shape[:inputs], config.rank),
+            "lora_b": (config.rank, *shape[inputs:]),
             "dora": shape[inputs:],
         }
         rows, columns = math.prod(shape[:inputs]), math.prod(shape[inputs:])
-        matrices = {"lora_a": (rank, rows), "lora_b": (columns, rank), "dora": (columns,)}
+        matrices = {
+            "lora_a": (config.rank, rows), "lora_b": (columns, config.rank), "dora": (columns,),
+        }  # fmt: skip
+        wanted = _targeted(config, [name.format(layer) for layer in range(cfg.layers)])
         for leaf, suffix in _SUFFIXES.items():
-            names = [f"{_PREFIX}{name.format(layer)}.{suffix}" for layer in range(cfg.layers)]
-            there = [k for k in names if k in stored]
-            if not there:
+            names = [f"{_BASE}model.{name.format(layer)}.{suffix}" for layer in range(cfg.layers)]
+            if not wanted or (leaf == "dora" and not config.dora):
                 continue
-            if missing := sorted(set(names) - set(there)):
-                raise ValueError(f"{directory} has no {missing[0]!r}, but other layers' like it.")
+            if missing := [k for k in names if k not in stored]:
+                raise ValueError(f"{directory} has no {missing[0]!r}, which it should have.")
             for k in names:
-                if stored[k].shape != matrices[leaf]:
-                    raise ValueError(f"{k!r} is {stored[k].shape}, but should be {matrices[leaf]}.")
+                _check_shape(directory, k, stored[k], matrices[leaf])
             layers = [jnp.asarray(stored[k].astype(np.float32).T) for k in names]
-            out[path + leaf] = jnp.stack(layers).reshape(cfg.layers, *shapes[leaf])
+            out[path_ + leaf] = jnp.stack(layers).reshape(cfg.layers, *shapes[leaf])
             rest -= set(names)
-        if f"{path}lora_a" in out:
-            out[f"{path}lora_scale"] = jnp.full(cfg.layers, scale, jnp.float32)
-    for t in tensors(cfg):
-        names = [
-            f"base_model.model.{t.full_name(i)}" for i in range(cfg.layers if t.stacked else 1)
-        ]
-        if not set(names) <= rest:
-            continue
-        like = flat[t.path]
-        inner = like.shape[1:] if t.stacked else like.shape
-        for k in names:
-            if stored[k].shape != t.shape(inner):
-                raise ValueError(f"{k!r} is {stored[k].shape}, but should be {t.shape(inner)}.")
-        parts = [jnp.asarray(t.unfold(stored[k], inner), like.dtype) for k in names]
-        out[t.path] = jnp.stack(parts) if t.stacked else parts[0]
-        rest -= set(names)
+        if wanted:
+            out[f"{path_}lora_scale"] = jnp.full(cfg.layers, scale, jnp.float32)
+    rest -= _load_whole(directory, config, cfg, stored, rest, out)
     if rest:
-        raise ValueError(f"{directory} has {sorted(rest)[0]!r}, which the model does not have.")
+        raise ValueError(
+            f"{directory} has {sorted(rest)[0]!r}, which its configuration does not name or the "
+            "model does not have."
+        )
+    if not any(name.endswith("lora_a") for name in out):
+        raise ValueError(f"{config.where}: target_modules names no module of the model's layers.")
     return out
 
 
+def _stored(path: Path, ignore: Collection[str]) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}.") from error
+    for name, array in stored.items():
+        if str(array.dtype) not in CODES.values():
+            raise ValueError(
+                f"{path}: {name!r} is {array.dtype}, but it should be one of "
+                f"{', '.join(CODES.values())}."
+            )
+    return {k: v for k, v in stored.items() if not any(fnmatchcase(k, i) for i in ignore)}
+
+
+def _targeted(config: AdapterConfig, modules: list[str]) -> bool:
+    """Whether a projection has LoRA, which it must have in all layers or in none."""
+    have = [config.adapts(f"model.{module}") for module in modules]
+    if any(have) and not all(have):
+        raise ValueError(
+            f"{config.where}: target_modules names {modules[have.index(True)]!r}, but not "
+            f"{modules[have.index(False)]!r}: some layers only, which is not supported."
+        )
+    return all(have)
+
+
+def _check_shape(directory: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{directory}: {name!r} is {array.shape}, but should be {shape}.")
+
+
+def _load_whole(
+    directory: Path,
+    config: AdapterConfig,
+    cfg: LMConfig,
+    stored: dict[str, np.ndarray],
+    rest: set[str],
+    out: dict[str, Array],
+) -> set[str]:
+    """Adds the parameters that were saved whole to `out`; returns the tensors that they are."""
+    flat, used = tree.flat(abstract(cfg)), set()
+    table, head = (f"{_BASE}{name}.weight" for name in _TIED)
+    kept = {m: config.keeps(m) for m in _TIED}
+    tied = cfg.tie and cfg.head == "lm"
+    if tied and any(kept.values()):
+        for name in (table, head):
+            if name not in rest:
+                raise ValueError(
+                    f"{config.where}: modules_to_save={list(config.whole)} has a table that the "
+                    f"model ties to its head, but {name!r} is not in the file: PEFT trained one of "
+                    "the two alone, which a tied model cannot be; see its ensure_weight_tying."
+                )
+    if tied and head in rest:
+        if table not in rest or not np.array_equal(stored[table], stored[head]):
+            raise ValueError(
+                f"{directory}: {head!r} is not the same as {table!r}, but the model ties them."
+            )
+        used.add(head)
+    for t in tensors(cfg):
+        layers = range(cfg.layers) if t.stacked else (None,)
+        names = [_BASE + t.full_name(layer) for layer in layers]
+        modules = [t.full_name(layer).rpartition(".")[0] for layer in layers]
+        there = [k in rest for k in names]
+        wanted = [config.keeps(m) for m in modules]
+        if not any(there) and not any(wanted):
+            continue
+        if missing := [k for k, here in zip(names, there, strict=True) if not here]:
+            raise ValueError(f"{directory} has no {missing[0]!r}, which modules_to_save names.")
+        # PEFT stores tables that it adapted or resized as well, and loads these into the base.
+        if not all(wanted) and modules[0] not in _TIED:
+            raise ValueError(
+                f"{config.where}: modules_to_save={list(config.whole)} does not name the module "
+                f"of {names[0]!r}, which is in the file."
+            )
+        like = flat[t.path]
+        inner = like.shape[1:] if t.stacked else like.shape
+        for k in names:
+            _check_shape(directory, k, stored[k], t.shape(inner))
+        parts = [jnp.asarray(t.unfold(stored[k], inner), like.dtype) for k in names]
+        out[t.path] = jnp.stack(parts) if t.stacked else parts[0]
+        used |= set(names)
+    return used
+
+
 def _module(t: Tensor) -> str:
-    """What PEFT calls the module of a tensor: "q_proj", "score"."""
-    return t.name.rpartition(".")[0].rpartition(".")[2].removeprefix("/")
+    """A name that ends PEFT's names of a tensor's modules and of no others: "q_proj", "score".
+
+    PEFT compares ends of names, and "norm" is the end of "input_layernorm": what is not in a layer
+    has its full name.
+    """
+    module = t.full_name(0).rpartition(".")[0]
+    return module.rpartition(".")[2] if t.stacked else module
 
 
 def _projections(cfg: LMConfig) -> list[tuple[str, str, int]]:
