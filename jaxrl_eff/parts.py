@@ -157,9 +157,13 @@ def reward_fn(reward: RewardSettings) -> Callable:
 
 
 def roles_of(
-    s: StageSettings, base: LMConfig, earlier: Sequence[Any]
+    s: StageSettings, base: LMConfig, earlier: Sequence[Any], ignore: Sequence[str] = ()
 ) -> tuple[dict[str, tuple[str, str]], dict[str, LMConfig]]:
-    """Where each role's parameters come from, and the shape of its model."""
+    """Where each role's parameters come from, and the shape of its model.
+
+    Args:
+        ignore: fields of a directory's `config.json` that are read as if they were not there.
+    """
     first = "reward" if s.algorithm == "reward_model" else "actor"
     given = {first: "base", **s.models}
     if first == "actor":
@@ -182,7 +186,7 @@ def roles_of(
                 )
             origins[role], lm = ("stage", f"{stage}/{of}"), source.lms[of]
         elif Path(where).is_dir():
-            lm = LMConfig.from_hf(where)
+            lm = LMConfig.from_hf(where, ignore=ignore)
             lm = dataclasses.replace(
                 lm, dtype=base.dtype, param_dtype=base.param_dtype, remat=base.remat, eos=base.eos
             )

@@ -25,6 +25,7 @@ from jaxrl_eff import (
     parts,
     plans,
     unused,
+    weights,
 )
 from jaxrl_eff.data import fates, loader
 from jaxrl_eff.data.scheduled import Scheduled
@@ -130,6 +131,9 @@ def assemble(run: Run) -> Assembled:
             fits.check_models(stages[-1].step)
     out = Assembled(run, tokenizer, base, tuple(stages))
     _check_expectation(out)
+    if run.export:
+        last, role = stages[-1], stages[-1].trained
+        weights.check_export(last.name, role, last.lms[role], last.settings.adapt.get(role))
     return out
 
 
@@ -142,7 +146,7 @@ def tokenizer_of(run: Run) -> Tokenizer:
             "config.tokenizer is 'model', but config.model.path is empty: give a model's "
             "directory, or 'chars:' and an alphabet."
         )
-    return load_tokenizer(directory)
+    return load_tokenizer(directory, ignore=run.model.ignore)
 
 
 def base_model(run: Run, tokenizer: Tokenizer) -> LMConfig:
@@ -152,7 +156,7 @@ def base_model(run: Run, tokenizer: Tokenizer) -> LMConfig:
     if m.path:
         if not Path(m.path).is_dir():
             raise FileNotFoundError(f"path is {m.path!r}, which is no directory.")
-        lm = LMConfig.from_hf(m.path)
+        lm = LMConfig.from_hf(m.path, ignore=m.ignore)
     else:
         special = {
             "vocab": tokenizer.vocab,
@@ -217,7 +221,8 @@ def _stage(
     examples.check("data", encoder, source)
 
     sampling, reward, tried = parts.sampling_of(s, name, tokenizer), None, ()
-    origins, lms = parts.roles_of(s, base, earlier)
+    origins, lms = parts.roles_of(s, base, earlier, run.model.ignore)
+    weights.check_read(origins, lms, run.model.path, run.model.ignore)
     if kind == "prompts":
         if s.reward.name == "model":
             reward = lms.get("reward")

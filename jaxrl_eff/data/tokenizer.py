@@ -12,11 +12,14 @@ turns either into a `tokenizer.json`.
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
+
+from jaxrl_eff import fields
+from jaxrl_eff.data import tokenizer_files as files
 
 _SPECIAL = ("<pad>", "<bos>", "<eos>")
 _CONTEXT = 16  # tokens of the past that may change how the next one looks
@@ -168,7 +171,6 @@ class FileTokenizer:
     Attributes:
         inner: the `tokenizers.Tokenizer`.
         settings: the content of `tokenizer_config.json`, written back by `save`.
-        add_bos: the settings ask for a bos that `tokenizer.json` may not add itself.
     """
 
     inner: Any
@@ -180,7 +182,6 @@ class FileTokenizer:
     special: Mapping[str, str]
     origin: str
     settings: Mapping[str, Any]
-    add_bos: bool = False
 
     @property
     def vocab(self) -> int:
@@ -188,10 +189,7 @@ class FileTokenizer:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of the text, with bos and what else the model expects if `special`."""
-        ids = self.inner.encode(text, add_special_tokens=special).ids
-        if special and self.add_bos and self.bos is not None and ids[:1] != [self.bos]:
-            ids = [self.bos, *ids]
-        return ids
+        return self.inner.encode(text, add_special_tokens=special).ids
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the characters [start, end) of the text that each covers."""
@@ -204,7 +202,7 @@ class FileTokenizer:
 
     def save(self, directory: str | PathLike[str]) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, the chat template in the latter."""
-        settings = dict(self.settings)
+        settings = files.saved(self.settings, self.special)
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -212,15 +210,21 @@ class FileTokenizer:
         _write_json(Path(directory) / "tokenizer_config.json", settings)
 
 
-def load_tokenizer(directory: str | PathLike[str]) -> CharTokenizer | FileTokenizer:
+def load_tokenizer(
+    directory: str | PathLike[str], *, ignore: Collection[str] = ()
+) -> CharTokenizer | FileTokenizer:
     """The tokenizer of a Hugging Face directory.
 
     `tokenizer_config.json` names the special tokens, `config.json` stands in where it does not;
     `stop` also holds what `generation_config.json` (or else `config.json`) ends on.
 
+    Args:
+        ignore: names of fields of these files that are read as if they did not hold them.
+
     Raises:
         FileNotFoundError: there is no `tokenizer.json`.
-        ValueError: a file that cannot be read; a special token that is not in the vocabulary.
+        ValueError: a file that cannot be read; a special token that is not in the vocabulary; a
+            field that is not known and says something, or that another file contradicts.
         ImportError: the `tokenizers` library is missing and needed.
     """
     directory = Path(directory)
@@ -229,35 +233,21 @@ def load_tokenizer(directory: str | PathLike[str]) -> CharTokenizer | FileTokeni
         others = [n for n in ("tokenizer.model", "vocab.json") if (directory / n).exists()]
         hint = f" (only {', '.join(others)}, which is not read)" if others else ""
         raise FileNotFoundError(f"there is no tokenizer.json in {directory}{hint}.")
-    settings = _read_json(directory / "tokenizer_config.json")
-    template = _chat_template(directory, settings)
+    settings = files.settings_of(directory, ignore)
+    template = files.chat_template(directory, settings)
     if isinstance(settings.get("alphabet"), str):
         return CharTokenizer(settings["alphabet"], template)
-    inner = _library().Tokenizer
-    try:
-        inner = inner.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    # Settings of a training run; they would cut or pad what is encoded here.
-    inner.no_truncation()
-    inner.no_padding()
-    model, generation = (
-        _read_json(directory / n) for n in ("config.json", "generation_config.json")
-    )
-    special = {
-        name: value["content"] if isinstance(value, dict) else value
-        for name, value in settings.items()
-        if name.endswith("_token") and isinstance(value, str | dict)
-    }
+    inner = files.backend(path, settings)
+    special = files.special_tokens(str(directory / files.CONFIG), settings)
+    places = [directory / n for n in ("config.json", "generation_config.json")]
+    model, generation = ((place, fields.without(files.optional(place), ignore)) for place in places)
     ids = {}
     for role in ("bos", "eos", "pad"):
         text = special.get(f"{role}_token")
         ids[role] = inner.token_to_id(text) if text is not None else None
-        if text is not None and ids[role] is None:
-            raise ValueError(f"{role}_token={text!r} of {directory} is not in its vocabulary.")
-        if text is None and (known := _listed(model.get(f"{role}_token_id"))):
-            ids[role] = known[0]
-    ends = _listed(generation.get("eos_token_id")) or _listed(model.get("eos_token_id"))
+        if text is None and (found := files.ids_of(*model, f"{role}_token_id")):
+            ids[role] = found[0]
+    ends = files.ids_of(*generation, "eos_token_id") or files.ids_of(*model, "eos_token_id")
     if ids["eos"] is not None:
         ends = [*ends, ids["eos"]]
     return FileTokenizer(
@@ -268,7 +258,6 @@ def load_tokenizer(directory: str | PathLike[str]) -> CharTokenizer | FileTokeni
         special=special,
         origin=str(directory),
         settings=settings,
-        add_bos=settings.get("add_bos_token") is True,
     )
 
 
@@ -292,46 +281,6 @@ def decode_stream(
     rest = tokenizer.decode(seen[start:])[len(tokenizer.decode(seen[start:done])) :]
     if rest:
         yield rest
-
-
-def _library() -> Any:
-    try:
-        import tokenizers
-    except ImportError as error:
-        raise ImportError(
-            "reading tokenizer.json needs the tokenizers library: pip install 'jaxrl_eff[hf]'."
-        ) from error
-    return tokenizers
-
-
-def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template: its own file first, then the settings; of a named list, "default"."""
-    if (path := directory / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if template is None:
-        template = _read_json(directory / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        if "default" not in named:
-            raise ValueError(f"{directory} has chat templates {sorted(named)}, but no 'default'.")
-        template = named["default"]
-    return template
-
-
-def _listed(value: int | list[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return [i for i in ([value] if isinstance(value, int) else value) if i >= 0]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
 def _write_json(path: Path, value: Any) -> None:

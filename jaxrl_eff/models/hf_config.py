@@ -56,6 +56,12 @@ _GEMMA = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "max_window_layers": 28,
+    "sliding_window": 4096,
+}
 # What each family's configuration class assumes for a field that the file does not hold.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
@@ -66,13 +72,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
-    "qwen2": {"max_position_embeddings": 32_768, "max_window_layers": 28, "sliding_window": 4096},
-    "qwen3": {
-        "max_position_embeddings": 32_768,
-        "max_window_layers": 28,
-        "sliding_window": 4096,
-        "head_dim": 128,
-    },
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
     "gemma2": _GEMMA
     | {
         "max_position_embeddings": 8192,
