@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import arrays, mixed, operations, packed, tree
+from jaxrl_eff import arrays, mixed, operations, packed, peers, tree
 from jaxrl_eff.data import loader
 from jaxrl_eff.data.lattice import fitted, lattice
 from jaxrl_eff.data.scheduled import Scheduled
@@ -57,9 +57,11 @@ class Long:
     def batches(self, source: loader.Loader, *, pad: int) -> Scheduled:
         """Its loader, from one that gives an example a row."""
         place = next(iter(self.step.plan.values()))
+        # Processes that cannot tell each other their schedules plan alike by a cost that stays.
+        alike = jax.process_count() == 1 or peers.group() is not None
         return Scheduled(
             source, groups=place.row_shards, parts=place.seq, room=self.room, cost=self.cost,
-            shapes=self.shapes, lengths=self.lengths, pad=pad, measure=self.measure,
+            shapes=self.shapes, lengths=self.lengths, pad=pad, measure=self.measure and alike,
         )  # fmt: skip
 
 
@@ -306,14 +308,15 @@ def needed(
     place: Placement,
     shapes: Sequence[Shape],
 ) -> float:
-    """Bytes that a device needs for micro-batches of these shapes.
+    """Bytes that a device needs for micro-batches of these shapes, the most of any process.
 
     Args:
         make: a step that is not checked yet.
         names: of the graph's inputs.
     """
     step = make().build([of_shape(names, shape, place) for shape in shapes])
-    return max(v["bytes"] for v in step.analysis().values()) + _beside(step)
+    mine = max(v["bytes"] for v in step.analysis().values()) + _beside(step)
+    return max(map(float, operations.told(repr(float(mine)))))  # all try the same sizes next
 
 
 def _beside(step: mixed.Mixed) -> float:

@@ -35,6 +35,7 @@ _ACCEPT_CHANGES = flags.DEFINE_bool(
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
+_WAIT = flags.DEFINE_float("wait", startup.WAIT, "Seconds until a silent process is given up.")
 # What must agree for a run to be continued, as one short text.
 fingerprint = identity.fingerprint
 # For the seconds of a whole run.
@@ -51,13 +52,13 @@ def main(argv: list[str]) -> None:
             arguments.fail(f"--{flag.name} is missing, e.g. --{flag.name}={example}; see --help.")
     with arguments.explained():
         run = settings.run(arguments.load(_CONFIG.value, _CHANGES.value))
-        check_workdir(Path(_WORKDIR.value))
-        startup.prepare(
-            run, startup.Processes(*(f.value for f in (_COORDINATOR, _PROCESSES, _PROCESS)))
-        )
-        passed = train(
-            run, Path(_WORKDIR.value), quiet=_QUIET.value, accept_changes=_ACCEPT_CHANGES.value
-        )
+        given = (f.value for f in (_COORDINATOR, _PROCESSES, _PROCESS, _WAIT))
+        alike = {"--accept_changes": str(_ACCEPT_CHANGES.value)}
+        with startup.started(run, startup.Processes(*given), alike):
+            check_workdir(Path(_WORKDIR.value))
+            passed = train(
+                run, Path(_WORKDIR.value), quiet=_QUIET.value, accept_changes=_ACCEPT_CHANGES.value
+            )
     sys.exit(0 if passed else 1)
 
 

@@ -30,6 +30,7 @@ def train(run, workdir):
 def environment(cache):
     """Of a command: its devices are its own; the compilation cache is one for all tests."""
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "NPROC")}
+    env |= {"PYTHONPATH": str(ROOT)}  # this copy, even where another one is installed
     env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "NPROC": "32"}
     # Half of the time to compile; what is tested does not depend on it.
     return env | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}

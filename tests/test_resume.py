@@ -168,7 +168,7 @@ def test_scheduled_by_constants_it_ends_bitwise_the_same(algorithm, tmp_path, mo
     monkeypatch.setattr(hardware, "_measured", None)  # CPUs must not be asked
     assert launch.train(run, tmp_path / "whole")
     stopped(monkeypatch, run, tmp_path / "killed", after=2)
-    hardware.local.cache_clear()
+    hardware._local.cache_clear()
     assert launch.train(run, tmp_path / "killed")
     assert launch.export(tmp_path / "killed") == launch.export(tmp_path / "whole")
     told = [launch.document(tmp_path / d, "schedule") for d in ("whole", "killed")]

@@ -7,6 +7,9 @@ here.
 """
 
 import dataclasses
+import hashlib
+import itertools
+import json
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -14,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_eff import peers
 from jaxrl_eff.data import packing, skrull
 from jaxrl_eff.data.loader import Loader
 from jaxrl_eff.data.schedules import Schedule, Shape, quality
@@ -101,8 +105,52 @@ def _lengths(schedule: Schedule) -> list[dict[str, int]]:
     ]
 
 
+_made = itertools.count()
+
+
+def told(schedule: Schedule) -> str:
+    """A schedule as text, from which `heard` makes the same one beside the same lengths."""
+    return json.dumps(
+        {
+            "lengths": _digest(schedule.lengths),
+            "shapes": schedule.shapes,
+            **{name: getattr(schedule, name).tolist() for name in ("step", "group", "rank")},
+            **{name: getattr(schedule, name) for name in ("seconds", "rule", "candidates")},
+        }
+    )
+
+
+def heard(
+    text: str, lengths: Sequence[int], *, groups: int, parts: int, room: int, cost: Cost
+) -> Schedule:
+    """The schedule that another process made of a batch; see `told`.
+
+    Raises:
+        ValueError: it is of other lengths.
+    """
+    there, mine = json.loads(text), np.asarray(lengths, np.int64)
+    if there.pop("lengths") != _digest(mine):
+        raise ValueError(
+            "the first process has planned a batch of other lengths: do all processes read the "
+            "same data?"
+        )
+    shapes = tuple(Shape(*shape) for shape in there.pop("shapes"))
+    places = {name: np.asarray(there.pop(name), np.int32) for name in ("step", "group", "rank")}
+    return Schedule(
+        lengths=mine, groups=groups, parts=parts, room=room, cost=cost, shapes=shapes,
+        **places, **there,
+    )  # fmt: skip
+
+
+def _digest(lengths: np.ndarray) -> str:
+    return hashlib.sha256(np.asarray(lengths, np.int64).tobytes()).hexdigest()[:16]
+
+
 class Scheduled:
     """An iterator over scheduled global batches; `state` and `restore` resume as a `Loader`'s.
+
+    Of several processes the first one plans, by what it measures, and tells the others its
+    schedules; every process lays them out. All must make their iterators in the same order.
 
     Args:
         loader: one example a row; as many as a global batch has.
@@ -142,6 +190,8 @@ class Scheduled:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._seen: list[tuple[np.ndarray, float]] = []
+        self._number, self._round = next(_made), 0
+        self._peers = peers.group()
         self.schedule: Schedule | None = None
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
@@ -203,7 +253,8 @@ class Scheduled:
         Schedules made from then on are judged by a cost that explains the last steps better, if
         that is wished.
         """
-        if self._measure and seconds > 0:
+        plans = self._peers is None or self._peers.process == 0
+        if self._measure and plans and seconds > 0:
             self._seen = [*self._seen, (schedule.terms(), seconds)][-KEPT:]
             self._cost = refit(self._cost, self._seen)
 
@@ -227,19 +278,33 @@ class Scheduled:
     def _start(self) -> None:
         self.state()
         self._stop.clear()
+        self._round += 1
         self._thread = threading.Thread(target=self._run, name="schedule", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            while not self._stop.is_set():
+            for batch in itertools.count():
                 units = [tuple(item.segments) for item in self._loader.items()]
                 lengths = [sum(len(ids) for ids, _ in unit) for unit in units]
-                found = skrull.plan(lengths, **self._mesh, cost=self._cost, shapes=self._shapes)
-                batch = arrange(found, units, pad=self._pad)
-                self._put((found, batch, self._loader.state()))
+                found = self._planned(lengths, f"{self._number} {self._round} {batch}")
+                if found is None or self._stop.is_set():
+                    return
+                arrays = arrange(found, units, pad=self._pad)
+                self._put((found, arrays, self._loader.state()))
         except BaseException as error:
             self._put(error)
+
+    def _planned(self, lengths: Sequence[int], which: str) -> Schedule | None:
+        """The schedule of a batch, which all processes call the same; None when asked to stop."""
+        key = f"schedule {which}"
+        if self._peers is not None and self._peers.process:
+            told = self._peers.hear(key, self._stop.is_set)
+            return None if told is None else heard(told[0], lengths, cost=self._cost, **self._mesh)
+        found = skrull.plan(lengths, **self._mesh, cost=self._cost, shapes=self._shapes)
+        if self._peers is not None:
+            self._peers.tell(key, told(found))
+        return found
 
     def _put(self, given: Any) -> None:
         while not self._stop.is_set():

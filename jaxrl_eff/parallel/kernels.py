@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_eff import peers
 from jaxrl_eff.parallel import flash_gpu, flash_tpu, hops
 
 CHUNK = 512  # tokens
+TRIAL = "attention kernel"  # by this name processes offer each other their `trouble`
 
 
 class Kernel(NamedTuple):
@@ -71,25 +73,40 @@ def best(chunk: int = CHUNK) -> Kernel:
     """The kernel of the default device, once it has computed a small case there.
 
     Otherwise, with a warning that says why, XLA's: a compiler too old or new for a kernel costs
-    time, not a run.
+    time, not a run. Processes that met use one that works on all of them.
 
     Args:
         chunk: of XLA's.
+
+    Raises:
+        peers.PeerLost: another process ended before it had tried.
     """
     kernel = _OF_PLATFORM.get(jax.default_backend())
     if kernel is None:
         return xla(chunk)
+    group = peers.group()
+    every = [trouble()] if group is None else group.everywhere(TRIAL)
+    for process, reason in enumerate(every):
+        if reason:
+            where = "" if group is None else f"process {process}: "
+            logging.warning(
+                "attention over a mesh uses XLA and not %s: %s%s", kernel.name, where, reason
+            )
+            return xla(chunk)
+    return kernel
+
+
+def trouble() -> str:
+    """Why the kernel of the default device cannot be used here; "" if it can, or there is none."""
+    kernel = _OF_PLATFORM.get(jax.default_backend())
+    if kernel is None:
+        return ""
     try:
         with ThreadPoolExecutor(1) as apart:  # whatever this thread is tracing
             wrong = apart.submit(error_of, kernel).result()
     except Exception as broken:
-        reason = f"it does not run here ({type(broken).__name__}: {broken})"
-    else:
-        if wrong < 2e-2:
-            return kernel
-        reason = f"its results here are wrong by {wrong:.2g} of their size"
-    logging.warning("attention over a mesh uses XLA and not %s: %s", kernel.name, reason)
-    return xla(chunk)
+        return f"it does not run here ({type(broken).__name__}: {broken})"
+    return "" if wrong < 2e-2 else f"its results here are wrong by {wrong:.2g} of their size"
 
 
 def error_of(kernel: Kernel, length: int = 256, head_dim: int = 64) -> float:

@@ -6,10 +6,12 @@ until `planner.profile` has seen a run. `local` measures instead.
 
 import dataclasses
 import functools
+import json
 import math
 import re
 
 from jaxrl_eff import hardware as machine
+from jaxrl_eff import peers
 
 GIB = 2.0**30
 USABLE = 0.92  # of a device's memory: the rest is the runtime's, and lost between arrays
@@ -217,16 +219,32 @@ def parse(text: str) -> Cluster:
     return tpus(name, chips, slices)
 
 
-@functools.cache
 def local(*, measured: bool = True) -> Cluster:
     """This process's devices. CPUs are measured (about 2 s); others are looked up and counted.
 
+    Processes that met (`peers.group`) must all call it, in the same order: what the first one
+    measured counts for all of them, with the least memory that any has.
+
     Args:
-        measured: False gives CPUs rates that are usual for a core, the same in every process.
+        measured: False gives CPUs rates that are usual for a core.
 
     Raises:
         ValueError: an accelerator that the tables do not know.
     """
+    return _local(measured, peers.group())
+
+
+@functools.cache
+def _local(measured: bool, group: peers.Group | None) -> Cluster:
+    mine = _here(measured)
+    if group is None:
+        return mine
+    every = group.exchange(f"cluster {measured}", json.dumps(dataclasses.asdict(mine)))
+    first, *others = (Cluster(**json.loads(text)) for text in every)
+    return first.with_(memory_bytes=min(c.memory_bytes for c in (first, *others)))
+
+
+def _here(measured: bool) -> Cluster:
     import jax
 
     kind, devices = jax.devices()[0].device_kind.lower(), jax.device_count()
