@@ -299,8 +299,8 @@ class Scheduled:
         """The schedule of a batch, which all processes call the same; None when asked to stop."""
         key = f"schedule {which}"
         if self._peers is not None and self._peers.process:
-            told = self._peers.hear(key, self._stop.is_set)
-            return None if told is None else heard(told[0], lengths, cost=self._cost, **self._mesh)
+            said = self._peers.hear(key, self._stop.is_set)
+            return None if said is None else heard(said[0], lengths, cost=self._cost, **self._mesh)
         found = skrull.plan(lengths, **self._mesh, cost=self._cost, shapes=self._shapes)
         if self._peers is not None:
             self._peers.tell(key, told(found))

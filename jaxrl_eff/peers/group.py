@@ -208,6 +208,7 @@ class Group:
             self._lose(who, f"process {who} was silent for {self.wait:g} s")
         except (OSError, ValueError):
             self._lose(who, f"process {who} ended without a word")
+        link.close()
         with self._changed:
             self._parted.add(who)
             self._changed.notify_all()

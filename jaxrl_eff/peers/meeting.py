@@ -15,6 +15,8 @@ from jaxrl_eff.peers.link import Link, PeerLost
 
 GREETING = "jaxrl_eff processes 1"
 SHOWN = 60  # characters of a value in a message
+QUIET = 2.0  # seconds of waiting that nobody is told of
+LATE = 3.0  # seconds in which more processes may come to hear that they were started wrongly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,56 +106,65 @@ def _listener(place: Place) -> socket.socket:
 def _gathered(
     listener: socket.socket, place: Place, facts: Mapping[str, str], say: Callable[[str], None]
 ) -> dict[int, Link]:
-    """A link to every other process; all are told if something is wrong."""
+    """A link to every other process; all that came are told if something is wrong."""
     links: dict[int, Link] = {}
+    every, extra, wrong = {0: facts}, [], ""
     told, until = False, time.monotonic() + place.wait
-
-    def refuse(kind: type[Exception], message: str, *more: Link) -> Exception:
-        for link in (*links.values(), *more):
-            link.offer({"refused": message, "lost": kind is PeerLost})
-            link.close()
-        return kind(message)
-
-    every = {0: facts}
     while missing := [i for i in range(1, place.processes) if i not in links]:
         left = until - time.monotonic()
         if left <= 0:
-            raise refuse(
-                PeerLost,
-                f"no answer from {_named(missing)} after {place.wait:g} s at --coordinator="
-                f"{place.coordinator}, where --processes={place.processes} should meet.",
-            )
-        if not told and left < place.wait - 2:
+            break
+        if not told and not wrong and left < place.wait - QUIET:
             say(f"waiting for {_named(missing)} at {place.coordinator}, up to {place.wait:g} s")
             told = True
-        listener.settimeout(min(left, 0.5))
-        try:
-            sock, _ = listener.accept()
-        except TimeoutError:
+        found = _greeted(listener, left)
+        if found is None:
             continue
-        link = Link(sock)
-        try:
-            hello = link.receive(min(left, 5))
-            if hello["greeting"] != GREETING:
-                raise ValueError(hello["greeting"])
-            who, count, theirs = int(hello["process"]), int(hello["processes"]), hello["facts"]
-        except (OSError, ValueError, KeyError, TypeError):
-            link.close()  # somebody else's
-            continue
-        if count != place.processes:
-            raise refuse(
-                ValueError,
-                f"--processes is {place.processes} on process 0 and {count} on process {who}.",
-                link,
-            )
+        link, who, count, theirs = found
         if who in links and links[who].gone():
             links.pop(who).close()  # it was started anew
-        if who in links or not 0 < who < place.processes:
-            raise refuse(ValueError, f"two processes were started with --process={who}.", link)
-        links[who], every[who] = link, theirs
-    if message := differences([every[i] for i in range(place.processes)]):
-        raise refuse(ValueError, message)
+        if count != place.processes:
+            problem = f"--processes is {place.processes} on process 0 and {count} on process {who}."
+        elif who in links or not 0 < who < place.processes:
+            problem = f"two processes were started with --process={who}."
+        else:
+            links[who], every[who], problem = link, theirs, ""
+        if problem:
+            extra.append(link)
+            wrong = wrong or problem
+            until = min(until, time.monotonic() + LATE)  # who comes now shall hear of it
+    kind: type[Exception] = ValueError
+    if not wrong and missing:
+        kind, wrong = (
+            PeerLost,
+            f"no answer from {_named(missing)} after {place.wait:g} s at --coordinator="
+            f"{place.coordinator}, where --processes={place.processes} should meet.",
+        )
+    if wrong := wrong or differences([every[i] for i in range(place.processes)]):
+        for link in (*links.values(), *extra):
+            link.offer({"refused": wrong, "lost": kind is PeerLost})
+            link.close()
+        raise kind(wrong)
     return links
+
+
+def _greeted(
+    listener: socket.socket, seconds: float
+) -> tuple[Link, int, int, Mapping[str, str]] | None:
+    """The next process that comes: a link, which it is, of how many, its facts; None if none is."""
+    listener.settimeout(min(seconds, 0.5))
+    try:
+        link = Link(listener.accept()[0])
+    except TimeoutError:
+        return None
+    try:
+        hello = link.receive(min(seconds, 5))
+        if hello["greeting"] != GREETING:
+            raise ValueError(hello["greeting"])
+        return link, int(hello["process"]), int(hello["processes"]), dict(hello["facts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        link.close()  # somebody else's
+        return None
 
 
 def _come(
@@ -170,7 +181,7 @@ def _come(
         "facts": dict(facts),
     }
     while (left := until - time.monotonic()) > 0:
-        if not told and left < place.wait - 2:
+        if not told and left < place.wait - QUIET:
             say(f"waiting for --coordinator={place.coordinator}, up to {place.wait:g} s")
             told = True
         try:
