@@ -158,6 +158,8 @@ def _opened(
     )
     closing.callback(checkpoints.close)
     record = checkpoints.peek()
+    found = "none" if record is None else f"stage {record['stage']}, step {record['step']}"
+    startup.agree("workdir", {f"the checkpoint in {workdir}": found})  # and all are assembled
     resume = {"resume_step": 0, "resume_stage": "", "evaluated": True}
     if record is not None:
         names = [s.name for s in assembled.stages]

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from jaxrl_eff import arguments, host, peers, settings
+from jaxrl_eff import arguments, host, identity, peers, settings
 
 WAIT = 60  # seconds
 # Environment variables that change what JAX computes.
@@ -182,12 +182,14 @@ _kept: list[Any] = []  # handlers that C may call as long as the process lives
 
 
 def facts(run: settings.Run) -> dict[str, str]:
-    """What must be equal on all processes of a run, by name: its config, versions, environment."""
+    """What must be equal on all processes: config, files, versions, environment, by name."""
     values = dataclasses.asdict(run)
     values |= values.pop("stage")
     out = dict(line.split(" = ", 1) for line in arguments.flat(values))
     for name in [n for n in out if n.startswith("config.wandb.")]:  # may be secret
         out[name] = f"(hidden, {hashlib.sha256(out[name].encode()).hexdigest()[:8]})"
+    contents = identity.contents_of(run)
+    out |= {f"the contents of {path}": digest for path, digest in contents.items()}
     for package in _VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             out[f"the version of {package}"] = importlib.metadata.version(package)

@@ -205,7 +205,6 @@ def _run_stage(
         if pending is not None:
             log(pending)
             pending = None
-<<<<<<< HEAD
 
     with out.interrupts.training():
         while at.step < total:
@@ -243,33 +242,6 @@ def _run_stage(
                 flush()
                 stage, models = _replanned(stage, models, calibration, out)
                 log.restart(stage)
-=======
-            shown = stage.step.shown(data)
-            log.samples(at.step, evaluate.responses(shown, stage.source, assembled.tokenizer, 16))
-        score = None
-        if (every and at.step % every == 0) or (at.step == total and stage.evaluation is not None):
-            if pending is not None:
-                log(pending)
-                pending = None
-            score = measure(stage, models, "eval")
-            log.pause()
-        stop = _asked_to_stop(stopping, at.offset + at.step)
-        if at.step == total or stop or (out.every and at.step % out.every == 0):
-            if pending is not None:
-                log(pending)
-                pending = None
-            save(score)
-            log.pause()
-        if stop and (at.step < total or not last):
-            out.checkpoints.wait()
-            raise Stopped(f"stage {name}, step {at.step} of {total}")
-        if calibration is not None and at.step < total and calibration.due(at.step):
-            if pending is not None:
-                log(pending)
-                pending = None
-            stage, models = _replanned(stage, models, calibration, out)
-            log.restart(stage)
->>>>>>> 9db31fd (Processes of a run meet, agree and notice each other's end: peers; schedules, rates and kernels are the first process's)
     out.console.end_stage()
     if log.spans:
         spans = [dataclasses.asdict(s) for s in log.spans]

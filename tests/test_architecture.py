@@ -11,16 +11,11 @@ PACKAGE = ROOT / "jaxrl_eff"
 
 # Every file may import those of its own line and of the lines above; but optim only itself.
 RANKS = (
-<<<<<<< HEAD
-    ("shapes", "tree", "masked", "meters", "edges", "hardware", "host", "arrays", "operations"),
-    ("schema", "running", "agreement", "files", "fields"),
-=======
     (
         *("shapes", "tree", "masked", "meters", "edges", "hardware", "host", "arrays"),
         *("operations", "peers"),
     ),
-    ("schema", "running", "agreement", "files"),
->>>>>>> 9db31fd (Processes of a run meet, agree and notice each other's end: peers; schedules, rates and kernels are the first process's)
+    ("schema", "running", "agreement", "files", "fields"),
     ("optim",),
     ("models", "parallel", "data"),
     ("rollout", "graph", "rewards", "timeline", "deltas"),
