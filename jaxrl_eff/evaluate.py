@@ -9,10 +9,11 @@ import numpy as np
 
 from jaxrl_eff import arrays, dataflow
 from jaxrl_eff.algorithms.policy import PROMPTS, ROLLOUT
-from jaxrl_eff.data import loader
+from jaxrl_eff.data import loader, text
 from jaxrl_eff.data.tokenizer import Tokenizer
 from jaxrl_eff.dataflow import Graph, Model, Placement, Spec, Step
 from jaxrl_eff.models import LMConfig
+from jaxrl_eff.rewards import verify
 from jaxrl_eff.rollout import Sampling, sample
 
 
@@ -127,7 +128,8 @@ class Evaluation:
         rows = responses(self.step.shown(data), self.source, self.tokenizer)
         rows = [r for r in rows if 0 <= r["example"] < self.problems]
         for row in rows:
-            row["reward"] = float(self.reward(self.source[row["example"]], row["completion"]))
+            index = row["example"]
+            row["reward"] = verify.score(self.reward, self.source[index], index, row["completion"])
         total = np.array([sum(r["reward"] for r in rows), len(rows)], np.float64)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
@@ -147,15 +149,10 @@ def responses(
         start = int(chosen.argmax()) if chosen.any() else len(tokens)
         row = {
             "example": int(mine["example"][i]),
-            "prompt": tokenizer.decode(_text(tokens[:start], tokenizer)),
-            "completion": tokenizer.decode(_text(tokens[chosen], tokenizer)),
+            "prompt": text.said(tokenizer, tokens[:start].tolist()),
+            "completion": text.said(tokenizer, tokens[chosen].tolist()),
         }
         if "score" in mine:
             row["reward"] = float(mine["score"][i])
         out.append(row)
     return out
-
-
-def _text(tokens: np.ndarray, tokenizer: Tokenizer) -> list[int]:
-    hidden = {tokenizer.bos, tokenizer.pad, *tokenizer.stop}
-    return [int(t) for t in tokens if int(t) not in hidden]

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 
 from jaxrl_eff import arguments, host
 from jaxrl_eff.data.chat import render_chat
-from jaxrl_eff.data.tokenizer import Tokenizer, decode_stream, load_tokenizer
+from jaxrl_eff.data.text import decode_stream
+from jaxrl_eff.data.tokenizer import Tokenizer, load_tokenizer
 from jaxrl_eff.models import LMConfig, apply, unembed, unstack
 from jaxrl_eff.models.hf import config_from_hf, load_hf
 from jaxrl_eff.models.logits import Warp

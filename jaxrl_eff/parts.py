@@ -143,7 +143,7 @@ def sampling_of(s: StageSettings, name: str, tokenizer: Tokenizer) -> Sampling |
 
 
 def reward_fn(reward: RewardSettings) -> Callable:
-    """The function of the text that a reward's settings name.
+    """The function of the text that a reward's settings name; its `__name__` is that name.
 
     Raises:
         ValueError: an unknown name or option.
@@ -151,9 +151,15 @@ def reward_fn(reward: RewardSettings) -> Callable:
     if reward.name not in REWARDS:
         raise ValueError(f"the reward is {reward.name!r}; there are {['model', *REWARDS]}.")
     try:
-        return REWARDS[reward.name](**reward.options)
+        fn = REWARDS[reward.name](**reward.options)
     except TypeError as error:
         raise ValueError(f"options of the reward {reward.name!r}: {error}.") from None
+
+    def named(example: dict[str, Any], response: str) -> float:
+        return fn(example, response)
+
+    named.__name__ = reward.name
+    return named
 
 
 def roles_of(

@@ -12,7 +12,7 @@ turns either into a `tokenizer.json`.
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -22,7 +22,6 @@ from jaxrl_eff import fields
 from jaxrl_eff.data import tokenizer_files as files
 
 _SPECIAL = ("<pad>", "<bos>", "<eos>")
-_CONTEXT = 16  # tokens of the past that may change how the next one looks
 
 
 @runtime_checkable
@@ -259,28 +258,6 @@ def load_tokenizer(
         origin=str(directory),
         settings=settings,
     )
-
-
-def decode_stream(
-    tokenizer: Tokenizer, ids: Iterable[int], *, after: Sequence[int] = ()
-) -> Iterator[str]:
-    """Pieces of text as ids arrive; joined, they are what `ids` add to the text of `after`.
-
-    A piece is held back while it ends inside a character: its bytes may be spread over several
-    tokens. Each step decodes a window of a few tokens, since what a token looks like depends on
-    the one before it (a leading space), so that the cost does not grow with the length.
-    """
-    seen = [int(i) for i in after[-_CONTEXT:]]
-    start, done = 0, len(seen)  # seen[start:done] is the left context, already shown
-    for i in ids:
-        seen.append(int(i))
-        shown, text = tokenizer.decode(seen[start:done]), tokenizer.decode(seen[start:])
-        if len(text) > len(shown) and not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            start, done = done, len(seen)
-    rest = tokenizer.decode(seen[start:])[len(tokenizer.decode(seen[start:done])) :]
-    if rest:
-        yield rest
 
 
 def _write_json(path: Path, value: Any) -> None:

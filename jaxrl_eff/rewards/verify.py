@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_eff.data.text import said
+
 Example = dict[str, Any]
 Reward = Callable[[Example, str], float]
 
@@ -21,6 +23,7 @@ Reward = Callable[[Example, str], float]
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(rf"(?<![\w.])[-+−]?\$?[-−]?(?:{_DIGITS})(?:\s?/\s?\d+(?!\d|\.\d))?")
 _TEX_FRACTION = re.compile(r"([-−]?)\\[dt]?frac\{(\d{1,100})\}\{(\d{1,100})\}")
+_LARGEST = float(np.finfo(np.float32).max)
 _LONGEST = 100  # characters of a number; longer ones are no answer, and slow to compare
 
 
@@ -172,18 +175,18 @@ def host_reward(
         source: what the loader read, which `example` indexes. Filler rows, where `example` is -1,
             score 0.
         tokenizer: decodes the response.
-        stop: ids not shown to `fn` at the end of a response; the tokenizer's `stop` by default.
+        stop: ids that end a response, not shown to `fn`; the tokenizer's `stop` by default.
         prefix: of the arrays read, such as "greedy_".
         writes: name of the array written.
 
     Returns:
         `(batch, key) -> {writes: float32 [B]}`, which reads tokens [B, T], mask [B, T] and
-        example [B] as numpy arrays. The response is the tokens whose mask is 1, in order.
+        example [B] as numpy arrays. The response is the text of the tokens whose mask is 1, as
+        `data.text.said` reads them.
 
     Raises:
-        ValueError: on use, `fn` raised or gave no finite number; names example and response.
+        ValueError: on use, `fn` raised or gave no finite float32; names example and response.
     """
-    ends = set(tokenizer.stop if stop is None else stop)
 
     def call(batch: dict[str, np.ndarray], key: Any = None) -> dict[str, np.ndarray]:
         del key
@@ -193,28 +196,39 @@ def host_reward(
         scores = np.zeros(len(tokens), np.float32)
         for row, index in enumerate(example.tolist()):
             if index >= 0:
-                response = respond(tokens[row], mask[row])
-                scores[row] = _score(fn, source[index], index, response)
+                response = said(tokenizer, tokens[row][mask[row] > 0].tolist(), stop=stop)
+                scores[row] = score(fn, source[index], index, response)
         return {writes: scores}
-
-    def respond(tokens: np.ndarray, mask: np.ndarray) -> str:
-        ids = tokens[mask > 0].tolist()
-        while ids and ids[-1] in ends:
-            ids.pop()
-        return tokenizer.decode(ids)
 
     return call
 
 
-def _score(fn: Reward, example: Example, index: int, response: str) -> float:
-    where = f"the reward of example {index} for the response {response!r:.200}"
+def score(fn: Reward, example: Example, index: int, response: str) -> float:
+    """The reward of one response, refused if training could not use it.
+
+    Args:
+        fn: the reward; messages call it by its `__name__`.
+        example: what it is given.
+        index: the example's row, for messages.
+        response: text of the response.
+
+    Raises:
+        ValueError: `fn` raised, or gave what is not a finite float32; names reward, example and
+            response.
+    """
+    name = getattr(fn, "__name__", "")
+    known = name.isidentifier() and name != "reward"  # neither a lambda nor one of this module's
+    where = f"the reward {name!r}" if known else "the reward"
+    where += f" of example {index} for the response {response!r:.200}"
     try:
-        score = float(fn(example, response))
+        value = float(fn(example, response))
     except Exception as error:
         raise ValueError(f"{where} raised {type(error).__name__}: {error}") from error
-    if not math.isfinite(score):
-        raise ValueError(f"{where} is {score}, not a finite number.")
-    return score
+    if not math.isfinite(value):
+        raise ValueError(f"{where} is {value}, not a finite number.")
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{where} is {value}, but float32 ends at {_LARGEST:.8g}.")
+    return value
 
 
 def _fraction(text: str) -> Fraction | None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_eff.data.tokenizer import CharTokenizer, decode_stream, load_tokenizer
+from jaxrl_eff.data.text import decode_stream, said
+from jaxrl_eff.data.tokenizer import CharTokenizer, load_tokenizer
 
 DATA = Path(os.environ.get("JAXRL_EFF_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -98,7 +99,7 @@ def test_streamed_rubbish_is_the_decoded_rubbish(byte_tokenizer, ids):
     ids = [i for i in ids if i < byte_tokenizer.vocab]
     streamed = "".join(decode_stream(byte_tokenizer, ids))
     # Bytes that are no text may be grouped otherwise; the text among them is the same.
-    whole = byte_tokenizer.decode(ids)
+    whole = said(byte_tokenizer, ids)
     assert streamed.replace("\ufffd", "") == whole.replace("\ufffd", "")
 
 
@@ -107,6 +108,37 @@ def test_no_half_characters_are_shown(byte_tokenizer):
     assert len(ids) > 3
     assert list(decode_stream(byte_tokenizer, ids)) == ["a", "😀", "b"]
     assert list(decode_stream(byte_tokenizer, ids[:3])) == ["a", "\ufffd"]
+
+
+def test_what_is_said_hides_ends_and_padding_but_nothing_inside():
+    toy = CharTokenizer("0123456789")
+    five, seven = toy.encode("57")
+    pad, bos, eos = toy.pad, toy.bos, toy.eos
+    for ids, text in (
+        ([five, seven, eos], "57"),
+        ([pad, bos, five, seven, eos, pad, pad], "57"),
+        ([five, eos, seven, eos], "5<eos>7"),
+        ([five, pad, pad, seven], "5<pad><pad>7"),
+        ([eos, five], "<eos>5"),
+        ([five, bos], "5<bos>"),
+        ([eos, bos, five], "<eos><bos>5"),
+        ([eos], ""),
+        ([], ""),
+    ):
+        assert said(toy, ids) == text
+        assert "".join(decode_stream(toy, ids)) == text
+    assert said(toy, [five, seven], stop=[seven]) == "5"
+    assert "".join(decode_stream(toy, [seven], after=[bos, five, eos])) == "7"
+
+
+def test_special_tokens_that_a_model_says_are_text(tmp_path):
+    save_bytes_tokenizer(tmp_path, bos_token="<|im_end|>", add_bos_token=True)
+    tok = load_tokenizer(tmp_path)
+    assert tok.bos == tok.eos
+    ids = [tok.bos, *tok.encode("<|im_start|>a"), tok.eos]
+    assert said(tok, ids) == "<|im_start|>a"
+    assert said(tok, [tok.eos, tok.eos]) == ""
+    assert said(tok, [*tok.encode("a"), tok.eos, *tok.encode("b"), tok.pad]) == "a<|im_end|>b"
 
 
 def test_special_tokens_of_the_files(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 
 from jaxrl_eff import edges
 from jaxrl_eff.data import sources, toys
-from jaxrl_eff.data.tokenizer import CharTokenizer
+from jaxrl_eff.data.text import said
+from jaxrl_eff.data.tokenizer import CharTokenizer, load_tokenizer
 from jaxrl_eff.rewards import verify
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
@@ -144,7 +145,7 @@ def test_weighted_is_the_weighted_sum():
 
 def batch_of(tokenizer, responses, examples, prompt="1>"):
     """Rows as a generate call writes them: prompt, response, padding."""
-    width = 16
+    width = 48
     tokens = np.zeros((len(responses), width), np.int32)
     mask = np.zeros((len(responses), width), np.float32)
     for row, ids in enumerate(responses):
@@ -186,6 +187,53 @@ def test_a_failing_reward_names_example_and_response():
     infinite = verify.host_reward(lambda e, r: float("nan"), [{}, {}], tokenizer)
     with pytest.raises(ValueError, match="'42' is nan, not a finite number"):
         infinite(batch, None)
+
+
+def test_a_reward_that_float32_cannot_hold_is_refused_by_name():
+    tokenizer = CharTokenizer(toys.ALPHABET)
+    batch = batch_of(tokenizer, [tokenizer.encode("42")], [0])
+    for value in (1e39, -1e39, float("inf"), 10**400):
+
+        def huge(example, response, value=value):
+            return value
+
+        with pytest.raises(ValueError, match=r"the reward 'huge' of example 0 for .*'42'"):
+            verify.host_reward(huge, [{}], tokenizer)(batch)
+    largest = float(np.finfo(np.float32).max)
+    kept = verify.host_reward(lambda e, r: largest, [{}], tokenizer)(batch)["score"]
+    assert kept[0] == largest
+    with pytest.raises(ValueError, match="but float32 ends at"):
+        verify.score(lambda e, r: 1e39, {}, 0, "")
+
+
+def test_tags_that_are_special_tokens_reach_the_reward(tmp_path):
+    tokenizer = tagged_tokenizer(tmp_path)
+    form = verify.tagged("think", "answer")
+    call = verify.host_reward(form, [{}], tokenizer)
+    good = tokenizer.encode("<think>a</think><answer>5</answer>")
+    for ids, score in (
+        ([*good, tokenizer.eos], 1),
+        (good, 1),
+        ([tokenizer.eos, *good, tokenizer.eos], 0),
+        ([*good[:-2], tokenizer.eos, *good[-2:]], 1),
+        (good[:-1], 0),
+    ):
+        assert call(batch_of(tokenizer, [ids], [0], prompt="1"))["score"][0] == score
+    assert verify.numeric()({"answer": "57"}, said(tokenizer, good)) == 0
+
+
+def tagged_tokenizer(directory):
+    """A tokenizer of bytes whose special tokens are the end and the tags of R1's format."""
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {c: i for i, c in enumerate(letters)}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(["</s>", "<think>", "</think>", "<answer>", "</answer>"])
+    inner.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return load_tokenizer(directory)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the data that lies beside the repository")
