@@ -155,7 +155,7 @@ def reward_fn(reward: RewardSettings) -> Callable:
     except TypeError as error:
         raise ValueError(f"options of the reward {reward.name!r}: {error}.") from None
 
-    def named(example: dict[str, Any], response: str) -> float:
+    def named(example: Any, response: str) -> Any:
         return fn(example, response)
 
     named.__name__ = reward.name

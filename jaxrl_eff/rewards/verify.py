@@ -2,29 +2,29 @@ r"""Rewards that a rule can compute: text in, number out.
 
 A reward is a function `(example, response) -> float`; the ones here are made by functions that
 take the field names and settings, and `weighted` adds them up. Numbers are compared as exact
-fractions. Nothing a model wrote is ever executed, nor used as a pattern. Left out: symbolic
-equality of formulas, and running code, which needs a sandbox outside this process.
+fractions; `symbolic` compares formulas. Nothing a model wrote is ever executed, nor used as a
+pattern. Left out: running code, which needs a sandbox outside this process.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterable
+from decimal import Decimal
 from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
 from jaxrl_eff.data.text import said
+from jaxrl_eff.rewards import answers
+from jaxrl_eff.rewards.answers import boxed as boxed
+from jaxrl_eff.rewards.answers import number as number
 
 Example = dict[str, Any]
 Reward = Callable[[Example, str], float]
 
-# Thousands are grouped by commas in threes, or not at all: "3,4" is two numbers.
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-_NUMBER = re.compile(rf"(?<![\w.])[-+−]?\$?[-−]?(?:{_DIGITS})(?:\s?/\s?\d+(?!\d|\.\d))?")
-_TEX_FRACTION = re.compile(r"([-−]?)\\[dt]?frac\{(\d{1,100})\}\{(\d{1,100})\}")
 _LARGEST = float(np.finfo(np.float32).max)
-_LONGEST = 100  # characters of a number; longer ones are no answer, and slow to compare
 
 
 def exact(*, field: str = "answer", strip: bool = True) -> Reward:
@@ -52,45 +52,9 @@ def numeric(*, field: str = "answer", anywhere: bool = True) -> Reward:
     """
 
     def reward(example: Example, response: str) -> float:
-        truth = example.get(field)
-        exactly = isinstance(truth, int | float)
-        want = Fraction(str(truth)) if exactly else number(_text(example, field))
-        if want is None:
-            raise ValueError(f"field {field!r} holds no number: {truth!r:.80}.")
-        return float(number(response, anywhere=anywhere) == want)
+        return float(number(response, anywhere=anywhere) == _truth(example, field))
 
     return reward
-
-
-def number(text: str, *, anywhere: bool = True) -> Fraction | None:
-    r"""The number that a text gives as its answer, exactly; None if it gives none.
-
-    It stands after the last `####`, or else in the last `\boxed{}`, or else is the text's last
-    number. Dollar signs, commas between thousands, a trailing dot or percent sign are ignored;
-    `1/2`, `\frac{1}{2}` and `-$3.50` are understood, and `1e5` is not.
-    """
-    which = -1
-    if "####" in text:
-        text, which = text.rpartition("####")[2], 0
-    elif (inside := boxed(text)) is not None:
-        text = inside
-    elif not anywhere:
-        return None
-    text = _TEX_FRACTION.sub(r"\1\2/\3", text).replace("\\$", "$")
-    found = [match.group() for match in _NUMBER.finditer(text)]
-    return _fraction(found[which]) if found else None
-
-
-def boxed(text: str) -> str | None:
-    r"""What the last closed `\boxed{...}` of a text holds, braces within included; or None."""
-    found, opened = None, []
-    for brace in re.finditer(r"\\boxed\{|\\[{}]|[{}]", text):
-        if brace.group() in ("\\boxed{", "{"):
-            opened.append((brace.group() != "{", brace.end()))
-        elif brace.group() == "}" and opened:
-            is_box, begin = opened.pop()
-            found = text[begin : brace.start()] if is_box else found
-    return found
 
 
 def matches(pattern: str) -> Reward:
@@ -231,20 +195,40 @@ def score(fn: Reward, example: Example, index: int, response: str) -> float:
     return value
 
 
-def _fraction(text: str) -> Fraction | None:
-    text = re.sub(r"[$,\s+]", "", text).replace("−", "-")
-    if len(text) > _LONGEST or text.startswith("--"):
-        return None
-    top, _, bottom = text.partition("/")
-    if bottom and not int(bottom):
-        return None
-    return Fraction(top) / int(bottom or 1)
+def _truth(example: Example, field: str) -> Fraction:
+    """The number of the example's field.
+
+    Raises:
+        ValueError: there is none.
+    """
+    value = _field(example, field)
+    if isinstance(value, str):
+        found = answers.truth(value)
+    elif isinstance(value, bool) or not isinstance(value, Real | Decimal):
+        found = None
+    elif isinstance(value, Integral):
+        found = Fraction(int(value))
+    else:  # as it is written: 0.1 is 1/10
+        found = Fraction(str(value)) if math.isfinite(value) else None
+    if found is None:
+        raise ValueError(
+            f"field {field!r} holds no number: {value!r:.80}; it may be a number, a text that is "
+            "one, or a text whose number stands behind '####' or in '\\boxed{}'."
+        )
+    return found
+
+
+def _field(example: Example, field: str) -> Any:
+    if field not in example:
+        raise ValueError(f"there is no field {field!r}; there is {sorted(map(str, example))}.")
+    return example[field]
 
 
 def _text(example: Example, field: str) -> str:
-    if field not in example:
-        raise ValueError(f"there is no field {field!r}; there is {sorted(map(str, example))}.")
-    return str(example[field])
+    value = _field(example, field)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"field {field!r} is {value!r:.80}, neither text nor a number.")
+    return str(value)
 
 
 def _words(text: str) -> list[str]:
