@@ -21,7 +21,7 @@ from jaxrl_eff.dataflow import Adaptation, Graph, Spec
 from jaxrl_eff.models import LMConfig, lora, params
 from jaxrl_eff.optim import optimizer, warmup_then
 from jaxrl_eff.parallel import Changes, ladder
-from jaxrl_eff.rewards import verify
+from jaxrl_eff.rewards import symbolic, verify
 from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.schema import build
 from jaxrl_eff.settings import RewardSettings, StageSettings
@@ -45,6 +45,7 @@ ALGORITHMS: dict[str, tuple[Any, type, str]] = {
 REWARDS: dict[str, Callable[..., Callable]] = {
     "exact": verify.exact,
     "numeric": verify.numeric,
+    "math": symbolic.math,
     "matches": verify.matches,
     "tagged": lambda names: verify.tagged(*names),
     "contains": verify.contains,

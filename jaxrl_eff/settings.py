@@ -195,8 +195,8 @@ class RewardSettings:
 
     Attributes:
         name: "model" (a reward model of this run or a directory), or a function of the text:
-            "gold", "digit_share", "exact", "numeric", "matches", "tagged", "contains",
-            "word_share", "length_penalty".
+            "gold", "digit_share", "exact", "numeric", "math" (formulas, by math-verify), "matches",
+            "tagged", "contains", "word_share", "length_penalty".
         options: the function's arguments.
     """
 

@@ -149,7 +149,9 @@ def test_a_reward_that_fails_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setitem(parts.REWARDS, "broken", lambda: broken)
     run = launch.config("algorithm=rloo,every=1", "rloo.reward.name=broken")
-    with pytest.raises(ValueError, match=r"the reward of example \d+ .* raised KeyError: 'answer'"):
+    with pytest.raises(
+        ValueError, match=r"the reward 'broken' of example \d+ .* raised KeyError: 'answer'"
+    ):
         launch.train(run, tmp_path)
 
 

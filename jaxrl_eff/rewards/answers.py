@@ -79,6 +79,16 @@ def boxed(text: str) -> str | None:
     return found and text[slice(*found)]
 
 
+def marked(text: str) -> str | None:
+    r"""The text behind the last `####` or in the last `\boxed{}`, whichever is later; or None."""
+    box, at = _box(text), text.rfind("####")
+    if at > (box[0] if box else -1):
+        line = text[at:].lstrip("#").lstrip().partition("\n")[0].strip()
+        if line or box is None:
+            return line
+    return text[slice(*box)] if box else None
+
+
 def _box(text: str) -> tuple[int, int] | None:
     found, opened = None, []
     for brace in _BOX.finditer(text):

@@ -125,7 +125,8 @@ def spellings(value):
             yield rf"{minus}\frac {top} {bottom}"
         whole, rest = divmod(top, bottom)
         if whole and rest:
-            yield f"{minus}{whole} {rest}/{bottom}"
+            if rest < 100:  # 1 234/567 may be of thousands
+                yield f"{minus}{whole} {rest}/{bottom}"
             yield rf"{minus}{whole}\frac{{{rest}}}{{{bottom}}}"
         if bottom == 1:
             yield f"{minus}{top}"
