@@ -132,7 +132,7 @@ def test_what_is_said_hides_ends_and_padding_but_nothing_inside():
 
 
 def test_special_tokens_that_a_model_says_are_text(tmp_path):
-    save_bytes_tokenizer(tmp_path, bos_token="<|im_end|>", add_bos_token=True)
+    save_bytes_tokenizer(tmp_path, bos_token="<|im_end|>")
     tok = load_tokenizer(tmp_path)
     assert tok.bos == tok.eos
     ids = [tok.bos, *tok.encode("<|im_start|>a"), tok.eos]
