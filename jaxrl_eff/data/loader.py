@@ -212,20 +212,22 @@ class Loader:
         self._drawn, self._counts = state["drawn"], dict(state["counts"])
         self._pool = [replace(self._read(self._indices()[at]), at=at) for at in state["waiting"]]
 
-    def stats(self) -> dict[str, float]:
-        """Of all batches so far, over all processes.
+    def stats(self, state: dict[str, Any] | None = None) -> dict[str, float]:
+        """Of all batches so far, over all processes; or of those before an earlier `state`.
 
         Returns:
             `padding`, share of positions that hold no token; `learned`, share of tokens whose
             mask is 1; `epochs`, passes over the source, with a fraction; and counts: `batches`,
             `examples` used, `dropped` (= `overlong` + `empty` + `remainder`), `truncated`.
         """
-        c = self._counts
+        c, drawn = self._counts, self._drawn
+        if state is not None:
+            c, drawn = state["counts"], state["drawn"]
         counts = {k: c[k] for k in ("batches", "examples", "overlong", "empty", "remainder")}
         return {
             "padding": 1.0 - c["tokens"] / max(c["positions"], 1),
             "learned": c["learned"] / max(c["tokens"], 1),
-            "epochs": self._drawn / self._order["examples"],
+            "epochs": drawn / self._order["examples"],
             "dropped": c["overlong"] + c["empty"] + c["remainder"],
             "truncated": c["truncated"],
             **counts,

@@ -243,9 +243,9 @@ class Scheduled:
         }
 
     def stats(self) -> dict[str, float]:
-        """As `Loader.stats`, of batches drawn; padding is that of the batch given last."""
+        """As `Loader.stats`, of batches given; padding is that of the batch given last."""
         padding = quality(self.schedule).padding if self.schedule is not None else 0.0
-        return {**self._loader.stats(), "padding": padding}
+        return {**self._loader.stats(self.state()), "padding": padding}
 
     def measured(self, schedule: Schedule, seconds: float) -> None:
         """Tells how long a batch took.
