@@ -249,12 +249,12 @@ def asked(
     if len(fit) == problems:
         return sources.subset(held_out, fit), ()
     reasons = (
-        (sum(n > limit for n in lengths), f"too long for data.prompt_length={limit} (up to "
-         f"{max(lengths):,} tokens)"),
+        (sum(n > limit for n in lengths), f"longer than data.prompt_length={limit}, up to "
+         f"{max(lengths):,} tokens"),
         (lengths.count(0), "without a token"),
     )  # fmt: skip
-    what = " and ".join(f"{n:,} {why}" for n, why in reasons if n)
-    what = f"of {problems:,} held-out problems {what}"
+    why = "; ".join(f"{n:,} {reason}" for n, reason in reasons if n)
+    what = f"{problems - len(fit):,} of {problems:,} held-out problems cannot be asked ({why})"
     if not fit:
         raise ValueError(f"{what}: nothing is left to be asked.")
     if data.overlong == "error":

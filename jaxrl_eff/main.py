@@ -179,6 +179,9 @@ def _opened(
     if scheduled:
         writer.document("schedule", {s.name: s.told() for s in scheduled})
     console.header(f"jaxrl_eff: {' → '.join(run.stages)}", summary.facts(assembled, workdir))
+    for stage in assembled.stages:
+        for note in stage.notes:
+            console.warn(f"{stage.name}: {note}")
     for change in me.changes:
         console.warn(f"this run goes on although {change}")
     heard.phase = "restoring"
@@ -203,13 +206,15 @@ def _conclude(assembled: Any, done: Any, workdir: Path, out: Any) -> bool:
 
     run, console, writer = assembled.run, out.console, out.writer
     seconds = time.perf_counter() - _BEGAN
-    console.table("result", ["", "value"], summary.table(done, seconds))
+    console.table("result", ["", "value"], summary.table(assembled, done, seconds))
     summary.show_change(done, console)
     untrained = summary.untrained(run, done.withheld)
     passed = summary.expectation(run, done.results) and not untrained
     result = {
         "results": done.results,
         "withheld": done.withheld,
+        "data": summary.data(assembled, done),
+        "notes": {s.name: list(s.notes) for s in assembled.stages if s.notes},
         "expected": dataclasses.asdict(run.expect),
         "passed": passed,
         "seconds": seconds,

@@ -25,6 +25,8 @@ WATCHED = (
 # Rates are taken over a few steps, since the clock of a single one waits for a thread to be
 # scheduled.
 RATE_STEPS = 5
+# What is told of a loader's counts.
+COUNTED = ("examples", "epochs", "dropped", "empty", "truncated")
 
 
 class NonFinite(ArithmeticError):
@@ -54,6 +56,7 @@ class Dispatched:
         lengths: `[N]`, tokens of the sequences (sft, pairs) or prompts of its batch: of this
             process's share, or of all with a schedule.
         schedule: of a scheduled batch.
+        counts: examples used, dropped and so on up to this batch, as `Loader.stats`.
     """
 
     step: int
@@ -61,6 +64,7 @@ class Dispatched:
     times: StepTimes
     lengths: np.ndarray
     schedule: Schedule | None = None
+    counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def lengths(batch: Any) -> np.ndarray:
@@ -147,6 +151,7 @@ class StepLog:
         self._window.append((max(end, self._window[-1][0]), tokens, flops))
         if done.schedule is not None:
             values |= self._of_schedule(done.schedule)
+        values |= {f"data/{k}": float(done.counts[k]) for k in COUNTED if k in done.counts}
         elapsed = self._window[-1][0] - self._window[0][0]
         tokens, flops = (sum(row[i] for row in list(self._window)[1:]) for i in (1, 2))
         # Steps of microseconds can seem to end together, and have no rate then.

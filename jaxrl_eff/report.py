@@ -214,10 +214,29 @@ def _summary(result: Mapping[str, Any]) -> str:
     table = _table(columns or [], rows) if rows else ""
     results = result.get("results")
     pairs = list(results.items()) if isinstance(results, Mapping) else []
-    named = {"title", "passed", "expected", "rows", "columns", "results"}
+    named = {"title", "passed", "expected", "rows", "columns", "results", "data", "notes"}
     pairs += [(k, v) for k, v in result.items() if k not in named and v is not None]
+    pairs += _of_data(result)
     more = _table([], pairs, kind="pairs") if pairs else ""
     return f"<section><h2>Result</h2>{table}{more}</section>" if table or more else ""
+
+
+def _of_data(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What became of each stage's examples, in words."""
+    out = []
+    for name in ("data", "notes"):
+        stages = result.get(name)
+        for stage, value in stages.items() if isinstance(stages, Mapping) else ():
+            if isinstance(value, Mapping):
+                told = ", ".join(f"{k} {v:g}" for k, v in value.items() if _is_number(v))
+                out.append((f"{name} of {stage}", told))
+            elif isinstance(value, list):
+                out += [(f"note on {stage}", str(note)) for note in value]
+    return out
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _curves(steps: Sequence[Mapping[str, Any]], colors: Mapping[str, Colors]) -> str:

@@ -73,12 +73,33 @@ def scheduled_rows(told: dict[str, Any]) -> str:
     return "; ".join(out)
 
 
-def table(done: Any, seconds: float) -> list[list[Any]]:
+def data(assembled: Any, done: Any) -> dict[str, dict[str, float]]:
+    """What became of each stage's examples, and of how many problems held-out rewards are means.
+
+    Returns:
+        stage -> `examples`, `epochs`, `dropped`, ... as of `Loader.stats`; and, if the stage is
+        evaluated, `problems`, how many should be asked, and `problems_asked`.
+    """
+    out = {name: dict(counts) for name, counts in done.counts.items()}
+    for stage in assembled.stages:
+        if (e := stage.evaluation) is not None:
+            asked = {"problems": e.wanted, "problems_asked": e.problems}
+            out[stage.name] = out.get(stage.name, {}) | asked
+    return out
+
+
+def table(assembled: Any, done: Any, seconds: float) -> list[list[Any]]:
     """Rows of the final table: held-out rewards, what the last steps measured, memory, time."""
     rows: list[list[Any]] = []
+    of = {s.name: s.evaluation.of_how_many for s in assembled.stages if s.evaluation is not None}
     for key, value in done.results.items():
         name, _, when = key.partition("/")
-        rows.append([f"held-out reward {'before' if 'before' in when else 'after'} {name}", value])
+        when = "before" if "before" in when else "after"
+        rows.append([f"held-out reward {when} {name}{of.get(name, '')}", value])
+    for name, counts in done.counts.items():
+        for what in ("dropped", "truncated"):
+            if counts[what]:
+                rows.append([f"examples {what}, {name}", int(counts[what])])
     for name, values in done.summary.items():
         for metric, label in (
             ("ref_kl", "KL to the reference, nats a response"),

@@ -23,7 +23,7 @@ from jaxrl_eff.interrupts import Interrupts, Stopped
 from jaxrl_eff.metrics import Writer
 from jaxrl_eff.parallel import Route
 from jaxrl_eff.planner import profile
-from jaxrl_eff.progress import Dispatched, StepLog, lengths
+from jaxrl_eff.progress import COUNTED, Dispatched, StepLog, lengths
 from jaxrl_eff.settings import Run
 from jaxrl_eff.stages import Assembled, Stage, words
 
@@ -49,6 +49,7 @@ class Position:
         results: see `Finished`.
         evaluated: whether the evaluation that is due after `step`, if any, is among the results.
         withheld: "stage/call" -> steps whose update was withheld.
+        counts: see `Finished`; of finished stages.
     """
 
     index: int = 0
@@ -57,6 +58,7 @@ class Position:
     results: dict[str, float] = dataclasses.field(default_factory=dict)
     evaluated: bool = True
     withheld: dict[str, int] = dataclasses.field(default_factory=dict)
+    counts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Finished:
         models, stage: of the last stage.
         summary: stage -> last metrics.
         withheld: "stage/call" -> steps whose update was withheld.
+        counts: stage -> what became of its examples, see `progress.COUNTED`.
     """
 
     results: dict[str, float]
@@ -77,6 +80,7 @@ class Finished:
     stage: Stage
     summary: dict[str, dict[str, float]]
     withheld: dict[str, int]
+    counts: dict[str, dict[str, float]]
 
 
 def fit(assembled: Assembled, out: Outlets) -> Finished:
@@ -98,7 +102,7 @@ def fit(assembled: Assembled, out: Outlets) -> Finished:
         at.index, at.step, at.offset = at.index + 1, 0, at.offset + stage.settings.steps
         models = None
     out.checkpoints.wait()
-    return Finished(at.results, samples, models, stage, summary, at.withheld)
+    return Finished(at.results, samples, models, stage, summary, at.withheld, at.counts)
 
 
 def _restored(
@@ -124,6 +128,7 @@ def _restored(
         results=dict(record["results"]),
         evaluated=record["evaluated"],
         withheld=dict(record["withheld"]),
+        counts=dict(record["counts"]),
     )
     assembled.stages[index].loader.restore(record["data"])
     out.console.line(f"resumed at stage {record['stage']}, step {record['step']}")
@@ -186,6 +191,7 @@ def _run_stage(
             "results": at.results,
             "evaluated": at.evaluated,
             "withheld": at.withheld | {f"{name}/{c}": n for c, n in log.withheld.items()},
+            "counts": at.counts | {name: _counts(stage)},
         }
         whole = state.shared({"models": models, "shelf": shelf})
         out.checkpoints.save(at.offset + at.step, whole, record)
@@ -248,6 +254,7 @@ def _run_stage(
         out.writer.document("timeline", {name: spans}, merge=True)
     summary[name] = log.last
     at.withheld |= {f"{name}/{call}": n for call, n in log.withheld.items()}
+    at.counts[name] = _counts(stage)
     stage.loader.close()
     return models
 
@@ -255,7 +262,13 @@ def _run_stage(
 def _dispatched(stage: Stage, step: int, metrics: Any, batch: Any) -> Dispatched:
     schedule = getattr(stage.loader, "schedule", None)
     found = lengths(batch) if schedule is None else schedule.lengths
-    return Dispatched(step, metrics, stage.step.timeline.newest, found, schedule)
+    times = stage.step.timeline.newest
+    return Dispatched(step, metrics, times, found, schedule, _counts(stage))
+
+
+def _counts(stage: Stage) -> dict[str, float]:
+    """What became of the examples of a stage up to the newest batch."""
+    return {k: v for k, v in stage.loader.stats().items() if k in COUNTED}
 
 
 def _evaluates(stage: Stage, step: int) -> bool:
@@ -360,9 +373,11 @@ def _measure(out: Outlets, at: Position, samples: dict[str, list]):
         key = f"{stage.name}/{kind}"
         at.results[key], samples[key] = score, rows
         step = at.offset + at.step
-        out.writer.step(step, stage.name, {kind: score})
+        few = {f"{kind}_problems": held_out.problems} if held_out.of_how_many else {}
+        out.writer.step(step, stage.name, {kind: score, **few})
         out.writer.samples(step, stage.name, [{**r, "held_out": True} for r in rows[:16]])
-        out.console.line(f"{stage.name}: held-out reward {score:.3f} after {at.step} steps")
+        told = f"held-out reward {score:.3f}{held_out.of_how_many}"
+        out.console.line(f"{stage.name}: {told} after {at.step} steps")
         return score
 
     return measure

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxrl_eff import examples, settings, stages
+from jaxrl_eff import examples, main, metrics, settings, stages
 from jaxrl_eff.data import sources
 from jaxrl_eff.data.encode import encode_prompt
 from jaxrl_eff.data.tokenizer import CharTokenizer
@@ -49,8 +49,8 @@ def test_dropped_rows_and_problems_are_told_at_assembly(tmp_path):
     )
     assert stage.notes == (
         "90 of 100 examples are dropped: longer than data.length=16 (up to 63 tokens)",
-        "of 8 held-out problems 4 too long for data.prompt_length=4 (up to 61 tokens): left out of "
-        "the mean",
+        "4 of 8 held-out problems cannot be asked (4 longer than data.prompt_length=4, up to 61 "
+        "tokens): left out of the mean",
     )
     assert stage.evaluation.of_how_many == " of 4 of 8 problems"
     assert len(stage.evaluation.source) == stage.evaluation.problems == 4
@@ -86,8 +86,8 @@ def test_problems_that_do_not_fit_are_left_out_by_name():
     found, notes = asked(["1>", PAD, "2>", "", "3333>"])
     assert [e["prompt"] for e in found] == ["1>", "2>"]
     assert notes == (
-        "of 5 held-out problems 2 too long for data.prompt_length=4 (up to 60 tokens) and 1 "
-        "without a token: left out of the mean",
+        "3 of 5 held-out problems cannot be asked (2 longer than data.prompt_length=4, up to 60 "
+        "tokens; 1 without a token): left out of the mean",
     )
     # Nothing beyond the problems takes their place.
     assert len(asked(["1>", PAD, "2>"], problems=2)[0]) == 1
@@ -96,10 +96,12 @@ def test_problems_that_do_not_fit_are_left_out_by_name():
 
 def test_problems_that_cannot_be_asked_are_refused():
     with pytest.raises(
-        ValueError, match=r"of 2 held-out problems 1 too long .* data.overlong is 'error'"
+        ValueError, match=r"1 of 2 held-out problems cannot be asked .* data.overlong is 'error'"
     ):
         asked(["1>", PAD], overlong="error")
-    with pytest.raises(ValueError, match=r"of 2 held-out problems 2 too long .* nothing is left"):
+    with pytest.raises(
+        ValueError, match=r"2 of 2 held-out problems cannot be asked .* nothing is left"
+    ):
         asked([PAD, PAD])
     with pytest.raises(ValueError, match=r"the prompt of held-out problem 1 fails: 'x'"):
         asked(["1>", "x"])
@@ -154,3 +156,41 @@ def test_no_prompt_holds_the_answer(tmp_path, kind):
         assert len(text) == 3 and text.endswith("1>")
     made.loader.close()
     assert made.notes == ()
+
+
+def test_what_is_dropped_is_told_from_the_header_to_the_report(tmp_path, capsys):
+    held_out = jsonl(tmp_path / "e.jsonl", rows(*[">"] * 4, *[PAD] * 4))
+    train = jsonl(tmp_path / "t.jsonl", rows(*[f"{i}>" if i < 3 else PAD for i in range(9)]))
+    stage = dict(
+        algorithm="sft",
+        steps=2,
+        batch=8,
+        plan=dict(default=dict(devices=1)),
+        data=dict(source="jsonl", path=train, format="completion", length=16, prompt_length=4),
+        optim=dict(actor=dict(lr=1e-3)),
+        evaluate=dict(
+            problems=8,
+            data=held_out,
+            max_tokens=2,
+            reward=dict(name="matches", options=dict(pattern=".*")),
+        ),
+    )
+    run = dict(seed=0, tokenizer="chars:0123456789>", model=dict(shape=SHAPE), stages=("sft",))
+    run |= dict(sft=stage, export=False)
+    assert main.train(settings.run(run), tmp_path / "run")
+    told = " ".join(capsys.readouterr().out.split())
+    assert "warning: sft: 6 of 9 examples are dropped: longer than data.length=16" in told
+    assert "warning: sft: 4 of 8 held-out problems cannot be asked" in told
+    assert "held-out reward 1.000 of 4 of 8 problems after 2 steps" in told
+    steps = [r["values"] for r in metrics.read(tmp_path / "run" / "metrics.jsonl")]
+    assert [v["data/dropped"] for v in steps if "data/dropped" in v][-1] >= 10
+    assert steps[-1]["eval_problems"] == 4
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    counts = result["data"]["sft"]
+    assert counts["problems"] == 8 and counts["problems_asked"] == 4
+    last = [v for v in steps if "data/dropped" in v][-1]
+    assert counts["dropped"] == last["data/dropped"] and counts["truncated"] == 0
+    assert counts["examples"] == last["data/examples"] >= 2
+    assert len(result["notes"]["sft"]) == 2
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "problems_asked 4" in page and "6 of 9 examples are dropped" in page
