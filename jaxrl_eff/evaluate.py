@@ -1,4 +1,8 @@
-"""Held-out generation and scoring: the same graph machinery, with one call."""
+"""Held-out generation and scoring: the same graph machinery, with one call.
+
+Problems are asked a few rows at a time by one compiled program, so that memory does not grow with
+their number. What is sampled for a problem depends on its number alone, not on the rows beside it.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,18 +20,23 @@ from jaxrl_eff.models import LMConfig
 from jaxrl_eff.rewards import verify
 from jaxrl_eff.rollout import Sampling, sample
 
+# The random numbers of a row are those of its problem.
+ASKED = f"{PROMPTS} prompt_row"
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Answers to held-out problems, scored by a function of the text. Made by `of`.
 
     Attributes:
+        calls: batches that hold all problems.
         problems: how many are asked; `wanted`: how many should have been.
         notes: why these differ, in words.
     """
 
     step: Step
     loader: loader.Loader
+    calls: int
     source: Any
     reward: Callable[[Mapping[str, Any], str], float]
     tokenizer: Tokenizer
@@ -51,6 +60,7 @@ class Evaluation:
         reward: Callable,
         tokenizer: Tokenizer,
         seed: int,
+        batch: int = 0,
         wanted: int | None = None,
         notes: tuple[str, ...] = (),
     ) -> "Evaluation":
@@ -60,7 +70,7 @@ class Evaluation:
             lm: the model that answers.
             spec: its parameters.
             sampling: how; temperature 0 is greedy.
-            placement: where; its microbatches do not matter.
+            placement: where; its microbatches and what it offloads do not matter.
             source: held-out examples; the first `problems` are used.
             encode: example -> prompt ids.
             problems: how many.
@@ -68,19 +78,21 @@ class Evaluation:
             reward: (example, response) -> number.
             tokenizer: for the response's text.
             seed: of sampling at a temperature.
+            batch: problems that are asked at once, at most; 0: all.
             wanted, notes: see the attributes; by default all problems are asked.
         """
-        placement = dataclasses.replace(placement, microbatches=1)
+        placement = dataclasses.replace(placement, microbatches=1, offload="")
         call = dataflow.generate(
-            "actor_gen", of="actor", fn=sample(lm, sampling), reads=PROMPTS, writes=ROLLOUT
+            "actor_gen", of="actor", fn=sample(lm, sampling), reads=ASKED, writes=ROLLOUT
         )
         step = dataflow.compile(
-            Graph(PROMPTS, (call,)),
+            Graph(ASKED, (call,)),
             {"actor_gen": placement},
             {"actor": spec._replace(tx=None)},
             keep="tokens mask example",
         )
-        rows = -(-problems // placement.row_shards) * placement.row_shards
+        rows = min(problems, batch or problems)
+        rows = -(-rows // placement.row_shards) * placement.row_shards
         batches = loader.batches(
             source,
             encode=encode,
@@ -95,7 +107,10 @@ class Evaluation:
             threads=0,
         )
         wanted = problems if wanted is None else wanted
-        return cls(step, batches, source, reward, tokenizer, problems, seed, wanted, notes)
+        return cls(
+            step, batches, -(-problems // rows), source, reward, tokenizer, problems, seed, wanted,
+            notes,
+        )  # fmt: skip
 
     @property
     def of_how_many(self) -> str:
@@ -114,18 +129,13 @@ class Evaluation:
             Mean over all processes; rows of prompt, completion and reward.
         """
         self.loader.restore({**self.loader.state(), "drawn": 0, "waiting": []})
-        batch = next(self.loader)
-        if not self.step.built:
-            count = self.step.share[1]
-            self.step.build(
-                {
-                    k: jax.ShapeDtypeStruct((v.shape[0] * count, *v.shape[1:]), v.dtype)
-                    for k, v in batch.items()
-                }
-            )
-        key = np.array([self.seed % 2**32, 0], np.uint32)
-        _, data, _ = self.step({"actor": Model(params_)}, batch, key)
-        rows = responses(self.step.shown(data), self.source, self.tokenizer)
+        key, rows = np.array([self.seed % 2**32, 0], np.uint32), []
+        for _ in range(self.calls):
+            batch = next(self.loader)
+            batch["prompt_row"] = np.maximum(batch["prompt_example"], 0)
+            self._build(batch)
+            _, data, _ = self.step({"actor": Model(params_)}, batch, key)
+            rows += responses(self.step.shown(data), self.source, self.tokenizer)
         rows = [r for r in rows if 0 <= r["example"] < self.problems]
         for row in rows:
             index = row["example"]
@@ -136,6 +146,17 @@ class Evaluation:
 
             total = np.asarray(multihost_utils.process_allgather(total)).sum(0)
         return float(total[0] / max(total[1], 1)), rows
+
+    def _build(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Compiles the step for batches of which this is one process's share."""
+        if not self.step.built:
+            count = self.step.share[1]
+            self.step.build(
+                {
+                    k: jax.ShapeDtypeStruct((v.shape[0] * count, *v.shape[1:]), v.dtype)
+                    for k, v in batch.items()
+                }
+            )
 
 
 def responses(

@@ -82,4 +82,5 @@ def evaluation(
             reward=score,
             tokenizer=tokenizer,
             seed=run.seed,
+            batch=e.batch or s.batch * (sampling.samples if sampling else 1),
         )

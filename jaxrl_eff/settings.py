@@ -215,6 +215,7 @@ class EvalSettings:
         reward: a function of the text, as in `RewardSettings`.
         max_tokens: of a response; 0 takes the stage's sampling.
         temperature: 0 is greedy.
+        batch: problems asked at once, at most; 0: as many rows as a step of the stage has.
         data: a file of its own with held-out examples, parquet or JSON lines by its suffix; ""
             uses the stage's held-out part.
     """
@@ -225,6 +226,7 @@ class EvalSettings:
     reward: RewardSettings = RewardSettings(name="gold")
     max_tokens: Natural = 0
     temperature: NonNegative = 0.0
+    batch: Natural = 0
     data: str = ""
 
 
