@@ -8,9 +8,9 @@ import time
 
 import launch
 import pytest
-from launch import cache  # noqa: F401 (fixture)
+from launch import cache, compiled_once  # noqa: F401 (fixtures)
 
-from jaxrl_eff import interrupts
+from jaxrl_eff import evaluate, export, interrupts, main, progress, report, stages, state, stored
 
 ROOT = launch.ROOT
 
@@ -84,6 +84,40 @@ def test_a_closed_standard_output_takes_everything():
     )
     done = subprocess.run(f'exec >&-; {sys.executable} -c "{code}"', shell=True, cwd=ROOT)
     assert done.returncode == 0
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_sigterm_counts_in_every_phase(tmp_path, monkeypatch, capsys):
+    """One run that is asked to stop in each of them in turn, and continued."""
+    run = launch.config("algorithm=sft,steps=2,every=1,evaluate=1")
+    phases = [
+        (stages, "assemble", "assembly"),
+        (state, "initial", "the start of stage sft"),
+        (evaluate.Evaluation, "__call__", "the start of stage sft"),  # before the first step
+        (progress.StepLog, "__call__", "stage sft, step 2 of 2"),
+        (stored, "load", "restoring"),
+        (export, "write", "the export"),
+        (report, "write", "the report"),
+    ]
+    for owner, name, phase in phases:
+        with monkeypatch.context() as m:
+            of = getattr(owner, name)
+
+            def signalled(*args, of=of, **kwargs):
+                signal.raise_signal(signal.SIGTERM)
+                return of(*args, **kwargs)
+
+            m.setattr(owner, name, signalled)
+            assert main.train(run, tmp_path)
+        assert f"stopped at {phase}" in capsys.readouterr().out, phase
+        assert not (tmp_path / "result.json").exists() or phase in ("the export", "the report")
+    assert launch.train(run, tmp_path)
+    assert launch.document(tmp_path, "result")["export"]
+    evaluated = [v for _, _, v in launch.numbers(tmp_path) if "eval" in v]
+    assert len(evaluated) == 1 and (tmp_path / "report.html").is_file()
+    assert launch.train(run, tmp_path / "whole")
+    assert launch.export(tmp_path) == launch.export(tmp_path / "whole")
+    assert launch.numbers(tmp_path) == launch.numbers(tmp_path / "whole")
 
 
 def test_ctrl_c_saves_and_a_reader_that_leaves_does_not_matter(cache, tmp_path):  # noqa: F811
