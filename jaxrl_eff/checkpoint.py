@@ -100,6 +100,7 @@ class Checkpoints:
         self._saved: dict[str, weakref.ref[Array]] = {}  # what the last save was given
         self._still: tuple[int, frozenset[str]] = (-1, frozenset())  # a step, what is apart in it
         self._marks: dict[str, tuple[int, int]] = {}  # of the files of that part
+        self._last = -1  # the step saved or restored last
         self._pending: Future[None] | None = None
         self._broken = False  # whether a save has failed
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -163,11 +164,11 @@ class Checkpoints:
                 raise self._failed(step, saving, error) from error
             writing = opened.pop_all()
         self._saved = {name: weakref.ref(x) for name, x in arrays.items()}
-        self._still = step, still
+        self._still, self._last = (step, still), step
         self._pending = self._threads.submit(self._commit, step, saving, source, writing)
 
     def note(self, changes: dict[str, Any], *, score: float | int | None = None) -> None:
-        """Adds to the record of the checkpoint saved last what became known since.
+        """Adds to the record of the checkpoint saved or restored last what became known since.
 
         Args:
             changes: replace values of the record.
@@ -180,7 +181,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             ranked = {} if score is None or not math.isfinite(score) else {"score": score}
             noted = {"record": changes, **ranked}
-            manifest.write(self._path(self._still[0]) / "noted.json", noted)
+            manifest.write(self._path(self._last) / "noted.json", noted)
 
     def peek(self) -> dict[str, Any] | None:
         """The record of the newest good checkpoint, or None. No array is read into memory."""
@@ -210,6 +211,7 @@ class Checkpoints:
             if reason is None:
                 state, reason = self._tried(step, target, frozenset(meta.get("still", ())))
                 if reason is None:
+                    self._last = step
                     return Restored(step, state, meta["record"])
             self._refuse(step, reason)
         return None

@@ -340,6 +340,10 @@ def test_what_was_noted_belongs_to_the_record_and_ranks(open_run):
         run.note({"results": {"a": score}} if score == score else {"late": True}, score=score)
     assert steps_in(run.directory) == ["00000001", "00000003"]  # the newest and the best
     assert open_run().peek() == {"step": 3, "results": {}, "late": True}
+    again = open_run()
+    again.restore({"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    again.note({"late": False})
+    assert open_run().peek() == {"step": 3, "results": {}, "late": False}
     (run.directory / "00000003" / "noted.json").write_text("{")
     assert open_run().peek() == {"step": 3, "results": {}}
 
