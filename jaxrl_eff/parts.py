@@ -47,7 +47,7 @@ REWARDS: dict[str, Callable[..., Callable]] = {
     "numeric": verify.numeric,
     "math": symbolic.math,
     "matches": verify.matches,
-    "tagged": lambda names: verify.tagged(*names),
+    "tagged": lambda names: verify.tagged(*([names] if isinstance(names, str) else names)),
     "contains": verify.contains,
     "word_share": verify.word_share,
     "length_penalty": verify.length_penalty,

@@ -60,14 +60,30 @@ def numeric(*, field: str = "answer", anywhere: bool = True) -> Reward:
 def matches(pattern: str) -> Reward:
     """1 if the whole response matches the regular expression, in which a dot matches any character.
 
-    The pattern is the experimenter's: one with nested repetition may take exponential time.
+    The pattern is the experimenter's: one with nested repetition, such as `(a+)+b`, may take
+    exponential time.
+
+    Raises:
+        ValueError: the pattern is not a regular expression.
     """
-    compiled = re.compile(pattern, re.DOTALL)
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"pattern is {pattern!r}, no regular expression: {error}.") from None
     return lambda example, response: float(compiled.fullmatch(response) is not None)
 
 
 def tagged(*names: str) -> Reward:
-    """1 if the response is `<a>...</a> <b>...</b>` for the names in order, each tag once."""
+    """1 if the response is `<a>...</a> <b>...</b>` for the names in order, each tag once.
+
+    Raises:
+        ValueError: there is no name, one twice, or one that is no name of a tag.
+    """
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"names is {names}; it must be at least one name, and none twice.")
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[^\s<>/]+", name):
+            raise ValueError(f"{name!r} is no name of a tag.")
     blocks = r"\s*".join(rf"<{name}>.*?</{name}>" for name in map(re.escape, names))
     form = re.compile(rf"\s*{blocks}\s*", re.DOTALL)
     tags = [tag for name in names for tag in (f"<{name}>", f"</{name}>")]
@@ -117,7 +133,10 @@ def length_penalty(*, soft: int, hard: int, unit: str = "characters") -> Reward:
 
 
 def weighted(*parts: tuple[float | int, Reward]) -> Reward:
-    """The sum of weight * reward over (weight, reward) pairs."""
+    """The sum of weight * reward over (weight, reward) pairs; weights are finite."""
+    for weight, _ in parts:
+        if not math.isfinite(weight):
+            raise ValueError(f"a weight is {weight}, not a finite number.")
     return lambda example, response: sum(
         (w * float(fn(example, response)) for w, fn in parts), start=0.0
     )
@@ -238,8 +257,11 @@ def _words(text: str) -> list[str]:
 def _word_set(words: Iterable[str]) -> set[str]:
     if isinstance(words, str):
         raise ValueError(f"words is the text {words!r}; give a sequence of words.")
-    wanted = {word.lower() for word in words}
-    for word in wanted:
-        if _words(word) != [word]:
+    words = list(words)
+    for word in words:
+        if not isinstance(word, str) or _words(word) != [word.lower()]:
             raise ValueError(f"{word!r} is not one word, so no response could hold it.")
+    wanted = {word.lower() for word in words}
+    if not wanted:
+        raise ValueError("words is empty, so every response would be worth the same.")
     return wanted

@@ -89,15 +89,8 @@ def test_formulas_are_compared_in_any_thread():
 
 @installed
 @pytest.mark.parity
-@pytest.mark.parametrize("answer", ["10^{10^{9}}", "9^{9^{9^{9}}}"])
-def test_what_takes_too_long_scores_nothing_and_the_next_is_compared(answer):
-    assert score(r"\sqrt{2}", rf"\boxed{{{answer}}}", seconds=0.5) == 0.0
-    assert score(r"\sqrt{2}", r"\boxed{2^{1/2}}") == 1.0
-
-
-@installed
-@pytest.mark.parity
-def test_a_worker_that_was_killed_is_started_anew():
+def test_a_comparison_without_end_scores_nothing_and_the_next_is_made():
+    assert score(r"\sqrt{2}", r"\boxed{10^{10^{9}}}", seconds=0.5) == 0.0
     assert score(r"\sqrt{2}", r"\boxed{2^{1/2}}") == 1.0
     symbolic._workers[0].process.kill()
     symbolic._workers[0].process.wait()

@@ -4,11 +4,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrl_eff import edges
+from jaxrl_eff import edges, parts
 from jaxrl_eff.data import sources, toys
 from jaxrl_eff.data.text import said
 from jaxrl_eff.data.tokenizer import CharTokenizer, load_tokenizer
 from jaxrl_eff.rewards import verify
+from jaxrl_eff.settings import RewardSettings
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 
@@ -107,6 +108,23 @@ def test_words():
         verify.word_share(["ice cream"])
     with pytest.raises(ValueError, match="words is the text 'cat'"):
         verify.contains("cat")
+
+
+def test_rewards_that_would_say_nothing_are_refused_when_they_are_made():
+    for make, message in (
+        (lambda: verify.matches("("), r"pattern is '\(', no regular expression"),
+        (lambda: verify.matches("a{99999999999}"), "pattern is 'a{9+}', no regular"),
+        (lambda: verify.tagged(), r"names is \(\)"),
+        (lambda: verify.tagged("a", "a"), "none twice"),
+        (lambda: verify.tagged("<a>"), "'<a>' is no name of a tag"),
+        (lambda: verify.tagged(""), "'' is no name of a tag"),
+        (lambda: verify.contains([]), "words is empty"),
+        (lambda: verify.weighted((float("nan"), verify.exact())), "a weight is nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    one = parts.reward_fn(RewardSettings(name="tagged", options=dict(names="think")))
+    assert one({}, "<think>a</think>") == 1.0 and one({}, "<t>a</t>") == 0.0
 
 
 def test_length_penalty_by_hand():
