@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
 
@@ -13,6 +12,8 @@ def first_says(ask: Callable[[], int], failure: str) -> int:
         ask: called on process 0 alone; its answer is at least -1.
         failure: what the others say where it raises.
     """
+    import jax  # late: commands are understood before
+
     if jax.process_count() == 1:
         return ask()
     from jax.experimental import multihost_utils
@@ -33,6 +34,8 @@ def first_says(ask: Callable[[], int], failure: str) -> int:
 
 def everywhere(good: bool) -> bool:
     """Whether it is so on every process."""
+    import jax
+
     if jax.process_count() == 1:
         return good
     from jax.experimental import multihost_utils

@@ -28,9 +28,9 @@ from seed and step.
 import functools
 import logging
 import math
-import os
 import shutil
 import weakref
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ import jax
 import numpy as np
 
 from jaxrl_eff import files, manifest, stored
-from jaxrl_eff.agreement import everywhere, first_says
+from jaxrl_eff.agreement import first_says
 from jaxrl_eff.manifest import DELETING, SAVING
 from jaxrl_eff.manifest import crc as _crc
 from jaxrl_eff.shapes import Array
@@ -71,6 +71,7 @@ class Checkpoints:
         mode: str = "max",
         fingerprint: str | None,
         accepted: tuple[str, ...] = (),
+        guard: Callable[[], None] = lambda: None,
     ):
         """Touches nothing yet.
 
@@ -82,6 +83,7 @@ class Checkpoints:
             fingerprint: what must agree for a checkpoint to belong to this run. `None` accepts
                 any (to look at a run rather than continue it).
             accepted: fingerprints of older checkpoints that belong to it all the same.
+            guard: called before anything is written; raises if the directory is another run's now.
 
         Raises:
             ValueError: `keep`, `keep_best` or `mode` is out of range.
@@ -93,7 +95,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.messages: list[str] = []
         self._keep, self._keep_best, self._sign = keep, keep_best, 1 if mode == "max" else -1
-        self._fingerprint = fingerprint
+        self._fingerprint, self._guard = fingerprint, guard
         self._mine = None if fingerprint is None else (fingerprint, *accepted)
         self._refused: set[int] = set()
         self._verified: set[int] = set()
@@ -179,6 +181,7 @@ class Checkpoints:
         """
         self.wait()
         if jax.process_index() == 0:
+            self._guard()
             ranked = {} if score is None or not math.isfinite(score) else {"score": score}
             noted = {"record": changes, **ranked}
             manifest.write(self._path(self._last) / "noted.json", noted)
@@ -187,7 +190,7 @@ class Checkpoints:
         """The record of the newest good checkpoint, or None. No array is read into memory."""
         self.wait()
         step = self._newest()
-        return None if step is None else self._meta(step)["record"]
+        return None if step is None else manifest.meta(self._path(step))["record"]
 
     def restore(self, abstract: Any, *, partial: bool = False) -> Restored | None:
         """The newest good checkpoint, or None if there is none.
@@ -205,11 +208,12 @@ class Checkpoints:
         """
         self.wait()
         while (step := self._newest()) is not None:
-            meta = self._meta(step)
+            meta = manifest.meta(self._path(step))
             target = abstract(meta["record"]) if callable(abstract) else abstract
             reason = stored.difference(meta["leaves"], target, partial)
             if reason is None:
-                state, reason = self._tried(step, target, frozenset(meta.get("still", ())))
+                still = frozenset(meta.get("still", ()))
+                state, reason = stored.tried(self._path(step), target, still)
                 if reason is None:
                     self._last = step
                     return Restored(step, state, meta["record"])
@@ -265,6 +269,7 @@ class Checkpoints:
 
     def _begin(self, saving: Path, meta: dict[str, Any]) -> int:
         """Removes what kills left behind, and makes the directory of a new checkpoint."""
+        self._guard()
         files.directory(self.directory)
         for kind in (SAVING, DELETING):
             for step in manifest.steps(self.directory, kind):
@@ -285,24 +290,11 @@ class Checkpoints:
     def _path(self, step: int) -> Path:
         return self.directory / manifest.name(step)
 
-    def _meta(self, step: int) -> dict[str, Any]:
-        """The record.json of a checkpoint and what was noted later; a damaged note is none."""
-        meta = manifest.read(self._path(step) / "record.json")
-        try:
-            noted = manifest.read(self._path(step) / "noted.json")
-            return {**meta, **noted, "record": {**meta["record"], **noted["record"]}}
-        except (OSError, ValueError, TypeError, KeyError):
-            return meta
-
-    def _steps(self) -> list[int]:
-        """Newest first."""
-        return manifest.steps(self.directory)
-
     def _own(self) -> list[int]:
         """Steps whose checkpoints are this run's, newest first."""
         return [
             s
-            for s in self._steps()
+            for s in manifest.steps(self.directory)
             if manifest.ours(self._path(s)) and self._foreign(self._path(s)) is None
         ]
 
@@ -324,11 +316,12 @@ class Checkpoints:
             written = [p for p in saving.rglob("*") if p.is_file()]
             table = {str(p.relative_to(saving)): [p.stat().st_size, _crc(p)] for p in written}
             if source is not None:
-                shutil.copytree(source / "still", saving / "still", copy_function=_link)
+                files.linked(source / "still", saving / "still")
                 theirs = manifest.read(source / "manifest.json")
                 table |= {name: v for name, v in theirs.items() if name.startswith("still/")}
             if reason := manifest.lacking(saving):
                 raise OSError(f"not all of it is there: {reason}")
+            self._guard()
             manifest.write(saving / "manifest.json", table)
             self._adopt(step, saving)
             self._marks = manifest.marks(self._path(step) / "still")
@@ -341,7 +334,7 @@ class Checkpoints:
         if jax.process_count() == 1 and manifest.ours(saving):
             shutil.rmtree(saving, ignore_errors=True)
         return OSError(
-            f"checkpoint {self._path(step)} could not be written: {stored.reason(error)}. "
+            f"checkpoint {self._path(step)} could not be written: {stored.reason_of(error)}. "
             "Those before it stand; the same command continues from there."
         )
 
@@ -356,7 +349,7 @@ class Checkpoints:
     def _rotate(self, step: int) -> None:
         own = self._own()
         now = [s for s in own if s <= step]
-        scores = {s: self._meta(s)["score"] for s in now}
+        scores = {s: manifest.meta(self._path(s))["score"] for s in now}
         ranked = [s for s in now if scores[s] is not None]
         ranked.sort(key=lambda s: -self._sign * scores[s])
         kept = {*now[: self._keep], *ranked[: self._keep_best]}
@@ -384,13 +377,13 @@ class Checkpoints:
         """The newest step that process 0 finds whole and of this run."""
         found = first_says(self._first_good, f"{self.directory} could not be read")
         if jax.process_count() > 1:
-            self._refused |= {s for s in self._steps() if s > found}
+            self._refused |= {s for s in manifest.steps(self.directory) if s > found}
         return None if found < 0 else found
 
     def _first_good(self) -> int:
         """The newest step whose checkpoint is whole and of this run, or -1."""
         self._recover()
-        for step in self._steps():
+        for step in manifest.steps(self.directory):
             if step in self._refused:
                 continue
             path = self._path(step)
@@ -405,24 +398,3 @@ class Checkpoints:
     def _refuse(self, step: int, reason: str) -> None:
         self._refused.add(step)
         self.messages.append(f"checkpoint {self._path(step)} is refused: {reason}.")
-
-    def _tried(self, step: int, target: Any, still: frozenset[str]) -> tuple[Any, str | None]:
-        """The arrays, or why they cannot be restored; all processes agree."""
-        state, reason = None, None
-        try:
-            state = stored.load(self._path(step), target, still)
-        except Exception as error:
-            if stored.is_of_the_machine(error):
-                raise
-            reason = f"it cannot be restored: {stored.reason(error)}"
-        if everywhere(reason is None):
-            return state, None
-        return None, reason or "another process cannot restore it"
-
-
-def _link(source: str, target: str) -> None:
-    """A second name of a file; where the file system has no such thing, a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

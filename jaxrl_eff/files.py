@@ -14,12 +14,14 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 # Libraries take other characters for patterns, escapes or URLs somewhere; all take these.
 _PLAIN = re.compile(r"[A-Za-z0-9_./+=,@ -]*")
 _LONG = 1000
+_LEFT_S = 60.0  # a file that has not been written to for so long was left behind by a kill
 
 
 @contextlib.contextmanager
@@ -128,6 +130,18 @@ def directory(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def linked(source: Path, target: Path) -> None:
+    """A second directory with the same files; copies where the file system has no hard links."""
+    shutil.copytree(source, target, copy_function=_link)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def remove(path: str | os.PathLike[str]) -> None:
     """Removes a file, a link (not what it leads to) or a whole directory; nothing there is fine."""
     path = Path(path)
@@ -176,11 +190,20 @@ def _new(path: Path) -> Path:
     """Creates the file that will take the place of `path`."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     usual = path.with_name(f".{path.name}.partial")  # the same each time: a kill leaves one behind
-    usual.unlink(missing_ok=True)
+    if shared(usual) or _age(usual) > _LEFT_S:
+        usual.unlink(missing_ok=True)
     try:
         os.close(os.open(usual, flags, 0o666))
         return usual
-    except FileExistsError:  # of another process that is at it just now
+    except FileExistsError:  # of another process that may be at it just now
         other = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         os.close(os.open(other, flags, 0o666))
         return other
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was written to; 0 if there is none."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

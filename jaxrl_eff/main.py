@@ -18,12 +18,14 @@ import dataclasses
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
 
 from jaxrl_eff import arguments, host, identity, interrupts, settings, startup
+from jaxrl_eff.workdir import check_workdir, held
 
 _CONFIG = flags.DEFINE_string("config", None, "A file of configs/, FILE[:argument].")
 _CHANGES = flags.DEFINE_multi_string(arguments.FLAG, [], "--config.a.b=c sets a value of it.")
@@ -114,13 +116,16 @@ def train(
     check_workdir(workdir)
     first = jax.process_index() == 0
     with contextlib.ExitStack() as closing:
+        lock = closing.enter_context(held(workdir))
         stream = None
         if not first:  # only the first process speaks
             stream = closing.enter_context(open(os.devnull, "w", encoding="utf-8"))
         console = closing.enter_context(Console(quiet=quiet or not first, stream=stream))
         heard = closing.enter_context(interrupts.listening())
         try:
-            assembled, out = _opened(run, workdir, accept_changes, console, heard, closing)
+            assembled, out = _opened(
+                run, workdir, accept_changes, lock.check, console, heard, closing
+            )
             return _conclude(assembled, loop.fit(assembled, out), workdir, out)
         except interrupts.Stopped as stop:
             console.end_stage()
@@ -136,6 +141,7 @@ def _opened(
     run: settings.Run,
     workdir: Path,
     accept_changes: bool,
+    guard: Callable[[], None],
     console: Any,
     heard: interrupts.Interrupts,
     closing: contextlib.ExitStack,
@@ -155,6 +161,7 @@ def _opened(
         keep=run.checkpoint.keep,
         fingerprint=me.fingerprint,
         accepted=me.accepted,
+        guard=guard,
     )
     closing.callback(checkpoints.close)
     record = checkpoints.peek()
@@ -170,7 +177,7 @@ def _opened(
             "evaluated": record["evaluated"],
         }
     first = jax.process_index() == 0
-    writer = Writer(workdir, **resume, wandb=run.wandb or None, enabled=first)
+    writer = Writer(workdir, **resume, wandb=run.wandb or None, enabled=first, guard=guard)
     closing.callback(writer.close)
     writer.document("identity", me.document())
     writer.document("config", dataclasses.asdict(run))
@@ -186,16 +193,6 @@ def _opened(
         console.warn(f"this run goes on although {change}")
     heard.phase = "restoring"
     return assembled, loop.Outlets(console, writer, checkpoints, heard)
-
-
-def check_workdir(workdir: Path) -> None:
-    """Makes the directory. Every process does, so that all of them fail where one would."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise NotADirectoryError(f"--workdir={workdir}: there is a file of that name.") from None
-    if not os.access(workdir, os.W_OK | os.X_OK):
-        raise PermissionError(f"--workdir={workdir} cannot be written to.")
 
 
 def _conclude(assembled: Any, done: Any, workdir: Path, out: Any) -> bool:

@@ -221,6 +221,16 @@ def crc(path: Path) -> int:
     return total
 
 
+def meta(path: Path) -> dict[str, Any]:
+    """A checkpoint's record.json, with what was noted later; a note that is damaged is none."""
+    known = read(path / "record.json")
+    try:
+        noted = read(path / "noted.json")
+        return {**known, **noted, "record": {**known["record"], **noted["record"]}}
+    except (OSError, ValueError, TypeError, KeyError):
+        return known
+
+
 def write(path: Path, value: Any) -> None:
     """Writes JSON, and waits until it is on the disk."""
     files.write(path, json.dumps(value, allow_nan=False), durable=True)

@@ -8,12 +8,14 @@ that never stopped would have drawn.
 
 import json
 import math
-import os
+import socket
+import struct
 import time
-from collections.abc import Iterable, Mapping
-from io import TextIOBase
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from jaxrl_eff import files
 
 
 class Writer:
@@ -29,6 +31,7 @@ class Writer:
         tensorboard: bool = True,
         wandb: Mapping[str, Any] | None = None,
         enabled: bool = True,
+        guard: Callable[[], None] = lambda: None,
     ):
         """Opens, or creates, the run directory.
 
@@ -42,14 +45,16 @@ class Writer:
                 measured again, and its lines are removed.
             wandb: arguments of `wandb.init` (project, name, ...); None: no W&B.
             enabled: False writes nothing at all.
+            guard: called before anything is written; raises if the directory is another run's now.
 
         Raises:
             ImportError: W&B is asked for and not installed.
+            OSError: with the path, here and wherever something is written: it cannot be.
         """
         self._workdir = Path(workdir)
         self._enabled = enabled
         self._resume_step = resume_step
-        self._tensorboard = tensorboard
+        self._tensorboard, self._guard = tensorboard, guard
         self._events: Any = None
         self._wandb: Any = None
         if not enabled:
@@ -82,6 +87,7 @@ class Writer:
         """
         if not self._enabled:
             return
+        self._guard()
         values = {name: float(value) for name, value in values.items()}
         rates = {"tokens_per_s": tokens_per_s, "flops_per_s": flops_per_s, "mfu": mfu}
         rates = {name: float(rate) for name, rate in rates.items() if rate is not None}
@@ -94,7 +100,7 @@ class Writer:
             events = self._open_events()
             for name, value in flat.items():
                 if math.isfinite(value):  # others cannot be drawn
-                    events.add_scalar(name, value, step)
+                    events.scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(flat, step=step)
 
@@ -102,6 +108,7 @@ class Writer:
         """Writes one line a row: prompt, completion, reward and whatever else is in it."""
         if not self._enabled:
             return
+        self._guard()
         for row in rows:
             _append(self._samples, {"step": step, "stage": stage, **row})
 
@@ -113,10 +120,11 @@ class Writer:
         """
         if not self._enabled:
             return
+        self._guard()
         path = self._workdir / f"{name}.json"
         if merge and path.is_file():
             value = (_parse(path.read_text(encoding="utf-8")) or {}) | value
-        _replace(path, json.dumps(encodable(value), indent=1) + "\n")
+        files.write(path, json.dumps(encodable(value), indent=1) + "\n")
 
     def close(self) -> None:
         """Flushes and closes what is open. May be called twice."""
@@ -133,12 +141,45 @@ class Writer:
 
     def _open_events(self) -> Any:
         if self._events is None:
-            from tensorboardX import SummaryWriter  # slow to import: after the first step only
-
             purge = None if self._resume_step is None else self._resume_step + 1
-            directory = str(self._workdir / "tensorboard")
-            self._events = SummaryWriter(directory, purge_step=purge, flush_secs=10)
+            self._events = _Events(files.directory(self._workdir / "tensorboard"), purge)
         return self._events
+
+
+class _Events:
+    """A file of scalars that TensorBoard reads. Written at once and not by a thread of its own,
+    which would die of a full disk without a word and let the run wait for it."""
+
+    def __init__(self, directory: Path, purge: int | None):
+        """Creates the file; TensorBoard forgets what earlier files say of steps from `purge` on."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # slow to import: not before
+        from tensorboardX.record_writer import masked_crc32c
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar, self._crc = Event, scalar, masked_crc32c
+        now = time.time()
+        name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{time.monotonic_ns()}"
+        self._file = files.Growing(directory / name)
+        self._write(Event(wall_time=now, file_version="brain.Event:2"))
+        if purge is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=now, step=purge, session_log=start))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        """Adds one number."""
+        summary = self._scalar(name, value)
+        self._write(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _write(self, event: Any) -> None:
+        """Appends a record: its length and its bytes, each with a checksum."""
+        data = event.SerializeToString()
+        size = struct.pack("<Q", len(data))
+        sums = [struct.pack("<I", self._crc(part)) for part in (size, data)]
+        self._file.write(b"".join((size, sums[0], data, sums[1])))
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -186,20 +227,22 @@ def _parse(line: str) -> dict[str, Any] | None:
     return {name: _decoded(v) if name in numeric else v for name, v in row.items()}
 
 
-def _append(file: TextIOBase, row: Mapping[str, Any]) -> None:
+def _append(file: files.Growing, row: Mapping[str, Any]) -> None:
     file.write(json.dumps(encodable(row), allow_nan=False) + "\n")
-    file.flush()
 
 
-def _open(path: Path, step: int | None, stage: str | None, evaluated: bool) -> TextIOBase:
+def _open(path: Path, step: int | None, stage: str | None, evaluated: bool) -> files.Growing:
     if path.is_file():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [
             line for line in lines if (row := _parse(line)) and _counts(row, step, stage, evaluated)
         ]
-        if kept != lines or not path.read_bytes().endswith(b"\n"):
-            _replace(path, "".join(line + "\n" for line in kept))
-    return path.open("a", encoding="utf-8")
+        # A link is replaced by a file of this run's own, with the lines that are a run's.
+        if kept != lines or not path.read_bytes().endswith(b"\n") or files.shared(path):
+            files.write(path, "".join(line + "\n" for line in kept))
+    elif path.is_symlink():  # to nothing
+        path.unlink()
+    return files.Growing(path)
 
 
 def _counts(row: Mapping[str, Any], step: int | None, stage: str | None, evaluated: bool) -> bool:
@@ -209,12 +252,6 @@ def _counts(row: Mapping[str, Any], step: int | None, stage: str | None, evaluat
         return False
     held_out = "eval" in row.get("values", ()) or row.get("held_out") is True
     return evaluated or not held_out
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _wandb_run(workdir: Path, arguments: Mapping[str, Any]) -> Any:
@@ -228,5 +265,5 @@ def _wandb_run(workdir: Path, arguments: Mapping[str, Any]) -> Any:
     workdir.mkdir(parents=True, exist_ok=True)
     remembered = workdir / "wandb_id.txt"
     name = remembered.read_text().strip() if remembered.is_file() else wandb.util.generate_id()
-    remembered.write_text(name + "\n")
+    files.write(remembered, name + "\n")
     return wandb.init(**{"id": name, "resume": "allow", "dir": str(workdir), **arguments})

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrl_eff import arguments, charts, metrics
+from jaxrl_eff import arguments, charts, files, metrics
 from jaxrl_eff.console import clock, number
 
 FILES = (
@@ -69,7 +69,7 @@ def write(workdir: str | Path) -> Path:
     ]
     page = PAGE.format(title=_text(workdir.resolve().name), style=STYLE, script=SCRIPT)
     path = workdir / "report.html"
-    path.write_text(page.replace("<!--body-->", "\n".join(filter(None, body))), encoding="utf-8")
+    files.write(path, page.replace("<!--body-->", "\n".join(filter(None, body))))
     return path
 
 

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import files, manifest
+from jaxrl_eff.agreement import everywhere
 from jaxrl_eff.shapes import Array
 from jaxrl_eff.tree import flat
 
@@ -25,14 +27,33 @@ def writer() -> Any:
     import orbax.checkpoint as ocp
 
     if not os.environ.get("JAXRL_EFF_TRACEBACK"):
-        logging.getLogger("absl").addFilter(_said_elsewhere)
+        _keep_quiet()
     options = ocp.AsyncOptions(create_directories_asynchronously=False)
     return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=options)
 
 
+@functools.cache
+def _keep_quiet() -> None:
+    """Keeps what a failed save prints from threads off the terminal; the error itself is raised."""
+    for logger in ("absl", "asyncio"):
+        logging.getLogger(logger).addFilter(_said_elsewhere)
+    before = sys.unraisablehook
+
+    def hook(args: Any) -> None:
+        # Tensorstore ends writes for a loop that orbax has closed after the first that failed.
+        if str(args.exc_value) != "Event loop is closed":
+            before(args)
+
+    sys.unraisablehook = hook
+
+
 def _said_elsewhere(record: logging.LogRecord) -> bool:
-    """Lets all records pass but orbax' reports of errors, with stacks, that it raises as well."""
-    return not (record.exc_info and "orbax" in Path(record.pathname).parts)
+    """Lets all records pass but reports, with stacks, of errors that orbax raises as well.
+
+    Those of the many other writes that fail with the first one come from asyncio.
+    """
+    orbax = "orbax" in Path(record.pathname).parts
+    return not (record.exc_info and (orbax or "never retrieved" in record.getMessage()))
 
 
 def table(state: Any) -> dict[str, Array]:
@@ -49,6 +70,25 @@ def table(state: Any) -> dict[str, Array]:
     if not any(x.size for x in leaves.values()):
         raise ValueError("the state holds no array to save.")
     return leaves
+
+
+def tried(path: Path, target: Any, still: frozenset[str]) -> tuple[Any, str | None]:
+    """The arrays as by `load`, or in words why they cannot be restored; all processes agree.
+
+    Raises:
+        OSError, jax.errors.JaxRuntimeError, MemoryError: the reason lies not in the checkpoint.
+    """
+    state, reason = None, None
+    try:
+        state = load(path, target, still)
+    except Exception as error:
+        if _is_of_the_machine(error):
+            error.add_note(f"while reading the checkpoint {path}")
+            raise
+        reason = f"it cannot be restored: {reason_of(error)}"
+    if everywhere(reason is None):
+        return state, None
+    return None, reason or "another process cannot restore it"
 
 
 def load(path: Path, target: Any, still: frozenset[str]) -> Any:
@@ -125,15 +165,15 @@ def difference(saved: dict[str, Any], target: Any, partial: bool) -> str | None:
     return None
 
 
-def reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """An error in a few words; the system's own ones where it was the system's."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    found = re.search(r"\[OS error (\d+)", str(error))
-    return os.strerror(int(found[1])) if found else manifest.first_line(error)
+    found = re.search(r"\[OS error (\d+)|os_error_code=.(\d+)", str(error))
+    return os.strerror(int(found[1] or found[2])) if found else manifest.first_line(error)
 
 
-def is_of_the_machine(error: Exception) -> bool:
+def _is_of_the_machine(error: Exception) -> bool:
     """Whether an error of reading says nothing about what is read: no memory, no permission."""
     kinds = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)
     return isinstance(error, kinds) or str(error).startswith(_MACHINE)

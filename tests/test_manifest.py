@@ -1,7 +1,9 @@
 """Only what can be restored becomes a checkpoint; any path works; others' files are left alone."""
 
+import gc
 import json
 import os
+import resource
 import shutil
 
 import jax
@@ -240,6 +242,41 @@ def test_what_stands_under_a_name_that_is_needed_is_moved_and_not_deleted(tmp_pa
     for name in ("00000002", "saving-00000002", "deleting-00000001"):
         assert (tmp_path / f"{name}.aside-1" / "mine").read_text() == name
         assert f"{name} was no checkpoint and stood in the way" in caplog.text
+
+
+def test_what_cannot_be_written_is_one_line_and_loses_nothing(tmp_path, capfd):
+    """A bound on the size of files stands for a disk that is full; many writes fail at once."""
+
+    def many(step):
+        rng = np.random.default_rng(step)
+        return {f"x{n}": jnp.asarray(rng.normal(size=2000).astype(np.float32)) for n in range(40)}
+
+    run = Checkpoints(tmp_path, fingerprint="f")
+    run.save(1, many(1), {})
+    run.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            run.save(2, many(2), {})
+            run.wait()
+        run.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == (
+        f"checkpoint {tmp_path / '00000002'} could not be written: File too large. Those before it "
+        "stand; the same command continues from there."
+    )
+    assert sorted(os.listdir(tmp_path)) == ["00000001"]
+    gc.collect()
+    assert "Traceback" not in "".join(capfd.readouterr())
+    run = Checkpoints(tmp_path, fingerprint="f")
+    run.save(2, many(2), {})
+    like = {name: jax.ShapeDtypeStruct((2000,), jnp.float32) for name in many(2)}
+    got = run.restore(like)
+    assert got.step == 2
+    np.testing.assert_array_equal(got.state["x7"], many(2)["x7"])
+    run.close()
 
 
 def still_of(path):

@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxrl_eff import fields
 from jaxrl_eff.data import tokenizer_files as files
+from jaxrl_eff.files import replacing, write
 
 _SPECIAL = ("<pad>", "<bos>", "<eos>")
 
@@ -205,7 +206,8 @@ class FileTokenizer:
         if self.chat_template is not None:
             settings["chat_template"] = self.chat_template
         Path(directory).mkdir(parents=True, exist_ok=True)
-        self.inner.save(str(Path(directory) / "tokenizer.json"))
+        with replacing(Path(directory) / "tokenizer.json") as partial:
+            self.inner.save(str(partial))
         _write_json(Path(directory) / "tokenizer_config.json", settings)
 
 
@@ -262,4 +264,4 @@ def load_tokenizer(
 
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -12,7 +12,6 @@ file to a random generator for ever.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_eff import files
 from jaxrl_eff.deltas import coding
 from jaxrl_eff.deltas.delta import Delta, Entries
 from jaxrl_eff.deltas.tensors import read_file
@@ -63,12 +63,8 @@ def save(delta: Delta, path: str | PathLike[str], *, originals: bool = True) -> 
     }
     header["checksum"] = _checksum(header, arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with files.replacing(path) as partial:
         save_file(arrays, partial, metadata={_KEY: json.dumps(header)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path.stat().st_size
 
 

@@ -7,6 +7,7 @@ the host; the sizes, and with them a file's header, are known before any value i
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import fields, tree
+from jaxrl_eff import fields, files, tree
 from jaxrl_eff.models import params as lm_params
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.hf_export import config_to_hf
@@ -63,6 +64,7 @@ def save_hf(
 
     Raises:
         FileExistsError: the directory holds something that this function does not write.
+        NotADirectoryError: it is a link, or no directory.
         ValueError: the family's format cannot say what `cfg` says; parameters of another shape.
     """
     directory = Path(directory)
@@ -77,7 +79,7 @@ def save_hf(
     writer = jax.process_index() == 0
     partial = directory.with_name(f".{directory.name}.partial")
     if writer:
-        shutil.rmtree(partial, ignore_errors=True)
+        files.remove(partial)
         partial.mkdir(parents=True)
         _write_texts(partial, cfg, raw, tokenizer_from)
     _write_weights(partial if writer else None, list(_pieces(cfg, leaves)), leaves, shard_bytes)
@@ -90,8 +92,9 @@ def save_hf(
 
 
 def _refuse_foreign(directory: Path) -> None:
-    if not directory.exists():
+    if not os.path.lexists(directory):
         return
+    files.directory(directory)
     foreign = [p.name for p in directory.iterdir() if not _EXPORTED.fullmatch(p.name)]
     if foreign:
         raise FileExistsError(f"{directory} holds {sorted(foreign)[0]!r}; it would be lost.")
@@ -102,10 +105,10 @@ def _swap(partial: Path, directory: Path) -> None:
         partial.rename(directory)
         return
     previous = directory.with_name(f".{directory.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
+    files.remove(previous)
     directory.rename(previous)
     partial.rename(directory)
-    shutil.rmtree(previous)
+    files.remove(previous)
 
 
 def _write_texts(to: Path, cfg: LMConfig, raw: dict[str, Any], tokenizer_from: Any) -> None:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import tree
+from jaxrl_eff import files, tree
 from jaxrl_eff.models import lora, peft_config
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.hf_save import gathered
@@ -116,11 +116,11 @@ def save_peft(
         "ensure_weight_tying": tied,
         "inference_mode": True,
     }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = files.directory(directory)
     text = json.dumps(config, indent=2) + "\n"
-    (directory / "adapter_config.json").write_text(text, encoding="utf-8")
-    save_file(stored, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    files.write(directory / "adapter_config.json", text)
+    with files.replacing(directory / "adapter_model.safetensors") as partial:
+        save_file(stored, partial, metadata={"format": "pt"})
 
 
 def check_exportable(
