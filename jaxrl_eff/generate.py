@@ -141,8 +141,8 @@ def _room(cfg: LMConfig, prompt: Sequence[int], asked: int | None) -> int:
     return asked or min(left, _DEFAULT_TOKENS)
 
 
-def _load(directory: Path, cfg: LMConfig) -> PyTree:
-    params = load_hf(directory, cfg)
+def _load(directory: Path, cfg: LMConfig, ignore: Sequence[str]) -> PyTree:
+    params = load_hf(directory, cfg, ignore=ignore)
     if small(params):
         params = jax.jit(unstack, static_argnums=0)(cfg, params)
     return params
@@ -200,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add: Any = parser.add_argument
     add("--model", required=True, help="a Hugging Face directory, or the workdir of a run")
+    add("--ignore", default="", help="fields and tensors of its files to pass over, by commas")
     add("--prompt", help="text to continue; only the continuation is printed")
     add("--chat", action="store_true", help="answer lines of standard input as a conversation")
     add("--max_tokens", type=int, help=f"longest response (default {_DEFAULT_TOKENS}, if it fits)")
@@ -226,10 +227,12 @@ def _run(args: argparse.Namespace) -> None:
     # Everything that can be wrong is found before the weights are read.
     host.devices()
     directory = find(args.model)
-    cfg = config_from_hf(directory).replace(dtype=args.dtype, param_dtype=args.dtype)
+    ignore = tuple(filter(None, args.ignore.split(",")))
+    cfg = config_from_hf(directory, ignore=ignore)
+    cfg = cfg.replace(dtype=args.dtype, param_dtype=args.dtype)
     if cfg.head != "lm":
         raise ValueError(f"{directory} holds a value model, which says nothing.")
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, ignore=ignore)
     asked = args.max_tokens
     sampling = Sampling(
         max_tokens=_DEFAULT_TOKENS if asked is None else asked,
@@ -242,11 +245,11 @@ def _run(args: argparse.Namespace) -> None:
     if args.chat:
         render_chat(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True)
         _room(cfg, [0], asked)
-        _chat(cfg, _load(directory, cfg), sampling, tokenizer, asked, key)
+        _chat(cfg, _load(directory, cfg, ignore), sampling, tokenizer, asked, key)
         return
     prompt = tokenizer.encode(args.prompt, special=True)
     sampling = dataclasses.replace(sampling, max_tokens=_room(cfg, prompt, asked))
-    _say(cfg, _load(directory, cfg), sampling, tokenizer, prompt, key)
+    _say(cfg, _load(directory, cfg, ignore), sampling, tokenizer, prompt, key)
 
 
 if __name__ == "__main__":
