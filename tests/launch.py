@@ -6,15 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
+import programs
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from jaxrl_eff import arguments, main, metrics, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests" / "tiny.py")
+CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 def config(arg="", *changes):
@@ -32,8 +32,7 @@ def environment(cache):
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "NPROC")}
     env |= {"PYTHONPATH": str(ROOT)}  # this copy, even where another one is installed
     env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu", "NPROC": "32"}
-    # Half of the time to compile; what is tested does not depend on it.
-    return env | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return env | {"XLA_FLAGS": programs.QUICKLY.strip()}
 
 
 def start(arguments_, cache, *, kill="", code=main.__name__):
@@ -49,7 +48,7 @@ def start(arguments_, cache, *, kill="", code=main.__name__):
     )
 
 
-def command(*arguments_, cache="/nonexistent", timeout=300, **options):
+def command(*arguments_, cache=CACHE, timeout=300, **options):
     """Exit code, standard output, standard error."""
     process = start(arguments_, cache, **options)
     try:
@@ -91,20 +90,6 @@ def document(workdir, name):
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """A compilation cache for the commands of this session."""
-    return tmp_path_factory.mktemp("xla")
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Programs that several runs of a module share are compiled once, and quickly."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_disable_most_optimizations", True)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    jax.config.update("jax_disable_most_optimizations", False)
-    compilation_cache.reset_cache()
+def cache():
+    """The compilation cache that commands share with the tests of this process."""
+    return CACHE

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import launch
 import numpy as np
 import pytest
-from launch import compiled_once  # noqa: F401 (fixture)
 from safetensors.numpy import load_file
 
 from jaxrl_eff import adapt, dataflow, deltas, metrics, settings, stages, state, tree
@@ -17,8 +16,6 @@ from jaxrl_eff.dataflow import Placement, Spec
 from jaxrl_eff.models import LMConfig, lora, params, save_hf
 from jaxrl_eff.optim import optimizer
 from jaxrl_eff.planner import works
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 LM = LMConfig(
     vocab=24, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=32, init_std=0.3, unroll=1

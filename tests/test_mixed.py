@@ -8,7 +8,6 @@ import launch
 import numpy as np
 import optax
 import pytest
-from launch import compiled_once  # noqa: F401 (fixture)
 
 from jaxrl_eff import dataflow, long, metrics, mixed, stages
 from jaxrl_eff.algorithms import dpo, reward_model, sft
@@ -18,8 +17,6 @@ from jaxrl_eff.data.schedules import Schedule, Shape
 from jaxrl_eff.data.skrull_cost import Model, cost_of
 from jaxrl_eff.dataflow import Placement, Spec
 from jaxrl_eff.models import LMConfig, params
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 LM = LMConfig(
     vocab=24, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=32, init_std=0.3, unroll=1

@@ -9,7 +9,6 @@ import launch
 import numpy as np
 import optax
 import pytest
-from launch import compiled_once  # noqa: F401 (fixture)
 from test_plan_law import check, models_after
 
 from jaxrl_eff import dataflow, layouts, long, metrics, packed, report, stages, state, summary
@@ -20,8 +19,6 @@ from jaxrl_eff.data.skrull_cost import Model, cost_of
 from jaxrl_eff.dataflow import Graph, Placement, Spec, infer, train
 from jaxrl_eff.edges import Rowwise
 from jaxrl_eff.models import attention
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 COST = cost_of(Model(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
 FOUR = Placement((3, 0, 2, 1), data=2, seq=2)

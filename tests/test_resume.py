@@ -8,7 +8,7 @@ import zlib
 import launch
 import numpy as np
 import pytest
-from launch import cache, compiled_once  # noqa: F401 (fixtures)
+from launch import cache  # noqa: F401 (fixture)
 
 from jaxrl_eff import metrics
 from jaxrl_eff.planner import hardware
@@ -124,7 +124,7 @@ SFT = "algorithm=sft,steps=4,every=1"
 
 
 @pytest.fixture(scope="module")
-def sft(compiled_once, tmp_path_factory):  # noqa: F811
+def sft(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("sft")
     assert launch.train(launch.config(SFT), workdir)
     return workdir
@@ -156,7 +156,6 @@ def test_onto_another_mesh_it_is_equal_to_rounding(sft, axes, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "grpo"])
-@pytest.mark.usefixtures("compiled_once")
 def test_scheduled_by_constants_it_ends_bitwise_the_same(algorithm, tmp_path, monkeypatch):
     """And however long steps take, which schedules are otherwise judged by."""
     plan = "{'default': {'devices': [0, 1, 2, 3], 'data': 2, 'seq': 2}}"

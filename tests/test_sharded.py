@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from launch import cache, compiled_once  # noqa: F401 (fixtures)
+from launch import cache  # noqa: F401 (fixture)
 from test_plan_law import check, models_after
 from test_processes import together
 from test_resume import stopped
@@ -23,8 +23,6 @@ from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.models.transformer import SAVED
 from jaxrl_eff.parallel import Placement, ladder, quantized, spread, wire
 from jaxrl_eff.parallel.blocks import Blocks, decode, encode
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 LM = LMConfig(vocab=24, layers=3, width=32, heads=2, kv_heads=2, head_dim=16, ffn=48, qkv_bias=True)
 ROWS, LENGTH = 16, 8
@@ -420,7 +418,7 @@ FED = "algorithm=sft,steps=4,every=1,first=8"
 
 
 @pytest.fixture(scope="module")
-def whole(compiled_once, tmp_path_factory):  # noqa: F811
+def whole(tmp_path_factory):
     """A run that is never stopped."""
     workdir = tmp_path_factory.mktemp("fed")
     assert launch.train(launch.config(FED, *ZERO), workdir)

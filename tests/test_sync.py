@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import launch
 import numpy as np
 import pytest
-from launch import compiled_once  # noqa: F401 (fixture)
 
 from jaxrl_eff import parts, stages, state
 from jaxrl_eff.parallel import Changes, Placement, Route, Sync, rules
@@ -91,7 +90,6 @@ SPARSE = (
 @pytest.mark.parametrize(
     ("algorithm", "changes"), [("ppo", LORA), ("grpo", SPARSE)], ids=["lora", "sparse"]
 )
-@pytest.mark.usefixtures("compiled_once")
 def test_a_run_is_the_same_however_weights_are_sent(algorithm, changes):
     whole, first, _ = after(algorithm, *changes)
     name = f"{algorithm}.sync={{'name': 'changes', 'every': 2}}"
@@ -110,7 +108,7 @@ def test_a_run_is_the_same_however_weights_are_sent(algorithm, changes):
         assert 0 < max(changed) < 0.11
 
 
-@pytest.mark.usefixtures("compiled_once", "small_tensors_too")
+@pytest.mark.usefixtures("small_tensors_too")
 def test_rounded_differences_lag_a_little_behind():
     whole, first, _ = after("grpo")
     ours, seen, _ = after("grpo", "grpo.sync={'name': 'int4', 'every': 2}")
@@ -124,7 +122,7 @@ def test_rounded_differences_lag_a_little_behind():
     assert 0 < max(apart) < 0.1
 
 
-@pytest.mark.usefixtures("compiled_once", "small_tensors_too")
+@pytest.mark.usefixtures("small_tensors_too")
 def test_what_lags_behind_is_sent_whole_after_a_checkpoint():
     """As a run that goes on from it would."""
     changes = ("grpo.sync={'name': 'int4'}",)

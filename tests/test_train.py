@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import launch
 import numpy as np
 import pytest
-from launch import compiled_once  # noqa: F401 (fixture)
 
 from jaxrl_eff import dataflow, metrics, parts, stages
 from jaxrl_eff.data import toys
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 LEARNS = ("grpo", "ppo")  # runs long enough to see the reward rise
 SAMPLES = ("ppo", "grpo", "rloo", "remax", "raft")
@@ -159,7 +156,7 @@ def test_a_reward_that_fails_is_named(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def graded(compiled_once, tmp_path_factory):  # noqa: F811
+def graded(tmp_path_factory):
     """A run with evaluation, and an expectation that it misses."""
     workdir = tmp_path_factory.mktemp("graded")
     run = launch.config(

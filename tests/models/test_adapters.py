@@ -6,14 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from launch import compiled_once  # noqa: F401 (fixture)
 
 from jaxrl_eff import models, tree
 from jaxrl_eff.models import LMConfig, lora
 from jaxrl_eff.optim import sparse
 from jaxrl_eff.optim.sparse import selectors
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 CFG = LMConfig(
     vocab=24, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=24, init_std=0.3, unroll=1

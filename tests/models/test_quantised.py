@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from launch import compiled_once  # noqa: F401 (fixture)
 
 from jaxrl_eff import adapt, dataflow, footprint, models, settings, tree
 from jaxrl_eff.algorithms import sft
@@ -181,7 +180,6 @@ CASES = [
 
 
 @pytest.mark.parametrize("kind, way", CASES)
-@pytest.mark.usefixtures("compiled_once")
 def test_a_model_on_codes_is_the_model_on_what_they_mean(kind, way):
     """Forward, gradients of adapters, and merged; what is trained whole is not quantised."""
     of, ours = started(way, kind)
@@ -261,7 +259,6 @@ def test_sampling_dequantises_layer_by_layer():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("compiled_once")
 def test_samples_from_codes_are_those_from_what_they_mean():
     _, p = started("overlay", "nf4")
     plain = jax.jit(lambda p: quantised.plain(p, jnp.float32))(p)

@@ -5,12 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from launch import compiled_once  # noqa: F401 (fixture)
 
 from jaxrl_eff.optim import sparse
 from jaxrl_eff.optim.sparse import selectors
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 SHAPES = {"a": (3, 16, 24), "b": (8, 12)}
 
