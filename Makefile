@@ -20,10 +20,10 @@ quickstart: .venv/installed  ## SFT, a reward model and PPO of a small model; a 
 	$(BIN)/python -m jaxrl_eff.main --config=configs/quickstart.py --workdir=runs/quickstart $(ARGS)
 
 test: .venv/installed-dev  ## the default tests; ARGS="-k dataflow" chooses some
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: .venv/installed-dev  ## slow tests as well
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow" $(ARGS)
 
 lint: .venv/installed-dev  ## what CI checks before the tests
 	$(BIN)/ruff check .

@@ -234,6 +234,7 @@ def cache() -> Path | None:
 
     where = cache_directory()
     jax.config.update("jax_compilation_cache_dir", str(where) if where else None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     return where

@@ -14,8 +14,10 @@ os.environ["XLA_FLAGS"] = (
     + programs.QUICKLY
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Read by JAX here, and by the commands that tests start.
+# JAX reads these here and in commands that tests start. Small programs are kept, too: each takes
+# longer to compile than to read.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(programs.directory()))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import checked
 import jax
@@ -35,10 +37,8 @@ def pytest_sessionstart(session):
 
 
 def pytest_runtest_setup():
-    """Runs in this process set these as a user wants them."""
+    """Another cache lasts for one test."""
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-    # Small programs, too: each takes longer to compile than to read.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture

@@ -32,7 +32,6 @@ def run(name, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *sys.path[1:2]]))
     # What is tried is that the cells run: fast programs would take longer to compile than to run.
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla"))
     monkeypatch.setenv("NOTEBOOK_SCALE", "0.02")
     monkeypatch.setenv("NOTEBOOK_WORKDIR", str(tmp_path / "run"))
     # A kernel of this very interpreter, whatever kernels the user has installed.
