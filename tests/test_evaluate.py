@@ -5,12 +5,9 @@ import jax
 import launch
 import numpy as np
 import pytest
-from launch import compiled_once  # noqa: F401 (fixture)
 
 from jaxrl_eff import stages
 from jaxrl_eff.models import params
-
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def evaluation(algorithm, **changes):
@@ -36,7 +33,7 @@ def answers(held_out, lm):
 
 
 @pytest.fixture(scope="module")
-def at_once(compiled_once):  # noqa: F811
+def at_once():
     return answers(*evaluation("sft", batch=7))
 
 

@@ -8,7 +8,7 @@ import time
 
 import launch
 import pytest
-from launch import cache, compiled_once  # noqa: F401 (fixtures)
+from launch import cache  # noqa: F401 (fixture)
 
 from jaxrl_eff import evaluate, export, interrupts, main, progress, report, stages, state, stored
 
@@ -86,7 +86,6 @@ def test_a_closed_standard_output_takes_everything():
     assert done.returncode == 0
 
 
-@pytest.mark.usefixtures("compiled_once")
 def test_sigterm_counts_in_every_phase(tmp_path, monkeypatch, capsys):
     """One run that is asked to stop in each of them in turn, and continued."""
     run = launch.config("algorithm=sft,steps=2,every=1,evaluate=1")
