@@ -178,7 +178,7 @@ def test_fields_that_examples_lack_are_named_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"data.template 'no' has no \{prompt\} in it"):
         assemble(SFT, *data, named, "sft.data.template=no")
     measured = [*data, named, "sft.data.held_out=4", "sft.evaluate.reward.name=gold"]
-    with pytest.raises(ValueError, match=r"evaluate: the reward 'gold' fails .*KeyError: 'truth'"):
+    with pytest.raises(ValueError, match=r"evaluate: the reward 'gold' fails .*'truth' is None"):
         assemble(SFT + ",evaluate=1", *measured, "sft.evaluate.problems=4")
     with pytest.raises(ValueError, match=r"there is nothing held out; set data.held_out"):
         assemble(SFT + ",evaluate=1", *data, named)

@@ -161,7 +161,7 @@ def corrupt(answer: str, rng: np.random.Generator, *, keep_length: bool = True) 
 
 def gold(example: Example, response: str) -> bool:
     """Whether the response is exactly the truth."""
-    return response == example["truth"]
+    return response == _truth(example)
 
 
 def digit_share(example: Example, response: str) -> float:
@@ -169,9 +169,16 @@ def digit_share(example: Example, response: str) -> float:
 
     A smoother reward than `gold`: 1 exactly where that is true.
     """
-    truth = example["truth"]
+    truth = _truth(example)
     right = sum(a == b for a, b in zip(truth, response, strict=False))
     return right / max(len(truth), len(response))
+
+
+def _truth(example: Example) -> str:
+    truth = example.get("truth")
+    if not isinstance(truth, str):
+        raise ValueError(f"field 'truth' is {truth!r:.80}, but must be text.")
+    return truth
 
 
 def _task(name: str, digits: int, train: int | None, held_out: int | None, seed: int) -> Task:

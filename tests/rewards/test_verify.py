@@ -78,6 +78,13 @@ def test_exact():
         verify.exact()({"truth": "a"}, "b")
 
 
+@pytest.mark.parametrize("example", [{}, {"truth": 21}, {"truth": None}])
+def test_the_rewards_of_toys_need_a_text(example):
+    for reward in (toys.gold, toys.digit_share):
+        with pytest.raises(ValueError, match=r"field 'truth' is .* but must be text"):
+            reward(example, "21")
+
+
 def test_format():
     assert verify.matches(r"<think>.*</think>\d+")({}, "<think>a\nb</think>7") == 1.0
     assert verify.matches(r"\d+")({}, "7 ") == 0.0
