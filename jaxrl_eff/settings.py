@@ -70,7 +70,9 @@ class DataSettings:
         bos, eos: whether sequences begin and end with the tokenizer's special tokens.
         length: tokens of a packed row; prompt_length: the longest prompt kept.
         packed: False puts one example into a row.
-        overlong: "drop", "truncate" or "error".
+        overlong: "drop", "truncate" (not prompts) or "error": what is done with examples that are
+            too long. With "error" no held-out prompt may be either; otherwise those are left out
+            of the mean, which says of how many it is.
         held_out: examples set apart for evaluation (files only; toys have their own split).
         options: arguments of a toy: digits, train, held_out, wrong, keep_length (of needles:
             shortest, longest, long_share, train, held_out); or of "inline": examples, a tuple of
