@@ -12,10 +12,11 @@ import ast
 import contextlib
 import importlib.util
 import inspect
+import math
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; see --help.")
+
+
+def number(kind: type, low: float | int, high: float | int = math.inf) -> Callable[[str], Any]:
+    """A parser's type: an int or a float within a range, to which NaN does not belong."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
+        if not low <= value <= high:
+            above = f" and at most {high:,}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{above}")
+        return value
+
+    return read
+
+
+SEED = number(int, 0, 2**32 - 1)
 
 
 @contextlib.contextmanager

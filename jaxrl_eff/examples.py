@@ -82,6 +82,9 @@ def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
             raise ValueError(
                 f"data.options has unknown {unknown}; a toy has {[*known, 'wrong', 'keep_length']}."
             )
+        _check_types("data.options", options, int)
+        _check_types("data.options", wrong, float, int)
+        _check_types("data.options", keep_length, bool)
         make = {"reverse": toys.reverse_digits, "sort": toys.sort_digits}[data.source]
         task = make(**options)
         held_out = toys.prompts(task, "held_out")
@@ -112,6 +115,13 @@ def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
     return found, None
 
 
+def _check_types(path: str, options: Mapping[str, Any], *types: type) -> None:
+    for name, value in options.items():
+        if type(value) not in types:
+            wanted = " or ".join(t.__name__ for t in types)
+            raise ValueError(f"{path}.{name} is {value!r:.200}, but must be {wanted}.")
+
+
 def _needles(data: DataSettings) -> tuple[Any, Any]:
     known = ("shortest", "longest", "long_share", "train", "held_out", "seed")
     if unknown := sorted(set(data.options) - set(known)):
@@ -119,6 +129,9 @@ def _needles(data: DataSettings) -> tuple[Any, Any]:
     if data.format not in ("completion", "prompt"):
         raise ValueError(f"data.format is {data.format!r}; needles are 'completion' or 'prompt'.")
     options = {"train": 4096, "held_out": 128, **data.options}
+    share = {k: options[k] for k in ("long_share",) if k in options}
+    _check_types("data.options", {k: v for k, v in options.items() if k not in share}, int)
+    _check_types("data.options", share, float, int)
     counts = {k: options.pop(k) for k in ("train", "held_out")}
     return tuple(needles.examples(n, split=k, **options) for k, n in counts.items())
 

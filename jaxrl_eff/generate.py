@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
     add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest that sum to this")
-    add("--seed", type=int, default=0, help="of the random draws (default 0)")
+    add("--seed", type=arguments.SEED, default=0, help="of the random draws (default 0)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
         help="of the parameters and the arithmetic (default float32)")  # fmt: skip
     return parser

@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--depths", type=int, default=5, help="how many (%(default)s)")
     add("--samples", type=int, default=8, help="needles a length and depth (%(default)s)")
     add("--text", help="a file: hides the needles, and its loss is shown by position")
-    add("--seed", type=int, default=0, help="of the needles (%(default)s)")
+    add("--seed", type=arguments.SEED, default=0, help="of the needles (%(default)s)")
     add("--page", metavar="FILE.html", help="draws both figures")
     args = parser.parse_args(argv)
     with arguments.explained():

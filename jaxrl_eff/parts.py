@@ -6,12 +6,15 @@ what `stages` makes steps of, and `plan` a planner's problem.
 
 import dataclasses
 import functools
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxrl_eff import adapt, algorithms, dataflow, optim, tree
 from jaxrl_eff.algorithms import ppo
@@ -24,7 +27,7 @@ from jaxrl_eff.parallel import Changes, ladder
 from jaxrl_eff.rewards import symbolic, verify
 from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.schema import build
-from jaxrl_eff.settings import RewardSettings, StageSettings
+from jaxrl_eff.settings import OptimSettings, RewardSettings, StageSettings
 
 # Algorithm -> its config, and the kind of batch that it reads.
 ALGORITHMS: dict[str, tuple[Any, type, str]] = {
@@ -216,6 +219,11 @@ def roles_of(
 
 
 def check_length(s: StageSettings, lms: dict[str, LMConfig], sampling: Sampling | None) -> None:
+    for token in sampling.stop if sampling else ():
+        if not 0 <= token < lms["actor"].vocab:
+            raise ValueError(
+                f"sampling.stop has the id {token}, but the model has {lms['actor'].vocab} tokens."
+            )
     longest = s.data.prompt_length + sampling.max_tokens if sampling else 0
     for role, lm in lms.items():
         if longest > lm.max_length:
@@ -296,6 +304,7 @@ def model_specs(
                 raise ValueError(f"optim lacks {role!r}, which the stage trains.")
             o, c = s.optim[role], trained[role]
             with at_path(f"config.{name}.optim.{role}"):
+                _check_options(o)
                 updates = s.steps * c.epochs * c.minibatches
                 schedules[role] = warmup_then(
                     o.schedule, peak=o.lr, updates=updates, warmup=o.warmup, final=o.final
@@ -324,6 +333,25 @@ def model_specs(
                 _check_patterns(shapes, o.frozen)
         specs[role] = Spec(shapes, axes, tx)
     return specs, schedules
+
+
+def _check_options(o: OptimSettings) -> None:
+    """Numbers of an optimizer that are of another type than its own, or out of their range."""
+    if o.name not in optim.optimizer_names():
+        return  # which is told by the one that makes it
+    known = inspect.signature(optim.OWN.get(o.name) or getattr(optax, o.name)).parameters
+    for name, value in o.options.items():
+        like = known[name].default if name in known else None
+        if type(like) in (int, float) and type(value) not in (int, float):
+            raise ValueError(f"options.{name} is {value!r:.200}, but must be a number like {like}.")
+        if type(like) is bool and type(value) is not bool:
+            raise ValueError(f"options.{name} is {value!r:.200}, but must be True or False.")
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"options.{name} is {value}, but must be finite.")
+        if name in ("b1", "b2", "b3", "momentum") and type(like) is float and not 0 <= value < 1:
+            raise ValueError(f"options.{name} is {value}, but must be at least 0 and below 1.")
+        if name.startswith("eps") and type(like) is float and value < 0:
+            raise ValueError(f"options.{name} is {value}, but must be at least 0.")
 
 
 def _check_patterns(shapes: Any, patterns: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ Exit codes: 0 planned; 2 something in the command is wrong, or no plan fits.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -173,7 +174,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--workdir", default="runs/plan", help="where plan.json, timeline.html, trace.json go")
     add("--seconds", type=float, default=20.0, help="how long to search, a stage")
     add("--evaluations", type=int, help="plans to try instead, for a result without a clock")
-    add("--seed", type=int, default=0, help="of the search's random changes")
+    add("--seed", type=arguments.SEED, default=0, help="of the search's random changes")
     add("--smallest", type=int, default=1, help="devices of the smallest mesh")
     return parser.parse_args(arguments.rewrite(argv))
 
@@ -193,7 +194,7 @@ def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
     chosen = _chosen(outlines(run), options.stage)
     for name, low in (("seconds", 0.0), ("evaluations", 1), ("smallest", 1)):
         value = getattr(options, name)
-        if value is not None and value < low:
+        if value is not None and not low <= value < math.inf:
             raise ValueError(f"--{name} is {value}, but must be at least {low}.")
     plans = []
     with Console(terminal=False) as console:

@@ -138,6 +138,8 @@ def assemble(run: Run) -> Assembled:
 
 
 def tokenizer_of(run: Run) -> Tokenizer:
+    if run.tokenizer == "chars:":
+        raise ValueError("config.tokenizer is 'chars:' without the characters of an alphabet.")
     if run.tokenizer.startswith("chars:"):
         return CharTokenizer(run.tokenizer.removeprefix("chars:"))
     directory = run.model.path if run.tokenizer == "model" else run.tokenizer

@@ -6,70 +6,29 @@ tries them all, or those of some kinds, and prints how many were not refused as 
 """
 
 import collections
-import contextlib
 import dataclasses
-import importlib
-import io
 import math
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bad_files import FILES, home
+import bad_files
+import bad_models
+from trials import Attempt, Case, outcome
 
 from jaxrl_eff import host
 
 if "jax" not in sys.modules:
     host.simulate(8)
 
-from jaxrl_eff import arguments, parts, schema, settings
+from jaxrl_eff import parts, schema, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests" / "tiny.py")
-COUNT, SECONDS = 361, 300  # cases, and what one may take
+COUNT = 361
 NAN = math.nan
-
-
-@dataclasses.dataclass(frozen=True)
-class Attempt:
-    """What is tried.
-
-    Attributes:
-        module: whose command is called with `argv`; "" assembles the config of `spec`.
-        changes: (path, value) pairs put into that config.
-        environment: of a process of its own, which a command gets if there is any.
-        stdin: what it reads.
-    """
-
-    module: str = ""
-    argv: tuple[str, ...] = ()
-    spec: str | dict = ""
-    changes: tuple[tuple[str, object], ...] = ()
-    environment: dict[str, str] | None = None
-    stdin: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One input.
-
-    Attributes:
-        kind: of what it is.
-        name: what is wrong with it.
-        words: one of these must be in the message.
-        attempt: (home, folder) -> what is tried; files go into the folder.
-    """
-
-    kind: str
-    name: str
-    words: tuple[str, ...]
-    attempt: Callable[[Path, Path], Attempt]
 
 
 def cases() -> list[Case]:
@@ -163,7 +122,7 @@ def ranges() -> list[Case]:
     rows = [
         ("grpo", "grpo.batch", 10**10, "batch"),
         ("sft", "sft.batch", 7, "7"),
-        ("sft", "model.shape.ffn", 2**40, "GB"),
+        ("sft", "model.shape.ffn", 2**26, "GB"),
         ("sft", "model.shape.heads", 0, "heads"),
         ("sft", "model.shape.layers", -3, "layers"),
         ("sft", "sft.optim.actor.frozen", ("(",), "frozen"),
@@ -222,7 +181,7 @@ def commands() -> list[Case]:
         ("generate", (model, "--prompt=a", "--top_p=nan"), "top_p"),
         ("generate", (model, "--prompt=a", "--seed=99999999999999999999"), "seed"),
         ("generate", (model, "--prompt=a", "--dtype=int8"), "int8"),
-        ("generate", (model, "--prompt=\udcff"), "prompt"),
+        ("generate", (model, "--prompt=\udcff"), "udcff"),
         ("generate", (model, "--prompt=a", "--what=1"), "--what"),
         ("generate", ("--model=HOME/rows.jsonl", "--prompt=a"), "rows.jsonl"),
         ("generate", ("--model=\udcff", "--prompt=a"), "--model"),
@@ -245,7 +204,7 @@ def commands() -> list[Case]:
         ("schedule", (*long, "--mesh=what2"), "what2"),
         ("schedule", (*long, "--batch=-1"), "batch"),
         ("schedule", (*long, "--lengths=HOME"), "HOME"),
-        ("schedule", (*long, "--room=1"), "room"),
+        ("schedule", (*long, "--room=1"), "1 tokens"),
         ("schedule", (*long, "--hardware=abacus"), "abacus"),
         ("schedule", (*long, "--page=HOME/rows.jsonl/x"), "rows.jsonl"),
         ("needle", (model, "--lengths=0"), "lengths"),
@@ -259,7 +218,7 @@ def commands() -> list[Case]:
         ("delta", ("apply", delta, "--delta=HOME/delta", "--out=HOME/model"), "HOME/model"),
         ("delta", ("audit", delta, "--delta=HOME/delta", "--max_rms=nan"), "rms"),
         ("delta", ("compose", "HOME/delta", "--weights=nan", "--out=DIR/d"), "weights"),
-        ("delta", ("remove", "--model=HOME/model", "--delta=HOME/delta", "--out=DIR/o"), "HOME"),
+        ("delta", ("remove", "--model=HOME/adapter", "--delta=HOME/delta", "--out=DIR/o"), "HOME"),
         ("report", (), "workdir"),
         ("report", ("HOME/none",), "HOME/none"),
         ("report", ("HOME/rows.jsonl",), "rows.jsonl"),
@@ -311,7 +270,7 @@ def environments() -> list[Case]:
 
 def files() -> list[Case]:
     out = []
-    for kind, name, words, write in FILES:
+    for kind, name, words, write in (*bad_files.FILES, *bad_models.FILES):
         out.append(Case(kind, name, words, _written(write)))
     return out
 
@@ -329,104 +288,11 @@ def _written(write: Callable) -> Callable:
     return attempt
 
 
-# Trying them
-
-
-def outcome(case: Case, home_: Path, folder: Path) -> str:
-    """Tries a case; "" if it was refused as it should be, else what was wrong."""
-    attempt = case.attempt(home_, folder)
-    before = _listing(home_), _listing(folder)
-    began = time.monotonic()
-    try:
-        code, err = _process(attempt) if attempt.environment is not None else _here(attempt)
-    except (TimeoutError, subprocess.TimeoutExpired):
-        return f"still running after {SECONDS} s"
-    last = err.strip().splitlines()[-1:] or [""]
-    wrong = []
-    if code != 2:
-        wrong.append(f"exit code {code}")
-    if "Traceback" in err:
-        wrong.append("a traceback")
-    if not last[0].startswith("error:"):
-        wrong.append("no error at the end")
-    words = [w.replace("HOME", str(home_)) for w in case.words]
-    if not any(w in last[0] for w in words):
-        wrong.append(f"none of {words} in it")
-    after = _listing(home_), {k: v for k, v in _listing(folder).items() if k in before[1]}
-    if after != before:
-        wrong.append("files were changed")
-    seconds = f" ({time.monotonic() - began:.1f} s)"
-    return f"{', '.join(wrong)}: {last[0][:300]}{seconds}" if wrong else ""
-
-
-def _listing(folder: Path) -> dict[str, tuple[int, int]]:
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        with contextlib.suppress(OSError):
-            stat = path.lstat()
-            found[str(path)] = (stat.st_size if path.is_file() else 0, stat.st_mode)
-    return found
-
-
-def _here(attempt: Attempt) -> tuple[int, str]:
-    """Exit code and standard error of an attempt in this process."""
-    out, err = io.StringIO(), io.StringIO()
-
-    def late(*_):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    stdin, sys.stdin = sys.stdin, io.StringIO(attempt.stdin)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            if attempt.module:
-                code = importlib.import_module(f"jaxrl_eff.{attempt.module}").main(
-                    list(attempt.argv)
-                )
-            else:
-                code = _assemble(attempt)
-    except SystemExit as stop:
-        code = stop.code
-    finally:
-        sys.stdin = stdin
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-    return code or 0, err.getvalue()
-
-
-def _assemble(attempt: Attempt) -> int:
-    from jaxrl_eff import stages
-
-    with arguments.explained():
-        spec = attempt.spec
-        config = arguments.load(spec) if isinstance(spec, str) else spec
-        for path, value in attempt.changes:
-            *way, last = path.split(".")
-            section = config
-            for name in way:
-                section = section.setdefault(name, {})
-            section[last] = value
-        stages.assemble(settings.run(config))
-    return 0
-
-
-def _process(attempt: Attempt) -> tuple[int, str]:
-    env = os.environ | {"JAX_PLATFORMS": "cpu"} | attempt.environment
-    env.pop("XLA_FLAGS", None)
-    argv = [a.encode("utf-8", "surrogateescape") for a in attempt.argv]
-    done = subprocess.run(
-        [sys.executable, "-m", f"jaxrl_eff.{attempt.module}", *argv],
-        cwd=ROOT, env=env, input=attempt.stdin.encode(), capture_output=True, timeout=SECONDS,
-    )  # fmt: skip
-    return done.returncode, done.stderr.decode("utf-8", "replace")
-
-
 def main(kinds: list[str]) -> int:
     """Tries the cases and prints what went wrong; returns the exit status."""
     tried, wrong = collections.Counter(), collections.Counter()
     with tempfile.TemporaryDirectory() as where:
-        made = home(Path(where) / "home")
+        made = bad_files.home(Path(where) / "home")
         for i, case in enumerate(cases()):
             if kinds and case.kind not in kinds:
                 continue

@@ -5,11 +5,14 @@ says: with truncation the trainer renormalises over the support that the sampler
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_eff.shapes import Array, Float, Int
+
+_COLDEST = 1e-6  # logits divided by less are infinite in float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,10 @@ class Warp:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(f"{self}: needs temperature >= 0, top_k >= 0 and 0 < top_p <= 1.")
+        if self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"{self}: needs top_k >= 0 and 0 < top_p <= 1.")
+        if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
+            raise ValueError(f"{self}: needs a temperature of 0 or from {_COLDEST}, finite.")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"{self}: needs 0 <= min_p <= 1.")
 
