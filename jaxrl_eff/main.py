@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
         alike = {"--accept_changes": str(_ACCEPT_CHANGES.value)}
         with startup.started(run, startup.Processes(*given), alike):
             check_workdir(Path(_WORKDIR.value))
+            startup.check_shared(Path(_WORKDIR.value))
             passed = train(
                 run, Path(_WORKDIR.value), quiet=_QUIET.value, accept_changes=_ACCEPT_CHANGES.value
             )

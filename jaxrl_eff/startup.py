@@ -8,8 +8,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import secrets
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -65,10 +67,11 @@ def started(
         try:
             yield
         except BaseException as error:
-            # What a lost process leaves behind is an error here, too, of whatever kind.
-            lost = group.loss(peers.GRACE if isinstance(error, RuntimeError) else 0.0)
+            # What a lost process leaves behind is an error of the runtime here.
+            runtime = isinstance(error, RuntimeError)
+            lost = group.loss(peers.GRACE if runtime else 0.0)
             group.fail(_why(group, error))
-            if lost and not isinstance(error, peers.PeerLost):
+            if lost and runtime:
                 raise peers.PeerLost(lost) from None
             raise
         import jax
@@ -213,6 +216,37 @@ def agree(name: str, mine: dict[str, str]) -> None:
     every = [json.loads(text) for text in group.exchange(f"agree {name}", json.dumps(mine))]
     if message := peers.differences(every):
         raise ValueError(message)
+
+
+def check_shared(workdir: Path, *, seconds: float | int = 20) -> None:
+    """Checks that all processes see one workdir; every process must call.
+
+    Args:
+        seconds: in which a file of one host must appear on the others.
+
+    Raises:
+        ValueError: naming a process that has another one, on every process.
+        peers.PeerLost: a process ended.
+    """
+    group = peers.group()
+    if group is None:
+        return
+    mark = workdir / f".{secrets.token_hex(8)}"
+    if group.process == 0:
+        mark.touch(exist_ok=False)
+    mark = workdir / group.exchange("workdir mark", mark.name)[0]
+    until = time.monotonic() + seconds
+    while not mark.exists() and time.monotonic() < until:
+        os.listdir(workdir)  # network file systems look anew
+        time.sleep(0.2)
+    every = group.exchange("workdir seen", "seen" if mark.exists() else "")
+    if group.process == 0:
+        mark.unlink(missing_ok=True)
+    if "" in every:
+        raise ValueError(
+            f"--workdir={workdir} on process {every.index('')} is another directory than on "
+            "process 0; all processes must see one."
+        )
 
 
 def _say(text: str) -> None:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from jaxrl_eff import peers
+from jaxrl_eff import peers, startup
 from jaxrl_eff.data import loader, schedules, skrull
 from jaxrl_eff.data.scheduled import Scheduled, heard, told
 from jaxrl_eff.data.skrull_cost import Model, cost_of
@@ -218,6 +218,26 @@ def test_places_that_are_none_are_refused(where, message):
 def test_an_address_may_be_of_any_kind():
     assert peers.Place("[::1]:80", 1, 0).address == ("::1", 80)
     assert peers.Place("host.domain:80", 1, 0).address == ("host.domain", 80)
+
+
+def test_all_processes_must_see_one_workdir(three, tmp_path, monkeypatch):
+    here = {}
+    monkeypatch.setattr(peers, "group", lambda: here[threading.get_ident()])
+
+    def check(group, workdir):
+        here[threading.get_ident()] = group
+        try:
+            startup.check_shared(workdir, seconds=0.3)
+        except ValueError as error:
+            return str(error)
+
+    assert everywhere(three, lambda g: check(g, tmp_path)) == [None] * 3
+    assert not list(tmp_path.iterdir())
+    other = tmp_path / "other"
+    other.mkdir()
+    said = everywhere(three, lambda g: check(g, other if g.process == 2 else tmp_path))
+    assert all("on process 2 is another directory than on process 0" in text for text in said)
+    assert list(tmp_path.iterdir()) == [other] and not list(other.iterdir())
 
 
 # What the first process decides ---------------------------------------------------------------

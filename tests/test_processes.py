@@ -1,7 +1,9 @@
 """Several processes compute what one computes; only the first one speaks."""
 
 import re
+import signal
 import socket
+import time
 
 import launch
 import numpy as np
@@ -22,13 +24,18 @@ def free_port():
         return s.getsockname()[1]
 
 
-def together(cache, *arguments, processes=2, timeout=300, kill=""):  # noqa: F811
-    """Output, errors and exit code of every process of one run; `kill` is of the first."""
+def together(cache, *arguments, processes=2, timeout=300, kill="", victim=0, own=()):  # noqa: F811
+    """Output, errors and exit code of every process of one run.
+
+    `kill` is of the victim; `own` are further arguments of each process.
+    """
     port, started = free_port(), []
     try:
         for i in range(processes):
             mine = (f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={i}")
-            started.append(launch.start([*arguments, *mine], cache, kill=kill if i == 0 else ""))
+            mine = (*mine, "--wait=240", *(own[i] if own else ()))  # tests share their cores
+            how = {"kill": kill if i == victim else ""}
+            started.append(launch.start([*arguments, *mine], cache, **how))
         return [(*p.communicate(timeout=timeout), p.returncode) for p in started]
     finally:
         for p in started:
@@ -165,6 +172,104 @@ def test_asked_to_stop_two_processes_agree_and_one_may_continue(cache, sft, tmp_
     check_equal(tmp_path, sft)
 
 
+@pytest.mark.slow
+def test_asked_in_a_later_stage_two_processes_stop_at_the_same_step(cache, tmp_path):  # noqa: F811
+    """Steps begin anew with every stage, what the processes agree on does not."""
+    config = f"--config={launch.TINY}:algorithm=three,steps=3,every=1,first=8,devices=4"
+    moment = "jaxrl_eff.metrics:Writer.step:after:step=4:TERM"
+    done = together(cache, config, f"--workdir={tmp_path}", kill=moment, timeout=900)
+    for out, err, code in done:
+        assert code == 0, out + err
+    assert re.search(r"stopped at stage rm, step \d of 3; the same command continues", done[0][0])
+    done = together(cache, config, f"--workdir={tmp_path}", timeout=900)
+    for out, err, code in done:
+        assert code == 0, out + err
+    assert [step for step, _, values in launch.numbers(tmp_path) if len(values) > 1] == [
+        *range(1, 10)
+    ]
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_process_that_dies_ends_the_other_and_one_may_continue(victim, cache, sft, tmp_path):  # noqa: F811
+    moment = "jaxrl_eff.checkpoint:Checkpoints.save:after:3:KILL"
+    spec = (f"--config={SFT},devices=4", f"--workdir={tmp_path}")
+    done = together(cache, *spec, kill=moment, victim=victim)
+    out, err, code = done[1 - victim]
+    assert done[victim][2] == -signal.SIGKILL and code == 2, out + err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert lines[-1] == f"error: process {victim} ended without a word"
+    if victim:  # without process 0 JAX's client says more
+        assert [line for line in lines if "rror" in line] == lines[-1:]
+    alone(cache, SFT, tmp_path)
+    check_equal(tmp_path, sft)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (
+            [["--config.sft.optim.actor.lr=0.5"], []],
+            "config.sft.optim.actor.lr is 0.5 on process 0 and 0.003 on process 1",
+        ),
+        (
+            [[], ["--accept_changes"]],
+            "--accept_changes is False on process 0 and True on process 1",
+        ),
+    ],
+)
+def test_processes_that_were_started_otherwise_stop_before_anything_is_written(
+    own,
+    message,
+    cache,  # noqa: F811
+    tmp_path,
+):
+    workdir = tmp_path / "run"
+    done = together(cache, f"--config={SFT},devices=4", f"--workdir={workdir}", own=own)
+    said = f"error: the processes of this run differ: {message}."
+    assert [(err.strip(), code) for _, err, code in done] == [(said, 2)] * 2
+    assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_during_assembly_ends_the_other(cache, tmp_path):  # noqa: F811
+    moment = "jaxrl_eff.identity:identify:before:1:KILL"
+    spec = (f"--config={SFT},devices=4", f"--workdir={tmp_path}")
+    out, err, code = together(cache, *spec, kill=moment, victim=1)[0]
+    assert code == 2 and "error: process 1 ended without a word" in err, out + err
+
+
+def test_nobody_at_the_coordinator_s_address_is_told_in_time(cache, tmp_path):  # noqa: F811
+    began = time.monotonic()
+    spec = (f"--config={launch.TINY}", f"--workdir={tmp_path}", "--processes=2", "--wait=3")
+    at = f"--coordinator=localhost:{free_port()}"
+    code, out, err = launch.command(*spec, at, "--process=1", cache=cache)
+    assert code == 2 and time.monotonic() - began < 60, out + err
+    waiting, error = err.strip().splitlines()
+    assert waiting == f"waiting for {at}, up to 3 s"
+    assert error.startswith(f"error: no answer from {at} after 3 s: Connection refused")
+
+
+SCHEDULED = "{'name': 'skrull', 'shapes': 2, 'room': 0}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["sft", "dpo", "rm"])
+def test_schedules_of_two_processes_are_one(algorithm, cache, tmp_path):  # noqa: F811
+    """Each measures its own times and rates; the first one's count, and the model is the same."""
+    spec = f"{launch.TINY}:algorithm={algorithm},first=8,steps=6,every=3"
+    changes = [f"--config.{algorithm}.schedule={SCHEDULED}"]
+    changes.append(f"--config.{algorithm}.plan={{'default': {{'seq': 2}}}}")
+    done = together(cache, f"--config={spec},devices=4", *changes, f"--workdir={tmp_path / 'two'}")
+    for out, err, code in done:
+        assert code == 0, out + err
+    one = tmp_path / "one"
+    code, out, err = launch.command(f"--config={spec},devices=8", f"--workdir={one}", cache=cache)
+    assert code == 0, out + err
+    a, b = (launch.tensors(d) for d in (tmp_path / "two", one))
+    for name in b:
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
 def test_processes_may_share_rows(cache, tmp_path, sft):  # noqa: F811
     """One device each and tensor=2 over both: each process brings whole batches."""
     shared = "--config.sft.plan={'default': {'tensor': 2}}"
@@ -179,6 +284,7 @@ def test_processes_may_share_rows(cache, tmp_path, sft):  # noqa: F811
     [
         (["--processes=2"], "belong together; no ['--coordinator', '--process']"),
         (["--coordinator=localhost:1", "--processes=2", "--process=2"], "--process=2 is not below"),
+        (["--coordinator=here", "--processes=2", "--process=1"], "here is not host:port"),
     ],
 )
 def test_flags_that_do_not_fit_are_named(flags, message, cache, tmp_path):  # noqa: F811
