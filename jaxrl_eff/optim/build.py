@@ -13,7 +13,7 @@ from jaxrl_eff.optim import mcf
 from jaxrl_eff.optim.codecs import WEIGHTS
 from jaxrl_eff.optim.collage import collage_adamw
 from jaxrl_eff.optim.paths import path_name
-from jaxrl_eff.optim.store import lowp_chain, watch_descent
+from jaxrl_eff.optim.store import apart, lowp_chain, watch_descent
 
 OWN = {"collage_adamw": collage_adamw}
 
@@ -122,10 +122,12 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
     """
 
     def init(params: Any) -> Any:
-        return tx.init(mcf.wide(params))
+        return apart(tx.init(mcf.wide(params)), params)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return tx.update(mcf.wide(updates), state, None if params is None else mcf.wide(params))
+        return tx.update(
+            mcf.gradients(updates), state, None if params is None else mcf.wide(params)
+        )
 
     return optax.GradientTransformation(init, update)
 

@@ -89,6 +89,10 @@ def _int8(signed: bool) -> MomentCodec:
     a first moment that is not, the quotient would explode. (The maps are FlashOptim's,
     arXiv:2602.23349.) Its codes are rounded stochastically: with b2 = 0.999 a step changes the
     root by less than a fifth of a code, and to the nearest it would never change.
+
+    An entry thousands of times as large as the other 31 of its group hides them: their first
+    moments are 0 and their second ones at least its 255th, so they stand still until it has
+    decayed (with b2 = 0.999 a tenth in 2,300 updates). Other groups do not notice.
     """
 
     def ratio(x: Array, scale: Array) -> Array:

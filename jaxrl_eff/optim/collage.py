@@ -27,6 +27,7 @@ import optax
 from jaxrl_eff.optim import codecs, mcf
 from jaxrl_eff.optim.mcf import Scalar
 from jaxrl_eff.optim.moments import scale_by_adam
+from jaxrl_eff.optim.paths import path_name
 from jaxrl_eff.optim.store import LowPrecisionTransformation, lowp_chain
 
 VARIANTS: Mapping[str, tuple[str, str, str]] = {  # weights, mu, nu
@@ -65,7 +66,8 @@ def collage_adamw(
         seed: of stochastic rounding.
 
     Raises:
-        ValueError: an unknown variant; faithful with another one or with metrics.
+        ValueError: an unknown variant; faithful with another one or with metrics; in `init`: a
+            dtype of the parameters that the variant is not for.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; it must be one of {list(VARIANTS)}.")
@@ -125,6 +127,10 @@ def _faithful(
         def zeros():
             return jax.tree.map(jnp.zeros_like, params)
 
+        for path, p in jax.tree_util.tree_leaves_with_path(params):
+            if p.dtype == jnp.float16:  # eps = 1e-8 would be 0 in it, and 0 / 0 NaN
+                raise ValueError(f"{path_name(path)!r} is float16, which faithful=True is not for.")
+
         return FaithfulState(
             jnp.zeros((), jnp.int32), zeros(), zeros(), zeros() if plus else (), zeros()
         )
@@ -145,8 +151,8 @@ def _faithful(
             def rn(x):
                 return mcf.round_to(x, p.dtype)
 
-            wide, g, m, v, v_low, low = (mcf.load(x) for x in (p, g, m, v, v_low, low))
-            g = rn(g)
+            wide, m, v, v_low, low = (mcf.load(x) for x in (p, m, v, v_low, low))
+            g = rn(mcf.gradients(mcf.load(g)))
             m = rn(rn(b1 * m) + (1 - b1) * g)
             if plus:
                 v, v_low = mcf.scale(v, v_low, *mcf.constant(b2, p.dtype), p.dtype)

@@ -14,9 +14,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_eff.optim import codecs, mcf
 from jaxrl_eff.optim.collage import VARIANTS, FaithfulState
-from jaxrl_eff.optim.moments import LowPrecisionAdamState, decode_moment, encode_moment
+from jaxrl_eff.optim.moments import (
+    LowPrecisionAdamState,
+    decode_moment,
+    encode_moment,
+    finite_moments,
+)
 from jaxrl_eff.optim.paths import path_name
-from jaxrl_eff.optim.store import StoreState, found, joined
+from jaxrl_eff.optim.store import StoreState, apart, found, joined
 
 
 class Master(NamedTuple):
@@ -90,10 +95,11 @@ def from_master(
     _, mu, nu = VARIANTS[variant]
     params = jax.tree.map(lambda w: mcf.store(w, dtype), master.params)
     params, state = set_full_precision_params(master.params, tx.init(params), dtype)
+    first, second = finite_moments(master.mu, master.nu)
     moments = LowPrecisionAdamState(
         jnp.asarray(master.count, jnp.int32),
-        encode_moment(mu, "mu", master.mu, master.count, seed),
-        encode_moment(nu, "nu", master.nu, master.count, seed),
+        encode_moment(mu, "mu", first, master.count, seed),
+        encode_moment(nu, "nu", second, master.count, seed),
     )
 
     def replaced(x: Any) -> Any:
@@ -106,7 +112,8 @@ def from_master(
         return x
 
     kinds = LowPrecisionAdamState | StoreState | optax.ScaleByScheduleState
-    return params, jax.tree.map(replaced, state, is_leaf=lambda x: isinstance(x, kinds))
+    state = jax.tree.map(replaced, state, is_leaf=lambda x: isinstance(x, kinds))
+    return params, apart(state, (params, master))
 
 
 def to_master(params: Any, opt_state: Any, *, variant: str) -> Master:

@@ -26,6 +26,7 @@ import numpy as np
 Array = jax.Array
 Scalar = float | int | jax.Array
 _TINY16 = 2.0**-14  # below it float16 is subnormal
+LARGEST = 2.0**63  # its square is float32, and what is averaged over such squares
 
 
 def round_to(x: Array, dtype: Any) -> Array:
@@ -64,6 +65,17 @@ def wide(tree: Any) -> Any:
 def wide_dtype(dtype: Any) -> Any:
     """float32, or float64 for float64."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def gradients(tree: Any) -> Any:
+    """Gradients in float32 (float64 if they are), within +-2^63, where their squares are finite.
+
+    Beyond 1.8e19 a square overflows, and a second moment would be infinite for ever. Adam does not
+    depend on the scale of an entry's gradients: a single one cut to 2^63 moves its weight as it
+    would in float64. Infinite entries are cut as well (checks of finiteness go before the
+    optimizer); NaNs stay NaN.
+    """
+    return jax.tree.map(lambda x: jnp.clip(x, -LARGEST, LARGEST), wide(tree))
 
 
 def fast_two_sum(a: Array, b: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:

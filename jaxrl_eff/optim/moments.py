@@ -43,7 +43,8 @@ def scale_by_adam(
         seed: of the stochastic rounding.
 
     Returns:
-        A transform that takes gradients of any float dtype and gives float32 updates.
+        A transform that takes gradients of any float dtype and gives float32 updates. Entries
+        beyond 2^63 count as 2^63, see `mcf.gradients`: moments stay finite in every codec.
 
     optax.scale_by_adam keeps the second moment in the parameters' dtype. In bfloat16 with
     b2 = 0.999 it does not decay: a step changes it by less than half a unit in the last place.
@@ -55,18 +56,20 @@ def scale_by_adam(
         codecs.moment(name, which, ())
 
     def init(params: Any) -> LowPrecisionAdamState:
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+        def zeros() -> Any:  # each moment's own, so that the state can be donated
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+
         count = jnp.zeros((), jnp.int32)
         return LowPrecisionAdamState(
             count,
-            encode_moment(mu, "mu", zeros, count, seed),
-            encode_moment(nu, "nu", zeros, count, seed),
+            encode_moment(mu, "mu", zeros(), count, seed),
+            encode_moment(nu, "nu", zeros(), count, seed),
         )
 
     def update(updates, state, params=None, **extra):
         del params, extra
         count = optax.safe_increment(state.count)
-        g = jax.tree.map(mcf.load, updates)
+        g = mcf.gradients(jax.tree.map(mcf.load, updates))
         m = decode_moment(mu, "mu", state.mu, g)
         v = decode_moment(nu, "nu", state.nu, g)
         m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, g)
@@ -83,6 +86,14 @@ def scale_by_adam(
         return out, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def finite_moments(mu: Any, nu: Any) -> tuple[Any, Any]:
+    """Trees of float32 moments within what `scale_by_adam` itself can reach; NaNs stay NaN."""
+    return (
+        jax.tree.map(lambda m: jnp.clip(m, -mcf.LARGEST, mcf.LARGEST), mu),
+        jax.tree.map(lambda v: jnp.minimum(v, mcf.LARGEST**2), nu),
+    )
 
 
 def encode_moment(

@@ -33,6 +33,7 @@ import optax
 from jaxrl_eff.optim import codecs, mcf
 from jaxrl_eff.optim.moments import leaf_id
 
+_MEASURED = 2.0**40  # changes beyond it count as this much: sums of their squares are finite
 inject_hyperparams = functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
 
 
@@ -138,7 +139,7 @@ def store_weights(
                 return optax.MaskedNode()
             return jnp.zeros(p.shape, how.dtype)
 
-        nothing = Descent(*(jnp.zeros((), jnp.float32),) * 3) if metrics else ()
+        nothing = _undescended() if metrics else ()
         return StoreState(jnp.zeros((), jnp.int32), jax.tree.map(low, params), nothing)
 
     def update(updates, state, params=None, **extra):
@@ -193,13 +194,14 @@ def lowp_chain(
     last = store_weights(store, seed=seed, metrics=metrics)
 
     def init(params: Any) -> LowPrecisionState:
-        return LowPrecisionState(inner.init(mcf.wide(params)), last.init(params))
+        start = apart(inner.init(mcf.wide(params)), params)
+        return LowPrecisionState(start, last.init(params))
 
     def update(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("lowp_chain needs params: call update(grads, state, params).")
         full = joined(params, state.store.low)
-        changes, inner_state = inner.update(mcf.wide(updates), state.inner, full, **extra)
+        changes, inner_state = inner.update(mcf.gradients(updates), state.inner, full, **extra)
         out, store_state = last.update(changes, state.store, params)
         return out, LowPrecisionState(inner_state, store_state)
 
@@ -230,7 +232,7 @@ def watch_descent(
     tx = optax.with_extra_args_support(tx)
 
     def init(params):
-        return _Watched(tx.init(params), Descent(*(jnp.zeros((), jnp.float32),) * 3))
+        return _Watched(apart(tx.init(params), params), _undescended())
 
     def update(updates, state, params=None, **extra):
         if params is None:
@@ -243,6 +245,11 @@ def watch_descent(
         return updates, _Watched(inner, _descent(sums))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _undescended() -> Descent:
+    """Zeros before the first update, each a buffer of its own."""
+    return Descent(*(jnp.zeros((), jnp.float32) for _ in Descent._fields))
 
 
 class _Watched(NamedTuple):
@@ -262,7 +269,27 @@ def found(opt_state: Any, kind: Any) -> list[Any]:
     return [x for x in every if isinstance(x, kind)]
 
 
+def apart(state: Any, params: Any) -> Any:
+    """The same state with every array in a buffer of its own, none of them a parameter's.
+
+    Some optax transforms start with one array in two places, or with the parameters themselves; a
+    step that donates state and parameters would then give one buffer away twice.
+    """
+    taken = {id(x) for x in jax.tree.leaves(params)}
+
+    def own(x: Any) -> Any:
+        if id(x) in taken:
+            return jnp.copy(x)
+        taken.add(id(x))
+        return x
+
+    return jax.tree.map(own, state)
+
+
 def _sums(wanted: jax.Array, visible: jax.Array, stored: jax.Array) -> _Sums:
+    wanted, visible, stored = (
+        jnp.clip(x, -_MEASURED, _MEASURED) for x in (wanted, visible, stored)
+    )
     moved = wanted != 0
     lost = moved & (stored == 0)
     return _Sums(

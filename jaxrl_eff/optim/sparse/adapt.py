@@ -27,6 +27,7 @@ from jaxrl_eff.optim.sparse import schedules, selectors
 from jaxrl_eff.optim.sparse.per_entry import check_elementwise, per_entry
 from jaxrl_eff.optim.sparse.sm3 import SM3
 from jaxrl_eff.optim.sparse.tiling import Tiling, gather, per_shard, scatter, tiling
+from jaxrl_eff.optim.store import apart
 
 Layout = Callable[[str, Any], Tiling | None]
 
@@ -161,7 +162,7 @@ def sparse_adapt(
             index = choice(name, x, t)
             original = per_shard(partial(gather, t=t), t, "pt", "t")(x, index)
             active[name] = _fresh(inner, t, index, original)
-        return SparseState(jnp.int32(0), active)
+        return apart(SparseState(jnp.int32(0), active), params)
 
     def update(grads: Any, state: SparseState, params: Any):
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
@@ -171,7 +172,7 @@ def sparse_adapt(
             visible = per_shard(partial(gather, t=t), t, "pt", "t")(x, old.index)
             exact = exact_value(visible, old.remainder)
             change = exact - old.original.astype(jnp.float32)
-            g = grads[name].astype(jnp.float32)
+            g = mcf.gradients(grads[name])
             if isinstance(inner, SM3):
                 u, after = inner.update(g, old.inner, old.index, t)
             else:

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxrl_eff.optim import mcf
 from jaxrl_eff.optim.sparse.adapt import exact_value, rounded
+from jaxrl_eff.optim.store import apart
 
 
 class LayersState(NamedTuple):
@@ -78,7 +80,7 @@ def sampled_layers(
         return LayersState(count, drawn(count), inner.init(wide), left)
 
     def init(params: Mapping[str, Any]) -> LayersState:
-        return fresh({k: x[:active] for k, x in params.items()}, jnp.int32(0))
+        return apart(fresh({k: x[:active] for k, x in params.items()}, jnp.int32(0)), params)
 
     def read(params: Mapping[str, Any], state: LayersState) -> dict[str, Any]:
         return {k: x.at[state.layers].get(mode="clip") for k, x in params.items()}
@@ -87,7 +89,7 @@ def sampled_layers(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         seen = read(params, state)
         exact = {k: exact_value(x, state.remainder[k]) for k, x in seen.items()}
-        wide = {k: grads[k].astype(jnp.float32) for k in exact}
+        wide = mcf.gradients({k: grads[k] for k in exact})
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
             changes, after = inner.update(wide, state.inner, exact)
         pairs = {

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
+from jaxrl_eff.optim import mcf
 from jaxrl_eff.optim.sparse import schedules, selectors
 from jaxrl_eff.optim.sparse.adapt import Active, Layout, carried, chosen, tiled_leaves
 from jaxrl_eff.optim.sparse.per_entry import check_elementwise, per_entry
 from jaxrl_eff.optim.sparse.tiling import per_shard
+from jaxrl_eff.optim.store import apart
 
 
 class Overlay(NamedTuple):
@@ -80,13 +82,13 @@ def sparse_overlay(
 
     def init(overlays: Mapping[str, Overlay]) -> OverlayState:
         each = {k: per_entry(inner, unit(o)).init(o.delta) for k, o in overlays.items()}
-        return OverlayState(jnp.int32(0), each)
+        return apart(OverlayState(jnp.int32(0), each), overlays)
 
     def update(grads: Mapping[str, Any], state: OverlayState, overlays: Mapping[str, Overlay]):
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         new, after = {}, {}
         for name, old in overlays.items():
-            g = grads[name].astype(jnp.float32)
+            g = mcf.gradients(grads[name])
             each = per_entry(inner, unit(old))
             u, after[name] = each.update(g, state.inner[name], old.delta)
             new[name] = Overlay(old.index, old.delta + jnp.float32(rate) * u)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_eff.optim import mcf
 from jaxrl_eff.optim.sparse.selectors import candidates
 from jaxrl_eff.optim.sparse.tiling import Tiling, per_shard
 
@@ -62,7 +63,8 @@ class SM3:
 def _updated(t: Tiling, gradient, row, column, index):
     def one(g, row, column, index):
         i, j = index // t.units[1], index % t.units[1]
-        v = jnp.minimum(row[i], column[j]) + jnp.square(g)
+        g = mcf.gradients(g)
+        v = jnp.minimum(jnp.minimum(row[i], column[j]) + jnp.square(g), jnp.finfo(g.dtype).max)
         u = jnp.where(v > 0, -g * jax.lax.rsqrt(jnp.where(v > 0, v, 1.0)), 0.0)
         return u, row.at[i].max(v), column.at[j].max(v)
 
@@ -76,7 +78,8 @@ def _grown(t: Tiling, row, column, index):
 
     def one(tile):
         row, column, index = tile
-        scores = (row[:, None] * column[None]).reshape(-1)
+        # Ordered as their products, which could overflow.
+        scores = (jnp.sqrt(row)[:, None] * jnp.sqrt(column)[None]).reshape(-1)
         scores = scores.at[index].set(0.0, unique_indices=True, mode="promise_in_bounds")
         return candidates(scores.reshape(t.units), alone)[0, 0]
 
