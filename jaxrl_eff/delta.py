@@ -37,16 +37,16 @@ def _show(args: argparse.Namespace) -> None:
     delta, indices = deltas.load(args.file), index_bytes(args.file)
     size = Path(args.file).stat().st_size
     facts = {
-        "base": delta.base or "unknown",
+        "base": _plain(delta.base) or "unknown",
         "semantics": delta.semantics + (", with originals" if delta.reversible else ""),
-        "method": delta.method or "not said",
-        "granularity": delta.granularity,
+        "method": _plain(delta.method) or "not said",
+        "granularity": _plain(delta.granularity),
         "entries": f"{delta.count:,} ({delta.density:.3%} of the tensors below)",
         "size": f"{size:,} bytes, {size / max(1, delta.count):.2f} an entry",
     }
     for name, value in facts.items():
         print(f"{name:11}  {value}")
-    width = max([6, *map(len, delta.tensors)])
+    width = max([6, *(len(_plain(name)) for name in delta.tensors)])
     head = ("tensor", "shape", "dtype", "entries", "share", "bits/index", "bound")
     row = f"{{:{width}}}  {{:>14}}  {{:>9}}  {{:>12}}  {{:>8}}  {{:>10}}  {{:>6}}"
     print(row.format(*head))
@@ -54,18 +54,24 @@ def _show(args: argparse.Namespace) -> None:
         shape = "x".join(map(str, e.shape)) or "scalar"
         each, least = 8 * indices[name] / len(e), bound(len(e), e.size)
         numbers = f"{len(e):,}", f"{len(e) / e.size:.3%}", f"{each:.2f}", f"{least:.2f}"
-        print(row.format(name, shape, e.dtype, *numbers))
+        print(row.format(_plain(name), shape, e.dtype, *numbers))
+
+
+def _plain(text: str) -> str:
+    """Text of a file as it may be printed: what moves a terminal's cursor is spelt out."""
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _audit(args: argparse.Namespace) -> None:
     limits, kl = _asked(args)
-    found = deltas.audit_directory(args.base, deltas.load(args.delta), limits=limits, kl=kl)
+    delta = deltas.load(args.delta, base=deltas.read_directory(args.base))
+    found = deltas.audit_directory(args.base, delta, limits=limits, kl=kl)
     _told(found, args.json)
 
 
 def _apply(args: argparse.Namespace) -> None:
     limits, kl = _asked(args)
-    delta = deltas.load(args.delta)
+    delta = deltas.load(args.delta, base=deltas.read_directory(args.base))
     if args.undo:
         _free(args.undo)
     try:
@@ -78,7 +84,7 @@ def _apply(args: argparse.Namespace) -> None:
 
 
 def _remove(args: argparse.Namespace) -> None:
-    delta = deltas.load(args.delta)
+    delta = deltas.load(args.delta, base=deltas.read_directory(args.model))
     deltas.rollback(args.model, delta, args.out)
     print(f"{args.out}: {delta.base}, the base again.")
 

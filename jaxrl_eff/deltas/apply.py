@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxrl_eff.deltas.delta import Delta, Entries
-from jaxrl_eff.deltas.tensors import bits, content_hash, host
+from jaxrl_eff.deltas.tensors import bits, content_hash, fits, host
 from jaxrl_eff.tree import flat, map_with_name
 
 
@@ -60,15 +60,7 @@ def check(params: Any, delta: Delta, *, content: bool = True) -> None:
     """
     table = flat(params)
     for name, entries in delta.tensors.items():
-        if name not in table:
-            some = ", ".join(sorted(table)[:3])
-            raise ValueError(f"the delta changes {name!r}, which is not there; there is {some}...")
-        shape, dtype = tuple(table[name].shape), str(table[name].dtype)
-        if shape != entries.shape or dtype != entries.dtype:
-            raise ValueError(
-                f"{name!r} is {dtype}{list(shape)}, but the delta is for "
-                f"{entries.dtype}{list(entries.shape)}."
-            )
+        fits(table, name, entries.shape, entries.dtype)
     if content and delta.base and (there := content_hash(params)) != delta.base:
         raise ValueError(
             f"the delta was made for the base {delta.base}, but this is {there}: another model, "

@@ -59,23 +59,32 @@ def encode(indices: np.ndarray, size: int) -> np.ndarray:
     return np.frombuffer(code, np.uint8)
 
 
-def decode(code: np.ndarray, size: int) -> np.ndarray:
+def decode(code: np.ndarray, size: int, count: int | None = None) -> np.ndarray:
     """The indices of `encode`, [k] int64.
 
+    Args:
+        code: [b] uint8.
+        size: of the flat tensor.
+        count: how many indices there must be; what would expand to another number is refused
+            before it is expanded. None: whatever the bytes say, which may be up to `size`.
+
     Raises:
-        ValueError: the bytes are not those of indices below `size`.
+        ValueError: the bytes are not those of `count` indices below `size`.
     """
     code = np.ascontiguousarray(code, np.uint8)
     if not len(code):
+        _counted(0, count)
         return np.zeros(0, np.int64)
     gaps, at = _unrice(code, 1, size)
     if code[0] == _GAPS:
+        _counted(len(gaps), count)
         indices = np.cumsum(gaps + 1) - 1
     elif code[0] == _RUNS:
         lengths, at = _unrice(code, at, size)
         if len(lengths) != len(gaps) or _sum(lengths) >= size:
             raise ValueError("the lengths of the runs do not fit.")
         lengths += 1
+        _counted(int(lengths.sum()), count)
         # Each entry is one more than the last, and a run's first entry also skips its gap.
         step = np.ones(int(lengths.sum()), np.int64)
         step[np.cumsum(lengths) - lengths] += gaps
@@ -87,6 +96,11 @@ def decode(code: np.ndarray, size: int) -> np.ndarray:
     if not len(indices) or indices[-1] >= size:
         raise ValueError(f"an index is not below {size}.")
     return indices
+
+
+def _counted(found: int, count: int | None) -> None:
+    if count is not None and found != count:
+        raise ValueError(f"the bytes hold {found} indices, not {count}.")
 
 
 def checked(indices: np.ndarray, size: int) -> np.ndarray:
@@ -153,6 +167,8 @@ def _unrice(code: np.ndarray, at: int, size: int) -> tuple[np.ndarray, int]:
     if len(large) != len(written) or (written >= MOST >> k).any():
         raise ValueError("the large gaps of the indices do not fit.")
     numbers[large] = written.astype(np.int64)
+    if _sum(numbers) * 2.0**k > size:  # before the shift, which could overflow
+        raise ValueError(f"the gaps add up to more than {size}.")
     numbers <<= k
     for j in range(k):
         bits = np.unpackbits(code[at : at + plane], count=count, bitorder="little")

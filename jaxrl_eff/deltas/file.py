@@ -22,7 +22,8 @@ import numpy as np
 from jaxrl_eff import files
 from jaxrl_eff.deltas import coding
 from jaxrl_eff.deltas.delta import Delta, Entries
-from jaxrl_eff.deltas.tensors import read_file
+from jaxrl_eff.deltas.header import expected, header_tensors
+from jaxrl_eff.deltas.tensors import fits, read_file
 
 VERSION = 1
 _KEY = "delta"
@@ -68,27 +69,37 @@ def save(delta: Delta, path: str | PathLike[str], *, originals: bool = True) -> 
     return path.stat().st_size
 
 
-def load(path: str | PathLike[str]) -> Delta:
+def load(path: str | PathLike[str], *, base: Mapping[str, Any] | None = None) -> Delta:
     """Reads a file and checks all of it.
+
+    Nothing is expanded before what it says of itself agrees: counts with the lengths of the arrays,
+    and these with what the codes stand for. So memory is in proportion to the file, whatever it
+    claims.
+
+    Args:
+        path: of the file.
+        base: arrays by name of the model that it is for; tensors that do not fit are refused before
+            their indices are read. None: any.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is cut off, damaged, no delta file, or of another version.
+        ValueError: it is cut off, damaged, no delta file, of another version, or not for `base`.
     """
     header, arrays = _open(path)
     tensors = {}
     for name, told in header["tensors"].items():
-        size = int(np.prod(told["shape"], dtype=np.int64))
+        if base is not None:
+            fits(base, name, told.shape, told.dtype)
         try:
             tensors[name] = Entries(
-                tuple(told["shape"]),
-                told["dtype"],
-                coding.decode(arrays[f"{name}/indices"], size),
+                told.shape,
+                told.dtype,
+                coding.decode(arrays[f"{name}/indices"], told.size, told.count),
                 np.array(arrays[f"{name}/values"]),
                 np.array(old) if (old := arrays.get(f"{name}/originals")) is not None else None,
             )
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path}: {name!r} cannot be read: {error}.") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {name!r} cannot be read: {error}") from error
     fields = (header[k] for k in ("base", "semantics", "method", "granularity"))
     return Delta(tensors, *fields)
 
@@ -100,20 +111,29 @@ def index_bytes(path: str | PathLike[str]) -> dict[str, int]:
 
 
 def _open(path: str | PathLike[str]) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
+    """The header, its tensors as `Told`, and the arrays, which fit to each other."""
     metadata, arrays = read_file(path)
     if _KEY not in metadata:
         raise ValueError(f"{path} is a safetensors file, but no delta: its header names none.")
     try:
         header = json.loads(metadata[_KEY])
         version = header["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: its header cannot be read.") from error
-    if version != VERSION:
+    if version != VERSION or isinstance(version, bool):
         raise ValueError(f"{path} has version {version!r} of the format; known is {VERSION}.")
     checksum = header.pop("checksum", None)
+    try:
+        tensors = header_tensors(header)
+    except ValueError as error:
+        raise ValueError(f"{path}: its header cannot be read: {error}") from error
     if checksum != _checksum(header, arrays):
         raise ValueError(f"{path} is damaged: its contents do not match its checksum.")
-    return header, arrays
+    try:
+        expected(tensors, arrays, header["semantics"])
+    except ValueError as error:
+        raise ValueError(f"{path} contradicts itself: {error}") from error
+    return {**header, "tensors": tensors}, arrays
 
 
 def _checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:

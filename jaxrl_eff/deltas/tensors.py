@@ -21,7 +21,7 @@ from jaxrl_eff.models.hf_table import CODES
 from jaxrl_eff.tree import flat
 
 # Names of dtypes in safetensors files: those of weights, and those of what lies beside them.
-_DTYPES = CODES | {
+DTYPES = CODES | {
     "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -57,6 +57,26 @@ def host(name: str, x: Any) -> np.ndarray:
     if not getattr(x, "is_fully_addressable", True):
         raise ValueError(f"{name!r} is partly on other processes; gather it first.")
     return np.asarray(x)
+
+
+def fits(table: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: str) -> None:
+    """Refuses a change of a tensor that a model does not have like this.
+
+    Args:
+        table: arrays of the model by name.
+        name, shape, dtype: of the tensor that a delta changes.
+
+    Raises:
+        ValueError: the tensor is missing, or of another shape or dtype.
+    """
+    if name not in table:
+        some = ", ".join(sorted(table)[:3])
+        raise ValueError(f"the delta changes {name!r}, which is not there; there is {some}...")
+    found, kind = tuple(table[name].shape), str(table[name].dtype)
+    if found != shape or kind != dtype:
+        raise ValueError(
+            f"{name!r} is {kind}{list(found)}, but the delta is for {dtype}{list(shape)}."
+        )
 
 
 def bits(x: np.ndarray) -> np.ndarray:
@@ -106,17 +126,17 @@ def read_file(
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}
     mode = "r+" if write else "r"
     empty = path.stat().st_size == 8 + length  # nothing to map
     data = np.zeros(0, np.uint8) if empty else np.memmap(path, np.uint8, mode, 8 + length)
     table = {}
     for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
-            known = ", ".join(_DTYPES)
+        if entry["dtype"] not in DTYPES:
+            known = ", ".join(DTYPES)
             raise ValueError(f"{name!r} in {path} is {entry['dtype']}; known are {known}.")
         start, end = entry["data_offsets"]
-        dtype, shape = jnp.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
+        dtype, shape = jnp.dtype(DTYPES[entry["dtype"]]), entry["shape"]
         if end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name!r} in {path} has {end - start} bytes, which is not {shape}.")
         table[name] = data[start:end].view(dtype).reshape(shape)
