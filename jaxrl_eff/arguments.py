@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxrl_eff import secret
+
 FLAG = "config."  # absl collects the overrides under this name
 TRACEBACK = "JAXRL_EFF_TRACEBACK"  # the environment variable that asks for tracebacks
 _LONGEST = 2000  # characters of a message; values of a config may be of any size
@@ -185,8 +187,9 @@ def override(config: dict[str, Any], where: str, text: str) -> None:
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
                 path = ".".join(way[: i + 1])
+                shown = secret.redacted(section, name)
                 raise ConfigError(
-                    f"--config.{where}: config.{path} is {section!r:.200}, which has no fields."
+                    f"--config.{where}: config.{path} is {shown!r:.200}, which has no fields."
                 )
     section[last] = _value(text, section.get(last))
 
@@ -233,7 +236,11 @@ def describe() -> str:
 
 
 def flat(value: Any, path: str = "config") -> list[str]:
-    """`config.a.b = c` for every value of nested dicts."""
+    """`config.a.b = c` for every value of nested dicts; of what is `secret`, a hash."""
     if isinstance(value, Mapping) and value:
-        return [line for k, v in value.items() for line in flat(v, f"{path}.{k}")]
+        return [line for k, v in _shown(value, path).items() for line in flat(v, f"{path}.{k}")]
     return [f"{path} = {value!r}"]
+
+
+def _shown(value: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    return secret.redacted(value) if path == "config" else value  # once, at the root

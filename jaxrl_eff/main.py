@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from jaxrl_eff import arguments, host, identity, interrupts, settings, startup
+from jaxrl_eff import arguments, host, identity, interrupts, secret, settings, startup
 from jaxrl_eff.workdir import check_workdir, held
 
 _CONFIG = flags.DEFINE_string("config", None, "A file of configs/, FILE[:argument].")
@@ -181,7 +181,7 @@ def _opened(
     writer = Writer(workdir, **resume, wandb=run.wandb or None, enabled=first, guard=guard)
     closing.callback(writer.close)
     writer.document("identity", me.document())
-    writer.document("config", dataclasses.asdict(run))
+    writer.document("config", secret.redacted(dataclasses.asdict(run)))
     writer.document("plan", {s.name: s.step.plan_table() for s in assembled.stages})
     scheduled = [s for s in assembled.stages if s.settings.schedule.name == "skrull"]
     if scheduled:

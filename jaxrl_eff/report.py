@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,16 @@ def write(workdir: str | Path) -> Path:
         notes.append("metrics.jsonl holds no step yet: no curves")
     if not samples:
         notes.append("samples.jsonl holds no sample: none is shown")
-    colors = _colors(plan, timeline, steps)
+    colors = _part("colours", notes, _colors, plan, timeline, steps) or {}
     body = [
-        _head(workdir, result, steps),
-        _summary(result),
-        _curves(steps, colors),
-        _plan(plan, colors),
-        _timeline(timeline, colors),
-        _calibration(workdir, notes),
-        _schedule(workdir, notes, steps),
-        _samples(samples),
+        _part("head", notes, _head, workdir, result, steps),
+        _part("result.json", notes, _summary, result),
+        _part("curves", notes, _curves, steps, colors),
+        _part("plan.json", notes, _plan, plan, colors),
+        _part("timeline.json", notes, _timeline, timeline, colors),
+        _part("calibration.json", notes, _calibration, workdir, notes),
+        _part("schedule.json", notes, _schedule, workdir, notes, steps),
+        _part("samples.jsonl", notes, _samples, samples),
         _config(config),
         _notes(notes),
     ]
@@ -134,6 +134,15 @@ def _colors(plan: Any, timeline: Any, steps: Sequence[Mapping[str, Any]]) -> dic
         stage: {name: i for i, name in enumerate(dict.fromkeys(calls))}
         for stage, calls in names.items()
     }
+
+
+def _part(name: str, notes: list[str], draw: Callable[..., Any], *given: Any) -> Any:
+    """What `draw` makes of files that may hold anything; a note in its place where it cannot."""
+    try:
+        return draw(*given)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        notes.append(f"{name} cannot be drawn ({type(error).__name__}: {error})")
+        return ""
 
 
 # Parts of the page ----------------------------------------------------------------------------
@@ -318,7 +327,7 @@ def figure_of(
             if percent and math.isfinite(final[0])
             else number(final[0], short=True)
         )
-    head = f"<figcaption><b>{_text(title)}</b><output>{shown}</output></figcaption>"
+    head = f"<figcaption><b>{_text(title)}</b><output>{_text(shown)}</output></figcaption>"
     return f"<figure>{head}{svg}{names}</figure>"
 
 
@@ -422,7 +431,8 @@ def _schedule(workdir: Path, notes: list[str], steps: Sequence[Mapping[str, Any]
             for kind in ("planned", "measured")
         }
         figures = figure_of("seconds a step", times) if any(times.values()) else ""
-        cells = [(f"up to {most:,}", f"{share:.1%}") for most, share in told.get("lengths", ())]
+        lengths = told.get("lengths", ())
+        cells = [(f"up to {_count(most)}", _share(share)) for most, share in lengths]
         sections.append(
             f"{''.join(_mesh(stage, place) for place in told.get('places', [told]))}"
             f"<div class=charts>{figures}</div>"
@@ -434,12 +444,23 @@ def _schedule(workdir: Path, notes: list[str], steps: Sequence[Mapping[str, Any]
 def _mesh(stage: str, told: Mapping[str, Any]) -> str:
     """What schedules on one mesh were made for."""
     shapes = ", ".join(f"{own}+{shared}" for own, shared in told.get("shapes", ()))
-    who = ": ".join([stage, *([", ".join(told["calls"])] if told.get("calls") else [])])
+    who = ": ".join([stage, *([", ".join(map(str, told["calls"]))] if told.get("calls") else [])])
     return (
-        f"<p>{_text(who)}: {told.get('groups')} groups of {told.get('parts')} devices with "
-        f"{told.get('room', 0):,} tokens each; micro-batches of {_text(shapes)} tokens a "
-        "device, its own + its share of long sequences.</p>"
+        f"<p>{_text(who)}: {_text(_count(told.get('groups')))} groups of "
+        f"{_text(_count(told.get('parts')))} devices with {_text(_count(told.get('room', 0)))} "
+        f"tokens each; micro-batches of {_text(shapes)} tokens a device, its own + its share of "
+        "long sequences.</p>"
     )
+
+
+def _count(value: Any) -> str:
+    """A whole number with commas; other values of a file as they are, not escaped."""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _share(value: Any) -> str:
+    """A share in percent; other values of a file as they are, not escaped."""
+    return f"{value:.1%}" if isinstance(value, int | float) else str(value)
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -14,6 +14,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
+from jaxrl_eff import secret
+
 _DEEPEST = 32  # sections within sections; one that holds itself never ends
 
 
@@ -88,7 +90,8 @@ def build(cls: type, section: Mapping[Any, Any], path: str) -> Any:
             for other, value in values.items():
                 if value != _default(fields[other]):
                     raise ValueError(
-                        f"{path}.{other} is {value!r:.200}, but {path}.{name} is not given, "
+                        f"{path}.{other} is {secret.told(f'{path}.{other}', value)}, but "
+                        f"{path}.{name} is not given, "
                         "without which nothing reads it."
                     )
     try:
@@ -197,8 +200,8 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise ValueError(
-        f"{path} is {value!r:.200} ({type(value).__name__}); a config holds text, numbers, True, "
-        "False, None, and tuples and dicts of them."
+        f"{path} is {secret.told(path, value)} ({type(value).__name__}); a config holds text, "
+        "numbers, True, False, None, and tuples and dicts of them."
     )
 
 

@@ -7,7 +7,7 @@ their data, and how often samples are shown.
 
 from collections.abc import Collection
 
-from jaxrl_eff import parts
+from jaxrl_eff import parts, secret
 from jaxrl_eff.settings import AdaptSettings, DataSettings, RewardSettings, StageSettings
 
 # Algorithm -> roles whose models it may have.
@@ -84,7 +84,7 @@ def _data(data: DataSettings) -> None:
 
 def _refuse(path: str, value: object, default: object, why: str) -> None:
     if value != default:
-        raise ValueError(f"{path} is {value!r:.200}, which nothing reads: {why}.")
+        raise ValueError(f"{path} is {secret.told(path, value)}, which nothing reads: {why}.")
 
 
 def _names(roles: Collection[str]) -> str:

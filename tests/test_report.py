@@ -209,3 +209,81 @@ def test_a_straight_line_is_its_own_trend():
     line = [(float(x), 2.0 * x + 1) for x in range(100)]
     for (_, got), (_, expected) in zip(charts._smooth(line), line, strict=True):
         assert got == pytest.approx(expected, rel=1e-9)
+
+
+EVIL = "<script>alert(1)</script>\"'&<!--body-->{title}"
+
+
+def poisoned(value):
+    """The same structure with markup in the place of every text and in front of every key."""
+    if isinstance(value, dict):
+        return {EVIL + k: poisoned(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [poisoned(v) for v in value]
+    return EVIL if isinstance(value, str) else value
+
+
+def documents(run):
+    """What a run wrote, and the documents that only some runs write, by name."""
+    found = {p.name: json.loads(p.read_text()) for p in run.glob("*.json")}
+    for path in run.glob("*.jsonl"):
+        found[path.name] = [json.loads(line) for line in path.read_text().splitlines()]
+    found["schedule.json"] = {
+        "ppo": {
+            "groups": 4, "parts": 2, "room": 4096, "shapes": [[128, 64]], "calls": ["rew"],
+            "lengths": [[64, 0.25]], "places": [{"groups": 1, "parts": 2, "shapes": [["a", 3]]}],
+        }
+    }  # fmt: skip
+    found["calibration.json"] = {"ppo": [{"name": "rew", "predicted": 0.1, "measured": 0.2}]}
+    return found
+
+
+def numbers_as_text(value):
+    """Every leaf is markup, whatever it was."""
+    if isinstance(value, dict):
+        return {k: numbers_as_text(v) for k, v in value.items()}
+    return [numbers_as_text(v) for v in value] if isinstance(value, list) else EVIL
+
+
+def values_only(value):
+    """Texts are markup; the keys by which a page finds them are as they were."""
+    if isinstance(value, dict):
+        return {k: values_only(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [values_only(v) for v in value]
+    return EVIL if isinstance(value, str) else value
+
+
+def in_names(value, depth=1):
+    """Names of stages, calls and metrics are markup."""
+    if isinstance(value, dict) and depth:
+        return {f"{EVIL}{k}": in_names(v, depth - 1) for k, v in value.items()}
+    return value
+
+
+@pytest.mark.parametrize("poison", [poisoned, numbers_as_text, values_only, in_names])
+def test_text_of_no_file_is_markup(run, tmp_path, poison):
+    bad = tmp_path / "<b>bad'&\"<i>"
+    bad.mkdir()
+    for name, value in documents(run).items():
+        rows = value if name.endswith("l") else [value]
+        keep = {"step", "stage", "values", "seconds", "prompt", "held_out"}
+        if name.endswith("l"):  # rows of another kind are not looked at
+            rows = [{k: v if k == "step" else poison(v) for k, v in r.items() if k in keep or v}
+                    for r in rows[:3] + rows[-1:]]  # fmt: skip
+        else:
+            rows = [poison(r) for r in rows]
+        (bad / name).write_text("\n".join(map(json.dumps, rows)))
+    text = report.write(bad).read_text()
+    page = Page(text)
+    assert page.tags.count("script") == 1 and "<script>alert" not in text
+    assert "<i>" not in text and "<!--body-->" not in text
+    assert EVIL in page.all
+
+
+def test_one_odd_document_does_not_take_the_others_along(run):
+    (run / "schedule.json").write_text(json.dumps({"ppo": 3}))
+    (run / "timeline.json").write_text(json.dumps({"ppo": [{"call": "a", "start": "x", "end": 1}]}))
+    page = Page(report.write(run).read_text())
+    for expected in ("schedule.json cannot be drawn", "timeline.json cannot be drawn", "tokens/s"):
+        assert expected in page.all

@@ -1,0 +1,61 @@
+"""Values of a config that nobody else should read, such as keys of services: never written down.
+
+A value is secret by the name that it stands under, at any depth (`api_key`, `authToken`), and so is
+what a URL has between `//` and `@`. In its place stands a hash, by which a change is noticed.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_WORDS = {
+    "key", "apikey", "keys", "token", "password", "passwd", "passphrase", "secret", "secrets",
+    "credential", "credentials", "auth", "authorization", "bearer", "cookie",
+}  # fmt: skip
+_PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+
+
+def named(name: str) -> bool:
+    """Whether a value of this name is secret."""
+    words = {w.lower() for w in _PARTS.findall(str(name))}
+    return bool(words & _WORDS)
+
+
+def redacted(value: Any, name: str = "") -> Any:
+    """The same value, of plain containers, with hashes in the place of what is secret.
+
+    Args:
+        value: of a config: a dict, list, tuple, text, number or None.
+        name: that it stands under.
+    """
+    return _redacted(value, named(name))
+
+
+def told(path: str, value: Any) -> str:
+    """A value of a config for an error message: `repr`, cut to 200 characters, without secrets.
+
+    Args:
+        path: "config.a.b[0]"; below a secret name everything is secret.
+        value: what stands there.
+    """
+    secret = any(named(part) for part in re.split(r"[.\[\]]", path))
+    return f"{_redacted(value, secret)!r:.200}"
+
+
+def _redacted(value: Any, secret: bool) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _redacted(v, secret or named(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_redacted(v, secret) for v in value)
+    if secret and value is not None and value != "" and not isinstance(value, bool):
+        return _hidden(value)
+    if isinstance(value, str):
+        return _LOGIN.sub(lambda found: _hidden(found[0]), value)
+    return value
+
+
+def _hidden(value: Any) -> str:
+    digest = hashlib.sha256(repr(value).encode(errors="replace")).hexdigest()
+    return f"(hidden, {digest[:8]})"
