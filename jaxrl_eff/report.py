@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrl_eff import arguments, charts, files, metrics
+from jaxrl_eff import arguments, charts, files, metrics, secret
 from jaxrl_eff.console import clock, number
 
 FILES = (
@@ -283,7 +283,8 @@ def _figures(
     seconds: dict[str, list[tuple[int, float | int]]] = {}
     for row in rows:
         for call, value in (row.get("seconds") or {}).items():
-            seconds.setdefault(call, []).append((row["step"], value))
+            if isinstance(value, int | float):
+                seconds.setdefault(call, []).append((row["step"], value))
     last = len(_FIRST) - 1
     for name in ("tokens_per_s", "mfu", "flops_per_s"):
         points = [
@@ -520,7 +521,7 @@ def _sample_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _config(config: Mapping[str, Any]) -> str:
     if not config:
         return ""
-    text = json.dumps(config, indent=2, ensure_ascii=False)
+    text = json.dumps(secret.redacted(config), indent=2, ensure_ascii=False)
     return (
         "<section><h2>Config</h2><details><summary>the resolved config</summary>"
         f"<pre>{_text(text)}</pre></details></section>"

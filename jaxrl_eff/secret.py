@@ -14,6 +14,7 @@ _WORDS = {
     "credential", "credentials", "auth", "authorization", "bearer", "cookie",
 }  # fmt: skip
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_HASH = re.compile(r"\(hidden, [0-9a-f]{8}\)")
 _LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 
 
@@ -57,5 +58,7 @@ def _redacted(value: Any, secret: bool) -> Any:
 
 
 def _hidden(value: Any) -> str:
+    if isinstance(value, str) and _HASH.fullmatch(value):
+        return value
     digest = hashlib.sha256(repr(value).encode(errors="replace")).hexdigest()
     return f"(hidden, {digest[:8]})"

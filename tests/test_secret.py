@@ -6,7 +6,7 @@ import json
 import launch
 import pytest
 
-from jaxrl_eff import arguments, identity, secret, startup
+from jaxrl_eff import arguments, identity, report, secret, startup
 
 HIDE = "sk-very-hidden"
 
@@ -46,6 +46,7 @@ def test_what_is_not_secret_stays_what_it_is():
 def test_a_changed_secret_is_another_hash_and_an_equal_one_the_same():
     a, b, c = (secret.redacted({"key": x})["key"] for x in ("one", "two", "one"))
     assert a != b and a == c and a.startswith("(hidden, ")
+    assert secret.redacted({"key": a}) == {"key": a}
 
 
 def config(key):
@@ -68,6 +69,11 @@ def test_no_document_of_a_run_holds_one():
     for text in said:
         assert HIDE not in text
     assert "mine" in said[0]
+
+
+def test_the_report_of_an_older_run_holds_none_either(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"wandb": {"api_key": HIDE}}))
+    assert HIDE not in report.write(tmp_path).read_text()
 
 
 def test_resuming_notices_another_secret_without_saying_it():
