@@ -57,10 +57,7 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run in one directory.
-
-    `messages` collects one line for every checkpoint that was refused, with the reason.
-    """
+    """The checkpoints of one run; `messages` says in a line each why one was refused."""
 
     def __init__(
         self,

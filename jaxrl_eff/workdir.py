@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 import stat
@@ -37,6 +38,8 @@ FILES = (
     "config.json", "plan.json", "schedule.json", "calibration.json", "timeline.json", "result.json",
     "metrics.jsonl", "samples.jsonl", "report.html", "delta.safetensors",
 )  # fmt: skip
+# A URL that a path was made of has lost a slash.
+_URL = re.compile(r"(gs|s3|az|abfss?|hdfs|https?|file|memory):/")
 # Names that orbax gives to files below the directory.
 _ROOM = len("/checkpoints/deleting-000000000/state.orbax-checkpoint-tmp/ocdbt.process_0000/d/") + 64
 
@@ -71,9 +74,11 @@ def check_workdir(workdir: Path) -> None:
     """Makes the directory, and looks at what is in it under names that a run writes.
 
     Raises:
-        OSError: naming what cannot be written to: a path that is too long or no text, a file in
-            place of a directory or the other way round, a link to a directory.
+        OSError: naming what cannot be written to: a URL, a path that is too long or no text, a
+            file in place of a directory or the other way round, a link to a directory.
     """
+    if _URL.match(str(workdir)):
+        raise OSError(f"--workdir={workdir} is a URL; an object store must be mounted.")
     try:
         str(workdir).encode()
     except UnicodeEncodeError:
@@ -117,8 +122,8 @@ def held(workdir: Path) -> Iterator["Lock"]:
         OSError: the directory cannot be written to.
     """
     lock = Lock(workdir)
-    first_says(lock.take, f"--workdir={workdir} is held or cannot be written to, as found")
     try:
+        first_says(lock.take, f"--workdir={workdir} is held or cannot be written to, as found")
         yield lock
     finally:
         lock.release()
@@ -160,10 +165,10 @@ class Lock:
         """
         if self._mine is None or time.time() - self._seen < 2 * BEAT_S:
             return
-        if (found := _read(self.path)) != self._mine:
+        if not self._is_mine():
             raise HeldError(
-                f"{self.path.parent} was taken over by {_told(found)} while this run did not move; "
-                "nothing more is written."
+                f"{self.path.parent} was taken over by {_told(_read(self.path))} while this run "
+                "did not move; nothing more is written."
             )
         self._seen = time.time()
 
@@ -217,10 +222,15 @@ class Lock:
                 f"Give this one its own directory, or wait{wait}."
             )
 
+    def _is_mine(self) -> bool:
+        """Whether the file is this run's; one that somebody removed is created again."""
+        found = _read(self.path)
+        return found == self._mine or (found is None and _create(self.path, self._mine or b""))
+
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):
             with contextlib.suppress(OSError):
-                if _read(self.path) != self._mine:
+                if not self._is_mine():
                     return  # `check` tells
                 os.utime(self.path)
                 self._seen = time.time()

@@ -119,6 +119,16 @@ def test_a_run_that_slept_while_another_took_over_is_told(tmp_path, monkeypatch)
     assert json.loads((tmp_path / NAME).read_text()) == theirs  # and is left alone
 
 
+def test_a_lock_that_somebody_removed_is_made_again(tmp_path, monkeypatch):
+    with held(tmp_path) as lock:
+        mine = (tmp_path / NAME).read_text()
+        (tmp_path / NAME).unlink()
+        monkeypatch.setattr(lock, "_seen", 0.0)
+        lock.check()
+        assert (tmp_path / NAME).read_text() == mine
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_many_that_find_a_dead_holder_one_takes_over(tmp_path):
     """Whatever they do at once, and with the leavings of some that died while taking over."""
     for turn in range(20):
@@ -182,6 +192,7 @@ def test_what_cannot_be_a_directory_of_a_run_is_named_at_the_start(tmp_path):
         (tmp_path / "\udcff", "is not UTF-8"),
         (tmp_path / "/".join(["long" * 40] * 25), "at most .* leave room"),
         (tmp_path / ("n" * 300), "File name too long"),
+        (workdir.Path("gs://bucket/run"), "is a URL; an object store must be mounted"),
     ):
         with pytest.raises(OSError, match=reason):
             workdir.check_workdir(path)
