@@ -175,7 +175,7 @@ def test_asked_to_stop_two_processes_agree_and_one_may_continue(cache, sft, tmp_
 @pytest.mark.slow
 def test_asked_in_a_later_stage_two_processes_stop_at_the_same_step(cache, tmp_path):  # noqa: F811
     """Steps begin anew with every stage, what the processes agree on does not."""
-    config = f"--config={launch.TINY}:algorithm=three,steps=3,every=1,first=8,devices=4"
+    config = f"--config={launch.TINY}:algorithm=three,steps=3,every=1,first=4,devices=2"
     moment = "jaxrl_eff.metrics:Writer.step:after:step=4:TERM"
     done = together(cache, config, f"--workdir={tmp_path}", kill=moment, timeout=900)
     for out, err, code in done:
