@@ -1,4 +1,4 @@
-"""What processes of one run say to each other about things that only some of them can know."""
+"""Agreement between processes of one run on things that only some of them can know."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def first_says(ask: Callable[[], int], failure: str) -> int:
 
 
 def everywhere(good: bool) -> bool:
-    """Whether it is so on every process."""
+    """True if it is so on every process."""
     import jax
 
     if jax.process_count() == 1:

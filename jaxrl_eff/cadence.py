@@ -1,4 +1,4 @@
-"""When a run is saved: every so many steps, or every so many minutes."""
+"""The rhythm of checkpoints: every so many steps, or every so many minutes."""
 
 import time
 
@@ -28,7 +28,7 @@ class Cadence:
         self._began, self._steps, self._look = time.monotonic(), 0, 2
 
     def due(self, step: int) -> bool:
-        """Whether to save after a step of the stage (from 1). To be called once a step."""
+        """True if the run must be saved after this step (from 1). To be called once a step."""
         if self._every:
             return step % self._every == 0
         if not self._seconds:

@@ -1,4 +1,4 @@
-"""What a run leaves behind for others: models, adapters and delta files in public formats."""
+"""Exports of a run: models, adapters and delta files in public formats."""
 
 from pathlib import Path
 from typing import Any

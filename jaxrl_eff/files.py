@@ -102,7 +102,7 @@ class Growing:
 
 
 def shared(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a symbolic link or has several names."""
+    """True if a file is a symbolic link or has several hard links."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a run computes, as one short text: its settings, and the contents of the files they name.
+"""The identity of a run: the settings that decide its results, and contents of files they name.
 
 A run that is continued must compute what it computed before. Settings that say only where it runs
 and how often it reports are left out, by their place in the schema; data, models and adapters count
@@ -97,7 +97,7 @@ def digest_of(path: Path) -> str:
 
 
 def _counts(path: Path) -> bool:
-    """Whether a file of a directory decides what is computed: in a model's, only what is read."""
+    """True if a file of a directory decides what is computed; of a model's, files that are read."""
     models = ("config.json", "adapter_config.json")
     if not any((path.parent / name).is_file() for name in models):
         return True
@@ -135,7 +135,7 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What the run of a workdir computes, and computed before.
+    """The identity of a workdir's run, and of the same run before accepted changes.
 
     Attributes:
         fingerprint: of checkpoints that are written.

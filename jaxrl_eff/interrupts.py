@@ -55,7 +55,7 @@ class Interrupts:
             raise Stopped(self.phase)
 
     def asked(self, step: int) -> bool:
-        """Whether to stop after a step; all processes get the same answer.
+        """True if the run must stop after this step; all processes get the same answer.
 
         Args:
             step: steps taken in the whole run: JAX's agreement needs a number that rises.

@@ -50,7 +50,7 @@ def steps(folder: Path, kind: str = "") -> list[int]:
 
 
 def ours(path: Path) -> bool:
-    """Whether this is a directory that holds nothing but parts of a checkpoint."""
+    """True if this is a directory that holds nothing but parts of a checkpoint."""
     if path.is_symlink() or not path.is_dir():
         return False
     return all(_CONTENT.fullmatch(p.name) for p in path.iterdir())

@@ -8,7 +8,7 @@ from jaxrl_eff.schema import Count, Natural, NonNegative, Share, Switch, Within
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchSettings:
-    """How a plan is searched, and corrected by what its steps really take.
+    """Settings of the search for a plan, and of its correction by measured times.
 
     Attributes:
         evaluations: plans to simulate in one search.
@@ -27,7 +27,7 @@ class SearchSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
-    """How sequences of many lengths become a step.
+    """Settings of the schedule that makes a step of sequences of many lengths.
 
     Attributes:
         name: "rows": into packed rows of `data.length`, `batch` of them; "skrull": `batch`
@@ -57,7 +57,7 @@ class ScheduleSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SyncSettings:
-    """How trained weights get to calls on other devices, or to another layout on the same ones.
+    """Settings of weight sync: trained weights to calls on other devices or in another layout.
 
     Attributes:
         name: "whole": all of them in every step; "changes": frozen tensors once, of the others the
@@ -77,7 +77,7 @@ class SyncSettings:
 
     @property
     def exact(self) -> bool:
-        """Whether what arrives is what was sent."""
+        """True if weights arrive bit for bit as they were sent."""
         return self.name in ("whole", "changes")
 
     def __post_init__(self):
@@ -91,7 +91,7 @@ class SyncSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZeroSettings:
-    """What train calls send between nodes, over links that are slow (ZeRO++).
+    """Settings of the traffic of train calls between nodes with slow links (ZeRO++).
 
     Part of what is computed, unlike a plan: all but "exact" round.
 

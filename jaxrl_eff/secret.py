@@ -19,7 +19,7 @@ _LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 
 
 def named(name: str) -> bool:
-    """Whether a value of this name is secret."""
+    """True if a value of this name is secret."""
     words = {w.lower() for w in _PARTS.findall(str(name))}
     return bool(words & _WORDS)
 

@@ -123,7 +123,7 @@ def prepare(
 
 
 def _place(given: Processes) -> peers.Place | None:
-    """Where the processes meet: as the command says, or as the cluster does."""
+    """The address at which processes meet, from the command or from the cluster."""
     named = given._replace(wait=None)
     if any(v is not None for v in named):
         if missing := [f"--{n}" for n, v in named._asdict().items() if v is None and n != "wait"]:
@@ -185,7 +185,7 @@ _kept: list[Any] = []  # handlers that C may call as long as the process lives
 
 
 def facts(run: settings.Run) -> dict[str, str]:
-    """What must be equal on all processes: config, files, versions, environment, by name."""
+    """Config, files, versions and environment, which must be equal on all processes, by name."""
     values = dataclasses.asdict(run)
     values |= values.pop("stage")
     out = dict(line.split(" = ", 1) for line in arguments.flat(values))
@@ -254,7 +254,7 @@ def _say(text: str) -> None:
 
 
 def on_cluster() -> bool:
-    """Whether a scheduler that JAX can ask started several processes."""
+    """True if a scheduler that JAX can ask started several processes."""
     several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return several or len(hosts.split(",")) > 1 or "OMPI_COMM_WORLD_SIZE" in os.environ

@@ -152,7 +152,7 @@ def _empty(x: jax.ShapeDtypeStruct) -> Array:
 
 
 def difference(saved: dict[str, Any], target: Any, partial: bool) -> str | None:
-    """How the saved leaves differ from the wanted ones, in words."""
+    """The difference between saved and wanted leaves, in words."""
     wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(target).items()}
     if missing := sorted(set(wanted) - set(saved)):
         return f"it lacks {manifest.few(missing)}"
@@ -174,6 +174,6 @@ def reason_of(error: BaseException) -> str:
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    """Whether an error of reading says nothing about what is read: no memory, no permission."""
+    """True if a read failed for a reason outside the file: no memory, no permission."""
     kinds = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)
     return isinstance(error, kinds) or str(error).startswith(_MACHINE)

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start and at its end."""
+"""The header of a run, its final table and its verdict."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,7 +59,7 @@ def facts(assembled: Any, workdir: Path) -> dict[str, str]:
 
 
 def scheduled_rows(told: dict[str, Any]) -> str:
-    """What schedules are made for, in words; see `Stage.told`."""
+    """The shapes that schedules are made for, in words; see `Stage.told`."""
     places, out = told.get("places", [told]), []
     for place in places:
         # One device shares with nobody.
@@ -74,7 +74,7 @@ def scheduled_rows(told: dict[str, Any]) -> str:
 
 
 def data(assembled: Any, done: Any) -> dict[str, dict[str, float]]:
-    """What became of each stage's examples, and of how many problems held-out rewards are means.
+    """Counts of each stage's examples, and of the problems that held-out rewards are means over.
 
     Returns:
         stage -> `examples`, `epochs`, `dropped`, ... as of `Loader.stats`; and, if the stage is
@@ -133,7 +133,7 @@ def show_change(done: Any, console: Any) -> None:
 
 
 def expectation(run: settings.Run, results: dict[str, float]) -> bool:
-    """Whether the results are what the config promised."""
+    """True if the results are as the config expects them."""
     e = run.expect
     if not e.metric:
         return True

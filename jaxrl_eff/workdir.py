@@ -223,7 +223,7 @@ class Lock:
             )
 
     def _is_mine(self) -> bool:
-        """Whether the file is this run's; one that somebody removed is created again."""
+        """True if the file is this run's; one that somebody removed is created again."""
         found = _read(self.path)
         return found == self._mine or (found is None and _create(self.path, self._mine or b""))
 
@@ -258,7 +258,7 @@ def _kernel() -> str:
 
 
 def _began(process: int) -> str | None:
-    """When a process began; None if there is none, or it has ended and nobody has asked for it."""
+    """The start time of a process; None if there is none, or it has ended but was not waited for."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -267,12 +267,12 @@ def _began(process: int) -> str | None:
 
 
 def _is_here(holder: _Holder) -> bool:
-    """Whether a holder's process would be seen from here if it lived."""
+    """True if a holder's process would be seen from here if it lived."""
     return holder.host == socket.gethostname() and holder.kernel == _kernel()
 
 
 def _alive(holder: _Holder) -> bool:
-    """Whether the process of a holder on this host lives."""
+    """True if the process of a holder on this host lives."""
     if holder.began:
         return _began(holder.process) == holder.began
     try:

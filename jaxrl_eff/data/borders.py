@@ -1,4 +1,4 @@
-"""Whether what a model is trained on continues the prompts that it will be given.
+"""The border between prompts and training text: one must continue the other, token by token.
 
 A tokenizer reads text in pieces that may span the place where a prompt ends and a response begins.
 If training text has " O" as one token there, and a prompt ends in the space alone, then the model
@@ -16,7 +16,7 @@ _AROUND = 3  # tokens shown on either side of a difference
 
 
 def of_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """How the conversation differs from the prompts of its assistant turns; "" if it does not.
+    """The difference between a conversation and the prompts of its assistant turns; "" if none.
 
     Raises:
         ValueError: as `chat.render_chat`.
@@ -42,8 +42,8 @@ def of_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
 
 
 def of_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> str:
-    """How tokens of prompt and completion, which are made apart, differ from those of the text that
-    both are together; "" if they do not.
+    """The difference between tokens of prompt and completion, made apart, and those of both as one
+    text; "" if there is none.
     """
     apart = tokenizer.encode(prompt) + tokenizer.encode(completion)
     joined = tokenizer.encode(prompt + completion)
@@ -56,7 +56,7 @@ def of_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> str:
 
 
 def holds_completion(example: Mapping[str, Any], prompt: str, completion: str) -> bool:
-    """Whether the prompt of an example ends with its completion.
+    """True if the prompt of an example ends with its completion.
 
     Args:
         prompt, completion: names of fields.
@@ -81,7 +81,7 @@ def _lists(
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """How many leading items are equal."""
+    """The number of leading items that are equal."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 

@@ -1,4 +1,4 @@
-"""What becomes of an example: used, cut to a row's length, or dropped. And of a whole source.
+"""The fate of an example (used, cut to a row's length, or dropped), and of a whole source.
 
 Whatever is not used as it came is counted: by the loader while it draws, and by a survey before
 anything is trained.
@@ -33,7 +33,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Survey:
-    """What becomes of the examples of a source. Made by `survey`."""
+    """Counts of the examples of a source by their fate. Made by `survey`."""
 
     size: int  # of the source
     seen: int  # examples that were looked at
@@ -42,7 +42,7 @@ class Survey:
     length: int  # that a row holds
 
     def notes(self, field: str, kind: str) -> list[str]:
-        """What is dropped or cut, in words; nothing if everything is used as it came.
+        """The dropped and the cut, in words; nothing if everything is used as it came.
 
         Args:
             field: name of the setting that says the length.

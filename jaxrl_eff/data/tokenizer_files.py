@@ -1,4 +1,4 @@
-"""What the files beside `tokenizer.json` do to tokens, as in transformers or refused by name.
+"""Files beside `tokenizer.json` that change tokens, read as by transformers or refused by name.
 
 `tokenizer.json` says how text is split, and wins wherever it and the settings speak of the same;
 the settings add tokens and mark them as special. Where two files contradict each other, and

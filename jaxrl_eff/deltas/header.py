@@ -1,4 +1,4 @@
-"""What the header of a delta file says, checked field by field, and against the file's arrays.
+"""The header of a delta file, checked field by field, and against the file's arrays.
 
 Anybody can compute a checksum, so a file that has the right one may still lie about everything.
 """
@@ -18,7 +18,7 @@ _AXES = 32  # as many as numpy's arrays could have in every version
 
 
 class Told(NamedTuple):
-    """What a header says of a tensor.
+    """A tensor as a header describes it.
 
     Attributes:
         shape, dtype: of the tensor.

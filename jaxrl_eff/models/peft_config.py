@@ -43,7 +43,7 @@ class AdapterConfig:
     tied: bool
 
     def adapts(self, module: str) -> bool:
-        """Whether a module ("model.layers.0.self_attn.q_proj") has LoRA."""
+        """True if a module ("model.layers.0.self_attn.q_proj") has LoRA."""
         if _named(self.excluded, module):
             return False
         if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", module) for m in self.whole):
@@ -51,7 +51,7 @@ class AdapterConfig:
         return _named(self.targets, module)
 
     def keeps(self, module: str) -> bool:
-        """Whether a module is kept whole: PEFT compares the ends of names, without their dots."""
+        """True if a module is kept whole: PEFT compares the ends of names, without their dots."""
         return any(module.endswith(name) for name in self.whole)
 
 

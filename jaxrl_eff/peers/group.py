@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other while it lasts."""
+"""Messages between the processes of a run while it lasts."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ class Group:
     # Texts --------------------------------------------------------------------------------------
 
     def exchange(self, key: str, text: str) -> list[str]:
-        """What every process says under a key that none has used yet, in their order.
+        """The values that all processes give under a key that none has used yet, in their order.
 
         Raises:
             PeerLost: a process ended before it said something.
@@ -94,7 +94,7 @@ class Group:
         self._offers[name] = answer
 
     def everywhere(self, name: str) -> list[str]:
-        """What every process answers to a question that was offered, once; see `offer`.
+        """The answers of all processes to a question that was offered, once; see `offer`.
 
         Others need not ask: their answer comes from a thread of its own.
         """
@@ -143,7 +143,7 @@ class Group:
     # Life and death -----------------------------------------------------------------------------
 
     def loss(self, seconds: float | int = 0.0) -> str:
-        """What is known of a process that was lost; "" if nothing is within so many seconds."""
+        """Words about a process that was lost; "" if none was within so many seconds."""
         until = time.monotonic() + seconds
         with self._changed:
             while not self._lost and (left := until - time.monotonic()) > 0:

@@ -45,7 +45,7 @@ class Link:
         return found
 
     def gone(self) -> bool:
-        """Whether the other end has closed it, as far as is known."""
+        """True if the other end is known to have closed it."""
         self._sock.settimeout(0)
         try:
             return self._sock.recv(1, socket.MSG_PEEK) == b""

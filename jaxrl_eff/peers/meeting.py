@@ -1,4 +1,4 @@
-"""How processes of a run find each other, and check that they were started alike.
+"""The meeting of a run's processes: they find each other, and check that they were started alike.
 
 Process 0 listens at the coordinator's address until all have come, and then leaves it to JAX.
 """
@@ -21,7 +21,7 @@ LATE = 3.0  # seconds in which more processes may come to hear that they were st
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where processes meet, and which this is.
+    """The place where processes meet, and the number of this one.
 
     Attributes:
         coordinator: host:port of process 0.
@@ -217,7 +217,7 @@ def _named(processes: Sequence[int]) -> str:
 
 
 def differences(every: Sequence[Mapping[str, str]], *, shown: int = 3) -> str:
-    """What differs between processes, in one line; "" if nothing does.
+    """The values that differ between processes, in one line; "" if none does.
 
     Args:
         every: the facts of each process, name -> value.

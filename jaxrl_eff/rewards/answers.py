@@ -1,4 +1,4 @@
-r"""Where a response says its answer, and the number that stands there.
+r"""The answer in a response, and the number that stands there.
 
 The answer stands behind the last `####` or in the last `\boxed{}`, whichever comes later; without
 either in `<answer>...</answer>`, or behind "answer is" or "answer:"; without that it is the whole
@@ -74,7 +74,7 @@ def truth(text: str) -> Fraction | None:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last closed `\boxed{...}` of a text holds, braces within included; or None."""
+    r"""The contents of the last closed `\boxed{...}` of a text, braces within included; or None."""
     found = _box(text)
     return found and text[slice(*found)]
 
@@ -103,7 +103,7 @@ def _box(text: str) -> tuple[int, int] | None:
 
 
 def _marked(text: str) -> tuple[bool, Fraction | None]:
-    """Whether a mark says an answer, and its number."""
+    """A pair: if a mark says an answer, and its number."""
     box = _box(text)
     at, low = len(text), box[0] if box else 0
     for _ in range(_TRIES):
@@ -148,7 +148,7 @@ def _unmarked(text: str) -> Fraction | None:
 
 
 def _leading(line: str) -> tuple[bool, Fraction | None]:
-    """Whether a line begins with an answer rather than a word, and its number."""
+    """A pair: if a line begins with an answer rather than a word, and its number."""
     line = line[:_WINDOW]
     whole = numbers.parse(line)
     if whole is not None:
@@ -236,7 +236,7 @@ def _breaks(line: str, tokens: list[re.Match], i: int) -> bool:
 
 
 def _breaks_sign(line: str, at: int, before: str, after: str) -> bool:
-    """Whether the sign at line[at] ends a formula."""
+    """True if the sign at line[at] ends a formula."""
     sign = line[at]
     if sign == ".":
         return not after.isdigit() and "." not in (before, after)
@@ -272,7 +272,7 @@ def _bare(left: str, chunk: str) -> str | None:
 
 
 def _beside(left: str, chunk: str) -> bool:
-    """Whether a chunk in the middle of a text goes on from what stands before it."""
+    """True if a chunk in the middle of a text goes on from what stands before it."""
     if "=" in chunk:
         return False  # whatever stands before it, the last side is the number
     # A bullet, a dash, or a sum whose first part is a word; "COVID-19".
@@ -285,7 +285,7 @@ def _beside(left: str, chunk: str) -> bool:
 
 
 def _changed(left: str, right: str) -> bool:
-    """Whether the words behind a number make another number of it."""
+    """True if the words behind a number make another number of it."""
     word = _NEXT_WORD.match(right)
     if word is None:
         return False

@@ -156,7 +156,7 @@ def _answer(s: str, depth: int) -> Fraction | None:
 
 
 def _joined(sides: list[str]) -> bool:
-    """Whether texts within the sides join several answers."""
+    """True if texts within the sides join several answers."""
     inside = " ".join(re.findall(r"\\text\s*\{([^{}]*)\}", " ".join(sides)))
     return bool(words.of(inside) & {"and", "or", "not"})
 
@@ -236,7 +236,7 @@ def _atom(s: str, i: int, depth: int) -> tuple[Fraction, int, str] | None:
 
 
 def _argument(s: str, i: int, depth: int) -> tuple[Fraction, int] | None:
-    r"""What \frac reads at s[i]: a group or one digit."""
+    r"""The argument that \frac reads at s[i]: a group or one digit."""
     i += len(s[i:]) - len(s[i:].lstrip())
     if s[i : i + 1] == "{":
         found = _atom(s, i, depth)
@@ -276,7 +276,7 @@ def power(base: Fraction, exponent: int) -> Fraction | None:
 
 
 def _closing(s: str, i: int) -> int | None:
-    """Where the group that opens at s[i] closes."""
+    """The index at which the group that opens at s[i] closes."""
     depth = 0
     for j in range(i, len(s)):
         depth += (s[j] in "({") - (s[j] in ")}")
@@ -286,7 +286,7 @@ def _closing(s: str, i: int) -> int | None:
 
 
 def _only_units(s: str, i: int) -> bool:
-    """Whether nothing but units, words about the number and a full stop stand at s[i:]."""
+    """True if nothing but units, words about the number and a full stop stand at s[i:]."""
     after = ""  # the kind of piece before this one
     while i < len(s):
         found = _BEHIND.match(s, i)
@@ -300,7 +300,7 @@ def _only_units(s: str, i: int) -> bool:
 
 
 def _fits(found: re.Match, after: str, spaced: bool) -> bool:
-    """Whether a piece may stand behind a number, given the kind of piece before it."""
+    """True if a piece may stand behind a number, given the kind of piece before it."""
     kind = found.lastgroup
     if kind == "word":
         word = found["word"]

@@ -20,7 +20,7 @@ _START = 300.0  # seconds of computing that the imports may take
 
 @functools.lru_cache(maxsize=4096)
 def understood(truth: str) -> tuple[Any, ...]:
-    """What math-verify makes of a truth; empty if it understands nothing."""
+    """The expressions that math-verify reads in a truth; empty if it understands nothing."""
     import math_verify
 
     return tuple(
@@ -29,7 +29,7 @@ def understood(truth: str) -> tuple[Any, ...]:
 
 
 def equal(truth: str, answer: str) -> bool:
-    """Whether math-verify finds the LaTeX of an answer equal to the truth."""
+    """True if math-verify finds the LaTeX of an answer equal to the truth."""
     import math_verify
 
     only = [math_verify.LatexExtractionConfig()]
