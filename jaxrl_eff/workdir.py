@@ -258,7 +258,7 @@ def _kernel() -> str:
 
 
 def _began(process: int) -> str | None:
-    """The start time of a process; None if there is none, or it has ended but was not waited for."""
+    """The start time of a process; None if there is none or it has ended, waited for or not."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
