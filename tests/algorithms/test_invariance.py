@@ -89,15 +89,9 @@ def outcome(loss, seqs, microbatches, length, params=PARAMS):
     sizes = [length] * len(microbatches) if isinstance(length, int) else length
     parts = zip(microbatches, sizes, strict=True)
     batches = [keep(rows_of(seqs, *part, params["w"].dtype)) for part in parts]
-    step = jax.jit(
-        jax.value_and_grad(
-            lambda p, b: (lambda t, w, m: (t, (w, m)))(*loss.fn(p, b, jax.random.key(0))),
-            has_aux=True,
-        )
-    )
-    (total, (weight, seen)), grads = step(params, batches[0])
+    (total, (weight, seen)), grads = loss.step(params, batches[0])
     for batch in batches[1:]:
-        (t, (w, m)), g = step(params, batch)
+        (t, (w, m)), g = loss.step(params, batch)
         total, weight = total + t, weight + w
         seen = {k: meters.add(seen[k], m[k]) for k in m}
         grads = jax.tree.map(jnp.add, grads, g)
@@ -108,6 +102,11 @@ class Loss:
     def __init__(self, fn, reads=""):
         self.fn = fn
         self.reads = {"tokens", "segment", "position", "mask", *reads.split()}
+        self.step = jax.jit(jax.value_and_grad(self._total, has_aux=True))
+
+    def _total(self, params, batch):
+        total, weight, seen = self.fn(params, batch, jax.random.key(0))
+        return total, (weight, seen)
 
 
 def group_loss(reads="logp adv ref_logp", **fields):
@@ -152,7 +151,7 @@ PLAIN = ([[[0], [1], [2], [3]]], 6)
 PAIRED = ([[[0, 1], [2, 3]]], 11)
 LAYOUTS = {
     "packed and padded": ([[[0, 1], [2, 3], []]], 17),
-    "microbatches": ([[[2, 3]], [[0, 1]]], 13),
+    "microbatches": ([[[2, 3]], [[0, 1]]], 22),
     "one row": ([[[2, 3, 0, 1]]], 22),
 }
 
