@@ -1,5 +1,6 @@
 """Every test runs on eight simulated devices, strictly typed, with warnings as errors."""
 
+import gc
 import os
 
 import programs
@@ -34,6 +35,13 @@ programs.write_whole_files()
 def pytest_sessionstart(session):
     if not hasattr(session.config, "workerinput"):  # once, and not by every worker
         programs.make_room(programs.directory())
+
+
+def pytest_collection_finish():
+    """Tracing makes many objects; a collector that visits all modules for them takes a sixth."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 def pytest_runtest_setup():

@@ -93,9 +93,3 @@ def document(workdir, name):
 def cache():
     """The compilation cache that commands share with the tests of this process."""
     return CACHE
-
-
-@pytest.fixture(scope="module")
-def compiled_once():
-    """Programs that several runs share are compiled once: the cache is there for every test."""
-    return CACHE

@@ -12,12 +12,11 @@ import jax
 import launch
 import numpy as np
 import pytest
-from launch import compiled_once  # noqa: F401 (fixture)
 from test_plan_law import check
 
 from jaxrl_eff import stages, state
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_once")]
+pytestmark = pytest.mark.slow
 
 ALGORITHMS = ("sft", "reward_model", "dpo", "ppo", "grpo", "rloo", "remax", "raft")
 STALE = ("ppo", "grpo", "rloo", "remax")
