@@ -84,6 +84,12 @@ def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
             )
         _check_types("data.options", options, int)
         _check_types("data.options", wrong, float, int)
+        for given, reader in ((wrong, "completion"), (keep_length, "preference")):
+            if given and data.format != reader:
+                raise ValueError(
+                    f"data.options has {given}, which only the format {reader!r} reads; it is "
+                    f"{data.format!r}."
+                )
         _check_types("data.options", keep_length, bool)
         make = {"reverse": toys.reverse_digits, "sort": toys.sort_digits}[data.source]
         task = make(**options)

@@ -219,10 +219,11 @@ def roles_of(
 
 
 def check_length(s: StageSettings, lms: dict[str, LMConfig], sampling: Sampling | None) -> None:
-    for token in sampling.stop if sampling else ():
+    for token in (*sampling.stop, sampling.pad) if sampling else ():
         if not 0 <= token < lms["actor"].vocab:
             raise ValueError(
-                f"sampling.stop has the id {token}, but the model has {lms['actor'].vocab} tokens."
+                f"sampling has stop={sampling.stop} and pad={sampling.pad}, but the ids of the "
+                f"model's tokens are 0 to {lms['actor'].vocab - 1}."
             )
     longest = s.data.prompt_length + sampling.max_tokens if sampling else 0
     for role, lm in lms.items():
@@ -341,6 +342,10 @@ def _check_options(o: OptimSettings) -> None:
         return  # which is told by the one that makes it
     known = inspect.signature(optim.OWN.get(o.name) or getattr(optax, o.name)).parameters
     for name, value in o.options.items():
+        if name in ("learning_rate", "mask"):
+            raise ValueError(f"options.{name} is {value!r:.200}, but a stage sets it by itself.")
+        if name.endswith("dtype") and value not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"options.{name} is {value!r:.200}, the name of no float type.")
         like = known[name].default if name in known else None
         if type(like) in (int, float) and type(value) not in (int, float):
             raise ValueError(f"options.{name} is {value!r:.200}, but must be a number like {like}.")

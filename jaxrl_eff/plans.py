@@ -80,7 +80,11 @@ def _placement(call: str, row: Mapping[str, Any], devices: int) -> Placement:
         raise ValueError(f"the plan of {call} has unknown fields {unknown}; there are {[*_KEYS]}.")
     row = dict(row)
     chosen = row.pop("devices", devices)
-    if isinstance(chosen, int):
+    if type(chosen) is int:
+        if not 1 <= chosen <= devices:
+            raise ValueError(
+                f"the plan of {call}: devices is {chosen}, but must be 1 to {devices}."
+            )
         chosen = range(chosen)
     if not isinstance(chosen, list | tuple | range):
         raise ValueError(
@@ -89,7 +93,7 @@ def _placement(call: str, row: Mapping[str, Any], devices: int) -> Placement:
     for name, value in row.items():
         if type(value) is not (str if name == "offload" else int):
             raise ValueError(f"the plan of {call}: {name} is {value!r}, of the wrong type.")
-    bad = [d for d in chosen if not isinstance(d, int) or not 0 <= d < devices]
+    bad = [d for d in chosen if type(d) is not int or not 0 <= d < devices]
     if bad:
         raise ValueError(
             f"the plan of {call} names devices {bad}; there are {devices}, 0 to {devices - 1}."

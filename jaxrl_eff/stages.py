@@ -6,6 +6,7 @@ weights are read or a program is compiled: files, formats, plans, sizes that do 
 
 import contextlib
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -195,7 +196,9 @@ def stretched(lm: LMConfig, changes: Mapping[str, Any]) -> Rope:
     Raises:
         ValueError: a field that there is not, or of another type; "ntk" of a scaled rotation.
     """
-    there = dataclasses.asdict(lm.rope)
+    there, factor = dataclasses.asdict(lm.rope), changes.get("factor", 1.0)
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:
+        raise ValueError(f"config.model.rope.factor is {factor!r:.200}, but must be above 0.")
     if changes.get("kind") == "ntk":
         if lm.rope.kind != "default" or set(changes) != {"kind", "factor"}:
             raise ValueError(
