@@ -34,8 +34,7 @@ class Task:
     def __post_init__(self) -> None:
         if self.name not in TASKS:
             raise ValueError(f"the task is {self.name!r}, not one of {', '.join(TASKS)}.")
-        if not 1 <= self.digits <= 18:
-            raise ValueError(f"digits is {self.digits}; it may be 1 to 18.")
+        _check_digits(self.digits)
         if min(self.train, self.held_out) < 0 or self.train + self.held_out > 10**self.digits:
             raise ValueError(
                 f"{self.train} numbers for training and {self.held_out} held out do not split the "
@@ -181,7 +180,13 @@ def _truth(example: Example) -> str:
     return truth
 
 
+def _check_digits(digits: int) -> None:
+    if not 1 <= digits <= 18:
+        raise ValueError(f"digits is {digits}; it may be 1 to 18.")
+
+
 def _task(name: str, digits: int, train: int | None, held_out: int | None, seed: int) -> Task:
+    _check_digits(digits)  # before powers of 10 are taken
     if held_out is None:
         held_out = min(512, 10**digits // 8)
     if train is None:
