@@ -8,12 +8,14 @@ import programs
 # JAX 0.10.2 sizes the thread pool of simulated devices by the cores, and programs with collectives
 # then deadlock on small machines; NPROC, read when jax is imported, sizes it instead.
 os.environ.setdefault("NPROC", "32")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see jaxrl_eff/host.py
+FLAGS = (
+    " --xla_force_host_platform_device_count=8"
+    " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see jaxrl_eff/host.py
     + programs.QUICKLY
 )
+# Workers inherit them; said twice they would be another key of the cache.
+if FLAGS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # JAX reads these here and in commands that tests start. Small programs are kept, too: each takes
 # longer to compile than to read.
