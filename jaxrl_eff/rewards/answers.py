@@ -3,7 +3,8 @@ r"""The answer in a response, and the number that stands there.
 The answer stands behind the last `####` or in the last `\boxed{}`, whichever comes later; without
 either in `<answer>...</answer>`, or behind "answer is" or "answer:"; without that it is the whole
 text, if it is one number, or else the last number of the text, if that stands there on its own.
-What stands there is read wholly (`numbers.parse`) or not at all.
+What stands there is read wholly (`numbers.parse`) or not at all. What a response thinks, up to the
+last `</think>`, says no answer.
 """
 
 import re
@@ -33,9 +34,16 @@ _OPERATORS = "+-*/=^_<>≤≥≠±√|\\"
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]")
 _BARE_BOX = re.compile(r"\\f?boxed\s*([0-9])")
 # Beside a box: it is part of a formula.
-_TIED_LEFT = re.compile(r"(?:[-+/^_*×\\0-9]|\\(?:cdot|times|sqrt|frac)\s?)\Z")
+_TIED_LEFT = re.compile(
+    r"(?:[-+/^_*×\\0-9]|(?<![A-Za-z</])[A-Za-z0-9)}]\s*[<>≤≥≠]\s?"
+    r"|\\(?:cdot|times|sqrt|[dtc]?frac|leq?|leqslant|lt|geq?|geqslant|gt|neq?)\s?|\\\{\s?"
+    r"|(?:\^|_|\\(?:sqrt|[dtc]?frac(?:\s*\{(?:[^{}]|\{[^{}]*\})*\})?))\s*\{\s?"
+    r"|\\boxed\s?\{(?:[^{}]|\{[^{}]*\})*\}\s?\$?\s*(?:[,;:]|,?\s*or\s)\s*\$?)\Z"
+)
+_SUM_LEFT = re.compile(r"(?:[0-9}]\s*[-+]|\)\s*\+|(?<![A-Za-z])[A-Za-z]\s*\+)\s\Z")
 _TIED_RIGHT = re.compile(
-    r"\s?(?:\^(?!\s?\{?\s?\\circ)|/|_|\\(?:sqrt|pi|frac|cdot|times|pm)(?![A-Za-z]))|[A-Za-z0-9]"
+    r"\s?(?:\^(?!\s?\{?\s?\\circ)|/|_|\\(?:sqrt|pi|frac|cdot|times|pm)(?![A-Za-z])"
+    r"|[-+:,]\s?(?:[0-9]|\\(?:f?box|[dtc]?frac|sqrt|pi))|\+\s?[A-Za-z]\b)|[A-Za-z0-9]"
 )
 _LIST_LEFT = re.compile(
     r"[0-9}]\)?\s*[%$]?\s*(?:[,;]|,?\s*\b(?:and|or|to|through|plus|minus|times|over|versus|vs|by)\b)"
@@ -48,7 +56,19 @@ _SECOND = re.compile(r"\b(?:and|or)\s+[-+$\\]*[0-9]")
 _BLANK_THOUSANDS = re.compile(r"(?<![0-9])[0-9]{1,3} [0-9]{3}(?![0-9])")
 _ROOT_OF = re.compile(r"\b(?:root|power|logarithm|log|factorial|square|cube)s?\s+of\s+\Z", re.I)
 _MEASURE_LEFT = re.compile(r"[0-9]\s*([A-Za-z]+)\.?,?\s*(?:and\s+)?\Z")
-_NEXT_WORD = re.compile(r"[\s*_\"”)$]*([A-Za-z]+)")
+_NEXT_WORD = re.compile(r"(?:[\s*_\"”)$]|\\[,;: ]|\\text\s*\{)*([A-Za-z]+)")
+_AND_PARTS = re.compile(
+    r"[\s*_\"”)$]*\b(?:and\s+(?:an?|one|two|three)[\s-]+(?:half|third|quarter|fourth|fifth)"
+    r"|(?:degrees?\s+)?below)\b",
+    re.I,
+)
+_ODDS = re.compile(r"\s*\b(?:in|out\s+of)\s+[0-9][0-9,]*\W*\Z", re.I)
+_ODDS_LEFT = re.compile(r"[0-9]\s+(?:in|out\s+of)\s+\Z", re.I)
+_DENIED = re.compile(
+    r"(?:\bnot|n['’]t|\bcannot|\bnever|\bthan)\s+(?:(?:be|equal)\s+)?[\s*_\"“($#]*\Z", re.I
+)
+_ITEM = re.compile(r"\s*(?:[*_#]+\s*)?\(?([0-9]{1,2})[.):]\**\s+[*_]*[A-Za-z]")
+_BULLET = re.compile(r"\s*\n\s*[-+]\s")
 _LAST_WORD = re.compile(r"([A-Za-z]+)\.?[\s*_\"“($#]*\Z")
 
 
@@ -59,7 +79,7 @@ def number(text: str, *, anywhere: bool = True) -> Fraction | None:
         text: a response.
         anywhere: False reads only what stands behind `####` or in `\boxed{}`.
     """
-    text = numbers.characters(text)
+    text = spoken(numbers.characters(text))
     marked, value = _marked(text)
     if marked or not anywhere:
         return value
@@ -81,12 +101,18 @@ def boxed(text: str) -> str | None:
 
 def marked(text: str) -> str | None:
     r"""The text behind the last `####` or in the last `\boxed{}`, whichever is later; or None."""
+    text = spoken(text)
     box, at = _box(text), text.rfind("####")
     if at > (box[0] if box else -1):
         line = text[at:].lstrip("#").lstrip().partition("\n")[0].strip()
         if line or box is None:
             return line
     return text[slice(*box)] if box else None
+
+
+def spoken(text: str) -> str:
+    """What stands behind the thoughts of a response."""
+    return text.rpartition("</think>")[2]
 
 
 def _box(text: str) -> tuple[int, int] | None:
@@ -124,7 +150,10 @@ def _marked(text: str) -> tuple[bool, Fraction | None]:
         return opened >= 0, None  # a box that never closes was cut off
     begin = text.rfind("\\", 0, box[0])
     end = box[1] + (text[box[1] : box[1] + 1] == "}")
-    if _TIED_LEFT.search(text[max(begin - 10, 0) : begin]) or _TIED_RIGHT.match(text, end):
+    left, right = text[max(begin - 40, 0) : begin], text[end : end + 40]
+    if _TIED_LEFT.search(left) or _TIED_RIGHT.match(right) or _changed("", right):
+        return True, None
+    if _SUM_LEFT.search(left) and not re.match(r"\s?=", right):
         return True, None
     return True, numbers.parse(text[slice(*box)])
 
@@ -132,6 +161,8 @@ def _marked(text: str) -> tuple[bool, Fraction | None]:
 def _unmarked(text: str) -> Fraction | None:
     """The number of a text without marks."""
     if "<" in text:
+        if "<think>" in text:
+            return None  # cut off before it said anything
         text = _NOTES.sub("", text)
         begin = text.rfind("<answer>")
         if begin >= 0:
@@ -139,7 +170,10 @@ def _unmarked(text: str) -> Fraction | None:
             return number(inside) if closed else None
         text = _TAGS.sub("\n", text)
     for phrase in [*_PHRASE.finditer(text)][: -_TRIES - 1 : -1]:
-        said, value = _leading(text[phrase.end() :].lstrip().partition("\n")[0])
+        behind = text[phrase.end() :]
+        said, value = _leading(behind.lstrip().partition("\n")[0])
+        if said and _BULLET.match(behind):
+            return None  # "- 7 apples" in a list is no -7
         if said:
             return value
     if len(text) <= _WINDOW and (value := numbers.parse(text)) is not None:
@@ -169,6 +203,8 @@ def _leading(line: str) -> tuple[bool, Fraction | None]:
     chunk, rest = _bare(line[:begin], line[begin:end]), line[end:]
     if chunk is None or _LIST_RIGHT.match(rest) or _changed("", rest):
         return True, None
+    if _ODDS.match(rest):
+        return True, None  # "1 in 6"
     tail = re.split(r"[.;:(]|,(?!\s*[0-9])", rest, maxsplit=1)[0]
     if re.search(r"[0-9]", tail):
         word = _NEXT_WORD.match(tail)
@@ -192,6 +228,8 @@ def _last(text: str) -> Fraction | None:
     quote = re.match(r"\s*(?:>\s*)+", line)
     if quote and not cut:
         line, begin = line[quote.end() :], begin + quote.end()
+    if _item(text, line):
+        return None
     tokens, breaks = _tokens(line)
     first = last = next(i for i, token in enumerate(tokens) if token.end() > at - begin)
     while first > 0 and not breaks[first - 1]:
@@ -212,6 +250,15 @@ def _last(text: str) -> Fraction | None:
     if not chained and _LIST_LEFT.search(left):
         return None
     return numbers.parse(bare)
+
+
+def _item(text: str, line: str) -> bool:
+    """True if a line is an item of a list, and its number the only one in it."""
+    found = _ITEM.match(line)
+    if found is None or re.search("[0-9]", line[found.end(1) :]):
+        return False
+    before = int(found.group(1)) - 1
+    return not before or re.search(rf"(?m)^[\s*_#(]{{0,8}}{before}[.):]", text) is not None
 
 
 def _tokens(line: str) -> tuple[list[re.Match], list[bool]]:
@@ -254,6 +301,8 @@ def _breaks_sign(line: str, at: int, before: str, after: str) -> bool:
         return (
             not before.strip() and re.match(r"\s*[A-Za-z]{2}", line[at + 1 : at + 20]) is not None
         )
+    if sign == "…":
+        return not before.isdigit()
     if sign in ';?"“”‘„«»`—•':
         return True
     return not sign.isascii() and unicodedata.category(sign) == "So"
@@ -276,7 +325,9 @@ def _beside(left: str, chunk: str) -> bool:
     if "=" in chunk:
         return False  # whatever stands before it, the last side is the number
     # A bullet, a dash, or a sum whose first part is a word; "COVID-19".
-    if re.match(r"[-+]\s", chunk) or left[-1:].isalnum() or _ROOT_OF.search(left):
+    if re.match(r"[-+]\s", chunk) or left[-1:].isalnum():
+        return True
+    if _ROOT_OF.search(left) or _DENIED.search(left) or _ODDS_LEFT.search(left):
         return True
     word = _LAST_WORD.search(left)
     return word is not None and (
@@ -286,9 +337,13 @@ def _beside(left: str, chunk: str) -> bool:
 
 def _changed(left: str, right: str) -> bool:
     """True if the words behind a number make another number of it."""
+    if _AND_PARTS.match(right):
+        return True
     word = _NEXT_WORD.match(right)
     if word is None:
         return False
     measure = _MEASURE_LEFT.search(left)
     both = measure and measure.group(1) in words.UNITS and word.group(1) in words.UNITS
-    return bool(both) or word.group(1).lower() in words.CHANGE - {"over", "times"}
+    if both or word.group(1) in words.MONTHS:
+        return True
+    return word.group(1).lower() in words.CHANGE - {"over", "times"}

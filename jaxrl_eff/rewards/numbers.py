@@ -49,7 +49,10 @@ _REWRITES = [
     (re.compile(pattern), to)
     for pattern, to in (
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])", ""),
-        (r"\\(?:display|text|script)style(?![A-Za-z])\s*", ""),
+        (
+            r"\\(?:displaystyle|textstyle|scriptstyle|small|large|Large|LARGE|[hH]uge)(?![A-Za-z])\s*",
+            "",
+        ),
         (r",\s*\\!\s*|\{\s*,\s*\}", ","),
         (r"\\!", ""),
         (r"\\[,;: ]|(?<!\\)~|\\(?:thin)?space(?![A-Za-z])", " "),
@@ -73,7 +76,9 @@ _QUOTED = re.compile(r"(\*\*|[*_`\"'])(.+)\1", re.DOTALL)
 _RELATION = re.compile(r"&?\s*:?={1,2}(?![=<>])")
 _INNER = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
 # What makes several answers of the earlier sides of an equation.
-_SEVERAL = re.compile(r",(?![0-9]{3}(?![0-9]))|;|[<>≤≥≠!±]|\\q?quad|\b(?:and|or|not)\b|\\[pm]m\b")
+_SEVERAL = re.compile(
+    r",(?![0-9]{3}(?![0-9]))|;|[<>≤≥≠±]|!(?!\s*(?:[-+=*/×)}]|\Z))|\\q?quad|\b(?:and|or|not)\b|\\[pm]m\b"
+)
 _LABEL = re.compile(r"\s*(?:\\text\s*\{([^{}0-9]*)\}|([A-Za-z][A-Za-z ]{0,60}):)")
 _WRAPPED = re.compile(r"\s*\\text\s*\{((?:[^{}]|\{[^{}]*\})*)\}\s*\$*\s*")
 _MONEY = r"(?:US\$|USD|EUR|GBP|Rs\.?|[$€£¥₹])"
@@ -140,6 +145,8 @@ def _answer(s: str, depth: int) -> Fraction | None:
         s = found.group(2).strip()
     sides = _RELATION.split(s)
     if len(sides) > 1:
+        if "!=" in s:
+            return None  # unequal, or a factorial
         before = " = ".join(sides[:-1])
         for _ in range(_DEPTH):
             before = _INNER.sub("", before)
@@ -149,8 +156,11 @@ def _answer(s: str, depth: int) -> Fraction | None:
     if found := _WRAPPED.fullmatch(side):
         return _answer(found.group(1), depth + 1)
     if found := _LABEL.match(side):
-        if words.of(found.group(1) or found.group(2)) & (words.CHANGE | words.JOIN):
+        label = found.group(1) or found.group(2) or ""
+        if words.of(label) & (words.CHANGE | words.JOIN) or label.strip() in words.MONTHS:
             return None
+        if found.group(1) and len(label) == 1 and label.isalpha():
+            return None  # x times 2
         return _answer(side[found.end() :], depth + 1)
     return _quantity(side, depth)
 
@@ -322,6 +332,8 @@ def _fits(found: re.Match, after: str, spaced: bool) -> bool:
 def _is_unit_word(word: str, spaced: bool) -> bool:
     if word in words.UNITS:
         return True
+    if word in words.MONTHS:  # "5 June"
+        return False
     if len(word) == 1:
         return spaced and word in words.LETTERS
     low = word.lower()
@@ -334,10 +346,11 @@ def _is_unit_text(text: str) -> bool:
     found = re.findall(r"[A-Za-z]+|[0-9]+", re.sub(r"\^\{?-?[0-9]\}?", "", text))
     if not found:
         return not text.strip(" .,%°$")
-    if set(map(str.lower, found)) & (words.CHANGE | words.JOIN):
+    if set(map(str.lower, found)) & (words.CHANGE | words.JOIN) or set(found) & words.MONTHS:
         return False
     if re.search(r"[=<>+\\]", text.replace("\\circ", "")):
         return False
     if any(word.isdigit() for word in found):
-        return found[0].lower() in words.BEFORE_DIGITS
+        odds = found[0].lower() == "in" and found[-1].isdigit()
+        return found[0].lower() in words.BEFORE_DIGITS and not odds
     return len(found[0]) > 1 or found[0] in words.TEXT_LETTERS or len(found) > 1

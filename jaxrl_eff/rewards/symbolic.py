@@ -55,7 +55,7 @@ def math(*, field: str = "answer", anywhere: bool = True, seconds: float | int =
         if answer is not None:
             answer = rf"\boxed{{{answer}}}"
         elif anywhere:
-            answer = response
+            answer = answers.spoken(response)
         if not answer or len(answer) > LONGEST:
             return 0.0
         return float(_ask([seconds, truth, answer]))

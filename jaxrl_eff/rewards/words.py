@@ -15,6 +15,7 @@ CHANGE = _set("""
     thousandth thousandths th st nd rd plus minus negative times over divided multiplied mod
     modulo pmod bmod choose squared cubed factorial root roots sqrt log ln exp sin cos tan cot csc
     pi infinity infty inf nan point base power repeating recurring radicals
+    tens mil mils bn below
 """)
 # These join numbers: "3 and 5", "3 to 5".
 JOIN = _set("and or to through until than not but versus vs between")
@@ -37,6 +38,7 @@ LABELS = _set("""
 """)
 MONTHS = _set("""
     January February March April May June July August September October November December
+    Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec
 """)
 # What goes on behind an answer with these tells why: "7 since 3 + 4 = 7".
 CLAUSES = _set("since because as so which where when if while not rather instead in per for")

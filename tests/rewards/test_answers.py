@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxrl_eff.rewards import verify
-from jaxrl_eff.rewards.answers import boxed, number, truth
+from jaxrl_eff.rewards.answers import boxed, marked, number, truth
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,56 @@ def test_an_answer_is_found_where_it_is_said(text, value):
 )  # fmt: skip
 def test_what_is_no_number_on_its_own_is_none(text):
     assert number(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$\\boxed{3}$ million", "$\\boxed{3}\\text{ million}$", "$\\boxed{3} + 5$",
+        "$5 + \\boxed{3}$",
+        "$\\boxed{3} : 5$", "$\\boxed{3}:\\boxed{5}$", "$\\boxed{6}, \\boxed{7}$",
+        "$\\boxed{6}$ or $\\boxed{7}$", "$(\\boxed{3}, 5)$", "$\\{\\boxed{3}\\}$",
+        "$\\frac{1}{\\boxed{5}}$", "$\\frac{\\boxed{3}}{\\boxed{5}}$", "$\\sqrt{\\boxed{3}}$",
+        "$x^{\\boxed{5}}$", "$x < \\boxed{3}$", "$x \\le \\boxed{3}$", "$\\boxed{3}x + \\boxed{4}$",
+    ],
+)  # fmt: skip
+def test_a_box_within_a_formula_or_list_is_no_answer(text):
+    assert number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("$5 + \\boxed{3} = 8$", 3), ("The answer is \\boxed{7}!", 7), ("> \\boxed{7}", 7),
+        ("=> \\boxed{7}", 7), ("\\boxed{7} - that is all", 7), ("<b>\\boxed{7}</b>", 7),
+        ("\\textcolor{red}{\\boxed{7}}", 7), ("so $\\boxed{7}$, since 3 + 4 = 7", 7),
+        ("\\boxed{7} times", 7), ("\\boxed{5! = 120}", 120), ("So… 7", 7),
+        ("1. Add them.\n2. This gives 7.", 7), ("72. That is all.", 72),
+    ],
+)  # fmt: skip
+def test_an_answer_beside_other_signs_is_found(text, value):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The answer is not 7.", "It isn't 7.", "it cannot be 7", "The answer is no more than 7",
+        "The odds are 1 in 6.", "The answer is 1 in 6.", "There are 7 and a half.", "on 5 June",
+        "The answer is 5 June.", "on Jan 5", "5 degrees below zero", "Answer:\n\n- 7 apples",
+        "Steps:\n1. Add them.\n2. Subtract them.", "Steps:\n(1) Add\n(2) Subtract", "**1. Add**",
+    ],
+)  # fmt: skip
+def test_denied_odds_dates_and_items_are_no_answers(text):
+    assert number(text) is None
+
+
+def test_thoughts_say_no_answer():
+    assert number("<think>\\boxed{8}?</think>The answer is 7.") == 7
+    assert number("so \\boxed{8}</think>\n\n7") == 7  # the prompt opened it
+    assert number("<think>8</think>") is None
+    assert number("<think>maybe 8") is None
+    assert marked("<think>\\boxed{x}</think>\\boxed{y}") == "y"
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ from jaxrl_eff.rewards.numbers import parse, power
         ("\\frac{1{,}000}{3}", Fraction(1000, 3)), ("3\\frac{1}{2}\\%", Fraction(7, 2)),
         ("1 / 2", Fraction(1, 2)), ("1⁄2", Fraction(1, 2)), ("5 in.", 5), ("12 ft.", 12),
         ("5\\ \\text{m}", 5), ("5~\\text{m}", 5), ("\\textbf{7}", 7), ("7\\%.", 7),
-        ("72 (seventy two)", 72),
+        ("72 (seventy two)", 72), ("5! = 120", 120), ("5! = 5 \\times 4! = 120", 120),
+        ("\\large 72", 72), ("\\text{A: }72", 72), ("\\text{}5", 5),
     ],
 )  # fmt: skip
 def test_a_number_is_read_wholly(text, value):
@@ -75,6 +76,8 @@ def test_a_number_is_read_wholly(text, value):
         "\\frac{9}{19} + 2", "y = 2x + 3", "2 \\times 3^2", "5n^2", "2\\%i", "3\\text{ times }4",
         "5 minus 2", "-(5", "5)", "{5", "5}", "1 or 2", "\\frac{1}{2}\\pi", "5 > 3", "5 < x",
         "5 \\leq 7", "5\\,\\text{or}\\,7", "120^\\circ 30'", "5\\\\",
+        "5 June", "5 Sept", "5 May", "\\text{5 June}", "\\text{June }5", "1 \\text{ in } 6",
+        "1\\text{ in 6}", "2 tens", "5 mil", "2 below zero", "x != 5", "5 != 3", "\\text{x}2",
     ],
 )  # fmt: skip
 def test_what_is_not_understood_is_none(text):
@@ -185,6 +188,7 @@ PIECES = [
     r"\frac",
     r"\sqrt",
     r"\text{",
+    r"\text{}",
     r"\,",
     r"\!",
     r"\boxed{",
