@@ -181,6 +181,16 @@ def abstract(assembled: Assembled, index: int) -> dict[str, Any]:
     }
 
 
+def saved(assembled: Assembled, index: int, models: Models, shelf: Shelf) -> dict[str, Any]:
+    """The state of stage `index` as `abstract` describes it.
+
+    What this stage alone started from is left out: a run resumed in it has that no more, and its
+    checkpoints should be the same.
+    """
+    later = assembled.needed_after(index)
+    return {"models": models, "shelf": {k: v for k, v in shelf.items() if k in later}}
+
+
 def shelve(assembled: Assembled, index: int, models: Models, shelf: Shelf) -> Shelf:
     """After stage `index`: what later stages start from, and nothing else."""
     mine = {f"{assembled.stages[index].name}/{r}": m.params for r, m in models.items()}

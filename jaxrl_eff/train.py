@@ -193,7 +193,7 @@ def _run_stage(
             "withheld": at.withheld | {f"{name}/{c}": n for c, n in log.withheld.items()},
             "counts": at.counts | {name: _counts(stage)},
         }
-        whole = state.shared({"models": models, "shelf": shelf})
+        whole = state.shared(state.saved(assembled, at.index, models, shelf))
         out.checkpoints.save(at.offset + at.step, whole, record)
         stage.step.saved()
         cadence.saved()

@@ -180,6 +180,7 @@ class Lock:
         self._beats.join()
         with contextlib.suppress(OSError):  # a disk that fails must not hide why the run ended
             if _read(self.path) == self._mine:
+                self.path.with_name(f"{NAME}.time").unlink(missing_ok=True)
                 self.path.unlink()
         self._mine = None
 
@@ -286,7 +287,7 @@ def _alive(holder: _Holder) -> bool:
 
 def _age(path: Path) -> float:
     """Seconds since a file was touched, by the clock of the file system, which may be another."""
-    probe = path.with_name(f"{NAME}.{secrets.token_hex(8)}.time")
+    probe = path.with_name(f"{NAME}.time")  # always the same: a kill may leave it behind
     try:
         files.write(probe, b"")
         return probe.stat().st_mtime - path.stat().st_mtime

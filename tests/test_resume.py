@@ -69,6 +69,8 @@ def test_checkpoints_hold_what_continues_a_run(whole):
     assert meta["record"]["stage"] == "ppo" and meta["record"]["step"] == 3
     assert "models/kl/params/beta" in meta["leaves"]
     assert any(name.startswith("models/critic/opt") for name in meta["leaves"])
+    # No later stage needs these, and a run resumed in this one would not have them.
+    assert not any(name.startswith("shelf/") for name in meta["leaves"])
     rows = [values for _, _, values in launch.numbers(whole, "ppo")]
     betas = {v["advantage/beta"] for v in rows if "advantage/beta" in v}
     assert len(betas) == 3  # the coefficient moved, so its state mattered

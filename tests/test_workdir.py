@@ -119,6 +119,13 @@ def test_a_run_that_slept_while_another_took_over_is_told(tmp_path, monkeypatch)
     assert json.loads((tmp_path / NAME).read_text()) == theirs  # and is left alone
 
 
+def test_nothing_of_a_start_that_was_killed_stays(tmp_path):
+    (tmp_path / f"{NAME}.time").write_text("")
+    with held(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_lock_that_somebody_removed_is_made_again(tmp_path, monkeypatch):
     with held(tmp_path) as lock:
         mine = (tmp_path / NAME).read_text()
