@@ -226,7 +226,7 @@ def _fields(where: str, family: str, given: dict[str, Any], idle: list[str]) -> 
         "tie": on["tie_word_embeddings"],
         "embed_scale": gemma,
         "query_scale": _above_zero(where, _SCALAR, given) ** -0.5 if gemma else None,
-        "attn_softcap": _cap(where, "attn_logit_softcapping", given) if gemma else None,
+        "attn_softcap": _score_cap(where, family, given) if gemma else None,
         "final_softcap": _cap(where, "final_logit_softcapping", given) if gemma else None,
         "window": window,
         "windowed": windowed,
@@ -263,6 +263,18 @@ def _activation(where: str, name: str, given: dict[str, Any]) -> str:
 
 def _above_zero(where: str, name: str, given: dict[str, Any]) -> int | float:
     return fields.number(where, name, given[name], 0, above=True)
+
+
+def _score_cap(where: str, family: str, given: dict[str, Any]) -> float | None:
+    """The cap on scores; transformers' Gemma 3 holds one in its configuration and applies none."""
+    cap = _cap(where, "attn_logit_softcapping", given)
+    if cap is not None and family == "gemma3_text":
+        raise ValueError(
+            f"{where}: attn_logit_softcapping={cap} is not supported for model_type={family!r}, "
+            "whose scores transformers does not cap. ignore=('attn_logit_softcapping',) reads the "
+            "file as if it did not hold it."
+        )
+    return cap
 
 
 def _cap(where: str, name: str, given: dict[str, Any]) -> float | None:

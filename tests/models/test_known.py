@@ -167,6 +167,15 @@ def test_values_within_a_rope_are_checked(name, value):
         assert name in str(error) or "low_freq_factor" in str(error)
 
 
+def test_a_cap_that_transformers_holds_but_does_not_apply_is_refused():
+    raw = RAW["gemma3"] | {"attn_logit_softcapping": 3.0}
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping=3\.0 is not supported"):
+        LMConfig.from_hf(raw)
+    assert LMConfig.from_hf(raw, ignore=("attn_logit_softcapping",)).attn_softcap is None
+    with pytest.raises(ValueError, match="attn_"):
+        check_exportable(LMConfig.from_hf(RAW["gemma3"]).replace(attn_softcap=3.0))
+
+
 def test_architectures_that_contradict_the_model_type_are_refused():
     for name in ("MixtralForCausalLM", "LlamaForTokenClassification", "GemmaForCausalLM"):
         with pytest.raises(ValueError, match=name):

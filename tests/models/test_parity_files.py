@@ -103,8 +103,9 @@ EDITS = [
     ("gemma3", {"layer_types": ..., "sliding_window_pattern": 2, "_sliding_window_pattern": ...}),
     ("gemma3", {"layer_types": ..., "_sliding_window_pattern": 2}),
     ("gemma3", {"sliding_window": 2}),
+    ("gemma3", {"attn_logit_softcapping": 3.0}),
 ]  # fmt: skip
-REFUSED = 11  # of these, no more: a refusal of everything would agree with everything
+REFUSED = 12  # of these, no more: a refusal of everything would agree with everything
 
 
 def edited(case, changes, to):
