@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrl_eff import arrays, dataflow
 from jaxrl_eff.algorithms.policy import PROMPTS, ROLLOUT
-from jaxrl_eff.data import loader, text
+from jaxrl_eff.data import loader, sources, text
 from jaxrl_eff.data.tokenizer import Tokenizer
 from jaxrl_eff.dataflow import Graph, Model, Placement, Spec, Step
 from jaxrl_eff.models import LMConfig
@@ -139,7 +139,8 @@ class Evaluation:
         rows = [r for r in rows if 0 <= r["example"] < self.problems]
         for row in rows:
             index = row["example"]
-            row["reward"] = verify.score(self.reward, self.source[index], index, row["completion"])
+            where = sources.place(self.source, index)
+            row["reward"] = verify.score(self.reward, self.source[index], where, row["completion"])
         total = np.array([sum(r["reward"] for r in rows), len(rows)], np.float64)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils

@@ -56,11 +56,7 @@ def _try(what: str, fn: Callable, source: Any, i: int) -> None:
     try:
         fn(source[i])
     except Exception as error:
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        where = f"example {i}"
-        if name := getattr(source, "name", ""):
-            where += f" of {name}"
-        raise ValueError(f"{what} fails for {where}: {reason}") from None
+        raise ValueError(f"{what} fails for {sources.said_of(source, i, error)}") from None
 
 
 def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
@@ -103,10 +99,7 @@ def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
         given = data.options.get("examples", ())
         if set(data.options) - {"examples"} or not all(isinstance(e, dict) for e in given):
             raise ValueError("data.options of an inline source is examples, a tuple of dicts.")
-        found = templated(sources.python_source(list(given)), data)
-        if data.held_out:
-            return sources.holdout(found, data.held_out, seed=seed)
-        return found, None
+        return _parted(templated(sources.python_source(list(given)), data), data, seed)
     readers = {"jsonl": sources.jsonl, "parquet": sources.parquet}
     if data.source not in readers:
         raise ValueError(
@@ -115,10 +108,19 @@ def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
         )
     if not data.path:
         raise ValueError(f"data.path is empty; {data.source} needs a file.")
-    found = templated(readers[data.source](data.path), data)
-    if data.held_out:
-        return sources.holdout(found, data.held_out, seed=seed)
-    return found, None
+    return _parted(templated(readers[data.source](data.path), data), data, seed)
+
+
+def _parted(found: Any, data: DataSettings, seed: int) -> tuple[Any, Any]:
+    """Training and held-out examples of one source."""
+    if not data.held_out:
+        return found, None
+    if data.held_out >= len(found) > 0:
+        raise ValueError(
+            f"data.held_out is {data.held_out}, but {found.name} has {len(found)} examples, and at "
+            "least one must be left to train on."
+        )
+    return sources.holdout(found, min(data.held_out, len(found)), seed=seed)
 
 
 def _check_types(path: str, options: Mapping[str, Any], *types: type) -> None:
@@ -262,8 +264,8 @@ def asked(
         try:
             lengths.append(len(encoder(held_out[i])))
         except Exception as error:
-            reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise ValueError(f"the prompt of held-out problem {i} fails: {reason}") from None
+            said = sources.said_of(held_out, i, error)
+            raise ValueError(f"the prompt of a held-out problem fails for {said}") from None
     fit = [i for i, n in enumerate(lengths) if 1 <= n <= limit]
     if len(fit) == problems:
         return sources.subset(held_out, fit), ()

@@ -65,8 +65,16 @@ def test_nothing_is_said_where_nothing_is_dropped(tmp_path):
     ("train", "more", "message"),
     [
         (rows(PAD, PAD), {}, r"config\.sft\.data: none of 2 examples can be used: 2 have more"),
-        (rows("1>", PAD), {"overlong": "error"}, r"config\.sft\.data: example 1: it has 63 tokens"),
-        ([*rows("1>"), {"prompt": "1>"}], {}, r"config\.sft\.data: example 1: .* 'completion'"),
+        (
+            rows("1>", PAD),
+            {"overlong": "error"},
+            r"config\.sft\.data: .*t\.jsonl, line 2: it has 63 tokens",
+        ),
+        (
+            [*rows("1>"), {"prompt": "1>"}],
+            {},
+            r"config\.sft\.data: .*t\.jsonl, line 2: .* 'completion'",
+        ),
         ([], {}, r"there are no examples in .*t\.jsonl"),
     ],
 )
@@ -103,7 +111,9 @@ def test_problems_that_cannot_be_asked_are_refused():
         ValueError, match=r"2 of 2 held-out problems cannot be asked .* nothing is left"
     ):
         asked([PAD, PAD])
-    with pytest.raises(ValueError, match=r"the prompt of held-out problem 1 fails: 'x'"):
+    with pytest.raises(
+        ValueError, match=r"the prompt of a held-out problem fails for example 1: .*'x'"
+    ):
         asked(["1>", "x"])
 
 

@@ -147,7 +147,23 @@ def test_held_out_rows_are_all_tried_before_training(tmp_path):
     }  # fmt: skip
     changes = [f"sft.data={data}", f"sft.evaluate={measure}"]
     with pytest.raises(
-        ValueError, match=r"config.sft.evaluate: .* fails for example 5 of .*answer"
+        ValueError, match=r"config.sft.evaluate: .* fails for .*held.jsonl, line 6: .*answer"
     ):
         assemble(SFT, *changes)
     assert assemble(SFT, *changes, "sft.evaluate.problems=5")
+
+
+def test_an_example_is_named_by_its_line_also_after_others_were_set_apart(tmp_path):
+    rows = ['{"prompt": "1>", "completion": "1"}\n'] * 40
+    rows[36] = '{"prompt": 1, "completion": "1"}\n'
+    (tmp_path / "t.jsonl").write_text("".join(["\n", *rows]))
+    data = {"path": str(tmp_path / "t.jsonl"), "length": 16, "prompt_length": 4, "held_out": 8}
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 38: field 'prompt' is 1"):
+        assemble(SFT, f"sft.data={data}")
+
+
+def test_a_held_out_part_leaves_something_to_train_on(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"prompt": "1>", "completion": "1"}\n' * 4)
+    data = {"path": str(tmp_path / "t.jsonl"), "length": 16, "held_out": 4}
+    with pytest.raises(ValueError, match=r"data.held_out is 4, but .*t\.jsonl has 4 examples"):
+        assemble(SFT, f"sft.data={data}")

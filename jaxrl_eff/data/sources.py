@@ -35,11 +35,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Examples:
-    """`size` examples; `read(i)` returns the i-th, 0 <= i < size. `name` is for messages."""
+    """`size` examples; `read(i)` returns the i-th, 0 <= i < size.
+
+    `name` is for messages, and so is `place(i)`: where the i-th stands in its file.
+    """
 
     size: int
     read: Callable[[int], Example]
     name: str
+    place: Callable[[int], str] | None = None
 
     def __len__(self) -> int:
         return self.size
@@ -60,7 +64,7 @@ def python_source(examples: Sequence[Example] | Callable[[], Iterable[Example]])
             of them; the function runs once, now.
     """
     rows = list(examples()) if callable(examples) else examples
-    return Examples(len(rows), rows.__getitem__, "the Python source")
+    return Examples(len(rows), rows.__getitem__, "the Python source", "example {}".format)
 
 
 def jsonl(path: str | os.PathLike) -> Examples:
@@ -86,18 +90,21 @@ def jsonl(path: str | os.PathLike) -> Examples:
                 lines.append(number)
             offset += len(line)
         if offsets and (rows := _array(file, offsets[0], name)) is not None:
-            return Examples(len(rows), lambda i: _object(rows[i], f"{name}, item {i}"), name)
+            item = f"{name}, item {{}}".format
+            return Examples(len(rows), lambda i: _object(rows[i], item(i)), name, item)
     starts, numbers = np.array(offsets, np.int64), np.array(lines, np.int64)
+
+    def line(index: int) -> str:
+        return f"{name}, line {numbers[index]}"
 
     def read(index: int) -> Example:
         # Opening the file for each read costs some 20 microseconds, and is safe in any thread.
         with _open(path) as file:
             file.seek(starts[index])
             text = file.readline()
-        where = f"{name}, line {numbers[index]}"
-        return _object(_parsed(text, where), where)
+        return _object(_parsed(text, line(index)), line(index))
 
-    return Examples(len(starts), read, name)
+    return Examples(len(starts), read, name, line)
 
 
 def _begin(file: BinaryIO, name: str) -> int:
@@ -222,7 +229,7 @@ def parquet(
             return row
         return {k: _with_dicts(v, schema.field(k).type) for k, v in row.items()}
 
-    return Examples(starts[-1], read, name)
+    return Examples(starts[-1], read, name, lambda index: f"{name}, row {index}")
 
 
 def _with_dicts(value: Any, kind: Any) -> Any:
@@ -281,7 +288,7 @@ def require(source: Source, fields: str | Sequence[str]) -> Examples:
                 )
         return example
 
-    checked = Examples(len(source), read, _name(source))
+    checked = Examples(len(source), read, _name(source), _placed(source))
     if checked.size:
         read(0)
     return checked
@@ -289,7 +296,7 @@ def require(source: Source, fields: str | Sequence[str]) -> Examples:
 
 def mapped(source: Source, fn: Callable[[Example], Example]) -> Examples:
     """`fn` of every example, computed when it is read: to rename or join fields."""
-    return Examples(len(source), lambda index: fn(source[index]), _name(source))
+    return Examples(len(source), lambda index: fn(source[index]), _name(source), _placed(source))
 
 
 def subset(source: Source, indices: Sequence[int] | np.ndarray) -> Examples:
@@ -299,7 +306,12 @@ def subset(source: Source, indices: Sequence[int] | np.ndarray) -> Examples:
         raise ValueError(
             f"a subset of {len(source)} examples cannot hold {chosen.min()}..{chosen.max()}."
         )
-    return Examples(chosen.size, lambda index: source[int(chosen[index])], _name(source))
+    return Examples(
+        chosen.size,
+        lambda index: source[int(chosen[index])],
+        _name(source),
+        lambda index: place(source, int(chosen[index])),
+    )
 
 
 def holdout(source: Source, n: int, *, seed: int) -> tuple[Examples, Examples]:
@@ -313,6 +325,28 @@ def holdout(source: Source, n: int, *, seed: int) -> tuple[Examples, Examples]:
     held = np.zeros(len(source), bool)
     held[np.random.default_rng(seed).permutation(len(source))[:n]] = True
     return subset(source, np.flatnonzero(~held)), subset(source, np.flatnonzero(held))
+
+
+def place(source: Source, index: int) -> str:
+    """The place of an example, for messages: file and line (from 1), or row or item (from 0).
+
+    Of a subset it is the place in the file, which may hold other examples too.
+    """
+    if isinstance(source, Examples) and source.place is not None:
+        return source.place(index)
+    name = getattr(source, "name", "")
+    return f"example {index} of {name}" if name else f"example {index}"
+
+
+def said_of(source: Source, index: int, error: BaseException) -> str:
+    """What an error says of an example, after the example's place if it does not begin with it."""
+    where = place(source, index)
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return text if text.startswith(where) else f"{where}: {text}"
+
+
+def _placed(source: Source) -> Callable[[int], str]:
+    return lambda index: place(source, index)
 
 
 def _name(source: Source) -> str:

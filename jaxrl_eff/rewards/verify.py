@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxrl_eff.data import sources
 from jaxrl_eff.data.text import said
 from jaxrl_eff.rewards import answers
 from jaxrl_eff.rewards.answers import boxed as boxed
@@ -180,19 +181,20 @@ def host_reward(
         for row, index in enumerate(example.tolist()):
             if index >= 0:
                 response = said(tokenizer, tokens[row][mask[row] > 0].tolist(), stop=stop)
-                scores[row] = score(fn, source[index], index, response)
+                where = sources.place(source, index)
+                scores[row] = score(fn, source[index], where, response)
         return {writes: scores}
 
     return call
 
 
-def score(fn: Reward, example: Example, index: int, response: str) -> float:
+def score(fn: Reward, example: Example, place: str, response: str) -> float:
     """The reward of one response, refused if training could not use it.
 
     Args:
         fn: the reward; messages call it by its `__name__`.
         example: what it is given.
-        index: the example's row, for messages.
+        place: of the example, as by `sources.place`, for messages.
         response: text of the response.
 
     Raises:
@@ -202,7 +204,7 @@ def score(fn: Reward, example: Example, index: int, response: str) -> float:
     name = getattr(fn, "__name__", "")
     known = name.isidentifier() and name != "reward"  # neither a lambda nor one of this module's
     where = f"the reward {name!r}" if known else "the reward"
-    where += f" of example {index} for the response {response!r:.200}"
+    where += f" of {place} for the response {response!r:.200}"
     try:
         value = float(fn(example, response))
     except Exception as error:

@@ -82,7 +82,7 @@ def test_a_usable_example_is_found_wherever_it_is():
 
 def test_what_cannot_be_encoded_or_is_too_long_to_be_an_error_is_found_by_the_survey():
     source = [{"n": 4}] * 9 + [{"m": 4}]
-    with pytest.raises(ValueError, match="example 9: 'n'"):
+    with pytest.raises(ValueError, match="example 9: KeyError: 'n'"):
         load("sft", source).survey()
     with pytest.raises(ValueError, match="example 9: it has 9 tokens, but at most 8 fit"):
         load("sft", [*source[:9], {"n": 9}], overlong="error").survey()

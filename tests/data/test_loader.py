@@ -215,7 +215,7 @@ def test_overlong_is_an_error_on_request_and_names_the_example():
 
 def test_an_example_that_cannot_be_encoded_is_named():
     batches = load("sft", [{"ids": [1, 2]}, {"id": [1]}], shuffle=False)
-    with pytest.raises(ValueError, match=r"example 1: 'ids'"):
+    with pytest.raises(ValueError, match=r"example 1: KeyError: 'ids'"):
         next(batches)
     batches.close()
     learned_first = load("sft", encode=lambda e: (np.array([1, 2]), np.ones(2, np.float32)))

@@ -209,7 +209,7 @@ def test_a_reward_that_float32_cannot_hold_is_refused_by_name():
     kept = verify.host_reward(lambda e, r: largest, [{}], tokenizer)(batch)["score"]
     assert kept[0] == largest
     with pytest.raises(ValueError, match="but float32 ends at"):
-        verify.score(lambda e, r: 1e39, {}, 0, "")
+        verify.score(lambda e, r: 1e39, {}, "example 0", "")
 
 
 def test_tags_that_are_special_tokens_reach_the_reward(tmp_path):
