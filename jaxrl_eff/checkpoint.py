@@ -91,6 +91,7 @@ class Checkpoints:
             raise ValueError(f"mode is {mode!r}; allowed are 'max' and 'min'.")
         self.directory = Path(directory).absolute()
         self.messages: list[str] = []
+        self.unfit: list[str] = []  # messages of those that are whole, but hold other arrays
         self._keep, self._keep_best, self._sign = keep, keep_best, 1 if mode == "max" else -1
         self._fingerprint, self._guard = fingerprint, guard
         self._mine = None if fingerprint is None else (fingerprint, *accepted)
@@ -208,13 +209,15 @@ class Checkpoints:
             meta = manifest.meta(self._path(step))
             target = abstract(meta["record"]) if callable(abstract) else abstract
             reason = stored.difference(meta["leaves"], target, partial)
-            if reason is None:
+            differs = reason is not None
+            if not differs:
                 still = frozenset(meta.get("still", ()))
                 state, reason = stored.tried(self._path(step), target, still)
                 if reason is None:
                     self._last = step
                     return Restored(step, state, meta["record"])
             self._refuse(step, reason)
+            self.unfit += self.messages[-1:] if differs else []
         return None
 
     def wait(self) -> None:
@@ -247,9 +250,7 @@ class Checkpoints:
     def _unchanged(self, table: dict[str, Array]) -> frozenset[str]:
         """Names of the arrays that the last save was given too; all processes say the same."""
         names = sorted(name for name, x in table.items() if x.size)
-        same = np.array(
-            [name in self._saved and self._saved[name]() is table[name] for name in names]
-        )
+        same = np.array([n in self._saved and self._saved[n]() is table[n] for n in names])
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 

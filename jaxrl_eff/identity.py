@@ -156,17 +156,27 @@ class Identity:
         }  # fmt: skip
 
 
+def _holds(workdir: Path) -> str | None:
+    """What of a run is in a workdir and would be lost to another one: metrics, checkpoints."""
+    from jaxrl_eff import manifest  # late: it takes JAX with it, which mistakes need not wait for
+
+    metrics, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
+    if metrics.is_file() and metrics.stat().st_size:
+        return "metrics"
+    kept = (folder / manifest.name(step) for step in manifest.steps(folder))
+    return "checkpoints" if any(map(manifest.ours, kept)) else None
+
+
 def identify(run: Run, workdir: Path, *, accept_changes: bool = False) -> Identity:
     """Compares a run with the one that a workdir holds.
 
     Raises:
         ValueError: they differ and changes are not accepted, naming the first values that do; or
-            the workdir has metrics and does not say of what.
+            the workdir has metrics or checkpoints and does not say of what.
     """
     values = essence(run, contents_of(run))
     mine = _hash_of(values)
-    metrics = workdir / "metrics.jsonl"
-    if not metrics.is_file() or not metrics.stat().st_size:
+    if (holds := _holds(workdir)) is None:
         return Identity(mine, (), (), values)
     try:
         before = json.loads((workdir / "identity.json").read_text(encoding="utf-8"))
@@ -174,7 +184,7 @@ def identify(run: Run, workdir: Path, *, accept_changes: bool = False) -> Identi
         theirs, changes = before["fingerprint"], tuple(differences(was, values))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(
-            f"--workdir={workdir} holds metrics of a run, but no identity.json that says of which. "
+            f"--workdir={workdir} holds {holds} of a run, but no identity.json that says of which. "
             "Give this one its own directory, or delete that one."
         ) from None
     if changes and not accept_changes:

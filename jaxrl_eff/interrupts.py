@@ -45,6 +45,10 @@ class Interrupts:
         finally:
             self._training = False
 
+    def over(self) -> None:
+        """From now on signals wait: what is left is to close files, which takes a moment."""
+        self._training = True
+
     def check(self) -> None:
         """Stops if a signal came when it had to wait, and nobody asked since.
 

@@ -136,6 +136,8 @@ def train(
             console.end_stage()
             console.final(f"error: {error}")
             return False
+        finally:
+            heard.over()
 
 
 def _opened(
@@ -150,7 +152,7 @@ def _opened(
     """Assembles a run and opens its files, which `closing` closes; prints the header."""
     import jax
 
-    from jaxrl_eff import stages, summary
+    from jaxrl_eff import resume, stages, summary
     from jaxrl_eff import train as loop
     from jaxrl_eff.checkpoint import Checkpoints
     from jaxrl_eff.metrics import Writer
@@ -168,17 +170,9 @@ def _opened(
     record = checkpoints.peek()
     found = "none" if record is None else f"stage {record['stage']}, step {record['step']}"
     startup.agree("workdir", {f"the checkpoint in {workdir}": found})  # and all are assembled
-    resume = {"resume_step": 0, "resume_stage": "", "evaluated": True}
-    if record is not None:
-        names = [s.name for s in assembled.stages]
-        before = assembled.stages[: names.index(record["stage"])]
-        resume = {
-            "resume_step": sum(s.settings.steps for s in before) + record["step"],
-            "resume_stage": record["stage"],
-            "evaluated": record["evaluated"],
-        }
+    kept = resume.written(record, assembled.stages)
     first = jax.process_index() == 0
-    writer = Writer(workdir, **resume, wandb=run.wandb or None, enabled=first, guard=guard)
+    writer = Writer(workdir, **kept, wandb=run.wandb or None, enabled=first, guard=guard)
     closing.callback(writer.close)
     writer.document("identity", me.document())
     writer.document("config", secret.redacted(dataclasses.asdict(run)))
@@ -193,7 +187,7 @@ def _opened(
     for change in me.changes:
         console.warn(f"this run goes on although {change}")
     heard.phase = "restoring"
-    return assembled, loop.Outlets(console, writer, checkpoints, heard)
+    return assembled, loop.Outlets(console, writer, checkpoints, heard, bool(me.accepted))
 
 
 def _conclude(assembled: Any, done: Any, workdir: Path, out: Any) -> bool:

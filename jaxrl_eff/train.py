@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxrl_eff import evaluate, state
+from jaxrl_eff import evaluate, resume, state
 from jaxrl_eff.cadence import Cadence
 from jaxrl_eff.calibrate import Calibration
 from jaxrl_eff.checkpoint import Checkpoints
@@ -30,35 +30,17 @@ from jaxrl_eff.stages import Assembled, Stage, words
 
 @dataclasses.dataclass(frozen=True)
 class Outlets:
-    """Where a run's words, numbers and checkpoints go, and who may stop it."""
+    """Where a run's words, numbers and checkpoints go, and who may stop it.
+
+    Attributes:
+        changed: whether the run goes on although its config or its files are others now.
+    """
 
     console: Console
     writer: Writer
     checkpoints: Checkpoints
     interrupts: Interrupts
-
-
-@dataclasses.dataclass
-class Position:
-    """Where the run is; changes as it goes.
-
-    Attributes:
-        index: of the stage.
-        step: steps taken in this stage.
-        offset: steps of all earlier stages.
-        results: see `Finished`.
-        evaluated: whether the evaluation that is due after `step`, if any, is among the results.
-        withheld: "stage/call" -> steps whose update was withheld.
-        counts: see `Finished`; of finished stages.
-    """
-
-    index: int = 0
-    step: int = 0
-    offset: int = 0
-    results: dict[str, float] = dataclasses.field(default_factory=dict)
-    evaluated: bool = True
-    withheld: dict[str, int] = dataclasses.field(default_factory=dict)
-    counts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    changed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +72,7 @@ def fit(assembled: Assembled, out: Outlets) -> Finished:
         NonFinite: see there, unless the run skips such updates.
         Stopped: after a signal.
     """
-    models, shelf, at = _restored(assembled, out)
+    models, shelf, at = resume.restored(assembled, out)
     samples: dict[str, list] = {}
     summary: dict[str, dict] = {}
     while True:
@@ -105,44 +87,10 @@ def fit(assembled: Assembled, out: Outlets) -> Finished:
     return Finished(at.results, samples, models, stage, summary, at.withheld, at.counts)
 
 
-def _restored(
-    assembled: Assembled, out: Outlets
-) -> tuple[state.Models | None, state.Shelf, Position]:
-    """Models, shelf and position of the newest good checkpoint; no models if there is none."""
-
-    def saved(record: dict[str, Any]) -> Any:
-        return state.shared_layout(state.abstract(assembled, _index(assembled, record["stage"])))
-
-    restored = out.checkpoints.restore(saved, partial=True)
-    for message in out.checkpoints.messages:
-        out.console.warn(message)
-    if restored is None:
-        return None, {}, Position()
-    record = restored.record
-    index = _index(assembled, record["stage"])
-    home = Route(restored.state, state.abstract(assembled, index), donate=True)(restored.state)
-    at = Position(
-        index=index,
-        step=record["step"],
-        offset=sum(s.settings.steps for s in assembled.stages[:index]),
-        results=dict(record["results"]),
-        evaluated=record["evaluated"],
-        withheld=dict(record["withheld"]),
-        counts=dict(record["counts"]),
-    )
-    assembled.stages[index].loader.restore(record["data"])
-    out.console.line(f"resumed at stage {record['stage']}, step {record['step']}")
-    return home["models"], home["shelf"], at
-
-
-def _index(assembled: Assembled, name: str) -> int:
-    return [s.name for s in assembled.stages].index(name)
-
-
 def _run_stage(
     assembled: Assembled,
     out: Outlets,
-    at: Position,
+    at: resume.Position,
     models: state.Models | None,
     shelf: state.Shelf,
     samples: dict[str, list],
@@ -362,7 +310,7 @@ def _replanned(
     return dataclasses.replace(stage, step=step, searched=new), models
 
 
-def _measure(out: Outlets, at: Position, samples: dict[str, list]):
+def _measure(out: Outlets, at: resume.Position, samples: dict[str, list]):
     """A function that evaluates a stage's actor and notes the result."""
 
     def measure(stage: Stage, models: state.Models, kind: str) -> float:

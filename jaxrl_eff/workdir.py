@@ -278,7 +278,7 @@ def _alive(holder: _Holder) -> bool:
         return _began(holder.process) == holder.began
     try:
         os.kill(holder.process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         pass

@@ -40,7 +40,7 @@ RANKS = (
         "stages",
     ),
     ("state",),
-    ("progress",),
+    ("progress", "resume"),
     ("train",),
     ("report", "doctor", "generate", "delta", "export", "summary"),
     ("plan_page", "needle"),

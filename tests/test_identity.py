@@ -147,3 +147,16 @@ def test_metrics_of_an_unknown_run_are_not_overwritten(tmp_path, text):
         (tmp_path / "identity.json").write_text(text)
     with pytest.raises(ValueError, match=r"no identity\.json that says of which"):
         identity.identify(launch.config(SFT), tmp_path)
+
+
+def test_checkpoints_of_another_run_are_not_overwritten_where_its_metrics_are_gone(tmp_path):
+    begun(tmp_path, launch.config(SFT))
+    (tmp_path / "metrics.jsonl").unlink()
+    other = launch.config(SFT, "sft.optim.actor.lr=0.5")
+    assert identity.identify(other, tmp_path).changes == ()  # nothing would be lost
+    (tmp_path / "checkpoints" / "00000004").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"another config .*lr was 0.003, is 0.5"):
+        identity.identify(other, tmp_path)
+    (tmp_path / "identity.json").unlink()
+    with pytest.raises(ValueError, match=r"holds checkpoints of a run, but no identity\.json"):
+        identity.identify(other, tmp_path)

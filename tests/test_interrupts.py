@@ -36,6 +36,14 @@ def test_a_signal_lets_the_step_under_way_finish(number, capfd):
         heard.check()  # it came too late for the last stage's last step
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_end_changes_nothing(number):
+    with interrupts.listening() as heard:
+        heard.over()
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+
+
 def test_no_failure_of_an_except_clause_swallows_a_stop():
     assert not issubclass(interrupts.Stopped, Exception)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from launch import cache  # noqa: F401 (fixture)
 
-from jaxrl_eff import metrics
+from jaxrl_eff import main, metrics
 from jaxrl_eff.planner import hardware
 
 THREE = f"--config={launch.TINY}:algorithm=three,steps=3,devices=2,every=1,evaluate=1"
@@ -228,3 +228,40 @@ def test_a_run_of_another_config_is_not_overwritten(sft):
 def test_what_does_not_change_results_may_change(sft):
     run = launch.config(SFT, "sft.samples_every=1", "checkpoint.keep=1", "nonfinite=skip")
     assert launch.train(run, sft)
+
+
+@pytest.mark.parametrize(
+    ("arg", "change", "message"),
+    [
+        (SFT, "model.shape.width=48", r"00000004 is refused: .* float32\[.*overwrite"),
+        (SFT, "sft.optim.actor.name=sgd", r"00000004 is refused: .*overwrite"),
+        (SFT, "sft.steps=3", r"config\.sft\.steps is 3, but .* has taken 4 steps"),
+        ("algorithm=grpo,steps=4", "seed=0", r"is in stage 'sft', but config\.stages is \('grpo'"),
+        (
+            "algorithm=three,steps=4",
+            "stages=('rm','sft') rm.models.reward=base",
+            r"took 0 steps before stage 'sft', but",
+        ),
+    ],
+)
+def test_accepted_changes_that_cannot_be_continued_overwrite_nothing(sft, arg, change, message):
+    before = sorted((sft / "checkpoints").rglob("*"))
+    run = launch.config(arg, *change.split(" "))
+    with pytest.raises(ValueError, match=message):
+        main.train(run, sft, quiet=True, accept_changes=True)
+    assert sorted((sft / "checkpoints").rglob("*")) == before
+
+
+def test_other_data_are_read_from_their_beginning_if_accepted(tmp_path, capfd):
+    rows = [f'{{"prompt": "{i}>", "completion": "{i}"}}\n' for i in range(40)]
+    data = {"source": "jsonl", "path": str(tmp_path / "t.jsonl"), "length": 24}
+    run = launch.config("algorithm=sft,steps=2", f"sft.data={data}")
+    (tmp_path / "t.jsonl").write_text("".join(rows))
+    assert launch.train(run, tmp_path / "run")
+    (tmp_path / "t.jsonl").write_text("".join(rows[:30]))
+    more = launch.config("algorithm=sft,steps=3", f"sft.data={data}")
+    with pytest.raises(ValueError, match=r"contents of config\.sft\.data\.path was"):
+        launch.train(more, tmp_path / "run")
+    assert main.train(more, tmp_path / "run", quiet=True, accept_changes=True)
+    assert "sft: the data are read from their beginning again" in capfd.readouterr().err
+    assert [step for step, _, _ in launch.numbers(tmp_path / "run")] == [1, 2, 3]
