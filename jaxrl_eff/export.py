@@ -1,5 +1,9 @@
 """Exports of a run: models, adapters and delta files in public formats."""
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,20 @@ import jax
 from jaxrl_eff import adapt, deltas, state
 from jaxrl_eff.models import lora, save_hf
 from jaxrl_eff.models.peft import save_peft
+
+
+@contextlib.contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Errors of the system that name no file are raised with this path, those of libraries too."""
+    try:
+        yield
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # of what is written in Rust
+            number = int(found[1])
+        if number is None or getattr(error, "filename", None):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write(assembled: Any, done: Any, workdir: Path, console: Any) -> Path:
@@ -23,24 +41,28 @@ def write(assembled: Any, done: Any, workdir: Path, console: Any) -> Path:
     stage, role = done.stage, done.stage.trained
     lm, part = stage.lms[role], stage.settings.adapt.get(role)
     trained = state.shared(done.models[role].params)
-    save_hf(workdir / "export", lm, state.merged(lm, trained))
-    if jax.process_index() == 0:
-        assembled.tokenizer.save(workdir / "export")
+    with _telling(workdir / "export"):
+        save_hf(workdir / "export", lm, state.merged(lm, trained))
+        if jax.process_index() == 0:
+            assembled.tokenizer.save(workdir / "export")
     if part is None:
         return workdir / "export"
     kind, name = stage.origins[role]
     base = {"base": assembled.run.model.path, "directory": name}.get(kind, "")
     if part.name not in lora.METHODS:
         if base and not part.rank and jax.process_index() == 0:
-            _delta(base, workdir, part.name, console)
+            with _telling(workdir / "delta.safetensors"):
+                _delta(base, workdir, part.name, console)
         return workdir / "export"
     if not base:
         base = str(workdir / "base")
-        save_hf(base, lm, state.merged(lm, lora.base(trained)))
-        if jax.process_index() == 0:
-            assembled.tokenizer.save(workdir / "base")
+        with _telling(workdir / "base"):
+            save_hf(base, lm, state.merged(lm, lora.base(trained)))
+            if jax.process_index() == 0:
+                assembled.tokenizer.save(workdir / "base")
     whole = adapt.whole_names(part, lm)
-    save_peft(workdir / "adapter", lm, trained, base_model=base, whole=whole)
+    with _telling(workdir / "adapter"):
+        save_peft(workdir / "adapter", lm, trained, base_model=base, whole=whole)
     console.final(f"adapter: {workdir / 'adapter'}, of {base}")
     return workdir / "export"
 

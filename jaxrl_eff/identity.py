@@ -182,7 +182,7 @@ def identify(run: Run, workdir: Path, *, accept_changes: bool = False) -> Identi
         before = json.loads((workdir / "identity.json").read_text(encoding="utf-8"))
         was, accepted = before["values"], tuple(before["accepted"])
         theirs, changes = before["fingerprint"], tuple(differences(was, values))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(
             f"--workdir={workdir} holds {holds} of a run, but no identity.json that says of which. "
             "Give this one its own directory, or delete that one."

@@ -242,4 +242,7 @@ def read(path: Path) -> Any:
     Raises:
         OSError, ValueError: it cannot be read.
     """
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply.") from None

@@ -83,7 +83,7 @@ def _document(workdir: Path, name: str, notes: list[str]) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         notes.append(f"{name} cannot be read ({error})")
         return {}
     if not isinstance(value, dict):

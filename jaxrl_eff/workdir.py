@@ -340,13 +340,13 @@ def _parsed(content: bytes) -> _Holder | None:
     try:
         row: dict[str, Any] = json.loads(content)
         holder = _Holder(**row)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
-    return holder if isinstance(holder.process, int) else None
+    return holder if isinstance(holder.process, int) and holder.process > 0 else None
 
 
 def _told(content: bytes | None) -> str:
     holder = _parsed(content or b"")
     if holder is None:
-        return "which does not say who it is"
+        return "one that does not say who it is"
     return f"process {holder.process} on {holder.host} since {holder.since}"

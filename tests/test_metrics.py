@@ -143,3 +143,8 @@ def test_wandb_gets_the_same_numbers_and_one_id(tmp_path, monkeypatch):
     assert calls == [
         start, (1, {"sft/loss": 1.0}), "end", start, (2, {"sft/loss": 1.0}), "end",
     ]  # fmt: skip
+
+
+def test_a_line_that_is_nested_too_deeply_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + "[" * 100_000 + "\n")
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1}]

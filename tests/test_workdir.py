@@ -90,7 +90,7 @@ def test_a_holder_elsewhere_is_gone_after_a_while_of_silence(change, tmp_path, c
     assert "taken over" in caplog.text
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "x"}', "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "x"}', "null", "[" * 100_000])
 def test_a_lock_that_was_cut_short_counts_for_a_while(content, tmp_path):
     (tmp_path / NAME).write_text(content)
     with pytest.raises(HeldError, match="does not say who"), held(tmp_path):
