@@ -1,7 +1,9 @@
 """Values of a config that nobody else should read, such as keys of services: never written down.
 
-A value is secret by the name that it stands under, at any depth (`api_key`, `authToken`), and so is
-what a URL has between `//` and `@`. In its place stands a hash, by which a change is noticed.
+A value is secret by the name that it stands under, at any depth (`api_key`, `authToken`). In a text
+so are what a URL has between `//` and `@`, its parameters of such names (`?token=`), and keys whose
+form gives them away (`hf_...`, `sk-...`, `Bearer ...`). In its place stands a hash, by which a
+change is noticed.
 """
 
 import hashlib
@@ -12,10 +14,16 @@ from typing import Any
 _WORDS = {
     "key", "apikey", "keys", "token", "password", "passwd", "passphrase", "secret", "secrets",
     "credential", "credentials", "auth", "authorization", "bearer", "cookie",
+    "pwd", "oauth", "jwt", "webhook", "sig", "signature",
 }  # fmt: skip
 _PARTS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _HASH = re.compile(r"\(hidden, [0-9a-f]{8}\)")
 _LOGIN = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+_PARAMETER = re.compile(r"(?<=[?&])([\w.-]{1,80})=(?!\(hidden,)([^&\s#]+)")
+_FORM = re.compile(
+    r"\b(?:hf_|gh[opsu]_|github_pat_|glpat-|sk-|xox[abps]-|AKIA)[\w-]{16,}"
+    r"|(?<=\b[Bb]earer )[\w.~+/-]{8,}=*"
+)
 
 
 def named(name: str) -> bool:
@@ -53,8 +61,15 @@ def _redacted(value: Any, secret: bool) -> Any:
     if secret and value is not None and value != "" and not isinstance(value, bool):
         return _hidden(value)
     if isinstance(value, str):
-        return _LOGIN.sub(lambda found: _hidden(found[0]), value)
+        value = _LOGIN.sub(lambda found: _hidden(found[0]), value)
+        value = _PARAMETER.sub(_parameter, value)
+        return _FORM.sub(lambda found: _hidden(found[0]), value)
     return value
+
+
+def _parameter(found: re.Match) -> str:
+    """A parameter of a URL, its value hidden if its name says so."""
+    return f"{found[1]}={_hidden(found[2])}" if named(found[1]) else found[0]
 
 
 def _hidden(value: Any) -> str:

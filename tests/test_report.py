@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import launch
 import pytest
 
-from jaxrl_eff import charts, report
+from jaxrl_eff import charts, manifest, report
 from jaxrl_eff.metrics import Writer
 
 VOID = {"meta", "input", "br"}
@@ -287,3 +287,13 @@ def test_one_odd_document_does_not_take_the_others_along(run):
     page = Page(report.write(run).read_text())
     for expected in ("schedule.json cannot be drawn", "timeline.json cannot be drawn", "tokens/s"):
         assert expected in page.all
+
+
+def test_documents_nested_without_end_are_named(tmp_path):
+    deep = '{"a":' * 5000
+    for name in ("config.json", "plan.json", "metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_text(deep)
+    page = report.write(tmp_path).read_text()
+    assert "plan.json cannot be read" in page and deep not in page
+    with pytest.raises(ValueError, match="nested too deeply"):
+        manifest.read(tmp_path / "plan.json")

@@ -43,6 +43,23 @@ def test_what_is_not_secret_stays_what_it_is():
     assert "pw" not in url and url.endswith("@host/x and http://host/y@z")
 
 
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("https://host/x.jsonl?rows=3&token={}&a=b", "https://host/x.jsonl?rows=3&token="),
+        ("s3://host/x?X-Amz-Signature={}", "s3://host/x?X-Amz-Signature="),
+        ("Bearer {}", "Bearer "),
+        ("hf_{}", ""),
+        ("--with sk-{}", "--with "),
+    ],
+)
+def test_secrets_within_a_text(text, kept):
+    value = text.format("abcdefghijklmnop0123")
+    for once in (secret.redacted({"a": [value]})["a"][0], secret.told("config.a", value)):
+        assert "abcdef" not in once and kept in once
+    assert secret.redacted(secret.redacted(value)) == secret.redacted(value)
+
+
 def test_a_changed_secret_is_another_hash_and_an_equal_one_the_same():
     a, b, c = (secret.redacted({"key": x})["key"] for x in ("one", "two", "one"))
     assert a != b and a == c and a.startswith("(hidden, ")
