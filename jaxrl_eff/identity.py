@@ -43,7 +43,10 @@ def essence(run: Run, contents: Mapping[str, str]) -> dict[str, str]:
 def _stage(run: Run, stage: StageSettings) -> dict[str, Any]:
     kept = {k: v for k, v in dataclasses.asdict(stage).items() if k not in FREE_STAGE}
     kept["data"].pop("path")
-    kept["models"] = {role: _unless_path(name) for role, name in stage.models.items()}
+    kept["models"] = {
+        role: name if _of_run(run, name) else _unless_path(name)
+        for role, name in stage.models.items()
+    }
     for part in kept["adapt"].values():
         part["start"] = _unless_path(part["start"])
     if not stage.sync.exact:
@@ -51,6 +54,11 @@ def _stage(run: Run, stage: StageSettings) -> dict[str, Any]:
         kept["sync"] = dataclasses.asdict(stage.sync)
         kept["checkpoint_every"] = run.checkpoint.every
     return kept
+
+
+def _of_run(run: Run, name: str) -> bool:
+    """True if a role starts from the base or a stage, whatever directory is called so, too."""
+    return name == "base" or name.partition("/")[0] in run.stages
 
 
 def _unless_path(name: str) -> str:
@@ -69,7 +77,11 @@ def contents_of(run: Run) -> Contents:
     for name in run.stages:
         stage = run.stage[name]
         named[f"config.{name}.data.path"] = stage.data.path
-        named |= {f"config.{name}.models.{role}": path for role, path in stage.models.items()}
+        named |= {
+            f"config.{name}.models.{role}": path
+            for role, path in stage.models.items()
+            if not _of_run(run, path)
+        }
         named |= {f"config.{name}.adapt.{role}.start": a.start for role, a in stage.adapt.items()}
     found = {}
     for path, file in named.items():

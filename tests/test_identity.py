@@ -160,3 +160,13 @@ def test_checkpoints_of_another_run_are_not_overwritten_where_its_metrics_are_go
     (tmp_path / "identity.json").unlink()
     with pytest.raises(ValueError, match=r"holds checkpoints of a run, but no identity\.json"):
         identity.identify(other, tmp_path)
+
+
+def test_a_directory_that_is_called_like_a_stage_is_none_of_the_run(tmp_path, monkeypatch):
+    run = launch.config("algorithm=three")
+    before = identity.fingerprint(run)
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "sft", "rm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("x")
+    assert identity.fingerprint(run) == before
