@@ -159,19 +159,29 @@ def templated(source: Any, data: DataSettings) -> Any:
     return sources.mapped(source, wrap)
 
 
+def check_format(s: StageSettings, kind: str) -> None:
+    """Refuses a format that gives no batches of a kind.
+
+    Raises:
+        ValueError: the format is unknown or of another kind.
+    """
+    name = s.data.format
+    if name not in FORMATS:
+        raise ValueError(f"data.format is {name!r}; there are {list(FORMATS)}.")
+    if FORMATS[name][0] != kind:
+        fit = [f for f, (k, _) in FORMATS.items() if k == kind]
+        raise ValueError(f"data.format is {name!r}; {s.algorithm} needs one of {fit}.")
+
+
 def encoder(s: StageSettings, kind: str, tokenizer: Tokenizer) -> Callable:
     """What makes tokens of an example, for batches of a kind.
 
     Raises:
         ValueError: the format is unknown, of another kind, or lacks a field.
     """
+    check_format(s, kind)
     data = s.data
-    if data.format not in FORMATS:
-        raise ValueError(f"data.format is {data.format!r}; there are {list(FORMATS)}.")
-    gives, make = FORMATS[data.format]
-    if gives != kind:
-        fit = [f for f, (k, _) in FORMATS.items() if k == kind]
-        raise ValueError(f"data.format is {data.format!r}; {s.algorithm} needs one of {fit}.")
+    _, make = FORMATS[data.format]
     options: dict[str, Any] = dict(data.fields)
     if data.format in ("text", "completion", "preference"):
         options |= {"bos": data.bos, "eos": data.eos}

@@ -218,6 +218,7 @@ def _stage(
 ) -> Stage:
     s = run.stage[name]
     room, kind = parts.algorithm_of(s)
+    examples.check_format(s, kind)
     unused.check(s)
     cfg = parts.loss_of(s, name)
     seed = (run.seed + zlib.crc32(name.encode())) % 2**32

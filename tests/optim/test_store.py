@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from programs import AS_SHIPPED
 
 from jaxrl_eff import optim
 from jaxrl_eff.optim import codecs, mcf
@@ -80,7 +81,7 @@ def test_sixteen_more_bits_are_a_float32_master_bit_for_bit():
     params = mcf.store(start, BF16)
     params, state = optim.set_full_precision_params(start, low.init(params))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=AS_SHIPPED)
     def run_low(params, state):
         def body(carry, g):
             params, state = carry
@@ -89,7 +90,7 @@ def test_sixteen_more_bits_are_a_float32_master_bit_for_bit():
 
         return jax.lax.scan(body, (params, state), grads)[0]
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=AS_SHIPPED)
     def run_master(w, state):
         def body(carry, g):
             w, state = carry
