@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jaxrl_eff"
 RANKS = (
     (
         *("shapes", "tree", "masked", "meters", "edges", "hardware", "host", "arrays"),
-        *("operations", "peers", "secret"),
+        *("beside", "operations", "peers", "secret"),
     ),
     ("schema", "running", "agreement", "files", "fields"),
     ("optim",),

@@ -6,7 +6,7 @@ one expression can run for ever or fill the memory inside the interpreter, where
 would run. Here the kernel ends it, and only this process.
 
 Protocol: each request is a length (8 bytes) and a pickled tuple; each answer one byte of `Answer`,
-a length and text in UTF-8. Nothing of the package is imported, so that a start takes 0.1 s.
+a length and text in UTF-8. Little of the package is imported, so that a start takes 0.1 s.
 """
 
 import json
@@ -136,29 +136,6 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _bound(memory: int) -> Any:
-    """Limits the memory from now on; returns a function that sets a clock, or with 0 stops it."""
-    import contextlib
-    import resource
-    import signal
-
-    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
-        with contextlib.suppress(ValueError, OSError):  # a lower limit is there, or none can be set
-            resource.setrlimit(kind, (memory, memory))
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Both signals end the process, in the middle of one operation too. What counts is the time
-    # that it computed; the clock on the wall is for one that does not even compute.
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-
-    def clock(seconds: float) -> None:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, 6 * seconds)
-
-    return clock
-
-
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answers until the other side closes the stream.
 
@@ -166,7 +143,9 @@ def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     `answer`).
     """
     sys.path[:], memory = _read(requests)
-    clock = _bound(memory)
+    from jaxrl_eff.beside import bound  # found by the path just read
+
+    clock = bound(memory)
     while (request := _read(requests)) is not None:
         seconds, arguments = request
         clock(seconds)

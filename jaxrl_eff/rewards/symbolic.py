@@ -1,22 +1,17 @@
 r"""The reward for answers that are formulas: math-verify, within bounds of time and memory.
 
 Comparisons are made by `symbolic_worker` in one process beside this one, so that they work in any
-thread. It is started by the first comparison, ended with this process, and started anew after a
-comparison has made it end. One takes some milliseconds; two numbers are compared here, exactly.
+thread. One takes some milliseconds; two numbers are compared here, exactly.
 """
 
-import atexit
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from jaxrl_eff.beside import Beside, Ended
 from jaxrl_eff.rewards import answers
 from jaxrl_eff.rewards import symbolic_worker as worker
 
@@ -92,70 +87,32 @@ def _truth(example: dict[str, Any], field: str, seconds: float) -> tuple[str, An
 
 def _ask(question: list[Any]) -> bool:
     """The worker's answer; False if the question made it end."""
-    with _lock:
-        return _running().ask(question) or False
+    try:
+        return _comparer.ask(_line(question), _read)
+    except Ended:
+        return False
 
 
-@dataclass(frozen=True)
-class _Worker:
-    """The process that compares, started by the process `owner`."""
-
-    process: subprocess.Popen
-    owner: int
-
-    def ask(self, question: list[Any]) -> bool | None:
-        """The answer to a question; None if there is none, since the process ended."""
-        try:
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except OSError:
-            line = ""
-        except BaseException:  # an interrupt: what comes next would not be the answer
-            self.close()
-            raise
-        if not line.endswith("\n"):
-            self.close()
-            return None
-        return json.loads(line)
-
-    def close(self) -> None:
-        self.process.kill()
-        for stream in (self.process.stdin, self.process.stdout):
-            try:
-                stream.close()
-            except OSError:  # what was not sent cannot be flushed
-                continue
-        self.process.wait()
+def _line(value: Any) -> bytes:
+    return json.dumps(value).encode() + b"\n"
 
 
-_lock = threading.Lock()
-_workers: list[_Worker] = []  # at most one
+def _read(answers: BinaryIO) -> bool:
+    line = answers.readline()
+    if not line.endswith(b"\n"):
+        raise EOFError
+    return json.loads(line)
 
 
-def _running() -> _Worker:
-    """The process that compares; a new one if there is none, it has ended, or this is a fork."""
-    if _workers and _workers[0].owner == os.getpid() and _workers[0].process.poll() is None:
-        return _workers[0]
-    while _workers:
-        _workers.pop().close()
-    process = subprocess.Popen(
-        # -P: modules beside the script would hide others of their names.
-        [sys.executable, "-P", str(Path(worker.__file__).resolve())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        encoding="utf-8",
-        start_new_session=True,  # Ctrl-C is for this process, which closes that one
-    )
-    _workers.append(_Worker(process, os.getpid()))
-    if _workers[0].ask([sys.path, MEMORY]) is not True:
-        _workers.pop().close()
+def _begin(process: subprocess.Popen) -> None:
+    try:
+        process.stdin.write(_line([sys.path, MEMORY]))
+        process.stdin.flush()
+        ready = _read(process.stdout)
+    except (OSError, EOFError):
+        ready = False
+    if not ready:
         raise RuntimeError("the process that runs math-verify did not start.")
-    return _workers[0]
 
 
-@atexit.register
-def _end() -> None:
-    if _workers and _workers[0].owner == os.getpid():
-        _workers.pop().close()
+_comparer = Beside(worker.__file__, _begin)

@@ -9,7 +9,6 @@ math-verify is there; then [seconds, truth] (is it understood?) or [seconds, tru
 they equal?), answered by true or false.
 """
 
-import contextlib
 import functools
 import json
 import sys
@@ -40,7 +39,9 @@ def equal(truth: str, answer: str) -> bool:
 def serve(questions: TextIO, answers: TextIO) -> None:
     """Answers until the other side closes the stream."""
     sys.path[:], memory = json.loads(questions.readline())
-    clock = _bound(memory)
+    from jaxrl_eff.beside import bound  # found by the path just read
+
+    clock = bound(memory)
     clock(_START)
     import logging
 
@@ -57,29 +58,6 @@ def serve(questions: TextIO, answers: TextIO) -> None:
             reply = False
         clock(0)
         print(json.dumps(reply), file=answers, flush=True)
-
-
-def _bound(memory: int) -> Any:
-    """Limits the memory from now on; returns a function that sets a clock, or with 0 stops it."""
-    import resource
-    import signal
-
-    for kind, most in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_DATA, memory),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        with contextlib.suppress(ValueError, OSError):  # a lower limit is there, or none can be set
-            resource.setrlimit(kind, (most, most))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-
-    def clock(seconds: float) -> None:
-        """Ends the process after so much computing, or six times that on the wall."""
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        signal.setitimer(signal.ITIMER_REAL, 6 * seconds)
-
-    return clock
 
 
 if __name__ == "__main__":

@@ -138,11 +138,11 @@ def test_threads_may_render_at_the_same_time():
 def test_a_killed_worker_is_replaced():
     said = CharTokenizer("ab", "{{ messages[0].content }}")
     assert render_chat(said, TALK) == "ab"
-    (worker,) = templates._workers
-    os.kill(worker.process.pid, signal.SIGTERM)
-    worker.process.wait()
+    process = templates._renderer.process
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait()
     assert render_chat(said, TALK) == "ab"
-    assert templates._workers[0].process.pid != worker.process.pid
+    assert templates._renderer.process.pid != process.pid
 
 
 def test_the_worker_ends_with_the_process_that_started_it():
@@ -150,7 +150,7 @@ def test_the_worker_ends_with_the_process_that_started_it():
 import os, signal
 from jaxrl_eff.data import templates
 print(templates.render("{{ 1 }}", "here", [([], False)], special={}))
-print(templates._workers[0].process.pid, flush=True)
+print(templates._renderer.process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run(

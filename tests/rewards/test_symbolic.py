@@ -92,6 +92,6 @@ def test_formulas_are_compared_in_any_thread():
 def test_a_comparison_without_end_scores_nothing_and_the_next_is_made():
     assert score(r"\sqrt{2}", r"\boxed{10^{10^{9}}}", seconds=0.5) == 0.0
     assert score(r"\sqrt{2}", r"\boxed{2^{1/2}}") == 1.0
-    symbolic._workers[0].process.kill()
-    symbolic._workers[0].process.wait()
+    symbolic._comparer.process.kill()
+    symbolic._comparer.process.wait()
     assert score(r"\sqrt{2}", r"\boxed{2^{1/2}}") == 1.0
