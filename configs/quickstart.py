@@ -51,8 +51,9 @@ def get_config():
         data=dict(task, format="prompt", options=digits),
         models=dict(actor="sft", critic="rm", reward="rm"),
         optim=dict(
-            actor=dict(lr=1e-3, warmup=3),
-            critic=dict(lr=1e-3),
+            # At a constant rate a run may fall back in its last steps.
+            actor=dict(lr=1e-3, schedule="cosine", warmup=3),
+            critic=dict(lr=1e-3, schedule="cosine"),
         ),
         loss=dict(kl_coef=0.1, lam=1.0, minibatches=4, epochs=1, missing_eos_penalty=1.0),
         sampling=dict(max_tokens=5),
