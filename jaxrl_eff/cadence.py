@@ -3,7 +3,8 @@
 import time
 
 import jax
-import numpy as np
+
+from jaxrl_eff.agreement import first_says
 
 
 class Cadence:
@@ -38,15 +39,12 @@ class Cadence:
             return time.monotonic() - self._began >= self._seconds
         if self._steps < self._look:
             return False
-        gone = time.monotonic() - self._began
-        half = (self._seconds - gone) * self._steps / max(gone, 1e-9) / 2
-        steps = 0 if half <= 0 else max(1, int(min(half, 2**30)))
-        steps = _first_process_says(steps)
+        steps = first_says(self._steps_to_next_look, "the clock of checkpoints could not be read")
         self._look = self._steps + steps
         return steps == 0
 
-
-def _first_process_says(number: int) -> int:
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    def _steps_to_next_look(self) -> int:
+        """Half of the steps that the time left is good for, at least 1; 0 if none is left."""
+        gone = time.monotonic() - self._began
+        half = (self._seconds - gone) * self._steps / max(gone, 1e-9) / 2
+        return 0 if half <= 0 else max(1, int(min(half, 2**30)))
