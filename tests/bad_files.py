@@ -220,9 +220,9 @@ def _data() -> list[tuple]:
         ("data", "a directory", words, of(os.mkdir)),
         ("data", "a loop", words, of(lambda p: p.symlink_to(p))),
         ("data", "none there", words, of(lambda p: None)),
-        ("data", "a held-out answer of null", ("example 5",), held("null")),
-        ("data", "a held-out answer of words", ("example 5",), held('"none"')),
-        ("data", "a held-out answer of a list", ("example 5",), held("[1]")),
+        ("data", "a held-out answer of null", ("line 6",), held("null")),
+        ("data", "a held-out answer of words", ("line 6",), held('"none"')),
+        ("data", "a held-out answer of a list", ("line 6",), held("[1]")),
     ]
 
 

@@ -1,5 +1,7 @@
 """The notebooks run from the first cell to the last, in small, each in a process of its own."""
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -49,6 +51,19 @@ def run(name, tmp_path, monkeypatch):
     return "".join(output.get("text", "") for output in outputs)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_what_a_notebook_imports_is_there(path):
+    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    lines = [line for cell in cells for line in cell.split("\n") if not line.startswith(("!", "%"))]
+    found = ast.walk(ast.parse("\n".join(lines)))
+    names = [(n.module, a.name) for n in found if isinstance(n, ast.ImportFrom) for a in n.names]
+    assert any(module.startswith("jaxrl_eff") for module, _ in names)
+    for module, name in names:
+        if not hasattr(importlib.import_module(module), name):
+            importlib.import_module(f"{module}.{name}")
+
+
+@pytest.mark.slow  # `make quickstart` runs the same job
 @pytest.mark.filterwarnings("ignore")  # of the notebook's own machinery, not of this package
 def test_the_quickstart(tmp_path, monkeypatch):
     printed = run("quickstart", tmp_path, monkeypatch)

@@ -21,7 +21,10 @@ def collage(algorithm, variant, *more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("algorithm", "variant"), [("sft", "plus"), ("grpo", "flash8")])
+@pytest.mark.parametrize(
+    ("algorithm", "variant"),
+    [("sft", "flash8"), pytest.param("grpo", "plus", marks=pytest.mark.slow)],
+)
 def test_a_run_stopped_and_started_again_ends_bitwise_the_same(
     algorithm, variant, tmp_path, monkeypatch
 ):

@@ -453,6 +453,7 @@ def test_sampling_may_be_elsewhere_with_old_weights_changes_or_an_adapter(change
     check(models_after(stages.assemble(config), steps=3), want)
 
 
+@pytest.mark.slow  # by default test_resume's scheduled run
 def test_a_run_that_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
     arg = "algorithm=grpo,steps=2,every=1"
     plan = "grpo.plan={'default': {'devices': [0]}}"

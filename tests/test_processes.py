@@ -149,7 +149,9 @@ def check_equal(two, one):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("spec", [SFT, GRPO], ids=["sft", "grpo"])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(SFT, id="sft", marks=pytest.mark.slow), pytest.param(GRPO, id="grpo")]
+)
 def test_two_processes_of_four_devices_equal_one_of_eight(spec, cache, tmp_path, request):  # noqa: F811
     one = request.getfixturevalue("sft" if spec == SFT else "grpo")
     done = together(cache, f"--config={spec},devices=4", f"--workdir={tmp_path}")

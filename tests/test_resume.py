@@ -17,6 +17,12 @@ THREE = f"--config={launch.TINY}:algorithm=three,steps=3,devices=2,every=1,evalu
 CHECKPOINTS = "jaxrl_eff.checkpoint:Checkpoints"
 
 # Every moment is in another part of the run; the run resumes in between.
+FEW = (
+    "jaxrl_eff.metrics:Writer.step:after:step=1:KILL",  # stage 1, a step logged and not saved
+    f"{CHECKPOINTS}._adopt:before:1:KILL",  # manifest written, not renamed
+    f"{CHECKPOINTS}.save:after:step=8:KILL",  # while arrays are being written
+    "jaxrl_eff.metrics:Writer.document:before:4:KILL",  # exported, no result written
+)
 MOMENTS = (
     "jaxrl_eff.metrics:Writer.step:after:step=1:KILL",  # stage 1, a step logged and not saved
     "jaxrl_eff.checkpoint:_crc:before:2:KILL",  # arrays written, no manifest
@@ -41,8 +47,11 @@ def whole(cache, tmp_path_factory):  # noqa: F811
     return workdir
 
 
-def test_killed_at_any_moment_it_ends_bitwise_the_same(whole, cache, tmp_path):  # noqa: F811
-    for moment in MOMENTS:
+@pytest.mark.parametrize(
+    "moments", [FEW, pytest.param(MOMENTS, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_killed_at_any_moment_it_ends_bitwise_the_same(moments, whole, cache, tmp_path):  # noqa: F811
+    for moment in moments:
         code, out, err = launch.command(THREE, f"--workdir={tmp_path}", cache=cache, kill=moment)
         if moment.endswith("TERM"):
             assert code == 0 and "the same command continues" in out, (moment, out, err)
@@ -157,7 +166,7 @@ def test_onto_another_mesh_it_is_equal_to_rounding(sft, axes, tmp_path, monkeypa
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
+@pytest.mark.parametrize("algorithm", [pytest.param("sft", marks=pytest.mark.slow), "grpo"])
 def test_scheduled_by_constants_it_ends_bitwise_the_same(algorithm, tmp_path, monkeypatch):
     """And however long steps take, which schedules are otherwise judged by."""
     plan = "{'default': {'devices': [0, 1, 2, 3], 'data': 2, 'seq': 2}}"

@@ -1,6 +1,7 @@
 """Rows whose tokens are split over devices: no algorithm's parameters show it."""
 
 import collections
+import functools
 import re
 
 import jax
@@ -18,6 +19,11 @@ ALGORITHMS = ("sft", "reward_model", "dpo", "ppo", "grpo")
 FEW = ("dpo", "ppo")  # between them every loss: likelihood, pairs, values, ratios
 
 
+@functools.cache
+def on_one_device(algorithm):
+    return models_after(run(algorithm, devices=[0]))
+
+
 def run(algorithm, **place):
     plan = f"{algorithm}.plan={{'default': {place!r}}}"
     return stages.assemble(launch.config(f"algorithm={algorithm},optim=sgd", plan))
@@ -27,11 +33,11 @@ def run(algorithm, **place):
     "algorithm", [a if a in FEW else pytest.param(a, marks=pytest.mark.slow) for a in ALGORITHMS]
 )
 def test_tokens_over_devices_give_the_same_parameters(algorithm):
-    want = models_after(run(algorithm, devices=[0]))
-    check(models_after(run(algorithm, devices=[3, 0, 2, 1], data=2, seq=2)), want)
+    got = models_after(run(algorithm, devices=[3, 0, 2, 1], data=2, seq=2))
+    check(got, on_one_device(algorithm))
 
 
-@pytest.mark.parametrize("window", [3, 30])
+@pytest.mark.parametrize("window", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_window_of_all_layers_sends_keys_no_farther_than_it_reaches(window, monkeypatch):
     """A device has two tokens of a row or more: 3 positions reach one piece back, 30 all."""
 
@@ -93,7 +99,7 @@ def test_the_way_that_is_estimated_fastest_is_taken(length, heads, kv_heads, rat
 
 
 def test_whole_rows_attended_to_as_on_a_tpu_give_the_same_parameters(monkeypatch):
-    want = models_after(run("ppo", devices=[0]))
+    want = on_one_device("ppo")
     monkeypatch.setattr(spread, "for_whole_rows", lambda: True)
     made = []
     real = spread.attend

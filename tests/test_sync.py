@@ -88,7 +88,11 @@ SPARSE = (
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "changes"), [("ppo", LORA), ("grpo", SPARSE)], ids=["lora", "sparse"]
+    ("algorithm", "changes"),
+    [
+        pytest.param("ppo", LORA, id="lora", marks=pytest.mark.slow),
+        pytest.param("grpo", SPARSE, id="sparse"),
+    ],
 )
 def test_a_run_is_the_same_however_weights_are_sent(algorithm, changes):
     whole, first, _ = after(algorithm, *changes)
@@ -108,6 +112,7 @@ def test_a_run_is_the_same_however_weights_are_sent(algorithm, changes):
         assert 0 < max(changed) < 0.11
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tensors_too")
 def test_rounded_differences_lag_a_little_behind():
     whole, first, _ = after("grpo")

@@ -23,13 +23,13 @@ def params():
 
 def test_index_t_is_the_choice_of_token_t(params):
     data = packed()
-    hidden, _ = models.apply(CFG, params, *data)
-    every = jax.nn.log_softmax(models.unembed(CFG, params, hidden), axis=-1)
-    logp, spread = models.token_logprobs(CFG, params, *data)
+    hidden, _ = jax.jit(lambda p: models.apply(CFG, p, *data))(params)
+    every = np.asarray(jax.nn.log_softmax(models.unembed(CFG, params, hidden), axis=-1))
+    logp, spread = jax.jit(lambda p: models.token_logprobs(CFG, p, *data))(params)
     for b, t in np.ndindex(2, 7):
         chosen = data[2][b, t] > 0 and data[1][b, t] > 0
         expected = every[b, t - 1, data[0][b, t]] if chosen else 0.0
-        uncertain = -(jnp.exp(every[b, t - 1]) * every[b, t - 1]).sum() if chosen else 0.0
+        uncertain = -(np.exp(every[b, t - 1]) * every[b, t - 1]).sum() if chosen else 0.0
         np.testing.assert_allclose(logp[b, t], expected, atol=1e-5)
         np.testing.assert_allclose(spread[b, t], uncertain, atol=1e-5)
 
@@ -42,8 +42,8 @@ def test_chunks_change_neither_values_nor_gradients(params, chunk, w):
         weight = jnp.arange(7.0)[None, :]
         return (logp * weight).sum() + (spread * weight).sum()
 
-    whole = jax.value_and_grad(loss)(params, 0)
-    pieces = jax.value_and_grad(loss)(params, chunk)
+    both = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    whole, pieces = both(params, 0), both(params, chunk)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), whole, pieces)
 
 
@@ -59,14 +59,14 @@ def test_the_call_writes_what_it_was_asked_for(params):
 
 def test_values_are_shifted_and_scores_are_not():
     cfg = CFG.replace(head="value")
-    params = models.init(cfg, jax.random.key(0))
+    params = jax.jit(models.init, static_argnums=0)(cfg, jax.random.key(0))
     tokens, position, segment = packed()
     segment = (segment > 0).astype(jnp.int32)
     position = jnp.arange(7)[None, :] * segment
-    after = models.scalar_head(cfg, params, tokens, position, segment)
+    after = jax.jit(lambda p: models.scalar_head(cfg, p, tokens, position, segment))(params)
     batch = dict(tokens=tokens, position=position, segment=segment)
-    value = models.values(cfg)(params, batch, jax.random.key(0))["value"]
-    score = models.score(cfg)(params, batch, jax.random.key(0))["score"]
+    value = jax.jit(models.values(cfg))(params, batch, jax.random.key(0))["value"]
+    score = jax.jit(models.score(cfg))(params, batch, jax.random.key(0))["score"]
     np.testing.assert_allclose(value[0, 1:6], after[0, :5], atol=1e-6)
     np.testing.assert_allclose(value[1], [0, *after[1, :4], 0, 0], atol=1e-6)
     np.testing.assert_allclose(score, [after[0, 5], after[1, 4]], atol=1e-6)

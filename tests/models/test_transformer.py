@@ -31,6 +31,7 @@ def rows(cfg, batch=2, length=10, seed=1):
     return tokens, position, jnp.ones_like(tokens)
 
 
+init = jax.jit(models.init, static_argnums=0)
 apply = functools.partial(jax.jit, static_argnums=0)(
     lambda cfg, params, data, memory=None: models.apply(cfg, params, *data, cache=memory)
 )
@@ -44,7 +45,7 @@ def loss(cfg, params, data):
 
 @pytest.fixture(scope="module")
 def full():
-    return models.init(FULL, jax.random.key(0))
+    return init(FULL, jax.random.key(0))
 
 
 def test_packed_sequences_do_not_see_each_other(full):
@@ -90,9 +91,9 @@ def test_parameters_narrowed_beforehand_give_the_same_bits(full):
 def test_logits_in_half_precision_have_the_gradient_of_float32(full):
     """The backward products have narrow operands; float32 is the slow twin."""
     data = rows(PLAIN, 4, 16)
-    params = models.init(PLAIN, jax.random.key(3))
+    params = init(PLAIN, jax.random.key(3))
     grads = {
-        dtype: jax.grad(lambda p, d=dtype: loss(PLAIN.replace(dtype=d), p, data))(params)
+        dtype: jax.jit(jax.grad(lambda p, d=dtype: loss(PLAIN.replace(dtype=d), p, data)))(params)
         for dtype in ("float32", "bfloat16")
     }
     exact, half = (g["unembed"]["kernel"] for g in grads.values())
@@ -136,8 +137,9 @@ def test_gated_units_have_the_gradient_of_their_formula(key):
     gate, up = jax.random.normal(key, (2, 3, 5))
     for name, act in [("silu", nn.silu), ("gelu_tanh", functools.partial(nn.gelu))]:
         fast = lambda g, u, name=name: models.transformer._gated(name, g, u)  # noqa: E731
-        got = jax.grad(lambda *x: (fast(*x) ** 2).sum(), (0, 1))(gate, up)  # noqa: B023
-        want = jax.grad(lambda g, u: ((act(g) * u) ** 2).sum(), (0, 1))(gate, up)  # noqa: B023
+        got = jax.jit(jax.grad(lambda *x: (fast(*x) ** 2).sum(), (0, 1)))(gate, up)  # noqa: B023
+        want = jax.grad(lambda g, u: ((act(g) * u) ** 2).sum(), (0, 1))  # noqa: B023
+        want = jax.jit(want)(gate, up)
         for x, y in zip(got, want, strict=True):
             np.testing.assert_allclose(x, y, atol=1e-5)
 
@@ -158,7 +160,7 @@ def test_reading_in_two_pieces_through_the_cache_is_reading_at_once(full, stacke
 
 def test_half_precision_keeps_logits_in_float32():
     cfg = PLAIN.replace(dtype="bfloat16", param_dtype="bfloat16")
-    params = models.init(cfg, jax.random.key(0))
+    params = init(cfg, jax.random.key(0))
     hidden, _ = apply(cfg, params, rows(cfg))
     assert hidden.dtype == jnp.bfloat16
     assert models.unembed(cfg, params, hidden).dtype == jnp.float32
@@ -167,7 +169,7 @@ def test_half_precision_keeps_logits_in_float32():
 
 @pytest.mark.parametrize("axes", [dict(data=4, tensor=2), dict(data=2, seq=2, tensor=2)])
 def test_sharding_changes_nothing(axes):
-    params, data = models.init(PLAIN, jax.random.key(0)), rows(PLAIN, 4, 8)
+    params, data = init(PLAIN, jax.random.key(0)), rows(PLAIN, 4, 8)
     value = jax.value_and_grad(functools.partial(loss, PLAIN))
     expected = jax.jit(value)(params, data)
     mesh = jax.make_mesh(
