@@ -42,9 +42,8 @@ def write(assembled: Any, done: Any, workdir: Path, console: Any) -> Path:
     lm, part = stage.lms[role], stage.settings.adapt.get(role)
     trained = state.shared(done.models[role].params)
     with _telling(workdir / "export"):
-        save_hf(workdir / "export", lm, state.merged(lm, trained))
-        if jax.process_index() == 0:
-            assembled.tokenizer.save(workdir / "export")
+        merged = state.merged(lm, trained)
+        save_hf(workdir / "export", lm, merged, tokenizer_from=assembled.tokenizer)
     if part is None:
         return workdir / "export"
     kind, name = stage.origins[role]
@@ -57,9 +56,8 @@ def write(assembled: Any, done: Any, workdir: Path, console: Any) -> Path:
     if not base:
         base = str(workdir / "base")
         with _telling(workdir / "base"):
-            save_hf(base, lm, state.merged(lm, lora.base(trained)))
-            if jax.process_index() == 0:
-                assembled.tokenizer.save(workdir / "base")
+            merged = state.merged(lm, lora.base(trained))
+            save_hf(base, lm, merged, tokenizer_from=assembled.tokenizer)
     whole = adapt.whole_names(part, lm)
     with _telling(workdir / "adapter"):
         save_peft(workdir / "adapter", lm, trained, base_model=base, whole=whole)

@@ -21,6 +21,7 @@ from pathlib import Path
 # Libraries take other characters for patterns, escapes or URLs somewhere; all take these.
 _PLAIN = re.compile(r"[A-Za-z0-9_./+=,@ -]*")
 _LONG = 1000
+_PARTIAL = re.compile(r"\.(.+?)(?:\.[0-9a-f]{16})?\.partial")  # as `_new` names them
 _LEFT_S = 60.0  # a file that has not been written to for so long was left behind by a kill
 
 
@@ -184,6 +185,12 @@ def plainly(path: str | os.PathLike[str]) -> Iterator[Path]:
             link = Path(place) / "way"
             link.symlink_to(path)
             yield link
+
+
+def left_behind(name: str) -> str | None:
+    """The name of the file that one of this name was to replace when its writer was killed."""
+    found = _PARTIAL.fullmatch(name)
+    return found[1] if found else None
 
 
 def _new(path: Path) -> Path:

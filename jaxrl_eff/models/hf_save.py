@@ -95,9 +95,9 @@ def _refuse_foreign(directory: Path) -> None:
     if not os.path.lexists(directory):
         return
     files.directory(directory)
-    foreign = [p.name for p in directory.iterdir() if not _EXPORTED.fullmatch(p.name)]
-    if foreign:
-        raise FileExistsError(f"{directory} holds {sorted(foreign)[0]!r}; it would be lost.")
+    for name in sorted(p.name for p in directory.iterdir()):
+        if not _EXPORTED.fullmatch(files.left_behind(name) or name):
+            raise FileExistsError(f"{directory} holds {name!r}; it would be lost.")
 
 
 def _swap(partial: Path, directory: Path) -> None:

@@ -303,9 +303,12 @@ def test_saving_replaces_its_own_directory_and_no_other(tmp_path, key):
     cfg = LMConfig.from_hf(raw)
     first, second = init(cfg, key), init(cfg, jax.random.fold_in(key, 1))
     save_hf(tmp_path / "m", cfg, first)
+    for left in (".config.json.partial", ".tokenizer.json.0123456789abcdef.partial"):
+        (tmp_path / "m" / left).touch()  # by a process that was killed while it wrote that file
     save_hf(tmp_path / "m", cfg, second)
     equal(load_hf(tmp_path / "m", cfg), second)
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert not [p for p in (tmp_path / "m").iterdir() if p.name.endswith(".partial")]
     (tmp_path / "m" / "thesis.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"thesis\.txt"):
         save_hf(tmp_path / "m", cfg, first)
