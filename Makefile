@@ -34,7 +34,7 @@ format: .venv/installed-dev  ## lets ruff fix what it can
 	$(BIN)/ruff format .
 
 doctor: .venv/installed  ## versions, devices, measured rates, what is missing
-	$(BIN)/python -m jaxrl_eff.doctor
+	$(BIN)/python -m jaxrl_eff doctor
 
 figure: .venv/installed  ## brings the README's figure up to date with algorithms/ppo.py
 	$(BIN)/python tests/test_readme.py

@@ -8,7 +8,7 @@ devices. `data` is a jsonl file of chat messages; `seq` how many devices share a
 `length` the longest one kept, in tokens (0: what fits). `stretch=4` extends the context of a model
 four times by YaRN before it is fine-tuned. How many tokens a device holds is found by compiling;
 --config.sft.schedule.room=N says it. To see first what a schedule would gain on your lengths:
-python -m jaxrl_eff.schedule --help. What came of it: python -m jaxrl_eff.needle --help.
+python -m jaxrl_eff balance --help. What came of it: python -m jaxrl_eff needle --help.
 """
 
 from ml_collections import ConfigDict

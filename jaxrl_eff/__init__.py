@@ -1,7 +1,7 @@
 """Efficient RLHF and fine-tuning of language models in JAX.
 
 A *graph* is a short list of named *calls*; a *plan* gives every call a *placement*;
-`dataflow.compile(graph, plan, ...)` makes the step. Rooms are imported on first use, so that
+`core.compile(graph, plan, ...)` makes the step. Rooms are imported on first use, so that
 `from jaxrl_eff import optim` needs nothing but jax, optax and chex.
 """
 
@@ -10,9 +10,8 @@ import importlib
 __version__ = "0.1.0"
 
 _ROOMS = (
-    "algorithms", "checkpoint", "data", "dataflow", "deltas", "edges", "evaluate", "masked",
-    "meters", "metrics", "models", "optim", "parallel", "report", "rewards", "rollout", "train",
-    "tree",
+    "algorithms", "checkpoints", "cli", "core", "data", "models", "optim", "parallel", "peft",
+    "planner", "rollout", "train", "masked", "tree",
 )  # fmt: skip
 
 

@@ -24,11 +24,13 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from jaxrl_eff import arguments, host, identity, interrupts, secret, settings, startup
-from jaxrl_eff.workdir import check_workdir, held
+from jaxrl_eff import secret
+from jaxrl_eff.parallel import host
+from jaxrl_eff.train import config_file, identity, interrupts, settings, startup
+from jaxrl_eff.train.workdir import check_workdir, held
 
 _CONFIG = flags.DEFINE_string("config", None, "A file of configs/, FILE[:argument].")
-_CHANGES = flags.DEFINE_multi_string(arguments.FLAG, [], "--config.a.b=c sets a value of it.")
+_CHANGES = flags.DEFINE_multi_string(config_file.FLAG, [], "--config.a.b=c sets a value of it.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; resumes what is there.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print only the final table and verdict.")
 _ACCEPT_CHANGES = flags.DEFINE_bool(
@@ -48,12 +50,12 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # libraries say a lot at the level below
     interrupts.outlast_readers()
     if len(argv) > 1:
-        arguments.fail(f"unknown arguments {argv[1:]}; flags begin with --, see --help.")
+        config_file.fail(f"unknown arguments {argv[1:]}; flags begin with --, see --help.")
     for flag, example in ((_CONFIG, "configs/quickstart.py"), (_WORKDIR, "runs/first")):
         if not flag.value:
-            arguments.fail(f"--{flag.name} is missing, e.g. --{flag.name}={example}; see --help.")
-    with arguments.explained():
-        run = settings.run(arguments.load(_CONFIG.value, _CHANGES.value))
+            config_file.fail(f"--{flag.name} is missing, e.g. --{flag.name}={example}; see --help.")
+    with config_file.explained():
+        run = settings.run(config_file.load(_CONFIG.value, _CHANGES.value))
         given = (f.value for f in (_COORDINATOR, _PROCESSES, _PROCESS, _WAIT))
         alike = {"--accept_changes": str(_ACCEPT_CHANGES.value)}
         with startup.started(run, startup.Processes(*given), alike):
@@ -67,31 +69,31 @@ def main(argv: list[str]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Absl's parsing, after the config's own flags are made readable for it; and --help."""
-    with arguments.explained():
-        argv = arguments.rewrite(argv)
+    with config_file.explained():
+        argv = config_file.rewrite(argv)
         if {"--help", "-help", "-h"} & set(argv):
             print(_help(argv))
             sys.exit(0)
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        arguments.fail(f"{' '.join(str(error).split())}; see --help.")
+        config_file.fail(f"{' '.join(str(error).split())}; see --help.")
 
 
 def _help(argv: list[str]) -> str:
     """What the command does, its flags, and the configs at hand or the values of the one given."""
     lines = [__doc__ or "", "Flags:"]
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
-        shown = f"--{flag.name}" if flag.name != arguments.FLAG else "--config.NAME"
+        shown = f"--{flag.name}" if flag.name != config_file.FLAG else "--config.NAME"
         lines.append(f"  {shown:15} {flag.help}")
     spec = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
     if spec:
-        run = dataclasses.asdict(settings.run(arguments.load(spec)))
+        run = dataclasses.asdict(settings.run(config_file.load(spec)))
         run |= run.pop("stage")
         return "\n".join(
-            [*lines, "", f"Values of {spec}:", *map("  --{}".format, arguments.flat(run))]
+            [*lines, "", f"Values of {spec}:", *map("  --{}".format, config_file.flat(run))]
         )
-    return "\n".join([*lines, "", "Configs:", arguments.describe()])
+    return "\n".join([*lines, "", "Configs:", config_file.describe()])
 
 
 def train(
@@ -110,9 +112,9 @@ def train(
     """
     import jax
 
-    from jaxrl_eff import train as loop
-    from jaxrl_eff.console import Console
-    from jaxrl_eff.progress import NonFinite
+    from jaxrl_eff.train import loop
+    from jaxrl_eff.train.console import Console
+    from jaxrl_eff.train.progress import NonFinite
 
     check_workdir(workdir)
     first = jax.process_index() == 0
@@ -152,12 +154,11 @@ def _opened(
     """Assembles a run and opens its files, which `closing` closes; prints the header."""
     import jax
 
-    from jaxrl_eff import resume, stages, summary
-    from jaxrl_eff import train as loop
-    from jaxrl_eff.checkpoint import Checkpoints
-    from jaxrl_eff.metrics import Writer
+    from jaxrl_eff.checkpoints.run import Checkpoints
+    from jaxrl_eff.train import assembly, loop, resume, summary
+    from jaxrl_eff.train.writer import Writer
 
-    assembled = stages.assemble(run)
+    assembled = assembly.assemble(run)
     me = identity.identify(run, workdir, accept_changes=accept_changes)
     checkpoints = Checkpoints(
         workdir / "checkpoints",
@@ -194,7 +195,8 @@ def _conclude(assembled: Any, done: Any, workdir: Path, out: Any) -> bool:
     """Prints the table, exports, draws the report; returns whether the expectation was met."""
     import jax
 
-    from jaxrl_eff import export, report, summary
+    from jaxrl_eff.cli import report
+    from jaxrl_eff.train import export, summary
 
     run, console, writer = assembled.run, out.console, out.writer
     seconds = time.perf_counter() - _BEGAN
@@ -225,7 +227,7 @@ def _conclude(assembled: Any, done: Any, workdir: Path, out: Any) -> bool:
         try:
             console.final(f"report: {report.write(workdir)}")
         except Exception as error:  # a page that cannot be drawn does not decide about the run
-            console.warn(f"the report could not be drawn: {arguments.said(error)}")
+            console.warn(f"the report could not be drawn: {config_file.said(error)}")
         summary.verdict(run, done, console, passed)
     return passed
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.shapes import Array, Float, Int
+from jaxrl_eff.types import Array, Float, Int
 
 
 def mean(x: Float[Array, "..."], mask: Float[Array, "..."]) -> Float[Array, ""]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.shapes import Array, Float
+from jaxrl_eff.types import Array, Float
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -21,12 +21,14 @@ def home(folder: Path) -> Path:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxrl_eff import deltas, tree
+    from jaxrl_eff import tree
+    from jaxrl_eff.checkpoints import deltas
+    from jaxrl_eff.checkpoints.hf_load import save_hf
+    from jaxrl_eff.checkpoints.peft_files import save_peft
     from jaxrl_eff.data.tokenizer import CharTokenizer
-    from jaxrl_eff.models import LMConfig, lora
-    from jaxrl_eff.models.hf import save_hf
+    from jaxrl_eff.models import LMConfig
     from jaxrl_eff.models.params import abstract
-    from jaxrl_eff.models.peft import save_peft
+    from jaxrl_eff.peft import lora
 
     folder.mkdir()
     tokenizer = CharTokenizer("abcdefgh ", TEMPLATE)

@@ -18,12 +18,13 @@ import bad_files
 import bad_models
 from trials import Attempt, Case, outcome
 
-from jaxrl_eff import host
+from jaxrl_eff.parallel import host
 
 if "jax" not in sys.modules:
     host.simulate(8)
 
-from jaxrl_eff import parts, schema, settings
+from jaxrl_eff import schema
+from jaxrl_eff.train import parts, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests" / "tiny.py")
@@ -205,14 +206,14 @@ def commands() -> list[Case]:
         ("plan", (*plan, "--config.sft.optim.actor.lr=nan"), "lr"),
         ("plan", (*plan, "--config.sft.optim={[]: 1}"), "optim"),
         ("plan", ("--config=HOME", "--cluster=h100:8"), "HOME"),
-        ("schedule", long[:3], "--lengths"),
-        ("schedule", (*long, "--mesh=seq0"), "seq0"),
-        ("schedule", (*long, "--mesh=what2"), "what2"),
-        ("schedule", (*long, "--batch=-1"), "batch"),
-        ("schedule", (*long, "--lengths=HOME"), "HOME"),
-        ("schedule", (*long, "--room=1"), "1 tokens"),
-        ("schedule", (*long, "--hardware=abacus"), "abacus"),
-        ("schedule", (*long, "--page=HOME/rows.jsonl/x"), "rows.jsonl"),
+        ("balance", long[:3], "--lengths"),
+        ("balance", (*long, "--mesh=seq0"), "seq0"),
+        ("balance", (*long, "--mesh=what2"), "what2"),
+        ("balance", (*long, "--batch=-1"), "batch"),
+        ("balance", (*long, "--lengths=HOME"), "HOME"),
+        ("balance", (*long, "--room=1"), "1 tokens"),
+        ("balance", (*long, "--hardware=abacus"), "abacus"),
+        ("balance", (*long, "--page=HOME/rows.jsonl/x"), "rows.jsonl"),
         ("needle", (model, "--lengths=0"), "lengths"),
         ("needle", (model, "--lengths=,"), "lengths"),
         ("needle", (model, "--samples=-1"), "samples"),

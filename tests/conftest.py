@@ -2,15 +2,21 @@
 
 import gc
 import os
+import sys
+from pathlib import Path
 
 import programs
+
+# Helpers of one folder serve others, whichever is collected first.
+HERE = Path(__file__).parent
+sys.path[:0] = [str(p) for p in HERE.rglob("*") if p.is_dir() and p.name != "__pycache__"]
 
 # JAX 0.10.2 sizes the thread pool of simulated devices by the cores, and programs with collectives
 # then deadlock on small machines; NPROC, read when jax is imported, sizes it instead.
 os.environ.setdefault("NPROC", "32")
 FLAGS = (
     " --xla_force_host_platform_device_count=8"
-    " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see jaxrl_eff/host.py
+    " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see jaxrl_eff/parallel/host.py
     + programs.QUICKLY
 )
 # Workers inherit them; said twice they would be another key of the cache.

@@ -10,7 +10,8 @@ import programs
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrl_eff import arguments, main, metrics, settings
+from jaxrl_eff import main
+from jaxrl_eff.train import config_file, settings, writer
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests" / "tiny.py")
@@ -19,7 +20,7 @@ CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 def config(arg="", *changes):
     """Settings of tests/tiny.py, e.g. config("algorithm=ppo,steps=4", "seed=1")."""
-    return settings.run(arguments.load(f"{TINY}:{arg}", changes))
+    return settings.run(config_file.load(f"{TINY}:{arg}", changes))
 
 
 def train(run, workdir):
@@ -71,7 +72,7 @@ def called(main_, capsys, *arguments_):
 
 def numbers(workdir, stage=None):
     """(step, stage, values) of metrics.jsonl, without times."""
-    rows = metrics.read(Path(workdir) / "metrics.jsonl")
+    rows = writer.read(Path(workdir) / "metrics.jsonl")
     return [(r["step"], r["stage"], r["values"]) for r in rows if stage in (None, r["stage"])]
 
 

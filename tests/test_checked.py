@@ -8,7 +8,7 @@ from beartype import beartype
 from checked import decorate
 
 from jaxrl_eff import masked
-from jaxrl_eff.shapes import Array, Float, Int, PyTree
+from jaxrl_eff.types import Array, Float, Int, PyTree
 
 checked = decorate(typechecker=beartype)
 

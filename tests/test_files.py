@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxrl_eff import deltas, files, metrics, report
+from jaxrl_eff import files
+from jaxrl_eff.checkpoints import deltas
+from jaxrl_eff.cli import report
 from jaxrl_eff.data.tokenizer import CharTokenizer, load_tokenizer
 from jaxrl_eff.models import LMConfig, load_hf, params, save_hf
+from jaxrl_eff.train import writer as metrics
 
 SECRET = "a line of somebody else's\n"
 
@@ -147,7 +150,7 @@ def test_a_directory_that_is_a_link_is_named(name, tmp_path, stranger):
         if name == "tensorboard":
             metrics.Writer(run).step(1, "sft", {"loss": 1.0})
         else:
-            from jaxrl_eff.checkpoint import Checkpoints
+            from jaxrl_eff.checkpoints.run import Checkpoints
 
             Checkpoints(run / name, fingerprint="f").save(1, {"x": jax.numpy.ones(3)}, {})
 

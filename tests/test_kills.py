@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from launch import ROOT
 
-from jaxrl_eff import metrics
-from jaxrl_eff.checkpoint import Checkpoints
+from jaxrl_eff.checkpoints.run import Checkpoints
+from jaxrl_eff.train import writer as metrics
 
 SCRIPT = ROOT / "experiments" / "reliability" / "kills.py"
 

@@ -8,14 +8,14 @@ import launch
 import pytest
 from launch import cache  # noqa: F401 (fixture)
 
-from jaxrl_eff import identity, settings, stages, summary
+from jaxrl_eff.train import assembly, identity, settings, summary
 
 SFT = "algorithm=sft"
 THREE = "algorithm=three"
 
 
 def assemble(arg, *changes):
-    return stages.assemble(launch.config(arg, *changes))
+    return assembly.assemble(launch.config(arg, *changes))
 
 
 def file(tmp_path, rows):
@@ -204,7 +204,7 @@ def test_what_a_checkpoint_must_agree_in():
 
 def test_expectations():
     def met(results, **expect):
-        run = settings.run(launch.arguments.load(launch.TINY) | {"expect": expect})
+        run = settings.run(launch.config_file.load(launch.TINY) | {"expect": expect})
         return summary.expectation(run, results)
 
     assert met({})

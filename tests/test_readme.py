@@ -3,9 +3,14 @@
 import re
 from pathlib import Path
 
+from jaxrl_eff.__main__ import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-MODULES = ("main", "doctor", "generate", "delta", "report", "plan", "schedule", "needle")
+FILES = {
+    "main": "main.py",
+    **{word: f"cli/{word}.py" for word in COMMANDS},
+}
 
 
 def ppo_graph():
@@ -23,10 +28,10 @@ def ppo_graph():
 
 def table(graph) -> str:
     """The calls as a Markdown table, in the order in which they run."""
-    from jaxrl_eff import dataflow
+    from jaxrl_eff import core
 
     lines = ["| call | kind | model | reads | writes |", "|---|---|---|---|---|"]
-    for c in dataflow.order(graph):
+    for c in core.order(graph):
         names = f"`{c.name}` | {c.kind} | {c.of or ''}"
         lines.append(f"| {names} | {' '.join(c.reads)} | {' '.join(c.writes)} |")
     return "\n".join(lines)
@@ -34,9 +39,9 @@ def table(graph) -> str:
 
 def figure(graph) -> str:
     """The graph as a Mermaid block."""
-    from jaxrl_eff import dataflow
+    from jaxrl_eff import core
 
-    return f"```mermaid\n{dataflow.draw(graph)}\n```"
+    return f"```mermaid\n{core.draw(graph)}\n```"
 
 
 def between(text: str, mark: str) -> str:
@@ -70,7 +75,7 @@ def test_links_resolve():
 
 
 def test_paths_in_backticks_exist():
-    """Names of files and folders of this repository, such as `jaxrl_eff/train.py`."""
+    """Names of files and folders of this repository, such as `jaxrl_eff/train/loop.py`."""
     for document in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / document).read_text()
         tops = r"(?:jaxrl_eff|configs|tests|colab|experiments|\.ci)"
@@ -87,29 +92,29 @@ def test_make_targets_exist():
 
 
 def test_programs_and_flags_exist():
-    sources = {m: (ROOT / "jaxrl_eff" / f"{m}.py").read_text() for m in MODULES}
+    sources = {m: (ROOT / "jaxrl_eff" / path).read_text() for m, path in FILES.items()}
     seen = set()
     for line in commands():
-        for module in re.findall(r"-m jaxrl_eff\.(\w+)", line):
-            assert module in MODULES, f"{line!r} runs {module}"
+        for module in re.findall(r"-m jaxrl_eff[. ](\w+)", line):
+            assert module in FILES, f"{line!r} runs {module}"
             seen.add(module)
-            flags = re.findall(r"--([a-z_]+)", line.split(f"jaxrl_eff.{module}")[1])
+            flags = re.findall(r"--([a-z_]+)", re.split(rf"jaxrl_eff[. ]{module}", line)[1])
             for flag in flags:
                 pattern = rf'"--{flag}"|DEFINE_\w+\(\s*"{flag}"'
                 found = re.search(pattern, sources[module])
                 assert found, f"{line!r}: {module} has no flag --{flag}"
-    assert seen == set(MODULES)
+    assert seen == set(FILES)
 
 
 def test_configs_take_the_arguments_and_have_the_fields(monkeypatch):
-    from jaxrl_eff import arguments, settings
+    from jaxrl_eff.train import config_file, settings
 
     monkeypatch.chdir(ROOT)
     seen = 0
     for line in commands():
         for config in re.findall(r"--config=(\S+)", line):
             changes = re.findall(r"--config\.(\S+=\S+)", line)
-            assert settings.run(arguments.load(config, changes)).stages, line
+            assert settings.run(config_file.load(config, changes)).stages, line
             seen += 1
     assert seen >= 3
 

@@ -6,7 +6,9 @@ import json
 import launch
 import pytest
 
-from jaxrl_eff import arguments, identity, report, secret, startup
+from jaxrl_eff import secret
+from jaxrl_eff.cli import report
+from jaxrl_eff.train import config_file, identity, startup
 
 HIDE = "sk-very-hidden"
 
@@ -79,7 +81,7 @@ def test_no_document_of_a_run_holds_one():
     run = config(HIDE)
     values = dataclasses.asdict(run)
     said = [
-        json.dumps(secret.redacted(values)), "".join(arguments.flat(values)),
+        json.dumps(secret.redacted(values)), "".join(config_file.flat(values)),
         json.dumps(identity.essence(run, {})), json.dumps(startup.facts(run)),
     ]  # fmt: skip
     assert HIDE in json.dumps(values)
@@ -102,7 +104,7 @@ def test_resuming_notices_another_secret_without_saying_it():
 
 def test_errors_name_the_place_alone():
     with pytest.raises(ValueError, match=r"config\.wandb\.api_key is '\(hidden") as error:
-        arguments.override({"wandb": {"api_key": HIDE}}, "wandb.api_key.more", "1")
+        config_file.override({"wandb": {"api_key": HIDE}}, "wandb.api_key.more", "1")
     assert HIDE not in str(error.value)
     assert HIDE not in secret.told("config.wandb.api_key[0]", HIDE)
     assert secret.told("config.wandb.project", "mine") == "'mine'"

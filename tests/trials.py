@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jaxrl_eff import arguments, settings
+from jaxrl_eff.train import config_file, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 300  # what a trial may take
@@ -103,9 +103,8 @@ def _here(attempt: Attempt) -> tuple[int, str]:
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             if attempt.module:
-                code = importlib.import_module(f"jaxrl_eff.{attempt.module}").main(
-                    list(attempt.argv)
-                )
+                name = "main" if attempt.module == "main" else f"cli.{attempt.module}"
+                code = importlib.import_module(f"jaxrl_eff.{name}").main(list(attempt.argv))
             else:
                 code = _assemble(attempt)
     except SystemExit as stop:
@@ -118,19 +117,23 @@ def _here(attempt: Attempt) -> tuple[int, str]:
 
 
 def _assemble(attempt: Attempt) -> int:
-    from jaxrl_eff import stages
+    from jaxrl_eff.train import assembly
 
-    with arguments.explained():
+    with config_file.explained():
         spec = attempt.spec
-        config = arguments.load(spec) if isinstance(spec, str) else spec
+        config = config_file.load(spec) if isinstance(spec, str) else spec
         for path, value in attempt.changes:
             *way, last = path.split(".")
             section = config
             for name in way:
                 section = section.setdefault(name, {})
             section[last] = value
-        stages.assemble(settings.run(config))
+        assembly.assemble(settings.run(config))
     return 0
+
+
+def _command(attempt: Attempt) -> list[str]:
+    return ["jaxrl_eff.main"] if attempt.module == "main" else ["jaxrl_eff", attempt.module]
 
 
 def _process(attempt: Attempt) -> tuple[int, str]:
@@ -138,7 +141,7 @@ def _process(attempt: Attempt) -> tuple[int, str]:
     env.pop("XLA_FLAGS", None)
     argv = [a.encode("utf-8", "surrogateescape") for a in attempt.argv]
     done = subprocess.run(
-        [sys.executable, "-m", f"jaxrl_eff.{attempt.module}", *argv],
+        [sys.executable, "-m", *_command(attempt), *argv],
         cwd=ROOT, env=env, input=attempt.stdin.encode(), capture_output=True, timeout=SECONDS,
     )  # fmt: skip
     return done.returncode, done.stderr.decode("utf-8", "replace")

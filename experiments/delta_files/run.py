@@ -23,8 +23,8 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from jaxrl_eff import deltas
-from jaxrl_eff.deltas import coding
+from jaxrl_eff.checkpoints import deltas
+from jaxrl_eff.checkpoints.deltas import coding
 from jaxrl_eff.models import LMConfig, load_hf, token_logprobs
 from jaxrl_eff.rollout import Sampling, sample
 

@@ -23,10 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import dataflow, hardware, settings, stages, state, train
+from jaxrl_eff import core
 from jaxrl_eff.models import LMConfig, attention, heads, params
-from jaxrl_eff.parallel import spread
+from jaxrl_eff.parallel import devices
+from jaxrl_eff.parallel.attention import sequence
 from jaxrl_eff.rollout import Sampling, sample
+from jaxrl_eff.train import assembly, settings, state
+from jaxrl_eff.train import loop as train
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": dict(
@@ -83,15 +86,15 @@ def limits() -> dict[str, Any]:
     return {
         "device": device.device_kind,
         "jax": jax.__version__,
-        "matmul_tflops": hardware.measure_matmul("bfloat16") / 1e12,
-        "copy_tb_per_s": hardware.measure_copy() / 1e12,
+        "matmul_tflops": devices.measure_matmul("bfloat16") / 1e12,
+        "copy_tb_per_s": devices.measure_copy() / 1e12,
     }
 
 
 def loop(args: argparse.Namespace, work: str, limit: dict[str, Any]) -> dict[str, Any]:
     """Steps as `train.fit` takes them: seconds a step, useful FLOPs, peak memory."""
     began = time.perf_counter()
-    assembled = stages.assemble(settings.run(config(args, work)))
+    assembled = assembly.assemble(settings.run(config(args, work)))
     stage = assembled.stages[0]
     with train.getting_ready(stage):
         models = state.initial(assembled, stage, {})
@@ -100,7 +103,7 @@ def loop(args: argparse.Namespace, work: str, limit: dict[str, Any]) -> dict[str
     for t in range(args.steps):
         batch = next(stage.loader)
         start = time.perf_counter()
-        models, _, metrics = stage.step(models, batch, stages.words(0, "bench", t))
+        models, _, metrics = stage.step(models, batch, assembly.words(0, "bench", t))
         metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
         seconds.append(time.perf_counter() - start)
         calls.append(stage.step.timeline.seconds())
@@ -132,7 +135,7 @@ def loop(args: argparse.Namespace, work: str, limit: dict[str, Any]) -> dict[str
     if args.profile:
 
         def once() -> None:
-            new = stage.step(models, batch, stages.words(0, "bench", 0))
+            new = stage.step(models, batch, assembly.words(0, "bench", 0))
             jax.block_until_ready(new)
 
         out["kernels"] = profiled(once, args.profile)
@@ -141,8 +144,8 @@ def loop(args: argparse.Namespace, work: str, limit: dict[str, Any]) -> dict[str
 
 def _attention(lm: LMConfig) -> str:
     """Of whole rows."""
-    kernel = spread.for_whole_rows() and spread.fits_whole_rows(lm.head_dim, lm.dtype)
-    return spread.kernel().name if kernel else attention.choose(lm).__name__
+    kernel = sequence.for_whole_rows() and sequence.fits_whole_rows(lm.head_dim, lm.dtype)
+    return sequence.kernel().name if kernel else attention.choose(lm).__name__
 
 
 def _share(flops: float, seconds: float, limit: dict[str, Any]) -> dict[str, float]:
@@ -175,29 +178,29 @@ def decode(args: argparse.Namespace, limit: dict[str, Any]) -> dict[str, Any]:
     attend = OTHERS.get(args.decode_attend) or getattr(attention, args.decode_attend or "plain")
     attend = attend if args.decode_attend else attention.choose(lm)
     reads, writes = "prompt prompt_length", "tokens segment position mask logp group"
-    call = dataflow.generate(
+    call = core.generate(
         "actor_gen", of="actor", fn=sample(lm, sampling, attend=attend), reads=reads, writes=writes
     )
-    spec = dataflow.Spec(params.abstract(lm), params.logical_axes(lm))
-    place = {"actor_gen": dataflow.Placement((0,))}
-    step = dataflow.compile(dataflow.Graph(reads, (call,)), place, {"actor": spec}, keep="tokens")
+    spec = core.Spec(params.abstract(lm), params.logical_axes(lm))
+    place = {"actor_gen": core.Placement((0,))}
+    step = core.compile(core.Graph(reads, (call,)), place, {"actor": spec}, keep="tokens")
     batch = {
         "prompt": np.random.default_rng(0).integers(4, 256, (args.prompts, args.prompt), np.int32),
         "prompt_length": np.full(args.prompts, args.prompt, np.int32),
     }
-    models = {"actor": dataflow.Model(params.init(lm, jax.random.key(0)))}
+    models = {"actor": core.Model(params.init(lm, jax.random.key(0)))}
     began = time.perf_counter()
     step.build(batch)
     ready = time.perf_counter() - began
     seconds = []
     for t in range(args.steps):
         start = time.perf_counter()
-        models, data, _ = step(models, batch, stages.words(0, "bench", t))
+        models, data, _ = step(models, batch, assembly.words(0, "bench", t))
         jax.block_until_ready(data)
         seconds.append(time.perf_counter() - start)
     kernels = {}
     if args.profile:
-        run = lambda: jax.block_until_ready(step(models, batch, stages.words(0, "bench", 0)))  # noqa: E731
+        run = lambda: jax.block_until_ready(step(models, batch, assembly.words(0, "bench", 0)))  # noqa: E731
         kernels["kernels"] = profiled(run, args.profile)
     out = {
         "work": "decode",
@@ -379,7 +382,7 @@ def main() -> None:
     if args.chunk:
         heads.CHUNK_LOGITS = heads.CHUNK_LOGITS_CPU = 2**args.chunk
     if args.rows_by == "masked":  # by cuDNN, although there is a kernel
-        spread.for_whole_rows = lambda: False
+        sequence.for_whole_rows = lambda: False
     limit = limits()
     _tell(args.out, {"work": "limits"} | limit)
     for work in args.work:

@@ -36,16 +36,25 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jaxrl_eff import hardware, long, mixed
 from jaxrl_eff.algorithms import sft
-from jaxrl_eff.data.scheduled import arrange
-from jaxrl_eff.data.schedules import Schedule, Shape
-from jaxrl_eff.data.skrull_cost import Cost, cost_of, refit
-from jaxrl_eff.dataflow import Placement, Spec
+from jaxrl_eff.core import Placement, Spec, mixed
+from jaxrl_eff.data.balance.assignment import Schedule, Shape
+from jaxrl_eff.data.balance.balanced_loader import arrange
+from jaxrl_eff.data.balance.cost import Cost, cost_of, refit
 from jaxrl_eff.models import LMConfig, attention, logical_axes, params
-from jaxrl_eff.parallel import flash, flash_gpu, hops, kernels, order, ring, spread
+from jaxrl_eff.parallel import devices
+from jaxrl_eff.parallel.attention import (
+    blockwise,
+    flash,
+    flash_gpu,
+    kernels,
+    ring,
+    sequence,
+    token_order,
+)
 from jaxrl_eff.parallel.mesh import mesh
 from jaxrl_eff.planner import schedule_cost
+from jaxrl_eff.train import balanced
 
 HEADS = {"0.5b": (14, 2, 64), "7b": (28, 4, 128)}
 COMMON = {"vocab": 151_936, "qkv_bias": True, "dtype": "bfloat16", "max_length": 131_072}
@@ -100,7 +109,7 @@ def without_documents(q, k, v, *, scale, **where):
 def compared(limit: dict[str, float], lengths: tuple) -> Any:
     """All programs are compiled at once, before the first is timed."""
     kinds = {
-        "kernel": spread.attend(Placement((0,))),
+        "kernel": sequence.attend(Placement((0,))),
         "fused": attention.fused,
         "cudnn": without_documents,
         "xla": ring.on_mesh(ring.ring(), mesh(Placement((0,)))),
@@ -221,7 +230,7 @@ def tiles(sizes: str, length: int = 16_384) -> Any:
         for each in (length, 512):
             position = jnp.tile(jnp.arange(each, dtype=jnp.int32), length // each)[None]
             segment = jnp.repeat(jnp.arange(1, length // each + 1), each)[None]
-            where = hops.fold_where(position, segment, flash_gpu.CHUNK)
+            where = blockwise.fold_where(position, segment, flash_gpu.CHUNK)
             out, lse = jax.jit(_forward)(q, kv, where, where)
             delta = (out * g.astype(jnp.float32)).sum(-1)
             operands = q, kv, g, lse, delta, where, where
@@ -252,7 +261,7 @@ def _divided(tile: flash_gpu.Tile, fn: Any, args: tuple) -> Any:
 
 
 def _forward(q, kv, q_where, k_where):
-    return flash_gpu.forward(*hops.nothing(q), q, kv, q_where, k_where, None, None)
+    return flash_gpu.forward(*blockwise.nothing(q), q, kv, q_where, k_where, None, None)
 
 
 def _backward(q, kv, g, lse, delta, q_where, k_where):
@@ -265,7 +274,7 @@ def met(size: int = 64) -> Any:
         for mean in (0, 512, 4096):
             if mean * 4 <= length:
                 position, segment = map(jnp.asarray, documents(rows, length, mean))
-                where = hops.fold_where(position, segment, size)
+                where = blockwise.fold_where(position, segment, size)
                 low, high, first, end = flash.bounds(where, where, None).of_queries
                 yield {
                     "work": "met", "rows": rows, "length": length, "documents": mean or length,
@@ -302,13 +311,13 @@ def _pieces(length: int, heads: int, kv_heads: int, dim: int, seed: int = 0) -> 
         jax.random.normal(jax.random.key(seed + i), (1, length, n, dim), jnp.bfloat16)
         for i, n in enumerate((heads, kv_heads, kv_heads, heads))
     )
-    q, k, v, g = (hops.fold(x, kv_heads, flash_gpu.CHUNK) for x in numbers)
+    q, k, v, g = (blockwise.fold(x, kv_heads, flash_gpu.CHUNK) for x in numbers)
     return [q * jnp.asarray(dim**-0.5, q.dtype), jnp.stack([k, v], axis=1), g]
 
 
 def _stripe(piece: int, parts: int, rank: int) -> jax.Array:
     position = jnp.arange(piece, dtype=jnp.int32)[None] * parts + rank
-    return hops.fold_where(position, jnp.ones_like(position), flash_gpu.CHUNK)
+    return blockwise.fold_where(position, jnp.ones_like(position), flash_gpu.CHUNK)
 
 
 def _ring_error(heads: int, kv_heads: int, dim: int, length: int = 4096, parts: int = 4) -> dict:
@@ -318,17 +327,17 @@ def _ring_error(heads: int, kv_heads: int, dim: int, length: int = 4096, parts: 
         np.asarray(jax.random.normal(jax.random.key(9 + i), (1, length, n, dim)))
         for i, n in enumerate((heads, kv_heads, kv_heads, heads))
     ]
-    to = order.striped(length, parts)
+    to = token_order.striped(length, parts)
     chunk, pieces = flash_gpu.CHUNK, np.arange(length).reshape(parts, -1)
 
     def at(x, rank):
         return jnp.asarray(to.place(x)[:, pieces[rank]])
 
     def folded(x, rank):
-        return hops.fold(at(x, rank).astype(jnp.bfloat16), kv_heads, chunk)
+        return blockwise.fold(at(x, rank).astype(jnp.bfloat16), kv_heads, chunk)
 
     ranks = range(parts)
-    where = [hops.fold_where(at(position, r), at(segment, r), chunk) for r in ranks]
+    where = [blockwise.fold_where(at(position, r), at(segment, r), chunk) for r in ranks]
     qs = [folded(numbers[0], r) * jnp.bfloat16(dim**-0.5) for r in ranks]
     kvs = [jnp.stack([folded(x, r) for x in numbers[1:3]], axis=1) for r in ranks]
     gs, outs, grads = [folded(numbers[3], r) for r in ranks], [], []
@@ -336,7 +345,7 @@ def _ring_error(heads: int, kv_heads: int, dim: int, length: int = 4096, parts: 
     backward = jax.jit(functools.partial(flash_gpu.backward, window=None, softcap=None))
     dkvs = [jnp.zeros(kv.shape, jnp.float32) for kv in kvs]
     for r in ranks:
-        met = hops.nothing(qs[r])
+        met = blockwise.nothing(qs[r])
         for hop in ranks:
             s = (r - hop) % parts
             met = forward(*met, qs[r], kvs[s], where[r], where[s])
@@ -350,7 +359,9 @@ def _ring_error(heads: int, kv_heads: int, dim: int, length: int = 4096, parts: 
         grads.append(dq)
 
     def whole(x):
-        return to.restore(np.concatenate([hops.unfold(y, length // parts, chunk) for y in x], 1))
+        return to.restore(
+            np.concatenate([blockwise.unfold(y, length // parts, chunk) for y in x], 1)
+        )
 
     keys = [whole([kv[:, i] for kv in dkvs]) for i in (0, 1)]
     got = [whole(outs), whole(grads) * dim**-0.5, *keys]
@@ -379,7 +390,7 @@ def micro(model: str, longest: int) -> Any:
     spec = Spec(params.abstract(lm), logical_axes(lm), optax.sgd(0.0))
     step = mixed.compile(graph, {"actor_train": place}, {"actor": spec})
     began = time.perf_counter()
-    step.build([long.of_shape(graph.inputs.split(), Shape(n, 0), place) for n in sizes])
+    step.build([balanced.of_shape(graph.inputs.split(), Shape(n, 0), place) for n in sizes])
     built = time.perf_counter() - began
     models = {"actor": step.init("actor", jax.jit(lambda k: params.init(lm, k))(jax.random.key(0)))}
     rng, rows, number = np.random.default_rng(0), [], 0
@@ -412,7 +423,7 @@ def micro(model: str, longest: int) -> Any:
 
 
 def _cost(model: str) -> Cost:
-    peak = hardware.peak_flops_per_s(jax.devices()[0].device_kind, "bfloat16") or 1e15
+    peak = devices.peak_flops_per_s(jax.devices()[0].device_kind, "bfloat16") or 1e15
     of = schedule_cost.model_of(MODELS[model])
     return cost_of(of, flops_per_s=0.3 * peak, bytes_per_s=1e11, attention_half=1350)
 
@@ -493,8 +504,8 @@ def limits() -> dict[str, Any]:
     return {
         "work": "limits", "device": jax.devices()[0].device_kind, "jax": jax.__version__,
         "kernel": kernels.best().name, "checked_s": time.perf_counter() - began,
-        "matmul_tflops": hardware.measure_matmul("bfloat16") / 1e12,
-        "copy_tb_per_s": hardware.measure_copy() / 1e12,
+        "matmul_tflops": devices.measure_matmul("bfloat16") / 1e12,
+        "copy_tb_per_s": devices.measure_copy() / 1e12,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import time
 
 os.environ.setdefault("NPROC", "32")
 
-from jaxrl_eff import host
+from jaxrl_eff.parallel import host
 
 host.simulate(8)
 
@@ -23,16 +23,16 @@ import lengths as published
 import numpy as np
 import optax
 
-from jaxrl_eff import long, mixed
 from jaxrl_eff.algorithms import sft
-from jaxrl_eff.data import skrull
-from jaxrl_eff.data.lattice import lattice
-from jaxrl_eff.data.scheduled import arrange
-from jaxrl_eff.data.schedules import Shape
-from jaxrl_eff.data.skrull_cost import refit
-from jaxrl_eff.dataflow import Placement, Spec
+from jaxrl_eff.core import Placement, Spec, mixed
+from jaxrl_eff.data.balance import skrull
+from jaxrl_eff.data.balance.assignment import Shape
+from jaxrl_eff.data.balance.balanced_loader import arrange
+from jaxrl_eff.data.balance.cost import refit
+from jaxrl_eff.data.balance.shapes import lattice
 from jaxrl_eff.models import LMConfig, logical_axes, params
-from jaxrl_eff.planner import hardware
+from jaxrl_eff.planner import clusters
+from jaxrl_eff.train import balanced
 
 LM = LMConfig(
     vocab=512, layers=2, width=64, heads=4, kv_heads=2, head_dim=16, ffn=256, unroll=1,
@@ -50,7 +50,7 @@ def batches() -> list[np.ndarray]:
 
 def main() -> None:
     every = batches()
-    cost = long.cost_on(hardware.local(), PLACE, LM)
+    cost = balanced.cost_on(clusters.local(), PLACE, LM)
     size = {"groups": 2, "parts": 4, "room": ROOM}
     shapes = lattice(np.concatenate(every), batch=BATCH, cost=cost, shapes=5, batches=16, **size)
     one_by_one = sorted({Shape(0, 64), Shape(0, 256), Shape(0, ROOM)} | set(shapes))
@@ -58,7 +58,7 @@ def main() -> None:
     spec = Spec(params.abstract(LM), logical_axes(LM), optax.sgd(0.1))
     step = mixed.compile(graph, {"actor_train": PLACE}, {"actor": spec})
     names = graph.inputs.split()
-    step.build([long.of_shape(names, shape, PLACE) for shape in one_by_one])
+    step.build([balanced.of_shape(names, shape, PLACE) for shape in one_by_one])
     where = jax.tree.map(lambda x: x.sharding, step.home("actor").params)
     start = jax.jit(lambda k: params.init(LM, k), out_shardings=where)(jax.random.key(0))
     models = {"actor": step.init("actor", start)}

@@ -12,7 +12,7 @@ import time
 
 os.environ.setdefault("NPROC", "32")
 
-from jaxrl_eff import host
+from jaxrl_eff.parallel import host
 
 host.simulate(8)
 
@@ -20,11 +20,11 @@ import jax
 import numpy as np
 import optax
 
-from jaxrl_eff import dataflow
+from jaxrl_eff import core
 from jaxrl_eff.algorithms import sft
-from jaxrl_eff.dataflow import Placement, Spec
+from jaxrl_eff.core import Placement, Spec
 from jaxrl_eff.models import LMConfig, logical_axes, params
-from jaxrl_eff.parallel import spread
+from jaxrl_eff.parallel.attention import sequence
 
 LM = LMConfig(
     vocab=256, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, ffn=64, unroll=1,
@@ -32,11 +32,11 @@ LM = LMConfig(
 )  # fmt: skip
 
 
-def step_of(place: Placement, batch: dict[str, np.ndarray]) -> dataflow.Step:
-    attend = spread.attend(place) if place.seq == 1 else None  # in chunks on one device, too
+def step_of(place: Placement, batch: dict[str, np.ndarray]) -> core.Step:
+    attend = sequence.attend(place) if place.seq == 1 else None  # in chunks on one device, too
     graph = sft.graph(sft.SFTConfig(), LM, attend=attend)
     spec = Spec(params.abstract(LM), logical_axes(LM), optax.sgd(0.1))
-    return dataflow.compile(graph, {"actor_train": place}, {"actor": spec}).build(batch)
+    return core.compile(graph, {"actor_train": place}, {"actor": spec}).build(batch)
 
 
 def main() -> None:

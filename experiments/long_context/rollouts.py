@@ -17,7 +17,7 @@ import time
 
 os.environ.setdefault("NPROC", "32")
 
-from jaxrl_eff import host
+from jaxrl_eff.parallel import host
 
 DEVICES = 4
 host.simulate(DEVICES)
@@ -27,13 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl_eff import dataflow, long, packed
+from jaxrl_eff import core
 from jaxrl_eff.algorithms import grpo
-from jaxrl_eff.dataflow import Placement, Spec
+from jaxrl_eff.core import Placement, Spec, packed
 from jaxrl_eff.models import LMConfig, logical_axes, params
-from jaxrl_eff.planner import hardware
+from jaxrl_eff.planner import clusters
 from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.settings import ScheduleSettings
+from jaxrl_eff.train import balanced
+from jaxrl_eff.train.settings import ScheduleSettings
 
 LM = LMConfig(
     vocab=512, layers=2, width=128, heads=4, kv_heads=2, head_dim=32, ffn=384, max_length=1024
@@ -105,13 +106,13 @@ def compare(name, place, cluster):
     trained = spec._replace(tx=optax.sgd(1e-3))
     plan = dict.fromkeys((c.name for c in rows.calls if c.of), place)
     specs = {"actor": trained, "ref": spec}
-    padded = dataflow.compile(rows, plan, specs).build(batch(0))
+    padded = core.compile(rows, plan, specs).build(batch(0))
     ours = packed.compile(rows, plan, specs).check(batch(0))
     settings = ScheduleSettings(name="skrull", room=4096, shapes=6)
     lengths = list(range(16, PROMPT + 1))
     began = time.perf_counter()
     lms = dict.fromkeys(specs, LM)
-    long.rollouts(settings, ours, lms, lengths, ANSWER, cluster=cluster).build(batch(0))
+    balanced.rollouts(settings, ours, lms, lengths, ANSWER, cluster=cluster).build(batch(0))
     built = time.perf_counter() - began
     seen = {"padded": [], "packed": []}
     told, predicted = [], []
@@ -154,7 +155,7 @@ def compare(name, place, cluster):
 
 
 def main():
-    cluster = hardware.local()
+    cluster = clusters.local()
     for name in sys.argv[1:] or PLACES:
         compare(name, PLACES[name], cluster)
 

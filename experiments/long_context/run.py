@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lengths import HISTOGRAMS, sample_lengths
 
-from jaxrl_eff.data import skrull
-from jaxrl_eff.data.lattice import lattice
-from jaxrl_eff.data.skrull_cost import Model, cost_of
+from jaxrl_eff.data.balance import skrull
+from jaxrl_eff.data.balance.cost import Model, cost_of
+from jaxrl_eff.data.balance.shapes import lattice
 
 HERE = Path(__file__).resolve().parent
 # The paper's runs: groups, parts, sequences of a batch, tokens of a rank.

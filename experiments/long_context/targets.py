@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxrl_eff.parallel import kernels, ring
+from jaxrl_eff.parallel.attention import kernels, ring
 
 HEADS, KV_HEADS, PARTS = 28, 4, 8
 LENGTHS = (8_192, 32_768, 131_072)

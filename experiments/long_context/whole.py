@@ -19,8 +19,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import targets
 
-from jaxrl_eff import arguments, settings, stages
-from jaxrl_eff.parallel import kernels
+from jaxrl_eff.parallel.attention import kernels
+from jaxrl_eff.train import assembly, config_file, settings
 
 SENT = r" (collective-permute|all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\("
 
@@ -28,7 +28,7 @@ SENT = r" (collective-permute|all-gather|all-reduce|reduce-scatter|all-to-all)(?
 def main() -> int:
     platform, target, config, *changes = sys.argv[1:]
     devices, kernel = targets.devices(platform, target), targets.KERNELS[platform]
-    run = settings.run(arguments.load(config, [c.removeprefix("--") for c in changes]))
+    run = settings.run(config_file.load(config, [c.removeprefix("--") for c in changes]))
     as_if = {
         "devices": lambda *_: list(devices),
         "device_count": lambda *_: len(devices),
@@ -38,7 +38,7 @@ def main() -> int:
         mock.patch.multiple(jax, **as_if),
         mock.patch.object(kernels, "best", lambda *_: kernel),  # cannot be tried here
     ):
-        for stage in stages.assemble(run).stages:
+        for stage in assembly.assemble(run).stages:
             began = time.perf_counter()
             stage.step.build(stage.batch)
             print(f"{stage.name}: compiled in {time.perf_counter() - began:.0f} s")

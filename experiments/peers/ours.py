@@ -20,7 +20,7 @@ import sys
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = os.environ.get("CACHE")  # a directory: persistent compilation cache; unset: none
 
-from jaxrl_eff import host
+from jaxrl_eff.parallel import host
 
 if os.environ.get("HUGE_PAGES", "1") == "1":  # as `jaxrl_eff.main` does
     host.use_huge_pages()
@@ -29,7 +29,7 @@ if sys.argv[1:] == ["grpo_disagg"]:
 
 import jax
 
-from jaxrl_eff import parts, settings, stages, startup, state, train
+from jaxrl_eff.train import assembly, loop, parts, settings, startup, state
 
 STEPS, BATCH, SEQ = (
     int(os.environ.get(k, d)) for k, d in (("STEPS", 8), ("BATCH", 16), ("SEQ", 128))
@@ -91,16 +91,16 @@ def run(work: str) -> dict:
     if CACHE:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
         startup.cache()
-    assembled = stages.assemble(settings.run(config(work)))
+    assembled = assembly.assemble(settings.run(config(work)))
     imported = time.perf_counter() - START
     stage = assembled.stages[0]
-    with train.getting_ready(stage):
+    with loop.getting_ready(stage):
         models = state.initial(assembled, stage, {})
     built = time.perf_counter() - START
     seconds, values, split = [], [], {}
     for t in range(STEPS):
         began = time.perf_counter()
-        models, _, metrics = stage.step(models, next(stage.loader), stages.words(0, "bench", t))
+        models, _, metrics = stage.step(models, next(stage.loader), assembly.words(0, "bench", t))
         values.append({k: float(v) for k, v in jax.device_get(metrics).items()})
         seconds.append(time.perf_counter() - began)
         if t == 0:
@@ -119,8 +119,8 @@ def generate() -> dict:
     """The rollout alone."""
     import dataclasses
 
-    from jaxrl_eff.dataflow import Graph, Model, Placement, Spec, compile
-    from jaxrl_eff.dataflow import generate as call
+    from jaxrl_eff.core import Graph, Model, Placement, Spec, compile
+    from jaxrl_eff.core import generate as call
     from jaxrl_eff.models import LMConfig, abstract, load_hf, logical_axes
     from jaxrl_eff.rollout import Sampling, sample
 
@@ -146,7 +146,7 @@ def generate() -> dict:
     seconds = []
     for t in range(STEPS):
         began = time.perf_counter()
-        models, data, _ = step(models, batch, stages.words(0, "bench", t))
+        models, data, _ = step(models, batch, assembly.words(0, "bench", t))
         jax.device_get(data["tokens"])
         seconds.append(time.perf_counter() - began)
         if t == 0:

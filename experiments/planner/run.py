@@ -21,16 +21,19 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from jaxrl_eff import host
+from jaxrl_eff.parallel import host
 
 host.simulate(2)
 
 import jax
 import numpy as np
 
-from jaxrl_eff import calibrate, dataflow, plans, settings, stages, state
-from jaxrl_eff.planner import profile, works
+from jaxrl_eff import core
+from jaxrl_eff.core import plan_rules
+from jaxrl_eff.planner import corrections as profile
+from jaxrl_eff.planner import from_graph
 from jaxrl_eff.planner.simulate import simulate
+from jaxrl_eff.train import assembly, replan, settings, state
 
 TRIAL, ROUNDS = 16, 3
 HOW = settings.SearchSettings(evaluations=3000)
@@ -76,7 +79,7 @@ class Running:
 
     def __init__(self, assembled, plan):
         stage = assembled.stages[0]
-        self.step = dataflow.compile(stage.step.graph, plan, stage.step.specs)
+        self.step = core.compile(stage.step.graph, plan, stage.step.specs)
         self.step.build(stage.batch)
         self.plan = plan
         self.models = state.initial(assembled, dataclasses.replace(stage, step=self.step), {})
@@ -104,19 +107,19 @@ class Running:
 
 
 def measure(name, steps):
-    assembled = stages.assemble(run(*WORKLOADS[name]))
+    assembled = assembly.assemble(run(*WORKLOADS[name]))
     stage = assembled.stages[0]
     graph, batch = stage.step.graph, next(stage.loader)
-    rules = {rule: plans.plan(rule, graph, 2) for rule in ("all", "fsdp")}
-    rules["one device"] = plans.plan({"default": {"devices": [0]}}, graph, 2)
+    rules = {rule: plan_rules.plan(rule, graph, 2) for rule in ("all", "fsdp")}
+    rules["one device"] = plan_rules.plan({"default": {"devices": [0]}}, graph, 2)
     if len(graph.models) > 1:
-        rules["halves"] = plans.plan("halves", graph, 2)
+        rules["halves"] = plan_rules.plan("halves", graph, 2)
     running = {rule: Running(assembled, plan) for rule, plan in rules.items()}
     for _ in range(TRIAL):
         for r in running.values():
             r.once(batch)
-    searched = calibrate.search(works.of_stage(stage), HOW, seed=0)
-    calibration = calibrate.Calibration(searched, first=0)
+    searched = replan.search(from_graph.of_stage(stage), HOW, seed=0)
+    calibration = replan.Calibration(searched, first=0)
     for r in running.values():
         calibration.take(dataclasses.replace(searched, plan=r.plan))
         r.show(calibration)

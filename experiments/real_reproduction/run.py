@@ -12,7 +12,7 @@ import random
 import statistics
 from pathlib import Path
 
-from jaxrl_eff.planner import hardware
+from jaxrl_eff.planner import clusters
 from jaxrl_eff.planner import published as real
 from jaxrl_eff.planner.simulate import Simulator
 
@@ -169,8 +169,8 @@ def systems(fits, fitted):
     middle = {k: (a + b) / 2 for k, (a, b) in RANGES.items()}
     for name, make in {
         "A100, decoding started from Python (fitted)": lambda n: real.a100(n, fitted),
-        "A100, compiled": lambda n: hardware.gpus("a100", n // 8, 8).with_(**middle),
-        "H100, compiled": lambda n: hardware.gpus("h100", n // 8, 8).with_(**middle),
+        "A100, compiled": lambda n: clusters.gpus("a100", n // 8, 8).with_(**middle),
+        "H100, compiled": lambda n: clusters.gpus("h100", n // 8, 8).with_(**middle),
     }.items():
         rows = [gains(c, make(c.gpus)) for c in fits.table]
         out[name] = by_length(fits.table, rows)
@@ -185,7 +185,7 @@ def h100(fits, draws):
     rng = random.Random(0)
     sets = [{k: rng.uniform(a, b) for k, (a, b) in RANGES.items()} for _ in range(draws)]
     drawn = [
-        [gains(c, hardware.gpus("h100", c.gpus // 8, 8).with_(**constants)) for c in fits.table]
+        [gains(c, clusters.gpus("h100", c.gpus // 8, 8).with_(**constants)) for c in fits.table]
         for constants in sets
     ]
     out = {"ranges": RANGES, "draws": draws}

@@ -20,7 +20,7 @@ PARSER.add_argument("--out", default="")
 
 if __name__ == "__main__":
     ARGS = PARSER.parse_args()
-    from jaxrl_eff import host
+    from jaxrl_eff.parallel import host
 
     host.simulate(ARGS.devices)
 
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff.parallel import Placement, Route, rules, wire
+from jaxrl_eff.parallel import Placement, Route, hlo_bytes, rules
 
 AXES = {
     "up": ("layers", "embed", "ffn"),
@@ -129,7 +129,7 @@ def row(name, places, tree, sizes, args):
         start = time.perf_counter()
         program = jitted.lower(arrays).compile()
         out["compile"] = {"jit": time.perf_counter() - start}
-        out["nu"]["jit"] = wire.received(program) / report.minimum if report.minimum else 1.0
+        out["nu"]["jit"] = hlo_bytes.received(program) / report.minimum if report.minimum else 1.0
         fns["jit"] = program
     out.setdefault("compile", {})["route"] = compile_seconds
     out["host"] = {k: first(fn, arrays)[1] for k, fn in fns.items()}

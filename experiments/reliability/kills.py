@@ -29,22 +29,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Functions at whose calls a run is killed: in all of its phases, and all around a save.
 PLACES = (
-    "jaxrl_eff.workdir:Lock.take", "jaxrl_eff.stages:assemble", "jaxrl_eff.state:initial",
-    "jaxrl_eff.state:shelve", "jaxrl_eff.metrics:Writer.step", "jaxrl_eff.metrics:Writer.samples",
-    "jaxrl_eff.metrics:Writer.document", "jaxrl_eff.checkpoint:Checkpoints.save",
-    "jaxrl_eff.checkpoint:Checkpoints._begin", "jaxrl_eff.checkpoint:_crc",
-    "jaxrl_eff.manifest:lacking", "jaxrl_eff.manifest:write",
-    "jaxrl_eff.checkpoint:Checkpoints._adopt", "jaxrl_eff.checkpoint:Checkpoints._rotate",
-    "jaxrl_eff.checkpoint:Checkpoints._delete", "jaxrl_eff.checkpoint:Checkpoints.note",
-    "jaxrl_eff.files:write", "jaxrl_eff.export:write", "jaxrl_eff.models.hf_save:_swap",
-    "jaxrl_eff.report:write", "jaxrl_eff.workdir:Lock.release", "os:replace", "os:rename",
-    "shutil:rmtree",
+    "jaxrl_eff.train.workdir:Lock.take", "jaxrl_eff.train.assembly:assemble",
+    "jaxrl_eff.train.state:initial", "jaxrl_eff.train.state:shelve",
+    "jaxrl_eff.train.writer:Writer.step", "jaxrl_eff.train.writer:Writer.samples",
+    "jaxrl_eff.train.writer:Writer.document", "jaxrl_eff.checkpoints.run:Checkpoints.save",
+    "jaxrl_eff.checkpoints.run:Checkpoints._begin", "jaxrl_eff.checkpoints.run:_crc",
+    "jaxrl_eff.checkpoints.manifest:lacking", "jaxrl_eff.checkpoints.manifest:write",
+    "jaxrl_eff.checkpoints.run:Checkpoints._adopt",
+    "jaxrl_eff.checkpoints.run:Checkpoints._rotate",
+    "jaxrl_eff.checkpoints.run:Checkpoints._delete", "jaxrl_eff.checkpoints.run:Checkpoints.note",
+    "jaxrl_eff.files:write", "jaxrl_eff.train.export:write", "jaxrl_eff.checkpoints.hf_save:_swap",
+    "jaxrl_eff.cli.report:write", "jaxrl_eff.train.workdir:Lock.release", "os:replace",
+    "os:rename", "shutil:rmtree",
 )  # fmt: skip
 # Those that a run reaches soon after it was started again: a second kill in a row.
 EARLY = (
-    "jaxrl_eff.workdir:Lock.take", "jaxrl_eff.stages:assemble", "jaxrl_eff.files:write",
-    "jaxrl_eff.checkpoint:Checkpoints.peek", "jaxrl_eff.checkpoint:Checkpoints.restore",
-    "jaxrl_eff.stored:load", "jaxrl_eff.metrics:Writer.document", "os:replace",
+    "jaxrl_eff.train.workdir:Lock.take", "jaxrl_eff.train.assembly:assemble",
+    "jaxrl_eff.files:write", "jaxrl_eff.checkpoints.run:Checkpoints.peek",
+    "jaxrl_eff.checkpoints.run:Checkpoints.restore", "jaxrl_eff.checkpoints.stored:load",
+    "jaxrl_eff.train.writer:Writer.document", "os:replace",
 )  # fmt: skip
 # Stages, so that models, optimizers, data and coefficients go from one to the next; an adapter, so
 # that checkpoints share the part that does not change.

@@ -20,8 +20,8 @@ from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
-from jaxrl_eff.rewards import answers
-from jaxrl_eff.rewards.numbers import parse
+from jaxrl_eff.rollout.rewards import answers
+from jaxrl_eff.rollout.rewards.numbers import parse
 
 
 def group(digits: str, by: str) -> str:

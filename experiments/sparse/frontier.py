@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxrl_eff import charts
+from jaxrl_eff.cli.pages import svg
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 430, 340  # of a panel
@@ -140,11 +140,11 @@ def panel(number: int, title: str, methods: dict[str, dict]) -> str:
 
     title = html.escape(f"loss on the new text: {title}")
     parts = [f'<text class="t" y="-12">{title}</text>']
-    for tick in charts.ticks(0, right, 5):
+    for tick in svg.ticks(0, right, 5):
         x, _ = at(tick, low)
         parts.append(f'<path class="g" d="M{x:.1f} 0v{tall}"/>')
         parts.append(f'<text x="{x:.1f}" y="{tall + 15}" class="m">{tick:.2g}</text>')
-    for tick in charts.ticks(low, high, 6):
+    for tick in svg.ticks(low, high, 6):
         _, y = at(0, tick)
         parts.append(f'<path class="g" d="M0 {y:.1f}h{wide}"/>')
         parts.append(f'<text x="-5" y="{y + 4:.1f}" class="e">{tick:.2f}</text>')

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_eff import adapt, dataflow, models, settings
+from jaxrl_eff import core, models
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.optim import optimizer
+from jaxrl_eff.peft import ways
+from jaxrl_eff.train import settings
 
 LM = LMConfig(
     vocab=32, layers=12, width=256, heads=4, kv_heads=4, head_dim=64, ffn=768, unroll=1,
@@ -42,10 +44,10 @@ WAYS = {
 def spec(way):
     if way is None:
         tx = optimizer("adam", 1e-3, clip_norm=1.0)
-        return dataflow.Spec(params.abstract(LM), models.logical_axes(LM), tx)
+        return core.Spec(params.abstract(LM), models.logical_axes(LM), tx)
     optim = settings.OptimSettings(name="adam")
     part = settings.AdaptSettings(**way)
-    return adapt.spec(part, LM, optim, optax.constant_schedule(1e-3), 1000)
+    return ways.spec(part, LM, optim, optax.constant_schedule(1e-3), 1000)
 
 
 def main():
@@ -55,8 +57,8 @@ def main():
     graph = sft.graph(sft.SFTConfig(), LM)
     print(f"{'':28} arguments  temporaries  choosing: temporaries   MFLOP")
     for name, way in WAYS.items():
-        place = {"actor_train": dataflow.Placement((0,))}
-        step = dataflow.compile(graph, place, {"actor": spec(way)}).build(batch)
+        place = {"actor_train": core.Placement((0,))}
+        step = core.compile(graph, place, {"actor": spec(way)}).build(batch)
         memory = step.memory("actor_train")
         again = step.memory("actor_train", choosing=True)
         flops = step.analysis()["actor_train"]["flops"]

@@ -33,11 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxrl_eff import adapt, tree
+from jaxrl_eff import tree
+from jaxrl_eff.core.graph import Adaptation, Model
 from jaxrl_eff.data.tokenizer import load_tokenizer
-from jaxrl_eff.graph import Adaptation, Model
 from jaxrl_eff.models import LMConfig, init, load_hf, token_logprobs
-from jaxrl_eff.settings import AdaptSettings, OptimSettings
+from jaxrl_eff.peft import ways
+from jaxrl_eff.train.settings import AdaptSettings, OptimSettings
 
 HERE = Path(__file__).parent
 LENGTH, ROWS, PROBE_ROWS, EVERY = 64, 4, 8, 10
@@ -112,7 +113,7 @@ def way(lm: LMConfig, method: Method, steps: int, rate, seed) -> Adaptation:
     s = AdaptSettings(**method.settings)
     object.__setattr__(s, "seed", seed)  # a traced number cannot be checked to be positive
     optim = OptimSettings(name=method.optim, clip_norm=0.0)
-    return adapt.spec(s, lm, optim, schedule, steps).tx
+    return ways.spec(s, lm, optim, schedule, steps).tx
 
 
 def loss(lm: LMConfig, params, tokens) -> jax.Array:

@@ -22,9 +22,9 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_eff.parallel import quantized
-from jaxrl_eff.parallel.blocks import Blocks, encode
-from jaxrl_eff.parallel.ladder import Plan, Rung, rung
+from jaxrl_eff.parallel.codec import Blocks, encode
+from jaxrl_eff.parallel.zero import collectives
+from jaxrl_eff.parallel.zero.levels import Plan, Rung, rung
 
 OUT = Path(__file__).parent / "results.json"
 DELTAS = Blocks(4)
@@ -49,7 +49,7 @@ def trainer(lm: Vector, plan: Plan, deltas: bool, nodes: int, steps: int):
 
     def start(shard):
         left = jnp.zeros((nodes, lm.shard)) if plan.rung.feedback else None
-        held = quantized.refresh(shard, plan, "bfloat16") if deltas else None
+        held = collectives.refresh(shard, plan, "bfloat16") if deltas else None
         return shard, tx.init(shard), left, held
 
     def gradients(shard, left, held, tokens):
@@ -58,17 +58,17 @@ def trainer(lm: Vector, plan: Plan, deltas: bool, nodes: int, steps: int):
 
         if not deltas:
             fn = jax.value_and_grad(
-                lambda s, e: quantized.sharded_apply(value, s, tokens, plan, feedback=e), (0, 1)
+                lambda s, e: collectives.sharded_apply(value, s, tokens, plan, feedback=e), (0, 1)
             )
             value, (g, left) = fn(shard, left)
             return value, g, left, held
-        held = quantized.send_deltas(shard, held, plan, DELTAS)
+        held = collectives.send_deltas(shard, held, plan, DELTAS)
         stage = encode(held, plan.weights)
         slot = jnp.zeros((nodes, lm.shard))
         value, g = jax.value_and_grad(
-            lambda slot: quantized.held_apply(value, stage, slot, tokens, plan)
+            lambda slot: collectives.held_apply(value, stage, slot, tokens, plan)
         )(slot)
-        return value, *quantized.reduce_slow(g, left, plan), held
+        return value, *collectives.reduce_slow(g, left, plan), held
 
     def step(carry, tokens):
         shard, state, left, held = carry

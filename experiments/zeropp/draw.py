@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxrl_eff import charts
+from jaxrl_eff.cli.pages import svg
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT, EVERY = 380, 240, 50
@@ -39,11 +39,11 @@ def panel(title: str, lines: dict[str, np.ndarray], first: int) -> str:
         return f"{x / last * wide:.1f} {(high - y) / (high - low) * tall:.1f}"
 
     parts = [f'<text y="-10">{title}</text>']
-    for tick in charts.ticks(low, high, 5):
+    for tick in svg.ticks(low, high, 5):
         y = (high - tick) / (high - low) * tall
         parts.append(f'<path d="M0 {y:.1f}h{wide}" style="stroke:#e4e4e4"/>')
         parts.append(f'<text x="-5" y="{y + 4:.1f}" class="e">{tick:g}</text>')
-    for tick in charts.ticks(0, last, 5):
+    for tick in svg.ticks(0, last, 5):
         parts.append(
             f'<text x="{tick / last * wide:.1f}" y="{tall + 16}" class="m">{tick:g}</text>'
         )

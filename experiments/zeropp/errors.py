@@ -21,8 +21,8 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_eff.parallel.ladder import Plan, Rung
-from jaxrl_eff.parallel.quantized import gather_weights, reduce_gradients
+from jaxrl_eff.parallel.zero.collectives import gather_weights, reduce_gradients
+from jaxrl_eff.parallel.zero.levels import Plan, Rung
 
 EXACT = Plan(Rung("exact", 32, 32))
 CLIP = (1.0, 0.9, 0.8, 0.7)

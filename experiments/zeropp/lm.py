@@ -6,7 +6,7 @@ os.environ.setdefault("NPROC", "32")  # see tests/conftest.py
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8"
-    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see jaxrl_eff/host.py
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"  # see jaxrl_eff/parallel/host.py
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -21,23 +21,24 @@ import numpy as np
 import optax
 
 from experiments.collage.run import LENGTH, ROWS, loss, model
-from jaxrl_eff import dataflow
+from jaxrl_eff import core
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.models import init, params
-from jaxrl_eff.parallel import Placement, ladder
+from jaxrl_eff.parallel import Placement
+from jaxrl_eff.parallel.zero import levels
 
 OUT = Path(__file__).parent / "results.json"
 RUNGS = ("", "exact", "int8", "int4", "int4_delta", "qgz")
 
 
-def compiled(cfg, rung: str, steps: int) -> dataflow.Step:
+def compiled(cfg, rung: str, steps: int) -> core.Step:
     """The train call of SFT; without a rung the compiler shards it as it likes."""
     tx = optax.adamw(optax.cosine_decay_schedule(1e-3, steps), weight_decay=0.1)
-    plan = ladder.Plan(ladder.rung(rung), block=256) if rung else None
-    spec = dataflow.Spec(params.abstract(cfg), params.logical_axes(cfg), tx, plan)
+    plan = levels.Plan(levels.rung(rung), block=256) if rung else None
+    spec = core.Spec(params.abstract(cfg), params.logical_axes(cfg), tx, plan)
     graph = sft.graph(sft.SFTConfig(), cfg)
     place = Placement(tuple(range(DEVICES)), dcn=2, fsdp=4)
-    return dataflow.compile(graph, {"actor_train": place}, {"actor": spec}).build(
+    return core.compile(graph, {"actor_train": place}, {"actor": spec}).build(
         rows(np.zeros((ROWS, LENGTH), np.int32))
     )
 

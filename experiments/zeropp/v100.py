@@ -12,8 +12,8 @@ import itertools
 
 import numpy as np
 
-from jaxrl_eff.parallel.ladder import LADDER, Rung
-from jaxrl_eff.planner import between, hardware
+from jaxrl_eff.parallel.zero.levels import LADDER, Rung
+from jaxrl_eff.planner import clusters, zero_advice
 
 SIZES = ("18B", "49B", "91B", "138B")
 # (links a node, tokens a GPU) -> TFLOP/s a GPU with ZeRO-3 and with ZeRO++, by size.
@@ -26,9 +26,9 @@ CHART = {
 EXACT, ALL = LADDER[0], next(r for r in LADDER if r.name == "qgz")
 
 
-def cluster(links: int, tflops: float) -> hardware.Cluster:
+def cluster(links: int, tflops: float) -> clusters.Cluster:
     """24 DGX-2."""
-    return hardware.gpus("a100", 24).with_(
+    return clusters.gpus("a100", 24).with_(
         name="v100", devices=384, per_host=16, domain=16, flops_per_s=tflops * 1e12,
         train_efficiency=1.0, nic_bytes_per_s=links * 12.5e9 / 16, nic_efficiency=1.0,
     )  # fmt: skip
@@ -36,7 +36,7 @@ def cluster(links: int, tflops: float) -> hardware.Cluster:
 
 def speed(links: int, tokens: int, rung: Rung, tflops: float, hidden: float) -> float:
     """TFLOP/s a GPU: compute 1, network T* / T, of which a share hides while there is compute."""
-    network = between.break_even(cluster(links, tflops), rung) / tokens
+    network = zero_advice.break_even(cluster(links, tflops), rung) / tokens
     return tflops / (1 + network - min(1.0, hidden * network))
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     for (links, tokens), (plain, quick) in CHART.items():
         a, b = (speed(links, tokens, rung, tflops, hidden) for rung in (EXACT, ALL))
         gains = [y / x for x, y in zip(plain, quick, strict=True)]
-        needed = between.break_even(cluster(links, tflops), EXACT)
+        needed = zero_advice.break_even(cluster(links, tflops), EXACT)
         print(
             f"| {links}, {tokens:,} | {needed:,.0f} | {min(plain)} to {max(plain)}, {a:.0f} | "
             f"{min(quick)} to {max(quick)}, {b:.0f} | {min(gains):.2f} to {max(gains):.2f}, "

@@ -22,9 +22,10 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_eff.parallel import quantized, volume
-from jaxrl_eff.parallel.blocks import Blocks, encode
-from jaxrl_eff.parallel.ladder import Plan, Rung
+from jaxrl_eff.parallel import jaxpr_bytes
+from jaxrl_eff.parallel.codec import Blocks, encode
+from jaxrl_eff.parallel.zero import collectives
+from jaxrl_eff.parallel.zero.levels import Plan, Rung
 
 NODES, DEVICES, LAYERS, WIDTH, ROWS, BATCHES = 2, 4, 4, 256, 2, 4
 SHARD = WIDTH * WIDTH // (NODES * DEVICES)
@@ -53,7 +54,7 @@ def step(plan: Plan, shards: jax.Array, xs: jax.Array) -> jax.Array:
 
     def loss(shards):
         def body(x, shard):
-            return quantized.sharded_apply(layer, shard, x, plan), None
+            return collectives.sharded_apply(layer, shard, x, plan), None
 
         return jnp.sum(lax.scan(body, xs[0], shards)[0])
 
@@ -63,16 +64,16 @@ def step(plan: Plan, shards: jax.Array, xs: jax.Array) -> jax.Array:
 def hoisted(plan: Plan, deltas: Blocks | None, shards, held, xs):
     """Gradients summed over micro-batches xs [k, rows, width]; slow traffic at both ends."""
     if deltas is None:
-        stage = quantized.gather_slow(shards, plan)
+        stage = collectives.gather_slow(shards, plan)
     else:
-        held = quantized.send_deltas(shards, held, plan, deltas)
+        held = collectives.send_deltas(shards, held, plan, deltas)
         stage = encode(held, plan.weights)
     stage = jnp.moveaxis(stage, 0, 1)  # layers first, to scan over
     slot = jnp.zeros((LAYERS, NODES, SHARD), jnp.float32)
 
     def loss(slot, x):
         def body(x, layers):
-            return quantized.held_apply(layer, *layers, x, plan), None
+            return collectives.held_apply(layer, *layers, x, plan), None
 
         return jnp.sum(lax.scan(body, x, (stage, slot))[0])
 
@@ -80,7 +81,7 @@ def hoisted(plan: Plan, deltas: Blocks | None, shards, held, xs):
         return total + jax.grad(loss)(slot, x), None
 
     total = lax.scan(batch, slot, xs)[0]
-    return quantized.reduce_slow(total, None, plan)[0], held
+    return collectives.reduce_slow(total, None, plan)[0], held
 
 
 def program(rung: Rung, batches: int, deltas: Blocks | None):
@@ -112,8 +113,8 @@ def table() -> list[tuple[str, float, float, float, float]]:
     unit = 2 * LAYERS * (NODES - 1) * SHARD
     for name, promised, rung, batches, deltas in PLANS:
         jaxpr, plan = program(rung, batches, deltas)
-        counted = volume.count(jaxpr, SIZES)
-        closed = volume.expected(
+        counted = jaxpr_bytes.count(jaxpr, SIZES)
+        closed = jaxpr_bytes.expected(
             plan, SHARD, NODES, DEVICES, weights=LAYERS, batches=batches, hoisted=batches > 1,
             deltas=deltas,
         )  # fmt: skip

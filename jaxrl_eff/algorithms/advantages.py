@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import masked
-from jaxrl_eff.shapes import Array, Float, Int
+from jaxrl_eff.types import Array, Float, Int
 
 
 def gae(

@@ -14,14 +14,14 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxrl_eff import masked, meters
+from jaxrl_eff import masked
 from jaxrl_eff.algorithms import losses
 from jaxrl_eff.algorithms.check import require, require_one_of
 from jaxrl_eff.algorithms.reward_model import pairs_there, wins
-from jaxrl_eff.dataflow import Graph, infer, train
+from jaxrl_eff.core import Graph, infer, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import logprobs, token_logprobs
-from jaxrl_eff.shapes import Array, Float, PyTree
+from jaxrl_eff.types import Array, Float, PyTree
 
 
 @dataclass(frozen=True, kw_only=True)

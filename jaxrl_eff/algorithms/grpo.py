@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jaxrl_eff import meters
 from jaxrl_eff.algorithms import advantages, losses
 from jaxrl_eff.algorithms.check import require, require_one_of
 from jaxrl_eff.algorithms.policy import (
@@ -32,11 +31,11 @@ from jaxrl_eff.algorithms.policy import (
     reward_call,
     rollout_call,
 )
-from jaxrl_eff.dataflow import Graph, local, train
+from jaxrl_eff.core import Graph, local, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs
 from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.shapes import Array, Float, PyTree
+from jaxrl_eff.types import Array, Float, PyTree
 
 
 @dataclass(frozen=True, kw_only=True)

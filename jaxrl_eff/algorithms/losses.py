@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import masked
-from jaxrl_eff.shapes import Array, Float, Int
+from jaxrl_eff.types import Array, Float, Int
 
 ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")

@@ -10,14 +10,13 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxrl_eff import meters
 from jaxrl_eff.algorithms import advantages, losses
-from jaxrl_eff.dataflow import Call, generate, infer, local
-from jaxrl_eff.edges import Rowwise
+from jaxrl_eff.core import Call, generate, infer, local, meters
+from jaxrl_eff.core.glossary import Rowwise
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import logprobs, score
 from jaxrl_eff.rollout import Sampling, sample
-from jaxrl_eff.shapes import Array, Float, PyTree
+from jaxrl_eff.types import Array, Float, PyTree
 
 PROMPTS = "prompt prompt_length prompt_example"
 ROLLOUT = "tokens segment position mask logp group example"

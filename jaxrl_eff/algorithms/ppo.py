@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_eff import masked, meters
+from jaxrl_eff import masked
 from jaxrl_eff.algorithms import advantages, losses
 from jaxrl_eff.algorithms.check import require, require_one_of
 from jaxrl_eff.algorithms.policy import (
@@ -34,11 +34,11 @@ from jaxrl_eff.algorithms.policy import (
     rollout_call,
     rollout_meters,
 )
-from jaxrl_eff.dataflow import Graph, Spec, infer, local, train
+from jaxrl_eff.core import Graph, Spec, infer, local, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs, token_values, values
 from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.shapes import Array, Float, PyTree
+from jaxrl_eff.types import Array, Float, PyTree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +264,7 @@ def kl_params(cfg: PPOConfig) -> dict[str, Array]:
 
 
 def kl_spec() -> Spec:
-    """What `dataflow.compile` must know of the model "kl".
+    """What `core.compile` must know of the model "kl".
 
     Plain gradient descent with rate 1 makes `coefficient_loss` the paper's update.
     """

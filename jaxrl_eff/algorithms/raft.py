@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff import meters
 from jaxrl_eff.algorithms import advantages, sft
 from jaxrl_eff.algorithms.check import require, require_one_of
 from jaxrl_eff.algorithms.policy import (
@@ -27,11 +26,11 @@ from jaxrl_eff.algorithms.policy import (
     reward_call,
     rollout_call,
 )
-from jaxrl_eff.dataflow import Graph, local, train
+from jaxrl_eff.core import Graph, local, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs
 from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.shapes import Array, Float, Int, PyTree
+from jaxrl_eff.types import Array, Float, Int, PyTree
 
 ROW = "tokens segment position mask"
 WINNERS = " ".join(f"best_{name}" for name in ROW.split())

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxrl_eff import masked, meters
+from jaxrl_eff import masked
 from jaxrl_eff.algorithms import advantages, losses
 from jaxrl_eff.algorithms.check import require, require_one_of
 from jaxrl_eff.algorithms.policy import (
@@ -28,11 +28,11 @@ from jaxrl_eff.algorithms.policy import (
     rollout_call,
     rollout_meters,
 )
-from jaxrl_eff.dataflow import Graph, local, train
+from jaxrl_eff.core import Graph, local, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs
 from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.shapes import Array
+from jaxrl_eff.types import Array
 
 
 @dataclass(frozen=True, kw_only=True)

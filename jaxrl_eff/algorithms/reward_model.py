@@ -14,13 +14,13 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxrl_eff import masked, meters
+from jaxrl_eff import masked
 from jaxrl_eff.algorithms import advantages, losses
 from jaxrl_eff.algorithms.check import require
-from jaxrl_eff.dataflow import Graph, train
+from jaxrl_eff.core import Graph, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import scalar_head
-from jaxrl_eff.shapes import Array, Float, PyTree
+from jaxrl_eff.types import Array, Float, PyTree
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,11 +28,11 @@ from jaxrl_eff.algorithms.policy import (
     reward_call,
     rollout_call,
 )
-from jaxrl_eff.dataflow import Graph, local, train
+from jaxrl_eff.core import Graph, local, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs
 from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.shapes import Array
+from jaxrl_eff.types import Array
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,12 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxrl_eff import meters
 from jaxrl_eff.algorithms import losses
 from jaxrl_eff.algorithms.check import require_one_of
-from jaxrl_eff.dataflow import Graph, train
+from jaxrl_eff.core import Graph, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs
-from jaxrl_eff.shapes import Array, Float, PyTree
+from jaxrl_eff.types import Array, Float, PyTree
 
 
 @dataclass(frozen=True, kw_only=True)

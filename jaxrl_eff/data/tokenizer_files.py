@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_eff import fields
-from jaxrl_eff.data import known
+from jaxrl_eff.data import known_fields
 
 CONFIG = "tokenizer_config.json"
 _LARGEST = 2**31 - 1  # of an id
@@ -32,7 +32,12 @@ def settings_of(directory: Path, ignore: Collection[str] = ()) -> dict[str, Any]
         settings |= fields.without(optional(directory / "special_tokens_map.json"), ignore)
     where = str(directory / CONFIG)
     told = {k: v for k, v in settings.items() if not _names_token(k, v)}
-    fields.warn(where, fields.checked(where, told, known.READ | known.HARMLESS, only=known.ONLY))
+    fields.warn(
+        where,
+        fields.checked(
+            where, told, known_fields.READ | known_fields.HARMLESS, only=known_fields.ONLY
+        ),
+    )
     return settings
 
 
@@ -53,7 +58,7 @@ def special_tokens(where: str, settings: Mapping[str, Any]) -> dict[str, str]:
     """
     found = {}
     for name, value in settings.items():
-        roles = name in known.READ and not name.startswith("add_")
+        roles = name in known_fields.READ and not name.startswith("add_")
         if not name.endswith("_token") or not (roles or _names_token(name, value)):
             continue
         if value is not None:
@@ -180,9 +185,9 @@ def _id(where: str, name: str, key: str) -> int:
 def _flags(where: str, name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: {name}={fields.short(value)}, but it should be an object.")
-    fields.checked(where, value, known.TOKEN, prefix=f"{name}.")
+    fields.checked(where, value, known_fields.TOKEN, prefix=f"{name}.")
     flags = {"content": _text(where, name, value)}
-    for flag in known.TOKEN - {"content", "__type"}:
+    for flag in known_fields.TOKEN - {"content", "__type"}:
         if flag in value:
             flags[flag] = fields.switch(where, f"{name}.{flag}", value[flag])
     return flags

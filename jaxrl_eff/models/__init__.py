@@ -27,7 +27,7 @@ __all__ = [
 def __getattr__(name: str):
     # Checkpoints need safetensors, which running a model does not.
     if name in ("load_hf", "save_hf"):
-        from jaxrl_eff.models import hf
+        from jaxrl_eff.checkpoints import hf_load
 
-        return getattr(hf, name)
+        return getattr(hf_load, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

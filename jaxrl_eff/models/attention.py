@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff.models.config import LMConfig
-from jaxrl_eff.shapes import Array, Bool, Float, Int
+from jaxrl_eff.types import Array, Bool, Float, Int
 
 Attend = Callable[..., Array]
 

@@ -217,12 +217,12 @@ class LMConfig:
         Raises:
             ValueError: the architecture, a field or its value is not supported; named.
         """
-        from jaxrl_eff.models import hf
+        from jaxrl_eff.checkpoints import hf_load
 
-        return hf.config_from_hf(source, ignore=ignore)
+        return hf_load.config_from_hf(source, ignore=ignore)
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face configuration of this model, ready for `json.dump`."""
-        from jaxrl_eff.models import hf
+        from jaxrl_eff.checkpoints import hf_load
 
-        return hf.config_to_hf(self)
+        return hf_load.config_to_hf(self)

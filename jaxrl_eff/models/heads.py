@@ -14,14 +14,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.edges import Rowwise
+from jaxrl_eff.core.glossary import Rowwise
 from jaxrl_eff.models import attention
 from jaxrl_eff.models.attention import Attend
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.logits import Warp, entropy, log_softmax_at
 from jaxrl_eff.models.logits import warp as warp_logits
 from jaxrl_eff.models.transformer import apply, scalar, unembed
-from jaxrl_eff.shapes import Array, Float, Int, PyTree
+from jaxrl_eff.types import Array, Float, Int, PyTree
 
 # Logits that exist at once, whatever the vocabulary: 128 MiB of float32 on a CPU. Every piece reads
 # the whole table and adds a gradient of its size, so accelerators take larger ones.

@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.shapes import Array, Float, Int
+from jaxrl_eff.types import Array, Float, Int
 
 _COLDEST = 1e-6  # logits divided by less are infinite in float32
 

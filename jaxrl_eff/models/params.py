@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxrl_eff import tree
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.transformer import LanguageModel
-from jaxrl_eff.shapes import Array, Key, PyTree
+from jaxrl_eff.types import Array, Key, PyTree
 
 
 def _boxed(cfg: LMConfig, key: Key[Array, ""]) -> PyTree:

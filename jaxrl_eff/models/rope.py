@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff.models.config import Rope
-from jaxrl_eff.shapes import Array, Float, Int
+from jaxrl_eff.types import Array, Float, Int
 
 
 def frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, "half"], float]:

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_eff import tree
-from jaxrl_eff.models import adapters, attention, quantised, rope
+from jaxrl_eff.models import attention, rope
 from jaxrl_eff.models.config import LMConfig
-from jaxrl_eff.shapes import Array, Float, Int, PyTree
+from jaxrl_eff.peft import products, quantized
+from jaxrl_eff.types import Array, Float, Int, PyTree
 
 # Names that policies of recomputation know: an attention's output and its log-sum-exp (where a
 # ring makes them, `parallel.ring.NAMES`), what goes into a layer, and what a node holds of weights
@@ -149,8 +150,8 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         dtype, stored = jnp.dtype(self.cfg.dtype), jnp.dtype(self.cfg.param_dtype)
         lead = x.shape[: x.ndim - len(self.inputs)]
-        here = self._there(adapters.LEAVES)
-        apart = self._there((*quantised.LEAVES, "kernel"))
+        here = self._there(products.LEAVES)
+        apart = self._there((*quantized.LEAVES, "kernel"))
         if len(apart) > 1 or hasattr(apart.get("kernel"), "whole"):
             if self.cfg.remat not in _KEEP_WEIGHTS:  # the layer as a whole is computed again
                 apart = {k: _whole(leaf) for k, leaf in apart.items()}
@@ -185,12 +186,12 @@ class Linear(nn.Module):
             # Gathered over the fsdp axis as codes, in a fraction of the bytes.
             axes = tuple(None if axis == "embed" else axis for axis in self.axes)
             kept = {k: nn.with_logical_constraint(leaf, axes) for k, leaf in kept.items()}
-            kernel = quantised.dequantise(kept, dtype)
+            kernel = quantized.dequantise(kept, dtype)
         matrix = kernel.reshape(math.prod(self.inputs), math.prod(self.outputs))
         names = self.axes[0], self.axes[len(self.inputs)]
         if self.has_variable("shared", "whole"):
             whole = self.get_variable("shared", "whole")
-        return adapters.product(beside, x, matrix, names, _product, whole)
+        return products.product(beside, x, matrix, names, _product, whole)
 
 
 def _product(x: Float[Array, "... D"], matrix: Float[Array, "D F"], dtype=None) -> Array:
@@ -545,7 +546,7 @@ def apply(
     Args:
         attend: the attention; None: `attention.choose(cfg)`.
     """
-    if quantised.inside(params) or _sharded_weights(params):
+    if quantized.inside(params) or _sharded_weights(params):
         # Unrolled, a compiler may dequantise or gather all layers before the first.
         cfg = cfg.replace(unroll=cfg.unroll or 1)
     model = LanguageModel(cfg, attend or attention.choose(cfg), stacked="layers" in params)

@@ -1,13 +1,15 @@
-"""Meshes, shardings and the movement of arrays between them."""
+"""Meshes, shardings and the movement of arrays between them. Knows no model."""
 
-from jaxrl_eff.parallel.delta import Delta
-from jaxrl_eff.parallel.layout import Network
-from jaxrl_eff.parallel.mesh import AXES, Placement, mesh
-from jaxrl_eff.parallel.realloc import Report, Route
-from jaxrl_eff.parallel.sharding import Rules, rows, rules
-from jaxrl_eff.parallel.sync import Changes, Sync
+from jaxrl_eff import public
 
-__all__ = [
-    "AXES", "Changes", "Delta", "Network", "Placement", "Report", "Route", "Rules", "Sync", "mesh",
-    "rows", "rules",
-]  # fmt: skip
+__all__, __getattr__, __dir__ = public.table(
+    __name__,
+    {
+        "mesh": ("AXES", "Placement"),
+        "sharding": ("Rules", "rows", "rules"),
+        "reshard.layout": ("Network",),
+        "reshard.route": ("Report", "Route"),
+        "reshard.changes": ("Delta",),
+        "reshard.sync": ("Changes", "Sync"),
+    },
+)

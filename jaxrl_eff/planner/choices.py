@@ -13,8 +13,8 @@ from typing import NamedTuple
 from jaxrl_eff.parallel.mesh import Placement
 from jaxrl_eff.planner import space
 from jaxrl_eff.planner.bound import Option
+from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.cost import Corrections, call_cost, demand, realloc_cost
-from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.planner.problem import Problem, Work
 from jaxrl_eff.planner.simulate import Schedule, Simulator
 from jaxrl_eff.planner.space import Candidate, Slice

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrl_eff.parallel.mesh import Placement
-from jaxrl_eff.planner.hardware import Cluster
+from jaxrl_eff.planner.clusters import Cluster
 
 
 class Axis(NamedTuple):

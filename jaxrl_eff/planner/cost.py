@@ -26,11 +26,11 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from jaxrl_eff.parallel import order
+from jaxrl_eff.parallel.attention import token_order
 from jaxrl_eff.parallel.mesh import Placement
-from jaxrl_eff.planner import packing
+from jaxrl_eff.planner import packed_rows
+from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.collectives import Axis, all_reduce, gather, grid, hand_on
-from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.planner.problem import Lengths, Problem, Role, Shape, Work
 from jaxrl_eff.planner.shares import Split, layer_share, params_share, seen, split, state_bytes
 from jaxrl_eff.planner.transfer import (
@@ -181,7 +181,7 @@ def _forward(
     if p.seq == 1:
         return one
     kv = 2.0 * tokens * shape.kv_heads / cut.kv * shape.head_dim * shape.compute_bytes
-    hops = min(p.seq - 1, order.reach(length / p.seq, shape.sight))
+    hops = min(p.seq - 1, token_order.reach(length / p.seq, shape.sight))
     seq = max(0.0, layers * hops * hand_on(kv, g.seq, c) - c.overlap * one.device)
     return one._replace(seq=seq)
 
@@ -230,8 +230,8 @@ def _parts(
         one = _forward(shape, p, c, rows, work.length, rows * work.length, efficiency, factor)
         scores = _scores_bytes(shape, rows, work.length, p, cut, c)
         return Part(p.microbatches, one, rows * work.length / p.seq, scores)
-    done = packing.laid(work, shape, p, c)
-    each = 1.0 / (packing.PASSES * done.steps)
+    done = packed_rows.laid(work, shape, p, c)
+    each = 1.0 / (packed_rows.PASSES * done.steps)
     compute = factor * done.seconds * each * c.train_efficiency / efficiency
     one = _beside(shape, p, c, compute, done.columns)._replace(seq=done.exchange * each)
     scores = _scores_bytes(shape, 1, done.largest * p.seq, p, cut, c)

@@ -90,7 +90,7 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Rows that a schedule packs by their lengths (`jaxrl_eff.packed`).
+    """Rows that a schedule packs by their lengths (`jaxrl_eff.core.packed`).
 
     Attributes:
         prompt: tokens before each response, on average.

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrl_eff.parallel.mesh import Placement
-from jaxrl_eff.planner import hardware
-from jaxrl_eff.planner.hardware import Cluster
+from jaxrl_eff.planner import clusters as hardware
+from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.problem import Plan, Problem, Role, Shape, Work
 from jaxrl_eff.planner.simulate import Simulator
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_eff.data.skrull_cost import Cost, Model, cost_of
-from jaxrl_eff.planner.hardware import Cluster
+from jaxrl_eff.data.balance.cost import Cost, Model, cost_of
+from jaxrl_eff.planner.clusters import Cluster
 
 
 def model_of(lm: Any) -> Model:

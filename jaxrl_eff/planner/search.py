@@ -24,11 +24,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 from jaxrl_eff.parallel.mesh import OFFLOADS, Placement, span
-from jaxrl_eff.planner import seeds
+from jaxrl_eff.planner import rules as seeds
 from jaxrl_eff.planner.bound import Bound, lower_bound
 from jaxrl_eff.planner.choices import Choices, Judge, State, choices
+from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.cost import NONE, Corrections
-from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.planner.problem import Plan, Problem
 from jaxrl_eff.planner.proof import prove
 from jaxrl_eff.planner.simulate import Schedule

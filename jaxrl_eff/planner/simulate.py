@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxrl_eff.parallel.mesh import Placement
-from jaxrl_eff.planner import cost, scheduling
+from jaxrl_eff.planner import cost, list_schedule
+from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.cost import NONE, Corrections, Cost
-from jaxrl_eff.planner.hardware import Cluster
+from jaxrl_eff.planner.list_schedule import Edge, Node
 from jaxrl_eff.planner.problem import Plan, Problem
-from jaxrl_eff.planner.scheduling import Edge, Node
 
 WARMUP = 2
 # Schedules may settle into a pattern of 2 iterations, with stale weights of up to 4.
@@ -323,8 +323,8 @@ class Simulator:
     def _times(self, nodes: list[Node], edges: list[Edge]) -> tuple[list[float], list[float]]:
         """Starts and ends: node k of iteration i at i * len(nodes) + k."""
         if self.cluster.shared_compute:
-            return scheduling.sharing(nodes, edges, self._count, self.cluster)
-        return scheduling.exclusive(nodes, edges, self._count, self._overlaps)
+            return list_schedule.sharing(nodes, edges, self._count, self.cluster)
+        return list_schedule.exclusive(nodes, edges, self._count, self._overlaps)
 
     def _cycle(self, end: list[float], nodes: list[Node]) -> float:
         last, size = self._warm + self._slope, len(nodes)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_eff.parallel.mesh import Placement
-from jaxrl_eff.planner import packing
-from jaxrl_eff.planner.hardware import Cluster
+from jaxrl_eff.planner import packed_rows
+from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.problem import Problem, Shape, Work
 
 TENSOR = (1, 2, 4, 8)
@@ -156,7 +156,7 @@ def microbatches(work: Work, s: Strategy, most: int = 12) -> tuple[int, ...]:
     packed call they stand for the room, see `packing`; rows need not divide by devices.
     """
     if work.packed is not None:
-        if work.rows % work.minibatches or not packing.fits(work, s.seq):
+        if work.rows % work.minibatches or not packed_rows.fits(work, s.seq):
             return ()
         return (1,) if work.packed.room else tuple(2**i for i in range(most))
     rows = work.prompts if work.kind == "generate" and work.prompts else work.rows

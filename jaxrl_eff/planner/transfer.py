@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrl_eff.parallel.mesh import Placement
+from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.collectives import run, sizes
-from jaxrl_eff.planner.hardware import Cluster
 from jaxrl_eff.planner.problem import Problem
 from jaxrl_eff.planner.shares import params_share
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.transformer import Cache
-from jaxrl_eff.shapes import Array, Int
+from jaxrl_eff.types import Array, Int
 
 
 def empty(cfg: LMConfig, rows: int, slots: int, *, stacked: bool = True) -> Cache:

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import tree
-from jaxrl_eff.models import attention, lora, quantised
+from jaxrl_eff.models import attention
 from jaxrl_eff.models import params as params_
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.transformer import Cache, apply, computed, unembed, unstack
+from jaxrl_eff.peft import lora, quantized
 from jaxrl_eff.rollout import cache as kv
 from jaxrl_eff.rollout.sampling import Sampling, draw, ends, uniforms
-from jaxrl_eff.shapes import Array, Float, Int, PyTree
+from jaxrl_eff.types import Array, Float, Int, PyTree
 
 # Parameters that are taken apart before decoding. On an accelerator a loop over layers copies each
 # layer's parameters out of the stack at every token; apart, they only take longer to compile.
@@ -86,7 +87,7 @@ def sample(
         params = lora.merge(cfg, computed(cfg, params), low_rank=False)
         params = lora.with_norms(cfg, params)
         hidden, cache = _read(cfg, params, prompt, length, attend)
-        if unstacked and not quantised.inside(params):  # or all would be dequantised at once
+        if unstacked and not quantized.inside(params):  # or all would be dequantised at once
             params, cache = unstack(cfg, params), kv.unstack(cache)
         cache = kv.repeat(cache, sampling.samples)
         logits = jnp.repeat(unembed(cfg, params, hidden), sampling.samples, axis=0)

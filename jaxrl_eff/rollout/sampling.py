@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff.models.logits import Warp, warp
-from jaxrl_eff.shapes import Array, Bool, Float, Int, Key
+from jaxrl_eff.types import Array, Bool, Float, Int, Key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

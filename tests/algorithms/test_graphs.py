@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_eff import dataflow
+from jaxrl_eff import core
 from jaxrl_eff.algorithms import dpo, grpo, policy, ppo, raft, remax, reward_model, rloo, sft
-from jaxrl_eff.dataflow import Placement, Spec
+from jaxrl_eff.core import Placement, Spec
 from jaxrl_eff.models import LMConfig, abstract, init, logical_axes
 from jaxrl_eff.rollout import Sampling
 
@@ -88,7 +88,7 @@ GRAPHS = {
 @pytest.mark.parametrize("name", GRAPHS)
 def test_calls_are_the_papers_and_run_in_an_order_that_works(name):
     graph, calls = GRAPHS[name]
-    order = [c.name for c in dataflow.order(graph)]
+    order = [c.name for c in core.order(graph)]
     assert sorted(order) == sorted(calls.split())
     at = order.index
     for late in ("actor_train", "critic_train", "kl_train"):
@@ -100,7 +100,7 @@ def test_calls_are_the_papers_and_run_in_an_order_that_works(name):
 
 def test_the_ppo_table_is_in_the_order_of_the_paper():
     graph, calls = GRAPHS["ppo"]
-    assert [c.name for c in dataflow.order(graph)] == calls.split()
+    assert [c.name for c in core.order(graph)] == calls.split()
     assert graph.models == ("actor", "reward", "ref", "critic")
 
 
@@ -155,7 +155,7 @@ def test_one_step_is_finite_and_changes_what_it_trains(name):
     graph, _ = GRAPHS[name]
     specs, params = models_of(graph)
     plan = {c.name: Placement(devices=(0,)) for c in graph.calls}
-    step = dataflow.compile(graph, plan, specs).build(a_batch(graph))
+    step = core.compile(graph, plan, specs).build(a_batch(graph))
     models = {}
     for m in graph.models:
         where = jax.tree.map(lambda x: x.sharding, step.home(m).params)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_eff import meters
 from jaxrl_eff.algorithms import dpo, grpo, policy, ppo, reward_model, rloo, sft
+from jaxrl_eff.core import meters
 
 V, EOS, MAX_TOKENS = 7, 6, 5
 

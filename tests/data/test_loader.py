@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxrl_eff import edges
+from jaxrl_eff.core import glossary
 from jaxrl_eff.data import loader, packing, toys
 from jaxrl_eff.data.encode import encode_preference, encode_prompt, encode_prompt_completion
 from jaxrl_eff.data.tokenizer import CharTokenizer
@@ -68,7 +68,7 @@ def examples_in(kind, batch):
 def test_batches_are_static_and_obey_the_glossary(kind):
     out = take(load(kind), 8)
     for batch in out:
-        edges.check(kind, batch)
+        glossary.check(kind, batch)
         assert {x.shape[0] for x in batch.values()} == {4}
         assert {x.shape[1] for x in batch.values() if x.ndim == 2} == {LENGTH}
     assert set(out[0]) == (
@@ -304,7 +304,7 @@ def test_the_toys_go_through_every_kind():
 
 def test_importing_the_loader_does_not_import_grain_or_jax():
     code = """
-import sys, jaxrl_eff.data.loader, jaxrl_eff.rewards.verify
+import sys, jaxrl_eff.data.loader, jaxrl_eff.rollout.rewards.verify
 print([name for name in ("grain", "jax") if name in sys.modules])
 """
     done = subprocess.run(

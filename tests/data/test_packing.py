@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxrl_eff import edges
+from jaxrl_eff.core import glossary
 from jaxrl_eff.data import packing
 
 LENGTH = 12
@@ -62,7 +62,7 @@ def test_unpack_inverts_pack(lengths):
     items = segments(lengths)
     arrays = packing.pack(items, length=LENGTH)
     assert as_lists(packing.unpack(arrays)) == as_lists(items)
-    edges.check("pack", arrays)
+    glossary.check("pack", arrays)
     padding = arrays["segment"] == 0
     assert not arrays["mask"][padding].any() and not arrays["position"][padding].any()
     assert not arrays["tokens"][padding].any()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_tokenizer import save_bytes_tokenizer
 
-from jaxrl_eff.data import known
+from jaxrl_eff.data import known_fields
 from jaxrl_eff.data.tokenizer import load_tokenizer
 
 TEXT = "hello<|end|> user assistant<tool>x <|im_end|> <|im_start|>"
@@ -97,10 +97,10 @@ def test_transformers_settings_are_all_known(tmp_path):
     case_at("plain", tmp_path / "a")
     transformers.AutoTokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     told = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
-    assert set(told) <= known.READ | known.HARMLESS
+    assert set(told) <= known_fields.READ | known_fields.HARMLESS
     roles = set(transformers.PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES)
-    assert {r for r in roles if r.endswith("_token")} <= known.READ
-    assert not known.READ & known.HARMLESS
+    assert {r for r in roles if r.endswith("_token")} <= known_fields.READ
+    assert not known_fields.READ & known_fields.HARMLESS
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_eff.parallel import Placement, mesh, rows, rules
+from jaxrl_eff.parallel import Placement, rows, rules
+from jaxrl_eff.parallel.mesh import mesh
 
 
 def test_data_takes_what_the_other_axes_leave():

@@ -9,7 +9,7 @@ import pytest
 from workload import LAYER, ROUND, SHAPE, on, ppo
 
 from jaxrl_eff.parallel.mesh import Placement
-from jaxrl_eff.planner import cost, hardware
+from jaxrl_eff.planner import clusters, cost
 from jaxrl_eff.planner.cost import Corrections, call_cost
 from jaxrl_eff.planner.problem import Lengths, Problem, Role, Shape, Work
 
@@ -67,7 +67,7 @@ def test_a_sum_over_hosts_goes_through_every_card():
 
 
 def test_axes_know_which_hosts_they_span():
-    c = hardware.parse("h100:2x8")
+    c = clusters.parse("h100:2x8")
     g = cost.grid(on(0, 16, data=2, tensor=8), c)
     assert (g.tensor, g.data) == (cost.Axis(8, 1), cost.Axis(2, 2))
     g = cost.grid(on(4, 8, data=2, tensor=4), c)

@@ -9,11 +9,11 @@ import pytest
 from steps import grpo, ppo, remax
 
 from jaxrl_eff.parallel import Placement
-from jaxrl_eff.planner import bound, proof, seeds, space
+from jaxrl_eff.planner import bound, proof, rules, space
 from jaxrl_eff.planner.bound import Option, lower_bound
 from jaxrl_eff.planner.choices import Judge, choices
+from jaxrl_eff.planner.clusters import parse
 from jaxrl_eff.planner.cost import NONE
-from jaxrl_eff.planner.hardware import parse
 from jaxrl_eff.planner.problem import Problem, Role, Shape, Work
 from jaxrl_eff.planner.search import exhaustive, search
 from jaxrl_eff.planner.simulate import Schedule, simulate
@@ -311,12 +311,12 @@ def test_cuts_and_tilings_fill_the_cluster():
         table = choices(grpo(rows=96), parse(name), corrections=NONE)
         legal = set(space.meshes(parse(name)))
         for parts in (2, 3, 4):
-            for tiling in seeds.tilings(table, parts, space.Slice(0, table.cluster.devices)):
+            for tiling in rules.tilings(table, parts, space.Slice(0, table.cluster.devices)):
                 assert set(tiling) <= legal
                 assert sorted(d for s in tiling for d in s.devices) == [
                     *range(table.cluster.devices)
                 ]
-        assert all(0 < k < table.cluster.devices for k in seeds.cuts(table))
+        assert all(0 < k < table.cluster.devices for k in rules.cuts(table))
 
 
 def test_a_long_row_is_spread_over_devices():

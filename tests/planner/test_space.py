@@ -7,15 +7,15 @@ import math
 import pytest
 
 from jaxrl_eff.parallel import Placement
-from jaxrl_eff.planner import hardware, space
-from jaxrl_eff.planner.hardware import Cluster
+from jaxrl_eff.planner import clusters, space
+from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.problem import Lengths, Problem, Role, Shape, Work
 from jaxrl_eff.planner.space import Slice, Strategy
 
 
 def cluster_of(devices: int, per_host: int = 8) -> Cluster:
     """A cluster of so many devices; how fast they are does not matter here."""
-    return hardware.gpus("h100").with_(devices=devices, per_host=per_host, domain=per_host)
+    return clusters.gpus("h100").with_(devices=devices, per_host=per_host, domain=per_host)
 
 
 # GPUs, fewest of a mesh, meshes, (mesh, strategy) pairs a call, and the decimal logarithm of PPO's

@@ -3,7 +3,7 @@
 import dataclasses
 
 from jaxrl_eff.parallel.mesh import Placement
-from jaxrl_eff.planner.hardware import Cluster
+from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.problem import Problem, Role, Shape, Work
 
 SHAPE = Shape(2, 4, 8, 2, 1, 2, 16)

@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_eff import edges, models
+from jaxrl_eff import models
+from jaxrl_eff.core import glossary
 from jaxrl_eff.models import LMConfig, Rope
 from jaxrl_eff.rollout import Sampling, sample
 
@@ -79,7 +80,7 @@ def test_the_trainer_agrees_with_the_sampler(params, batch, choices):
 
 def test_what_is_written_follows_the_glossary(params, batch):
     out = run(params, batch, samples=2)
-    edges.check("gen", out)
+    glossary.check("gen", out)
     out = jax.tree.map(np.asarray, out)
     length = np.repeat(np.asarray(batch["prompt_length"]), 2)
     np.testing.assert_array_equal(out["group"], [0, 0, 1, 1, 2, 2, 3, 3])

@@ -13,7 +13,7 @@ from jaxrl_eff.optim.sparse.adapt import (
 from jaxrl_eff.optim.sparse.layers import LayersState, SampledLayers, sampled_layers
 from jaxrl_eff.optim.sparse.overlay import Overlay, OverlayState, SparseOverlay, sparse_overlay
 from jaxrl_eff.optim.sparse.per_entry import per_entry
-from jaxrl_eff.optim.sparse.schedules import Periodic, Spiel, Static
+from jaxrl_eff.optim.sparse.reselection import Periodic, Spiel, Static
 from jaxrl_eff.optim.sparse.selectors import GRADIENTS, WEIGHTS
 from jaxrl_eff.optim.sparse.sm3 import SM3, SM3State
 from jaxrl_eff.optim.sparse.tiling import Tiling, gather, scatter, tiling

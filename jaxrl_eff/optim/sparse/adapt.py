@@ -23,7 +23,7 @@ import optax
 
 from jaxrl_eff.optim import mcf
 from jaxrl_eff.optim.paths import path_name
-from jaxrl_eff.optim.sparse import schedules, selectors
+from jaxrl_eff.optim.sparse import reselection, selectors
 from jaxrl_eff.optim.sparse.per_entry import check_elementwise, per_entry
 from jaxrl_eff.optim.sparse.sm3 import SM3
 from jaxrl_eff.optim.sparse.tiling import Tiling, gather, per_shard, scatter, tiling
@@ -125,10 +125,10 @@ def sparse_adapt(
         raise ValueError(f"selector is {selector!r}; there are {[*known]} and masks by name.")
     if on_drop not in ("revert", "keep"):
         raise ValueError(f"on_drop is {on_drop!r}, not 'revert' or 'keep'.")
-    schedule = schedule or schedules.Static(first=selector in selectors.GRADIENTS)
-    if selector == "mask" and type(schedule) is not schedules.Static:
+    schedule = schedule or reselection.Static(first=selector in selectors.GRADIENTS)
+    if selector == "mask" and type(schedule) is not reselection.Static:
         raise ValueError(f"a mask is never chosen anew, but the schedule is {schedule}.")
-    grows = isinstance(inner, SM3) and isinstance(schedule, schedules.Spiel)
+    grows = isinstance(inner, SM3) and isinstance(schedule, reselection.Spiel)
     if not isinstance(inner, SM3):
         check_elementwise(inner)
     elif grows and (schedule.first or selector in selectors.GRADIENTS):

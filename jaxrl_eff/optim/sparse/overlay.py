@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_eff.optim import mcf
-from jaxrl_eff.optim.sparse import schedules, selectors
+from jaxrl_eff.optim.sparse import reselection, selectors
 from jaxrl_eff.optim.sparse.adapt import Active, Layout, carried, chosen, tiled_leaves
 from jaxrl_eff.optim.sparse.per_entry import check_elementwise, per_entry
 from jaxrl_eff.optim.sparse.tiling import per_shard
@@ -65,7 +65,7 @@ def sparse_overlay(
 ) -> SparseOverlay:
     """Trains overlays by an elementwise optax optimizer; arguments as of `sparse_adapt`."""
     check_elementwise(inner)
-    schedule = schedule or schedules.Static(first=selector in selectors.GRADIENTS)
+    schedule = schedule or reselection.Static(first=selector in selectors.GRADIENTS)
 
     def start(params: Any) -> dict[str, Overlay]:
         by = selector if selector in selectors.WEIGHTS else "random"

@@ -1,0 +1,1 @@
+"""Weights on disk: checkpoints of a run, Hugging Face and PEFT files, delta files."""

@@ -1,0 +1,34 @@
+"""Delta files: the few entries that a sparse fine-tune changed, apart from the model.
+
+`diff` or `from_entries` makes a `Delta`; `save` and `load` keep it in about 3 bytes an entry;
+`apply` and `remove` put it into parameters and take it out again, bit for bit; `compose` adds
+deltas; `audit` measures what one does, and `merge` writes a Hugging Face directory with it only if
+the audit is passed.
+"""
+
+from jaxrl_eff.checkpoints.deltas.algebra import (
+    Overlap,
+    as_add,
+    as_dtype,
+    compose,
+    disjoint,
+    mask_of,
+    overlap,
+    overlaps,
+    scale,
+    without,
+)
+from jaxrl_eff.checkpoints.deltas.apply import apply, check, diff, remove, resolved
+from jaxrl_eff.checkpoints.deltas.audit import Audit, AuditError, Limits, audit, lm_kl
+from jaxrl_eff.checkpoints.deltas.delta import Delta, Entries, from_entries
+from jaxrl_eff.checkpoints.deltas.directory import audit_directory, hf_kl, merge, rollback
+from jaxrl_eff.checkpoints.deltas.file import load, save
+from jaxrl_eff.checkpoints.deltas.names import from_hf, to_hf
+from jaxrl_eff.checkpoints.deltas.tensors import content_hash, read_directory
+
+__all__ = [
+    "Audit", "AuditError", "Delta", "Entries", "Limits", "Overlap", "apply", "as_add", "as_dtype",
+    "audit", "audit_directory", "check", "compose", "content_hash", "diff", "disjoint",
+    "from_entries", "from_hf", "hf_kl", "lm_kl", "load", "mask_of", "merge", "overlap", "overlaps",
+    "read_directory", "remove", "resolved", "rollback", "save", "scale", "to_hf", "without",
+]  # fmt: skip

@@ -1,0 +1,258 @@
+r"""Schedules batches of mixed lengths for a mesh, from lengths alone, and says what that gains.
+
+  python -m jaxrl_eff balance --lengths=lengths.txt --mesh=data4,seq8 \
+      --model=qwen2.5-0.5b --hardware=h100 --page=schedule.html
+
+Short sequences stay whole on a rank, long ones are cut over the `seq` axis (`data/skrull.py`). The
+file holds one integer a line, or JSON: a list of integers, or a line for each example, an integer
+or an object with `length`. It is cut into batches in its order; what is left over at its end makes
+a last, smaller one. Seconds are estimates of a cost model on datasheet numbers: rules are compared
+under the same model, and nothing is run. "skrull" keeps to the shapes that are printed; "exact" is
+the same without that limit, and the other rules have none either.
+
+Exit codes: 0 scheduled; 2 something in the command is wrong.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrl_eff.data.balance.baselines import Study, rows, study
+from jaxrl_eff.data.balance.cost import Cost, Model
+from jaxrl_eff.planner import clusters as known
+from jaxrl_eff.planner import schedule_cost
+from jaxrl_eff.train.config_file import Parser, explained
+
+AXES = ("data", "fsdp", "seq", "tensor")
+ROOM = 26_000
+# Their config.json: layers, width, heads, kv_heads, head_dim, ffn, vocab.
+MODELS = {
+    "qwen2.5-0.5b": Model(24, 896, 14, 2, 64, 4864, 151_936),
+    "qwen2.5-1.5b": Model(28, 1536, 12, 2, 128, 8960, 151_936),
+    "qwen2.5-3b": Model(36, 2048, 16, 2, 128, 11_008, 151_936),
+    "qwen2.5-7b": Model(28, 3584, 28, 4, 128, 18_944, 152_064),
+    "qwen2.5-14b": Model(48, 5120, 40, 8, 128, 13_824, 152_064),
+    "qwen2.5-32b": Model(64, 5120, 40, 8, 128, 27_648, 152_064),
+    "llama3-1b": Model(16, 2048, 32, 8, 64, 8192, 128_256),
+    "llama3-3b": Model(28, 3072, 24, 8, 128, 8192, 128_256),
+    "llama3-8b": Model(32, 4096, 32, 8, 128, 14_336, 128_256),
+    "llama3-70b": Model(80, 8192, 64, 8, 128, 28_672, 128_256),
+}
+
+
+def read_lengths(path: str | Path) -> np.ndarray:
+    """int64 [n]: the lengths in a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: what is no integer of at least 1, by its line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--lengths={path} is no file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}.") from error
+    if text.lstrip().startswith("["):
+        try:
+            items = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON list: {error}.") from error
+        found = [_length(path, f"item {i}", x) for i, x in enumerate(items)]
+    else:
+        lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), start=1)]
+        found = [_length(path, f"line {i}", _value(line)) for i, line in lines if line]
+    if not found:
+        raise ValueError(f"{path} holds no lengths.")
+    return np.array(found, np.int64)
+
+
+def _value(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
+
+
+def _length(path: Path, where: str, value: Any) -> int:
+    given = value.get("length") if isinstance(value, dict) else value
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise ValueError(
+            f"{path}, {where}: {str(value)[:60]!r} is no length, an integer of at least 1."
+        )
+    return given
+
+
+def read_mesh(text: str) -> dict[str, int]:
+    """`data4,seq8` as sizes by axis, 1 where an axis is not named.
+
+    Raises:
+        ValueError: a word that is no axis and size, or an axis twice.
+    """
+    out: dict[str, int] = {}
+    for word in text.split(","):
+        match = re.fullmatch(r"\s*([a-z]+)=?([1-9]\d*)\s*", word)
+        if match is None or match[1] not in AXES:
+            raise ValueError(
+                f"--mesh={text}: {word!r} is no axis and size; write e.g. data4,seq8, of the axes "
+                f"{', '.join(AXES)}."
+            )
+        if match[1] in out:
+            raise ValueError(f"--mesh={text}: {match[1]} is there twice.")
+        out[match[1]] = int(match[2])
+    return {axis: out.get(axis, 1) for axis in AXES}
+
+
+def read_model(text: str) -> Model:
+    """A model by name, or of a directory with a config.json.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text.lower() in MODELS:
+        return MODELS[text.lower()]
+    if (Path(text) / "config.json").is_file():
+        from jaxrl_eff.checkpoints.hf_config import config_from_hf
+
+        return schedule_cost.model_of(config_from_hf(text))
+    raise ValueError(
+        f"--model={text} is no directory with a config.json, and no model that is known: "
+        f"{', '.join(MODELS)}."
+    )
+
+
+def cost_on(hardware: str, mesh: dict[str, int], model: Model) -> Cost:
+    """The cost on a mesh of this hardware, see `planner.schedule_cost`.
+
+    Raises:
+        ValueError: unknown hardware, or more devices than there are.
+    """
+    names = [n for n in known.NAMES if n != "local"]
+    if hardware.lower() not in names:
+        raise ValueError(f"--hardware={hardware} is unknown; there is {', '.join(names)}.")
+    tensor, devices = mesh["tensor"], int(np.prod(list(mesh.values())))
+    if hardware.lower() in ("v4", "v5e", "v5p", "v6e"):
+        cluster = known.parse(f"{hardware}:{devices}")
+    else:
+        per_host = min(8, devices)
+        cluster = known.parse(f"{hardware}:{-(-devices // per_host)}x{per_host}")
+    return schedule_cost.cost_on(cluster, model, seq=mesh["seq"], tensor=tensor, itemsize=2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Schedules, prints and draws; returns the exit status."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed on a device
+    parser = _parser()
+    options = parser.parse_args(argv)
+    with explained():
+        for name in ("room", "batch", "shapes"):
+            low = 0 if name == "shapes" else 1
+            if getattr(options, name) < low:
+                raise ValueError(
+                    f"--{name} is {getattr(options, name)}, but must be {low} or more."
+                )
+        mesh, model = read_mesh(options.mesh), read_model(options.model)
+        cost = cost_on(options.hardware, mesh, model)
+        found = study(
+            read_lengths(options.lengths),
+            groups=mesh["data"] * mesh["fsdp"],
+            parts=mesh["seq"],
+            room=options.room,
+            cost=cost,
+            batch=options.batch,
+            shapes=options.shapes,
+        )
+        title, told = f"Schedule of {Path(options.lengths).name}", facts(found, options)
+        _print(title, told, found)
+        if options.page:
+            from jaxrl_eff.cli.pages import balance_page
+
+            path = Path(options.page)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(balance_page.page(title, told, found), encoding="utf-8")
+            print(f"written: {path}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m jaxrl_eff balance",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--lengths", required=True, metavar="FILE", help="tokens of every example")
+    add("--mesh", required=True, metavar="AXES", help="sizes by axis: data4,seq8")
+    add("--model", required=True, help=f"a directory, or {', '.join(MODELS)}")
+    add("--hardware", required=True, help="a100, h100, h200, b200, v4, v5e, v5p or v6e")
+    add("--room", type=int, default=ROOM, metavar="TOKENS",
+        help="that a rank's memory holds (%(default)s, of 0.5B parameters in 80 GB)")  # fmt: skip
+    add("--batch", type=int, default=256, help="examples of a global batch (%(default)s)")
+    add("--shapes", type=int, default=12, help="programs at most (%(default)s); 0: exact shapes")
+    add("--page", metavar="FILE.html", help="draws the first batch and the comparison")
+    return parser
+
+
+def facts(found: Study, options: argparse.Namespace) -> dict[str, str]:
+    """What was given, in words."""
+    lengths = np.concatenate([s.lengths for s in found.schedules])
+    middle, most = np.percentile(lengths, [50, 99]).tolist()
+    batches = f"{len(found.schedules)} batch{'es' * (len(found.schedules) > 1)}"
+    axes = [f"{axis} {n}" for axis, n in read_mesh(options.mesh).items() if n > 1]
+    shapes = ", ".join(f"{s.local}+{s.distributed}" for s in found.shapes or ())
+    return {
+        "lengths": (
+            f"{len(lengths):,} in {batches}; median {middle:,.0f}, 99 % below {most:,.0f}, longest "
+            f"{lengths.max():,}"
+        ),
+        "mesh": f"{', '.join(axes) or 'one device'}; {options.room:,} tokens a rank",
+        "model": f"{options.model} on {options.hardware}",
+        "shapes": shapes or "exact",
+    }
+
+
+def _print(title: str, told: dict[str, str], found: Study) -> None:
+    from jaxrl_eff.train.console import Console, number
+
+    columns = (
+        "rule", "seconds", "skrull's gain", "over limit", "micro-steps", "padding", "balance",
+        "distributed",
+    )  # fmt: skip
+    with Console(terminal=False) as console:
+        console.header(title, told)
+        console.table(
+            "estimated, all batches",
+            columns,
+            [
+                (
+                    r.name,
+                    number(r.seconds),
+                    f"{r.gain:.2f}x",
+                    f"{r.over_limit:.2f}x",
+                    r.steps,
+                    f"{r.padding:.1%}",
+                    f"{r.balance:.1%}",
+                    f"{r.distributed:.1%}",
+                )
+                for r in rows(found)
+            ],
+        )
+        first = found.schedules[0]
+        seconds = first.rank_seconds().reshape(len(first.shapes), -1).max(1)
+        here = [first.step == j for j in range(len(first.shapes))]
+        console.table(
+            f"the first batch: {first.rule}",
+            ("micro-step", "local columns", "distributed", "sequences", "of them local", "seconds"),
+            [
+                (j, *shape, int(at.sum()), int((first.rank[at] >= 0).sum()), number(float(s)))
+                for j, (shape, at, s) in enumerate(zip(first.shapes, here, seconds, strict=True))
+            ],
+        )

@@ -1,0 +1,1 @@
+"""Pages that commands draw: HTML and SVG."""

@@ -1,0 +1,310 @@
+r"""Plans a config's stages for a cluster, without the cluster: where each call runs, and how fast.
+
+  python -m jaxrl_eff plan --config=configs/ppo.py --cluster=h100:16x8
+  python -m jaxrl_eff plan --config=configs/grpo_gsm8k.py:model=DIR --cluster=v5p:4x4x4 --stage=grpo
+
+It needs no accelerator, reads no weights and no data: sizes come from the config and, of a
+checkpoint, from its config.json. It prints the plan, its predicted time and memory, what plans made
+by rule would take, where the time goes, and how far from the best the plan can be at most; and
+writes plan.json (tables that config.STAGE.plan takes), timeline.html, and trace.json for
+ui.perfetto.dev. Values of the config are changed as in training: --config.a.b=c.
+
+Exit codes: 0 planned; 2 something in the command is wrong, or no plan fits.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxrl_eff.train import config_file, settings
+
+
+class Outline(NamedTuple):
+    """A stage without its data.
+
+    Attributes:
+        name: as in the config.
+        graph: its calls.
+        lms: role -> shape of its model.
+        origins: role -> where its shape comes from: "base" or a checkpoint's directory.
+        specs: role -> `Spec`, with the optimizer.
+        batch: name -> global shape and dtype of the graph's inputs.
+        sampling: of its generate calls, if any.
+        packed: call -> what is expected of its rows, for those that a schedule packs.
+    """
+
+    name: str
+    graph: Any
+    lms: dict[str, Any]
+    origins: dict[str, str]
+    specs: dict[str, Any]
+    batch: dict[str, Any]
+    sampling: Any
+    packed: dict[str, Any]
+
+    @property
+    def trained(self) -> str:
+        """The role that a later stage means by this stage's name."""
+        return next(c.of for c in self.graph.calls if c.kind == "train")
+
+
+def outlines(run: settings.Run) -> list[Outline]:
+    """The stages of a run from its settings alone.
+
+    Raises:
+        ValueError, FileNotFoundError: a setting is wrong, or a model's config.json is missing.
+    """
+    from jaxrl_eff.train import assembly, parts
+
+    with parts.at_path("config.model"):
+        tokenizer = _tokenizer(run)
+        base = assembly.base_model(run, tokenizer)
+    out: list[Outline] = []
+    for name in run.stages:
+        with parts.at_path(f"config.{name}"):
+            out.append(_outline(run, name, tokenizer, base, out))
+    return out
+
+
+def _outline(
+    run: settings.Run, name: str, tokenizer: Any, base: Any, earlier: list[Outline]
+) -> Outline:
+    from jaxrl_eff.train import balanced, parts, unused
+
+    s = run.stage[name]
+    room, kind = parts.algorithm_of(s)
+    unused.check(s)
+    cfg = parts.loss_of(s, name)
+    given = _origins(s, earlier)
+    _, lms = parts.roles_of(dataclasses.replace(s, models=given), base, [])
+    sampling, reward = parts.sampling_of(s, name, tokenizer), None
+    if sampling is not None:
+        reward = lms.get("reward") if s.reward.name == "model" else _unread
+    graph = parts.graph_of(s, room, cfg, lms, reward, sampling)
+    lms = {role: lm for role, lm in lms.items() if role in graph.models}
+    origins = {role: given.get(role, given["actor"]) for role in lms}
+    specs, _ = parts.model_specs(s, graph, lms, name)
+    shapes, packed = parts.batch_shapes(s, kind), {}
+    if s.schedule.name == "skrull" and sampling is not None:  # prompts are not read: the longest
+        packed = balanced.expected(s.schedule, graph, [s.data.prompt_length], sampling.max_tokens)
+    return Outline(name, graph, lms, origins, specs, shapes, sampling, packed)
+
+
+def _origins(s: settings.StageSettings, earlier: list[Outline]) -> dict[str, str]:
+    """The stage's `models` with earlier stages replaced by what they started from."""
+    by_name, out = {e.name: e for e in earlier}, {"actor": "base"}
+    if s.algorithm == "reward_model":
+        out["reward"] = "base"
+    for role, where in s.models.items():
+        stage, _, of = where.partition("/")
+        if stage in by_name:
+            origins, of = by_name[stage].origins, of or by_name[stage].trained
+            if of not in origins:
+                raise ValueError(
+                    f"models.{role} is {where!r}, but {stage!r} has {sorted(origins)}."
+                )
+            where = origins[of]
+        out[role] = where
+    return out
+
+
+def _unread(*_: Any) -> dict:
+    """Stands where a reward function will be."""
+    raise AssertionError("planning runs no call")
+
+
+def _tokenizer(run: settings.Run) -> Any:
+    """The run's tokenizer or, where its files are missing but the vocabulary is known, any other:
+    sizes are all that a plan depends on."""
+    from jaxrl_eff.data.tokenizer import CharTokenizer
+    from jaxrl_eff.train import assembly
+
+    try:
+        return assembly.tokenizer_of(run)
+    except (ValueError, OSError, ImportError):
+        if run.model.path or "vocab" in run.model.shape:
+            return CharTokenizer("0")
+        raise
+
+
+def problem(outline: Outline, **options: Any) -> Any:
+    """The planner's problem of a stage; more options as of `planner.works.works`."""
+    from jaxrl_eff.planner import from_graph
+
+    return from_graph.works(
+        outline.graph,
+        outline.lms,
+        outline.batch,
+        sampling=outline.sampling,
+        specs=outline.specs,
+        **{**from_graph.expecting(outline.packed), **options},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plans, prints and writes; returns the exit status."""
+    # Sizes are computed with JAX, on no device: an accelerator would be taken from its user.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    with config_file.explained():
+        options = _parse(sys.argv[1:] if argv is None else list(argv))
+        run = settings.run(config_file.load(options.config, options.changes))
+        plan_all(run, options)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = config_file.Parser(
+        prog="python -m jaxrl_eff plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE[:ARG]", help="a file of configs/")
+    add(f"--{config_file.FLAG}", dest="changes", action="append", default=[], metavar="NAME=VALUE",
+        help="written --config.NAME=VALUE: changes a value of the config")  # fmt: skip
+    add("--cluster", required=True, metavar="NAME:SIZES", help="h100:16x8, v5p:4x4x4, local, ...")
+    add("--stage", default="", help="plans this stage only; by default all with more than one call")
+    add("--workdir", default="runs/plan", help="where plan.json, timeline.html, trace.json go")
+    add("--seconds", type=float, default=20.0, help="how long to search, a stage")
+    add("--evaluations", type=int, help="plans to try instead, for a result without a clock")
+    add("--seed", type=config_file.SEED, default=0, help="of the search's random changes")
+    add("--smallest", type=int, default=1, help="devices of the smallest mesh")
+    return parser.parse_args(config_file.rewrite(argv))
+
+
+def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
+    """Plans the stages that the options name, prints each, and writes the files.
+
+    Raises:
+        ValueError: an unknown stage or cluster, wrong settings, or no plan that fits.
+    """
+    from jaxrl_eff.cli.pages import plan_page
+    from jaxrl_eff.planner import clusters
+    from jaxrl_eff.planner.search import search
+    from jaxrl_eff.train import parts
+    from jaxrl_eff.train.console import Console
+
+    cluster = clusters.parse(options.cluster)
+    chosen = _chosen(outlines(run), options.stage)
+    for name, low in (("seconds", 0.0), ("evaluations", 1), ("smallest", 1)):
+        value = getattr(options, name)
+        if value is not None and not low <= value < math.inf:
+            raise ValueError(f"--{name} is {value}, but must be at least {low}.")
+    plans = []
+    with Console(terminal=False) as console:
+        for outline in chosen:
+            step = problem(outline)
+            with parts.at_path(outline.name):
+                found = search(
+                    step,
+                    cluster,
+                    seconds=options.seconds,
+                    evaluations=options.evaluations,
+                    seed=options.seed,
+                    smallest=options.smallest,
+                )
+            plans.append(plan_page.Planned(outline.name, step, cluster, found))
+            _print(plans[-1], console)
+        folder = Path(options.workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        tables = {p.stage: plan_page.table(p.found.plan) for p in plans}
+        title = f"Plan of {Path(options.config.partition(':')[0]).stem} on {cluster.name}"
+        for name, text in (
+            ("plan.json", json.dumps(tables, indent=1)),
+            ("timeline.html", plan_page.page(title, plans)),
+            ("trace.json", plan_page.trace_text(plans)),
+        ):
+            (folder / name).write_text(text + "\n", encoding="utf-8")
+        console.final(f"written: {folder / 'timeline.html'}, plan.json, trace.json")
+
+
+def _chosen(found: list[Outline], stage: str) -> list[Outline]:
+    if stage:
+        if stage not in [o.name for o in found]:
+            raise ValueError(f"--stage={stage} is none of {[o.name for o in found]}.")
+        return [o for o in found if o.name == stage]
+    several = [o for o in found if sum(c.of is not None for c in o.graph.calls) > 1]
+    return several or found
+
+
+def _print(planned: Any, console: Any) -> None:
+    from jaxrl_eff.cli.pages import plan_page, svg
+    from jaxrl_eff.planner import zero_advice
+    from jaxrl_eff.planner.simulate import Schedule
+    from jaxrl_eff.train.console import number
+
+    found, cluster, gib = planned.found, planned.cluster, plan_page._gib
+    done = found.schedule
+    fullest = max(done.groups, key=lambda g: g.bytes)
+    console.header(
+        f"{planned.stage} on {cluster.name}",
+        {
+            "step": f"{number(done.seconds)} s, predicted",
+            "memory": (
+                f"{gib(fullest.bytes)} of {gib(cluster.memory_bytes)} on devices "
+                f"{svg.device_range(fullest.devices)}: {gib(fullest.static_bytes)} always, "
+                f"{gib(fullest.active_bytes)} in {fullest.busiest}"
+            ),
+            "certificate": _certificate(found),
+            "search": f"{found.evaluated:,} plans in {found.seconds:.1f} s",
+            **plan_page.packed(planned),
+        },
+    )
+    works = [w for w in planned.problem.works if w.model is not None]
+    rows = []
+    for w in works:
+        p, cost = found.plan[w.name], done.costs[w.name]
+        where = svg.device_range(p.devices)
+        held = gib(cost.static_bytes + cost.active_bytes)
+        mesh = plan_page.mesh(p)
+        rows.append([w.name, where, mesh, p.microbatches, number(cost.seconds), held])
+    console.table("plan", ["call", "devices", "mesh", "microbatches", "seconds", "memory"], rows)
+    rows = []
+    for name, said in found.heuristics.items():
+        if isinstance(said, Schedule):
+            rows.append([name, f"{number(said.seconds)} s", f"{said.seconds / done.seconds:.2f}x"])
+        else:
+            rows.append([name, "-", said])
+    console.table("against plans made by rule", ["rule", "step", "the plan's gain"], rows)
+    rows = []
+    for w in planned.problem.works:
+        cost = done.costs[w.name]
+        spent = plan_page.time_parts(done, w.name)
+        told = ", ".join(f"{what} {share:.0%}" for what, share in spent[:4] if share >= 0.01)
+        rows.append([w.name, number(cost.seconds), f"{cost.seconds / done.seconds:.0%}", told])
+    for name, seconds in plan_page.moved(done):
+        kind = "reallocation" if name.partition("->")[0] in planned.problem.roles else "transfer"
+        rows.append([name, number(seconds), f"{seconds / done.seconds:.1%}", kind])
+    console.table("where the time goes", ["call", "seconds", "of the step", "for"], rows)
+    told = zero_advice.advice(planned.problem, cluster)
+    for one in told:
+        console.line(f"between nodes: {one.text()}")
+    rows = [
+        [
+            svg.device_range(g.devices),
+            gib(g.bytes),
+            gib(g.static_bytes),
+            gib(g.active_bytes),
+            g.busiest,
+        ]
+        for g in done.groups
+    ]
+    console.table(
+        "memory of a device", ["devices", "peak", "always", "at most besides", "in"], rows
+    )
+
+
+def _certificate(found: Any) -> str:
+    if found.proven:
+        return "proven: every plan was tried or excluded, and none is faster"
+    return (
+        f"at most {found.gap:.1%} slower than the best plan can be: no plan takes less than "
+        f"{found.bound.seconds:.4g} s, because {found.bound.reason}"
+    )

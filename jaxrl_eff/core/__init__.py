@@ -1,0 +1,18 @@
+"""A graph of named calls, placed by a plan, compiled into a step.
+
+Knows no model, no algorithm and no config. `Graph` and the calls `generate`, `infer`, `train` and
+`local` say what is computed; a `Plan` gives every call a `Placement`; `compile` makes the step.
+"""
+
+from jaxrl_eff import public
+
+__all__, __getattr__, __dir__ = public.table(
+    __name__,
+    {
+        "step": ("Step", "compile"),
+        "graph": (
+            "Adaptation", "Call", "Graph", "Model", "Placement", "Plan", "Spec", "check_plan",
+            "draw", "generate", "infer", "local", "order", "train",
+        ),
+    },
+)  # fmt: skip

@@ -1,0 +1,296 @@
+"""Graphs of model function calls as plain data: calls, their order, their figure, their placement.
+
+The terms are ReaL's (Mei et al. 2024, arXiv:2406.14088, Sec. 3): a call applies one model to named
+arrays; edges follow from the names, nobody writes them by hand.
+"""
+
+import dataclasses
+import graphlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import optax
+
+from jaxrl_eff.parallel import Placement
+from jaxrl_eff.parallel.mesh import mesh
+from jaxrl_eff.parallel.zero import levels
+
+
+class Model(NamedTuple):
+    """One language model.
+
+    Attributes:
+        params: its parameters.
+        opt: its optimizer state, if a call trains it.
+        past: for every call that may use old weights, the last versions where the call runs,
+            oldest first: `{call: (params, ...)}`.
+        left: what rounding left over of the last gradients, if they are sent with error feedback:
+            parameter -> float32 `[N, ..., N, D / N, ...]`, by the node that sent and the one that
+            was sent to. Lies where the optimizer state does.
+        held: what every node holds of the weights, if their differences from it are sent:
+            parameter -> `[..., N, D / N, ...]`, the same on all nodes to the last bit. A train call
+            renews it from `params`, however these changed; who replaces them for good calls
+            `Step.refreshed`.
+    """
+
+    params: Any
+    opt: Any = ()
+    past: Any = ()
+    left: Any = ()
+    held: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One node of the graph: a pure function of a model and named arrays.
+
+    Attributes:
+        name: unique; ReaL's names where it has them (`actor_gen`, `rew_inf`, ...).
+        kind: how the model is used.
+        of: the model's name; None for local calls.
+        fn: by kind,
+            generate, infer: `(params, batch, key) -> outputs`;
+            train: `(params, batch, key) -> (loss_sum, weight, meters)`;
+            local: `(batch, key) -> outputs`.
+            `outputs` has the arrays of `writes`, and may have `metrics`, a dict of meters or
+            numbers.
+        reads, writes: names of arrays.
+        host: a local call on numpy arrays, outside any program, e.g. a reward that needs text.
+        epochs, minibatches: of a train call: passes over the rows, optimizer updates a pass.
+        staleness: of a generate call: how many steps old its weights are. 0 is synchronous RL; 1
+            lets it sample on its own devices while the step before still trains. Changes what is
+            computed (the samples are off-policy by as much), so it belongs to the graph.
+    """
+
+    name: str
+    kind: Literal["generate", "infer", "train", "local"]
+    of: str | None
+    fn: Callable
+    reads: tuple[str, ...]
+    writes: tuple[str, ...] = ()
+    host: bool = False
+    epochs: int = 1
+    minibatches: int = 1
+    staleness: int = 0
+
+    def __post_init__(self):
+        if self.staleness < 0 or (self.staleness and self.kind != "generate"):
+            raise ValueError(
+                f"{self.name} is a {self.kind} call with staleness {self.staleness}; only a "
+                "generate call may use old weights, by 0 or more steps."
+            )
+
+
+def generate(
+    name: str, *, of: str, fn: Callable, reads: str, writes: str, staleness: int = 0
+) -> Call:
+    """A call that samples from a model, whose weights may be `staleness` steps old."""
+    return Call(
+        name, "generate", of, fn, tuple(reads.split()), tuple(writes.split()), staleness=staleness
+    )
+
+
+def infer(name: str, *, of: str, fn: Callable, reads: str, writes: str) -> Call:
+    """A call that evaluates a model."""
+    return Call(name, "infer", of, fn, tuple(reads.split()), tuple(writes.split()))
+
+
+def train(
+    name: str, *, of: str, fn: Callable, reads: str, epochs: int = 1, minibatches: int = 1
+) -> Call:
+    """A call that updates a model: `epochs` passes of `minibatches` optimizer updates each."""
+    return Call(name, "train", of, fn, tuple(reads.split()), epochs=epochs, minibatches=minibatches)
+
+
+def local(name: str, *, fn: Callable, reads: str, writes: str, host: bool = False) -> Call:
+    """A call without a model; with `host=True` on numpy arrays, in the rows' own process."""
+    return Call(name, "local", None, fn, tuple(reads.split()), tuple(writes.split()), host=host)
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """Calls in any order, and the arrays that the data source supplies."""
+
+    inputs: str
+    calls: tuple[Call, ...]
+
+    def __post_init__(self):
+        order(self)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models, in order of first use."""
+        return tuple(dict.fromkeys(c.of for c in self.calls if c.of))
+
+    def of(self, model: str) -> tuple[Call, ...]:
+        """The calls of one model."""
+        return tuple(c for c in self.calls if c.of == model)
+
+    def stale(self, model: str) -> tuple[Call, ...]:
+        """The calls that use old weights of a model."""
+        return tuple(c for c in self.of(model) if c.staleness)
+
+    def home(self, model: str) -> Call:
+        """The call where the model lives: the one that trains it, else its first."""
+        calls = self.of(model)
+        return next((c for c in calls if c.kind == "train"), calls[0])
+
+
+Plan = Mapping[str, Placement]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """A way to train a model in part. What an optax transform is to a model that is trained whole.
+
+    Attributes:
+        init: params -> optimizer state.
+        leaves: (params, opt) -> what is differentiated, arrays by name.
+        attach: (params, opt, leaves) -> the parameters that a call's function reads then.
+        update: (gradients of the leaves, opt, params, finite) -> (params, opt), both as they were
+            unless `finite`, and no larger than what is trained while it is computed.
+        extended: parameters of the base model -> all that the model starts with.
+        axes: name of an optimizer state's leaf -> logical axes of its first axes, or None for one
+            that lies as the parameter it belongs to, or whole.
+        due: step of the stage -> whether `reselect` runs before it; None: never.
+        probes: (params, opt) -> leaves whose gradients tell `reselect` what it must know; None: it
+            needs no gradient.
+        reselect: (params, opt, gradients of the probes or None) -> (params, opt).
+        probe: the gradient of the probes is taken of one in so many of the rows.
+        passes: what a training pass costs, in forward passes: 3 with gradients of all weights, 2
+            with none, not counting what is small.
+    """
+
+    init: Callable[[Any], Any]
+    leaves: Callable[[Any, Any], Any]
+    attach: Callable[[Any, Any, Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+    extended: Callable[[Any], Any]
+    axes: Callable[[str], tuple[str, ...] | None]
+    due: Callable[[int], bool] | None = None
+    probes: Callable[[Any, Any], Any] | None = None
+    reselect: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
+    probe: int = 1
+    passes: float = 3.0
+
+
+class Spec(NamedTuple):
+    """What `compile` must know of a model.
+
+    Attributes:
+        shapes: tree of `jax.ShapeDtypeStruct`, one a parameter.
+        axes: the same tree with a tuple of logical axis names a parameter.
+        tx: the optax transform or `Adaptation`, if a call trains the model.
+        sends: how roughly weights and gradients travel between the nodes of a train call; None: as
+            they are, and wherever the compiler wants.
+    """
+
+    shapes: Any
+    axes: Any
+    tx: optax.GradientTransformation | Adaptation | None = None
+    sends: levels.Plan | None = None
+
+
+def order(graph: Graph) -> tuple[Call, ...]:
+    """The calls sorted so that arrays are written, and weights read, before they are used.
+
+    Among calls that are ready, those on the device come first, so that they run while the host
+    works; otherwise the graph's own order is kept.
+
+    Raises:
+        ValueError: an array has two writers or none, a name is used twice, or the calls wait for
+            each other in a circle.
+    """
+    writer = dict.fromkeys(graph.inputs.split(), "the data source")
+    seen: set[str] = set()
+    for c in graph.calls:
+        if c.name in seen:
+            raise ValueError(f"two calls are named '{c.name}'.")
+        seen.add(c.name)
+        for k in c.writes:
+            if k in writer:
+                raise ValueError(f"'{k}' is written by {writer[k]} and again by {c.name}.")
+            writer[k] = c.name
+    needs: dict[str, set[str]] = {c.name: set() for c in graph.calls}
+    for c in graph.calls:
+        for k in c.reads:
+            if k not in writer:
+                raise ValueError(
+                    f"{c.name} reads '{k}', which nothing writes; there is {sorted(writer)}."
+                )
+        needs[c.name] = {writer[k] for k in c.reads} - {"the data source"}
+        if c.kind == "train":
+            readers = [d for d in graph.of(c.of) if d.kind != "train" and not d.staleness]
+            needs[c.name] |= {d.name for d in readers}
+        elif c.staleness and not any(d.kind == "train" for d in graph.of(c.of)):
+            raise ValueError(f"{c.name} has staleness {c.staleness}, but nothing trains {c.of}.")
+    rank = {c.name: (c.host, i) for i, c in enumerate(graph.calls)}
+    by_name = {c.name: c for c in graph.calls}
+    sorter, out, ready = graphlib.TopologicalSorter(needs), [], []
+    try:
+        sorter.prepare()
+    except graphlib.CycleError as error:
+        raise ValueError(f"calls wait for each other: {' -> '.join(error.args[1])}.") from None
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=rank.__getitem__)
+        name = ready.pop(0)
+        out.append(by_name[name])
+        sorter.done(name)
+    return tuple(out)
+
+
+def draw(graph: Graph) -> str:
+    """The graph as Mermaid text: a box a call, an arrow a pair of calls with the arrays it carries.
+
+    Dotted arrows are weights: from the call that trains a model to those that use it next.
+    """
+    calls = order(graph)
+    writer = {k: c.name for c in calls for k in c.writes}
+    writer |= dict.fromkeys(graph.inputs.split(), "data")
+    shape = {"generate": '(["{}"])', "infer": '["{}"]', "train": '[["{}"]]', "local": '("{}")'}
+    lines = ["graph LR", '  data[("data")]']
+    for c in calls:
+        label = f"{c.name}<br/>{c.kind} {c.of}" if c.of else c.name
+        lines.append(f"  {c.name}{shape[c.kind].format(label)}")
+    for c in calls:
+        carried: dict[str, list[str]] = {}
+        for k in c.reads:
+            carried.setdefault(writer[k], []).append(k)
+        lines += [f"  {src} -- {', '.join(ks)} --> {c.name}" for src, ks in carried.items()]
+    for t in calls:
+        if t.kind == "train":
+            for c in calls:
+                if c.of == t.of and c is not t:
+                    old = f", {c.staleness} steps old" if c.staleness else ""
+                    lines.append(f"  {t.name} -. {t.of}{old} .-> {c.name}")
+    return "\n".join(lines)
+
+
+def check_plan(graph: Graph, plan: Plan) -> dict[str, Placement]:
+    """A placement for every call, local ones included.
+
+    Local calls that the plan leaves out run on the mesh of the first train call, or else of the
+    first call of all.
+
+    Raises:
+        ValueError: a call has no placement, a placement no call, a device does not exist, or
+            something is offloaded that the call does not have.
+    """
+    names = {c.name for c in graph.calls}
+    if unknown := sorted(set(plan) - names):
+        raise ValueError(f"the plan places {unknown}, but the graph's calls are {sorted(names)}.")
+    full = dict(plan)
+    calls = order(graph)
+    anchor = next((c for c in calls if c.kind == "train"), calls[0])
+    for c in calls:
+        if c.kind == "local" and anchor.name in plan:
+            full.setdefault(c.name, plan[anchor.name].bare)
+        if c.name not in full:
+            raise ValueError(f"the plan has no placement for {c.name}; it has {sorted(plan)}.")
+        place = full[c.name]
+        mesh(place)
+        if place.offload and place.offload != ("opt" if c.kind == "train" else "params"):
+            raise ValueError(f"{c.name} is a {c.kind} call and cannot offload {place.offload!r}.")
+        if place.offload == "params" and any(d.kind == "train" for d in graph.of(c.of or "")):
+            raise ValueError(f"{c.name} offloads the parameters of {c.of}, which is trained.")
+    return full

@@ -1,0 +1,213 @@
+"""From a call of a graph to a program for its devices: traced once, then compiled."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+
+from jaxrl_eff.core import programs
+from jaxrl_eff.core.graph import Adaptation, Call
+from jaxrl_eff.core.shardings import Layouts
+
+
+class Traced(NamedTuple):
+    """A call's jaxpr, so that shapes are checked and the program is made from one trace.
+
+    Attributes:
+        operands: shapes and layouts of the model or its parameters, the arrays, the key.
+        out: shapes of the results: the model or the arrays, and metrics.
+    """
+
+    jaxpr: jax.extend.core.ClosedJaxpr
+    operands: tuple
+    out: Any
+
+    def function(self) -> Callable:
+        """The call as a function again. Running a jaxpr is far quicker than tracing the model."""
+        flat, structure = jax.extend.core.jaxpr_as_fun(self.jaxpr), jax.tree.structure(self.out)
+
+        def run(*operands):
+            return jax.tree.unflatten(structure, flat(*jax.tree.leaves(operands)))
+
+        return run
+
+    @property
+    def still(self) -> Any:
+        """Of a call that updates its model: a tree of bools, what comes back as it went in."""
+        leaves, structure = jax.tree.flatten(self.operands[0])
+        ends = zip(self.jaxpr.jaxpr.invars, self.jaxpr.jaxpr.outvars, strict=False)
+        return structure.unflatten([a is b for (a, b), _ in zip(ends, leaves, strict=False)])
+
+
+class Lowered(NamedTuple):
+    """A program that can be compiled, and what to do with its result then."""
+
+    lowered: Any
+    finish: Callable[[Any], Any] = lambda program: program
+
+    def compile(self) -> Any:
+        return self.finish(self.lowered.compile())
+
+
+class Update(NamedTuple):
+    """A compiled program `(model, arrays, key) -> (model, metrics)`.
+
+    What it changes it consumes; the rest it gives back, the very same arrays, so that who has a
+    copy knows that it is still good.
+    """
+
+    program: Any
+    still: tuple[bool, ...]
+
+    def __call__(self, model: Any, arrays: Any, key: Any) -> tuple[Any, Any]:
+        leaves, structure = jax.tree.flatten(model)
+        del model  # nobody may hold what is consumed
+        kept, rest = _divided(leaves, self.still)
+        del leaves
+        new, metrics = self.program(rest, kept, arrays, key)
+        return structure.unflatten(_joined(kept, new, self.still)), metrics
+
+    def memory_analysis(self) -> Any:
+        return self.program.memory_analysis()
+
+    def cost_analysis(self) -> Any:
+        return self.program.cost_analysis()
+
+    def as_text(self) -> str:
+        return self.program.as_text()
+
+
+def _divided(leaves: Sequence[Any], still: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    pairs = list(zip(leaves, still, strict=True))
+    return [x for x, s in pairs if s], [x for x, s in pairs if not s]
+
+
+def _joined(kept: Sequence[Any], rest: Sequence[Any], still: Sequence[bool]) -> list[Any]:
+    ours, others = iter(kept), iter(rest)
+    return [next(ours if s else others) for s in still]
+
+
+def trace(
+    layouts: Layouts, c: Call, args: Mapping[str, Any], seen: Callable[[], None] = lambda: None
+) -> Traced:
+    """Traces a call.
+
+    Args:
+        args: what it reads, with shapes and layouts.
+        seen: called whenever the call's function is traced.
+    """
+    place = layouts.plan[c.name]
+    if c.kind == "train":
+        model = layouts.home(c.of)._replace(past=())
+        tx, away = layouts.specs[c.of].tx, place.offload == "opt"
+        sharded = layouts.sharded.get(c.name)
+        program = functools.partial(
+            programs.train_program, c, tx, place.microbatches, away, sharded
+        )
+    else:
+        model = None if c.of is None else layouts.borrowed(c)
+        axes = layouts.specs[c.of].axes if place.offload == "params" else None
+        program = functools.partial(programs.apply_program, c, place.microbatches, axes)
+
+    def counted(*operands):
+        seen()
+        return program(*operands)
+
+    return traced(layouts, c, counted, model, dict(args))
+
+
+def lower(layouts: Layouts, c: Call, found: Traced, made: Mapping[str, Any]) -> Lowered:
+    """The traced call with the layouts of its results, ready to be compiled.
+
+    Args:
+        made: what it writes, with shapes and layouts.
+    """
+    if c.kind == "train":
+        return update(layouts, c, found)
+    where = {k: v.sharding for k, v in made.items()}
+    return lowered(layouts, c, found, (where, layouts.whole(c)))
+
+
+def lowered(
+    layouts: Layouts, c: Call, found: Traced, where: Any, *, donate: tuple[int, ...] = ()
+) -> Lowered:
+    """A traced program, its results laid out as `where` says.
+
+    Args:
+        donate: operands that it consumes.
+    """
+    run = found.function()
+    run.__name__ = c.name
+    with layouts.context(c):
+        jitted = jax.jit(run, out_shardings=where, donate_argnums=donate)
+        return Lowered(jitted.lower(*found.operands))
+
+
+def reselects(layouts: Layouts, c: Call) -> bool:
+    """Whether a call trains a part of its model that is chosen anew now and then."""
+    tx = layouts.specs[c.of].tx if c.kind == "train" else None
+    return isinstance(tx, Adaptation) and tx.due is not None
+
+
+def lower_reselection(layouts: Layouts, c: Call, args: Mapping[str, Any]) -> Lowered:
+    """The program that chooses anew what a call trains: an `Update` without metrics."""
+    model = layouts.home(c.of)._replace(past=())
+    away = layouts.plan[c.name].offload == "opt"
+    run = functools.partial(programs.reselect_program, c, layouts.specs[c.of].tx, away)
+    return update(layouts, c, traced(layouts, c, lambda *x: (run(*x), {}), model, dict(args)))
+
+
+def traced(
+    layouts: Layouts, c: Call, run: Callable, model: Any, args: Any, local: int | None = None
+) -> Traced:
+    """A program of a call, `run(model, args, key)`, traced where the call runs.
+
+    Args:
+        local: see `Layouts.context`.
+    """
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=layouts.whole(c))
+    operands = (model, args, key)
+    with layouts.context(c, local):
+        jaxpr, out = jax.make_jaxpr(run, return_shape=True)(*operands)
+    return Traced(jaxpr, operands, out)
+
+
+def update(layouts: Layouts, c: Call, found: Traced) -> Lowered:
+    """A traced program that updates its model, as an `Update`."""
+    model, args, key = found.operands
+    leaves, structure = jax.tree.flatten(model)
+    still = tuple(jax.tree.leaves(found.still))
+    kept, rest = _divided(leaves, still)
+    call = found.function()
+
+    def run(rest, kept, args, key):
+        new, metrics = call(structure.unflatten(_joined(kept, rest, still)), args, key)
+        return _divided(jax.tree.leaves(new), still)[1], metrics
+
+    run.__name__ = c.name
+    where = [x.sharding for x in rest]
+    with layouts.context(c):
+        jitted = jax.jit(run, out_shardings=(where, layouts.whole(c)), donate_argnums=(0,))
+        lowered = jitted.lower(rest, kept, args, key)
+    return Lowered(lowered, lambda program: Update(program, still))
+
+
+def analysis(program: Any) -> dict[str, float]:
+    """What XLA says of a compiled program: `bytes` a device needs and `flops` it executes.
+
+    `flops` counts a loop's body once, so it is too low for generation and scanned layers.
+    """
+    m, cost = program.memory_analysis(), program.cost_analysis() or {}
+    cost = cost[0] if isinstance(cost, list) else cost
+    peak = 0
+    if m is not None:
+        peak = (
+            m.argument_size_in_bytes
+            + m.output_size_in_bytes
+            - m.alias_size_in_bytes
+            + m.temp_size_in_bytes
+        )
+    return {"bytes": float(peak), "flops": float(cost.get("flops", 0.0))}

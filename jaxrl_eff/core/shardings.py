@@ -1,0 +1,204 @@
+"""Where models and arrays lie under a plan: the shardings of a graph's calls and of models at home.
+
+A model's home is the placement of the call that trains it, or else of its first call; optimizer
+state never leaves it. Other calls borrow the parameters in a layout of their own.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxrl_eff import tree
+from jaxrl_eff.core.graph import Adaptation, Call, Graph, Model, Spec, order
+from jaxrl_eff.core.zero import Sharded
+from jaxrl_eff.models.attention import Spread, spreading
+from jaxrl_eff.optim import state_shardings
+from jaxrl_eff.parallel import Placement, Rules, global_arrays, rows, rules
+from jaxrl_eff.parallel.attention import sequence
+from jaxrl_eff.parallel.attention.token_order import reach
+from jaxrl_eff.parallel.mesh import mesh
+from jaxrl_eff.parallel.sharding import in_host, replicated
+
+
+class Layouts:
+    """The layouts of a graph under a plan.
+
+    Attributes:
+        graph, plan, specs: what they follow from.
+        calls: of the graph, in the order in which they run.
+        rules: call -> how logical axes are sharded where it runs.
+        mixed: calls read rows of devices and rows of groups side by side, see `mixed`.
+        sharded: train calls whose models say what is sent between nodes -> their sums.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Mapping[str, Placement],
+        specs: Mapping[str, Spec],
+        *,
+        mixed: bool = False,
+    ):
+        self.graph, self.plan, self.specs, self.mixed = graph, plan, specs, mixed
+        self.calls = order(graph)
+        self.rules = {c.name: self._rules_of(c) for c in self.calls}
+        self.sharded = {
+            c.name: Sharded(c, plan[c.name], self.rules[c.name], specs[c.of])
+            for c in self.calls
+            if c.kind == "train" and specs[c.of].sends is not None
+        }
+        self._opt_shapes = {
+            name: jax.eval_shape(spec.tx.init, spec.shapes) if self.trained(name) else ()
+            for name, spec in specs.items()
+            if name in graph.models
+        }
+
+    def _rules_of(self, c: Call) -> Rules:
+        sizes: dict[str, set[int]] = {}
+        if c.of is not None:
+            spec = self.specs[c.of]
+            leaves = jax.tree.leaves(spec.axes, is_leaf=lambda x: isinstance(x, tuple))
+            for axes, leaf in zip(leaves, jax.tree.leaves(spec.shapes), strict=True):
+                for axis, n in zip(axes, leaf.shape, strict=True):
+                    if axis is not None:
+                        sizes.setdefault(axis, set()).add(n)
+        return rules(self.plan[c.name], sizes, lengths=c.kind != "generate", mixed=self.mixed)
+
+    def trained(self, model: str) -> bool:
+        """Whether a call of the graph trains it."""
+        return any(c.kind == "train" for c in self.graph.of(model))
+
+    def params(self, c: Call) -> Any:
+        """Tree of shardings of the call's model where the call runs."""
+        return self.rules[c.name].tree(self.specs[c.of].axes)
+
+    def borrowed(self, c: Call) -> Any:
+        """The same with shapes and dtypes: a tree of `jax.ShapeDtypeStruct`."""
+        return jax.tree.map(placed, self.specs[c.of].shapes, self.params(c))
+
+    def home(self, model: str) -> Model:
+        """Shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`.
+
+        Optimizer state has the layout of the parameter that it belongs to.
+        """
+        call = self.graph.home(model)
+        params, whole = self.borrowed(call), self.whole(call)
+        shapes = self._opt_shapes[model]
+        where = state_shardings(shapes, params, otherwise=whole)
+        tx, rules_ = self.specs[model].tx, self.rules[call.name]
+        if isinstance(tx, Adaptation):  # state of entries has axes of its own
+
+            def of_entries(name: str, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+                axes = tx.axes(name)
+                return sharding if axes is None else rules_.fitting(axes, leaf.shape)
+
+            where = tree.map_with_name(of_entries, shapes, where)
+        opt = jax.tree.map(placed, shapes, where)
+        if self.plan[call.name].offload == "opt":
+            opt = jax.tree.map(lambda x: placed(x, in_host(x.sharding)), opt)
+        past = {c.name: (self.borrowed(c),) * c.staleness for c in self.graph.stale(model)}
+        sharded = self.sharded.get(call.name)
+        left, held = (sharded.left(), sharded.held()) if sharded is not None else ((), ())
+        return Model(params, opt, past or (), left or (), held or ())
+
+    def rows(self, c: Call, shapes: Mapping[str, Any]) -> dict[str, Any]:
+        """Arrays as a call reads or writes them where it runs."""
+        place, lengths = self.plan[c.name], c.kind != "generate"
+        return {k: placed(v, rows(place, v.shape, lengths=lengths)) for k, v in shapes.items()}
+
+    def whole(self, c: Call) -> jax.sharding.NamedSharding:
+        """On every device of a call, whole."""
+        return replicated(self.plan[c.name])
+
+    def key(self, c: Call) -> Any:
+        """Equal for calls of one model that read it in the same layout."""
+        return c.of, self.plan[c.name], self.rules[c.name].table
+
+    def here(self, c: Call) -> bool:
+        """Whether this process has a part of the call."""
+        return global_arrays.here(self.whole(c))
+
+    @contextlib.contextmanager
+    def context(self, c: Call, local: int | None = None) -> Iterator[None]:
+        """To trace a call in: its mesh, flax's logical axis rules, how rows are spread over it.
+
+        Args:
+            local: of mixed rows, how many of their tokens are the device's own.
+        """
+        place = self.plan[c.name]
+        over = None
+        if c.kind != "generate" and (place.seq > 1 or sequence.for_whole_rows()):
+            # What is sent as `sharded` says is traced on the device's own rows.
+            way = _own if c.name in self.sharded else _spread
+            over = functools.partial(way, place)
+        if local is not None:
+            over = functools.partial(_both, place, local)
+        table = list(self.rules[c.name].table)
+        with jax.set_mesh(mesh(place)), nn.logical_axis_rules(table), spreading(over):
+            yield
+
+
+def placed(like: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of `like` with a sharding."""
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
+
+
+def held(like: Any) -> dict[Any, int]:
+    """Bytes on every device of a tree of arrays, or of their shapes and layouts.
+
+    What waits in host memory is on none.
+    """
+    out: dict[Any, int] = {}
+    for x in jax.tree.leaves(like):
+        if x.sharding == in_host(x.sharding):
+            continue
+        for device in x.sharding.device_set:
+            out[device] = out.get(device, 0) + shard_bytes(x)
+    return out
+
+
+def shard_bytes(x: Any, itemsize: int = 0) -> int:
+    """Of the part of an array that one device holds; with another size of its elements, if any."""
+    return math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or jnp.dtype(x.dtype).itemsize)
+
+
+def _spread(place: Placement, length: int, sight: int | None) -> Spread:
+    """Rows whose tokens do not divide stay whole. Where all layers see no farther than a window,
+    tokens stay in order, and only the pieces before a device's own that a window reaches are sent.
+    """
+    if length % place.seq:
+        return Spread()
+    if place.seq == 1:
+        return Spread(sequence.attend(place), fits=sequence.fits_whole_rows)
+    pieces = reach(length // place.seq, sight)
+    if pieces < place.seq - 1:
+        return Spread(sequence.attend(place, reach=pieces))
+    ways = (functools.partial(f, parts=place.seq) for f in (sequence.striped, sequence.unstriped))
+    return Spread(sequence.attend(place), *ways)
+
+
+def _own(place: Placement, length: int, sight: int | None) -> Spread:
+    del length, sight
+    return Spread() if place.tensor > 1 else Spread(sequence.own(), fits=sequence.fits_whole_rows)
+
+
+def _both(place: Placement, local: int, length: int, sight: int | None) -> Spread:
+    del length, sight
+
+    def on_each(turn: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def turned(x: Any) -> Any:
+            halves = map(turn, sequence.divided(x, local, place.seq))
+            return sequence.joined(*halves, place.seq)
+
+        return turned
+
+    plain = Spread()
+    return Spread(
+        sequence.both(place, local), next=on_each(plain.next), previous=on_each(plain.previous)
+    )

@@ -1,0 +1,1 @@
+"""Length-aware micro-batches: sequences of many lengths, cut so that devices finish together."""

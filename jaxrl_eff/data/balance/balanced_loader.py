@@ -1,0 +1,316 @@
+"""Global batches as lists of micro-batches, planned and laid out ahead in a thread.
+
+A *unit* is what must lie in one row: a sequence, or both sides of a preference pair. `arrange`
+makes rows of a schedule; every unit is in one row of a device or in one row of a group, packed side
+by side with others like anywhere else, and what cuts a group's row over its devices is not seen
+here.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxrl_eff.data import packing
+from jaxrl_eff.data.balance import skrull
+from jaxrl_eff.data.balance.assignment import Schedule, Shape, quality
+from jaxrl_eff.data.balance.cost import Cost, refit
+from jaxrl_eff.data.loader import Loader
+from jaxrl_eff.parallel import processes
+
+Unit = tuple[packing.Segment, ...]
+MicroBatch = dict[str, dict[str, np.ndarray]]
+
+KEPT = 64  # measured steps, for the next fit
+NOWHERE = 2**31 - 1  # beyond any array
+
+
+def arrange(schedule: Schedule, units: Sequence[Unit], *, pad: int = 0) -> list[MicroBatch]:
+    """The rows of every micro-step, for G groups of P ranks.
+
+    Args:
+        schedule: of the units' lengths.
+        units: K of them.
+        pad: token id at padding.
+
+    Returns:
+        For each micro-step of shape (Tl, Td) the arrays of `packing.pack`: "local", rank r of group
+        g in row g P + r of [G P, Tl], and "shared", [G, P Td].
+    """
+    lengths = _lengths(schedule)
+    return [
+        {
+            side: packing.lay_out(
+                [[s for k in row for s in units[k]] for row in rows], length=length[side], pad=pad
+            )
+            for side, rows in micro.items()
+        }
+        for micro, length in zip(_rows(schedule), lengths, strict=True)
+    ]
+
+
+def maps(schedule: Schedule, rows: Sequence[int] | np.ndarray, *, width: int) -> list[MicroBatch]:
+    """Where the tokens of every micro-step come from, if each sequence is the begin of a row.
+
+    Args:
+        schedule: of the lengths of K sequences.
+        rows: int [K], in which row of an array [B, T] each is.
+        width: T.
+
+    Returns:
+        For each micro-step "local" and "shared", with rows as of `arrange`: "source" int32, row *
+        width + column in the array, or `NOWHERE` at padding; "segment" int32, 1, 2, .. within the
+        row, 0 at padding.
+    """
+    out = []
+    for micro, length in zip(_rows(schedule), _lengths(schedule), strict=True):
+        both = {}
+        for side, there in micro.items():
+            source = np.full((len(there), length[side]), NOWHERE, np.int32)
+            segment = np.zeros(source.shape, np.int32)
+            for b, row in enumerate(there):
+                start = 0
+                for s, k in enumerate(row, start=1):
+                    n, first = int(schedule.lengths[k]), int(rows[k]) * width
+                    here = slice(start, start + n)
+                    source[b, here], segment[b, here] = np.arange(first, first + n), s
+                    start += n
+            both[side] = {"source": source, "segment": segment}
+        out.append(both)
+    return out
+
+
+def _rows(schedule: Schedule) -> list[dict[str, list[list[int]]]]:
+    """Which sequences are in each row of each micro-step, in their order."""
+    groups, parts = schedule.groups, schedule.parts
+    sizes = {"local": groups * parts, "shared": groups}
+    out = [{side: [[] for _ in range(n)] for side, n in sizes.items()} for _ in schedule.shapes]
+    places = zip(schedule.step, schedule.group, schedule.rank, strict=True)
+    for k, (step, group, rank) in enumerate(places):
+        side, row = ("shared", group) if rank < 0 else ("local", group * parts + rank)
+        out[step][side][row].append(k)
+    return out
+
+
+def _lengths(schedule: Schedule) -> list[dict[str, int]]:
+    """Tokens of a row of either kind in each micro-step."""
+    return [
+        {"local": shape.local, "shared": shape.distributed * schedule.parts}
+        for shape in schedule.shapes
+    ]
+
+
+_made = itertools.count()
+
+
+def told(schedule: Schedule) -> str:
+    """A schedule as text, from which `heard` makes the same one beside the same lengths."""
+    return json.dumps(
+        {
+            "lengths": _digest(schedule.lengths),
+            "shapes": schedule.shapes,
+            **{name: getattr(schedule, name).tolist() for name in ("step", "group", "rank")},
+            **{name: getattr(schedule, name) for name in ("seconds", "rule", "candidates")},
+        }
+    )
+
+
+def heard(
+    text: str, lengths: Sequence[int], *, groups: int, parts: int, room: int, cost: Cost
+) -> Schedule:
+    """The schedule that another process made of a batch; see `told`.
+
+    Raises:
+        ValueError: it is of other lengths.
+    """
+    there, mine = json.loads(text), np.asarray(lengths, np.int64)
+    if there.pop("lengths") != _digest(mine):
+        raise ValueError(
+            "the first process has planned a batch of other lengths: do all processes read the "
+            "same data?"
+        )
+    shapes = tuple(Shape(*shape) for shape in there.pop("shapes"))
+    places = {name: np.asarray(there.pop(name), np.int32) for name in ("step", "group", "rank")}
+    return Schedule(
+        lengths=mine, groups=groups, parts=parts, room=room, cost=cost, shapes=shapes,
+        **places, **there,
+    )  # fmt: skip
+
+
+def _digest(lengths: np.ndarray) -> str:
+    return hashlib.sha256(np.asarray(lengths, np.int64).tobytes()).hexdigest()[:16]
+
+
+class Scheduled:
+    """An iterator over scheduled global batches; `state` and `restore` resume as a `Loader`'s.
+
+    Of several processes the first one plans, by what it measures, and tells the others its
+    schedules; every process lays them out. All must make their iterators in the same order.
+
+    Args:
+        loader: one example a row; as many as a global batch has.
+        groups, parts, room: as of `skrull.plan`.
+        cost: by which schedules are judged, at first.
+        shapes: that micro-steps may have.
+        lengths: of some units, to be told.
+        pad: token id at padding.
+        ahead: batches planned ahead.
+        measure: whether measured batches correct the cost.
+
+    Attributes:
+        schedule: of the batch that was given last.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        *,
+        groups: int,
+        parts: int,
+        room: int,
+        cost: Cost,
+        shapes: Sequence[Shape],
+        lengths: Sequence[int] = (),
+        pad: int = 0,
+        ahead: int = 2,
+        measure: bool = True,
+    ):
+        self._measure = measure
+        self._lengths = np.asarray(lengths, np.int64)
+        self._loader, self._cost, self._shapes, self._pad = loader, cost, tuple(shapes), pad
+        self._mesh = {"groups": groups, "parts": parts, "room": room}
+        self._ahead = ahead
+        self._state: dict[str, Any] | None = None
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._seen: list[tuple[np.ndarray, float]] = []
+        self._number, self._round = next(_made), 0
+        self._peers = processes.group()
+        self.schedule: Schedule | None = None
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        if self._thread is None:
+            self._start()
+        given = self._queue.get()
+        if isinstance(given, BaseException):
+            self.close()
+            raise given
+        self.schedule, batch, self._state = given
+        return batch
+
+    def prepare(self) -> None:
+        """Starts planning."""
+        if self._thread is None:
+            self._start()
+
+    def share(self, process: tuple[int, int]) -> None:
+        """Every process has whole batches, so there is nothing to be chosen."""
+
+    def state(self) -> dict[str, Any]:
+        """As `Loader.state`, after the batches that were given; and the cost."""
+        if self._state is None:
+            self._state = self._loader.state()
+        return {**self._state, "cost": dataclasses.asdict(self._cost)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """As `Loader.restore`."""
+        self.close()
+        self._loader.restore(state)
+        self._state, self._cost = state, Cost(**state["cost"])
+
+    def told(self) -> dict[str, Any]:
+        """What schedules are made for, as plain data: room, shapes, a histogram of lengths.
+
+        Returns:
+            `lengths` is a list of (most tokens, share of units), bins that double.
+        """
+        edges = 2 ** np.arange(1, max(2, int(self._lengths.max(initial=2)).bit_length() + 1))
+        bins = np.searchsorted(edges, self._lengths)
+        share = np.bincount(bins, minlength=len(edges))[: len(edges)] / max(1, len(self._lengths))
+        return {
+            **self._mesh,
+            "shapes": [list(shape) for shape in self._shapes],
+            "lengths": [[int(e), round(float(s), 6)] for e, s in zip(edges, share, strict=True)],
+        }
+
+    def stats(self) -> dict[str, float]:
+        """As `Loader.stats`, of batches given; padding is that of the batch given last."""
+        padding = quality(self.schedule).padding if self.schedule is not None else 0.0
+        return {**self._loader.stats(self.state()), "padding": padding}
+
+    def measured(self, schedule: Schedule, seconds: float) -> None:
+        """Tells how long a batch took.
+
+        Schedules made from then on are judged by a cost that explains the last steps better, if
+        that is wished.
+        """
+        plans = self._peers is None or self._peers.process == 0
+        if self._measure and plans and seconds > 0:
+            self._seen = [*self._seen, (schedule.terms(), seconds)][-KEPT:]
+            self._cost = refit(self._cost, self._seen)
+
+    def close(self) -> None:
+        """Ends the thread; batches planned ahead are forgotten, and drawn again."""
+        if self._thread is None:
+            self._loader.close()
+            return
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._thread.join()
+        self._thread = None
+        self._queue = queue.Queue(maxsize=self._ahead)
+        self._loader.restore(self._state)
+        self._loader.close()
+
+    def _start(self) -> None:
+        self.state()
+        self._stop.clear()
+        self._round += 1
+        self._thread = threading.Thread(target=self._run, name="schedule", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for batch in itertools.count():
+                units = [tuple(item.segments) for item in self._loader.items()]
+                lengths = [sum(len(ids) for ids, _ in unit) for unit in units]
+                found = self._planned(lengths, f"{self._number} {self._round} {batch}")
+                if found is None or self._stop.is_set():
+                    return
+                arrays = arrange(found, units, pad=self._pad)
+                self._put((found, arrays, self._loader.state()))
+        except BaseException as error:
+            self._put(error)
+
+    def _planned(self, lengths: Sequence[int], which: str) -> Schedule | None:
+        """The schedule of a batch, which all processes call the same; None when asked to stop."""
+        key = f"schedule {which}"
+        if self._peers is not None and self._peers.process:
+            said = self._peers.hear(key, self._stop.is_set)
+            return None if said is None else heard(said[0], lengths, cost=self._cost, **self._mesh)
+        found = skrull.plan(lengths, **self._mesh, cost=self._cost, shapes=self._shapes)
+        if self._peers is not None:
+            self._peers.tell(key, told(found))
+        return found
+
+    def _put(self, given: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(given, timeout=0.1)
+                return
+            except queue.Full:
+                continue

@@ -1,0 +1,118 @@
+"""Many batches of one source, scheduled by every rule."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxrl_eff.data.balance import skrull
+from jaxrl_eff.data.balance.assignment import Schedule, Shape, quality
+from jaxrl_eff.data.balance.cost import Cost
+from jaxrl_eff.data.balance.shapes import lattice
+
+EXACT = "exact"
+
+
+class Study(NamedTuple):
+    """What was scheduled.
+
+    Attributes:
+        shapes: the lattice, None: exact shapes.
+        schedules: of every batch.
+        rivals: rule -> its schedules of the same batches, in exact shapes; `EXACT` is the
+            schedule's own rule, where it has a lattice.
+    """
+
+    shapes: tuple[Shape, ...] | None
+    schedules: list[Schedule]
+    rivals: dict[str, list[Schedule]]
+
+
+class Row(NamedTuple):
+    """One rule over all batches.
+
+    Attributes:
+        seconds: estimated, of all batches.
+        gain: these over the schedules' own.
+        over_limit, padding, balance, distributed: as of `schedules.Quality`, with balance of time;
+            means over batches, weighted by their seconds.
+        steps: micro-steps.
+    """
+
+    name: str
+    seconds: float
+    gain: float
+    over_limit: float
+    steps: int
+    padding: float
+    balance: float
+    distributed: float
+
+
+def study(
+    lengths: np.ndarray,
+    *,
+    groups: int,
+    parts: int,
+    room: int,
+    cost: Cost,
+    batch: int,
+    shapes: int,
+) -> Study:
+    """Schedules batch after batch by every rule, the last one of what is left.
+
+    Args:
+        lengths: int64 [n].
+        groups, parts, room, cost: as of `skrull.plan`.
+        batch: sequences of a batch.
+        shapes: of the lattice, at most; 0: exact shapes.
+
+    Raises:
+        ValueError: a length that no group has room for.
+    """
+    same = {"groups": groups, "parts": parts, "room": room, "cost": cost}
+    longest = int(lengths.max())
+    if longest > room * parts:
+        raise ValueError(
+            f"length {int(lengths.argmax()) + 1} of {len(lengths)} is {longest}, but {parts} ranks "
+            f"of {room} tokens hold at most {room * parts}."
+        )
+    chosen = lattice(lengths, batch=batch, shapes=shapes, **same) if shapes else None
+    out = Study(chosen, [], {})
+    for start in range(0, len(lengths), batch):
+        found = skrull.plan(lengths[start : start + batch], **same, shapes=chosen)
+        out.schedules.append(found)
+        if chosen is not None:
+            exact = skrull.plan(lengths[start : start + batch], **same)
+            out.rivals.setdefault(EXACT, []).append(exact)
+        for name, other in skrull.rivals(found).items():
+            out.rivals.setdefault(name, []).append(other)
+    return out
+
+
+def rows(found: Study) -> list[Row]:
+    """What every rule takes for all batches, the schedule's own first; gains are over each."""
+    own = sum(s.seconds for s in found.schedules)
+    return [
+        _row("skrull", found.schedules, own),
+        *(_row(name, schedules, own) for name, schedules in found.rivals.items()),
+    ]
+
+
+def _row(name: str, schedules: list[Schedule], own: float) -> Row:
+    qualities = [quality(s) for s in schedules]
+    seconds = sum(q.seconds for q in qualities)
+    weights = [q.seconds / seconds for q in qualities]
+
+    def mean(field: str) -> float:
+        return float(sum(w * getattr(q, field) for w, q in zip(weights, qualities, strict=True)))
+
+    return Row(
+        name=name,
+        seconds=seconds,
+        gain=seconds / own,
+        over_limit=seconds / sum(q.seconds / q.over_limit for q in qualities),
+        steps=sum(q.steps for q in qualities),
+        padding=mean("padding"),
+        balance=mean("time_balance"),
+        distributed=mean("distributed"),
+    )

@@ -1,0 +1,259 @@
+"""Few shapes for many schedules, since every shape of a micro-step is a program to compile.
+
+A lattice is a short list of shapes (local columns, distributed columns). A micro-step is planned
+into the cheapest that holds it, and pads up to it. What it wants is mostly columns: local
+sequences can be moved among the distributed ones where those have room left. So a shape (l, d) is
+counted as holding a wanted one (l', d') if d' <= d and l' + d' <= l + d.
+
+Among lattices of shelves, a few numbers of distributed columns and for each a few numbers of all
+columns, dynamic programming finds the one that pads least, where every wanted shape takes the
+lowest shelf that it can: sharing out more than that would be slower, though it might pad less.
+
+How many tokens are distributed matters less to a plan than that its columns are in use, and few
+numbers of distributed columns leave more shapes for the numbers of all columns. So batches are
+also planned with one, two or three of the former, in several ways, and the lattice that is fastest
+on the batches is taken.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxrl_eff.data.balance import skrull
+from jaxrl_eff.data.balance.assignment import Schedule, Shape
+from jaxrl_eff.data.balance.batch import Batch
+from jaxrl_eff.data.balance.cost import Cost
+
+MULTIPLE = 128  # columns are rounded up to it: blocks of attention kernels
+_LEVELS = 24  # of distributed columns, and of local ones, that are considered as edges
+_QUANTILES = (0.25, 0.5, 0.8)  # of distributed columns, to do with few numbers of them
+_RARE = 6  # of so many shapes one is for batches of a kind that was not drawn
+_JUDGES = 16  # batches that lattices are compared on
+
+_Row = dict[int, tuple[float, tuple[Shape, ...]]]  # shapes used -> columns taken, the shapes
+
+
+def lattice(
+    lengths: Sequence[int] | np.ndarray,
+    *,
+    groups: int,
+    parts: int,
+    room: int,
+    batch: int,
+    cost: Cost,
+    counts: Sequence[int] | np.ndarray | None = None,
+    shapes: int = 12,
+    batches: int = 64,
+    seed: int = 0,
+    multiple: int = MULTIPLE,
+) -> tuple[Shape, ...]:
+    """The shapes that schedules of such lengths should have.
+
+    Batches are drawn from the lengths and planned with exact shapes, and with few numbers of
+    distributed columns; of the lattices that pad what these ask for least, it is the one on which
+    the batches are estimated fastest. One shape is (0, room): whatever fits memory fits there.
+
+    Args:
+        lengths: seen ones, or the values of a histogram with `counts`.
+        groups, parts, room, cost: as of `skrull.plan`.
+        batch: sequences of a global batch.
+        shapes: how many, at most.
+        batches: that are drawn.
+        multiple: that columns are rounded up to, if the room allows.
+
+    Raises:
+        ValueError: a length that does not fit, or no shape to give.
+    """
+    if shapes < 1 or batch < 1 or batches < 1 or multiple < 1:
+        raise ValueError(f"{shapes=}, {batch=}, {batches=} and {multiple=} must all be at least 1.")
+    n = np.asarray(lengths)
+    if n.size and n.max() > room * parts:
+        raise ValueError(
+            f"a sequence has {n.max()} tokens, but {parts} ranks of {room} tokens hold at most "
+            f"{room * parts}."
+        )
+    share = None if counts is None else np.asarray(counts, np.float64) / np.sum(counts)
+    rng = np.random.default_rng(seed)
+    drawn = [n[rng.choice(len(n), size=batch, p=share)] for _ in range(batches)]
+    return fitted(
+        drawn, groups=groups, parts=parts, room=room, cost=cost, longest=int(n.max(initial=0)),
+        shapes=shapes, multiple=multiple,
+    )  # fmt: skip
+
+
+def fitted(
+    batches: Sequence[np.ndarray],
+    *,
+    groups: int,
+    parts: int,
+    room: int,
+    cost: Cost,
+    longest: int,
+    shapes: int = 12,
+    multiple: int = MULTIPLE,
+) -> tuple[Shape, ...]:
+    """As `lattice`, of batches at hand.
+
+    Args:
+        batches: lengths of the sequences of each. The first 16 are those on which lattices are
+            compared.
+        longest: tokens of a sequence, at most.
+    """
+    same = {"groups": groups, "parts": parts, "room": room, "cost": cost}
+    exact = [skrull.plan(lengths, **same) for lengths in batches]
+    wanted = [shape for s in exact for shape in s.shapes]
+    rare = _rare(wanted, room=room, count=shapes // _RARE, multiple=multiple)
+    shapes -= len(rare)
+    found = [chosen(wanted, room=room, shapes=shapes, multiple=multiple)]
+    longest = min(_up(-(-longest // parts), multiple), room)
+    for depths in _depths(wanted, longest, room=room, multiple=multiple):
+        asked = [shape for s in exact for shape in _on(s, depths, multiple)]
+        found.append(_on_shelves(asked, depths, room=room, shapes=shapes))
+    found = list(dict.fromkeys(_sorted([*one, *rare], room) for one in found))
+
+    def seconds(shapes: tuple[Shape, ...]) -> float:
+        judges = batches[:_JUDGES]
+        return sum(skrull.plan(lengths, shapes=shapes, **same).seconds for lengths in judges)
+
+    return min(found, key=seconds) if len(found) > 1 else found[0]
+
+
+def _rare(wanted: Sequence[Shape], *, room: int, count: int, multiple: int) -> list[Shape]:
+    """Shapes between the largest one wanted and the whole room, if that is far.
+
+    A sequence that is longer than all of the batches would otherwise be the price of a whole room.
+    """
+    largest = max([s.columns for s in wanted], default=room)
+    count = min(count, int(math.log2(room / largest)))
+    ratio = (room / largest) ** (1 / (count + 1))
+    return [Shape(0, _up(round(largest * ratio**i), multiple)) for i in range(1, count + 1)]
+
+
+def _depths(
+    wanted: Sequence[Shape], longest: int, *, room: int, multiple: int
+) -> list[tuple[int, ...]]:
+    """Few numbers of distributed columns, in several ways, among them one for what is longest."""
+    deep = [d for _, d in wanted if d]
+    if not deep:
+        return []
+    below = [min(_up(int(np.quantile(deep, q)), multiple), room) for q in _QUANTILES]
+    tops = {min(_up(max(deep), multiple), room), longest}
+    lows = [(), *((d,) for d in below), (below[0], below[-1])]
+    return sorted({tuple(sorted({*low, top})) for low in lows for top in tops})
+
+
+def _on(schedule: Schedule, depths: tuple[int, ...], multiple: int) -> list[Shape]:
+    """The shapes of a schedule's micro-steps with one of these numbers of distributed columns.
+
+    Micro-steps that fit none of them are left out.
+    """
+    out = []
+    for i in range(len(schedule.shapes)):
+        lengths = schedule.lengths[schedule.step == i]
+        batch = Batch(lengths, schedule.groups, schedule.parts, schedule.room, schedule.cost)
+        found = batch.pool(list(range(len(lengths))), depths)
+        if found is not None:
+            depth = next(d for d in depths if d >= found[1].distributed)
+            columns = _up(found[1].local + depth, multiple)
+            if columns <= schedule.room:
+                out.append(Shape(columns - depth, depth))
+    return out
+
+
+def _on_shelves(
+    wanted: Sequence[Shape], depths: tuple[int, ...], *, room: int, shapes: int
+) -> tuple[Shape, ...]:
+    """As `chosen`, of shapes that have these numbers of distributed columns already."""
+    least: _Row = {0: (0.0, ())}
+    for depth in depths if shapes > 1 else ():
+        total = np.array([s.columns for s in wanted if s.distributed == depth], np.int64)
+        if total.size:
+            row: _Row = {}
+            _extend(row, least, _shelf(total, room, shapes - 1), depth, shapes - 1)
+            least = row
+    return _sorted(min(least.values(), key=lambda found: (found[0], len(found[1])))[1], room)
+
+
+def chosen(
+    wanted: Sequence[Shape], *, room: int, shapes: int, multiple: int = MULTIPLE
+) -> tuple[Shape, ...]:
+    """The lattice of at most so many shapes in which the wanted ones take the fewest columns.
+
+    At most 24 levels of either number are told apart, by quantiles. What rounding up puts beyond
+    the room is left to (0, room).
+    """
+    shared = np.array([_up(d, multiple) for _, d in wanted], np.int64)
+    total = np.array([max(_up(s + d, multiple), _up(d, multiple)) for s, d in wanted], np.int64)
+    full = Shape(0, room)
+    fits = total <= room
+    if shapes == 1 or not fits.any():
+        return (full,)
+    return _sorted(_shelves(shared[fits], total[fits], room, shapes - 1), room)
+
+
+def _sorted(shapes: Sequence[Shape], room: int) -> tuple[Shape, ...]:
+    """With the one that holds whatever fits."""
+    return tuple(sorted({Shape(0, room), *shapes}, key=lambda s: (s.columns, s)))
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _levels(values: np.ndarray) -> list[int]:
+    """At most `_LEVELS` of the values, ascending, the largest among them."""
+    found = np.unique(values)
+    if len(found) > _LEVELS:
+        quantiles = np.arange(1, _LEVELS + 1) / _LEVELS
+        found = np.unique(np.quantile(values, quantiles, method="higher"))
+    return found.tolist()
+
+
+def _shelves(shared: np.ndarray, total: np.ndarray, room: int, shapes: int) -> list[Shape]:
+    """Dynamic programming over shelves: least[i][m], of the first i levels with m shapes."""
+    levels = _levels(shared)
+    least: list[_Row] = [{0: (0.0, ())}]
+    for i, top in enumerate(levels, start=1):
+        row: _Row = {}
+        for j in range(i):
+            here = (shared > (levels[j - 1] if j else -1)) & (shared <= top)
+            options = _shelf(np.maximum(total[here], top), room, shapes)
+            _extend(row, least[j], options, top, shapes)
+        least.append(row)
+    return list(min(least[-1].values(), key=lambda found: (found[0], len(found[1])))[1])
+
+
+def _extend(
+    row: _Row,
+    least: _Row,
+    options: list[tuple[float, tuple[int, ...]]],
+    depth: int,
+    shapes: int,
+) -> None:
+    """What one more shelf, with the edges of an option, makes of what is least without it."""
+    for m, (before, taken) in least.items():
+        for k, (price, edges) in enumerate(options[: shapes - m + 1]):
+            if before + price < row.get(m + k, (np.inf, ()))[0]:
+                row[m + k] = before + price, taken + tuple(Shape(e - depth, depth) for e in edges)
+
+
+def _shelf(total: np.ndarray, room: int, shapes: int) -> list[tuple[float, tuple[int, ...]]]:
+    """For 0, 1, .. edges: the columns that micro-steps of these totals take, and the edges.
+
+    Each takes the next edge, and what is above all of them the whole room.
+    """
+    levels = _levels(total)
+    below = [0.0, *(float((total <= e).sum()) for e in levels)]
+    rest = [(below[-1] - b) * room for b in below]
+    row: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] + [(np.inf, ())] * len(levels)
+    out = [(rest[0], ())]
+    for _ in range(min(shapes, len(levels))):
+        # row[i]: the last edge is the i-th level.
+        row = [(np.inf, ())] + [
+            min((row[j][0] + (below[i] - below[j]) * edge, (*row[j][1], edge)) for j in range(i))
+            for i, edge in enumerate(levels, start=1)
+        ]
+        ends = [(price + r, edges) for (price, edges), r in zip(row, rest, strict=True)]
+        out.append(min(ends))
+    return out

@@ -1,0 +1,1 @@
+"""Attention over tokens that are sharded over devices, and its kernels."""

@@ -1,0 +1,222 @@
+"""One device's share of distributed attention: its queries on one piece of the keys.
+
+Everything is in chunks, and a product of two chunks is made only where some query sees some key, so
+that no score matrix is larger than a chunk by a chunk, and what another document, a later token or
+the far side of a window hides costs a comparison. Partial results are pairs (out, lse) of a
+softmax over the keys met so far and the logarithm of its sum; `merge` joins two of them, whatever
+their order and however far apart, as in FlashAttention (Dao, 2023, arXiv:2307.08691, section 2.3).
+
+Letters, beside those of `shapes`: n chunks of queries, m chunks of keys, c queries a chunk, d keys
+a chunk, R = G c.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxrl_eff.types import Array, Bool, Float, Int
+
+NEG = -1e30  # the lse of a query that has seen nothing; finite, so that differences are
+FLOOR = -1e29
+
+Window = Int[Array, ""] | None
+
+
+def wide(dtype: Any) -> Any:
+    """What sums of this dtype are kept in: float32, or float64 for its own."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def sees(
+    q_where: Int[Array, "2 B c"], k_where: Int[Array, "2 B d"], window: Window
+) -> Bool[Array, "B c d"]:
+    """Which keys each query sees, given positions and segments: `models.attention.allowed`."""
+    (q_position, q_segment), (k_position, k_segment) = q_where, k_where
+    behind = q_position[:, :, None] - k_position[:, None, :]
+    same = (q_segment[:, :, None] == k_segment[:, None, :]) & (k_segment > 0)[:, None, :]
+    seen = same & (behind >= 0)
+    return seen if window is None else seen & (behind < window)
+
+
+def merge(
+    out: Float[Array, "*r H"],
+    lse: Float[Array, "*r"],
+    other: Float[Array, "*r H"],
+    other_lse: Float[Array, "*r"],
+) -> tuple[Float[Array, "*r H"], Float[Array, "*r"]]:
+    """The attention over two sets of keys from that over each.
+
+    lse' = log(e^lse + e^other_lse), out' = e^(lse - lse') out + e^(other_lse - lse') other, the
+    factors as sigmoids of lse - other_lse and its negative: they add up to 1 even where lse' is so
+    large that its rounding would show, and nothing overflows.
+    """
+    apart = lse - other_lse
+    out = lax.logistic(apart)[..., None] * out + lax.logistic(-apart)[..., None] * other
+    return out, jnp.maximum(lse, other_lse) + jnp.log1p(jnp.exp(-jnp.abs(apart)))
+
+
+def nothing(q: Float[Array, "n B K R H"]) -> tuple[Array, Array]:
+    """(out, lse) of queries that have met no key."""
+    out = jnp.zeros_like(q, wide(q.dtype))
+    return out, jnp.full_like(out[..., 0], NEG)
+
+
+def forward(
+    out: Float[Array, "n B K R H"],
+    lse: Float[Array, "n B K R"],
+    q: Float[Array, "n B K R H"],
+    kv: Float[Array, "m 2 B K d H"],
+    q_where: Int[Array, "n 2 B c"],
+    k_where: Int[Array, "m 2 B d"],
+    window: Window,
+    softcap: float | None,
+) -> tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]]:
+    """(out, lse) after these keys, from that before them. `q` is scaled."""
+
+    def queries(met, chunk):
+        i, q, q_where = chunk
+
+        def keys(one, chunk):
+            kv, k_where = chunk
+            seen = sees(q_where, k_where, window)
+            one = lax.cond(
+                seen.any(), lambda: merge(*one, *_piece(q, kv, seen, softcap)), lambda: one
+            )
+            return one, None
+
+        return _put(met, i, _scan(keys, _at(met, i), (kv, k_where))[0]), None
+
+    return _scan(queries, (out, lse), (jnp.arange(len(q)), q, q_where))[0]
+
+
+def backward(
+    dq: Float[Array, "n B K R H"],
+    q: Float[Array, "n B K R H"],
+    dout: Float[Array, "n B K R H"],
+    lse: Float[Array, "n B K R"],
+    delta: Float[Array, "n B K R"],
+    kv: Float[Array, "m 2 B K d H"],
+    q_where: Int[Array, "n 2 B c"],
+    k_where: Int[Array, "m 2 B d"],
+    window: Window,
+    softcap: float | None,
+) -> tuple[Float[Array, "n B K R H"], Float[Array, "m 2 B K d H"]]:
+    """dq with the share of these keys added, and the gradient of the keys and values; wide.
+
+    Args:
+        lse: over all keys, those of other pieces too.
+        delta: rowsum(dout * out), of all keys too.
+    """
+
+    def keys(dq, chunk):
+        kv, k_where = chunk
+
+        def queries(carry, chunk):
+            dq, dkv = carry
+            i, q, q_where, *rest = chunk
+            seen = sees(q_where, k_where, window)
+
+            def add():
+                more, more_kv = _piece_gradient(q, kv, seen, softcap, *rest)
+                return _at(dq, i) + more, dkv + more_kv
+
+            one, dkv = lax.cond(seen.any(), add, lambda: (_at(dq, i), dkv))
+            return (_put(dq, i, one), dkv), None
+
+        chunks = (jnp.arange(len(q)), q, q_where, dout, lse, delta)
+        return _scan(queries, (dq, jnp.zeros_like(kv, dq.dtype)), chunks)[0]
+
+    return _scan(keys, dq, (kv, k_where))
+
+
+def _piece(q, kv, seen, softcap):
+    score, _ = _scores(q, kv[0], seen, softcap)
+    # The floor makes every weight of a query that sees nothing vanish, instead of all being equal.
+    top = jnp.maximum(score.max(axis=-1), FLOOR)
+    weight = jnp.exp(score - top[..., None])
+    total = weight.sum(axis=-1)
+    out = _product("bkrd,bkdh->bkrh", weight, kv[1])
+    total = jnp.where(total > 0, total, 1)
+    lse = jnp.where(top > FLOOR, top + jnp.log(total), NEG)
+    return out / total[..., None], lse
+
+
+def _piece_gradient(q, kv, seen, softcap, dout, lse, delta):
+    score, slope = _scores(q, kv[0], seen, softcap)
+    weight = jnp.exp(score - jnp.maximum(lse, FLOOR)[..., None])
+    dv = _product("bkrd,bkrh->bkdh", weight, dout)
+    dweight = _product("bkrh,bkdh->bkrd", dout, kv[1])
+    dscore = weight * (dweight - delta[..., None]) * slope
+    dq = _product("bkrd,bkdh->bkrh", dscore, kv[0])
+    dk = _product("bkrd,bkrh->bkdh", dscore, q)
+    return dq, jnp.stack([dk, dv])
+
+
+def _scores(q, k, seen, softcap):
+    """c tanh(q.k / c), NEG where not seen, and its slope in q.k."""
+    score, slope = _product("bkrh,bkdh->bkrd", q, k), jnp.ones((), wide(q.dtype))
+    if softcap is not None:
+        bend = jnp.tanh(score / softcap)
+        score, slope = softcap * bend, 1 - bend * bend
+    rows, heads, _, keys = score.shape
+    groups = score.reshape(rows, heads, -1, *seen.shape[1:])
+    score = jnp.where(seen[:, None, None], groups, NEG).reshape(rows, heads, -1, keys)
+    return score, slope
+
+
+def _product(letters: str, x: Array, y: Array) -> Array:
+    """Of the dtype of the arrays that came in, which is `y`'s, in wide sums."""
+    return jnp.einsum(letters, x.astype(y.dtype), y, preferred_element_type=wide(y.dtype))
+
+
+def _at(tree: Any, i: Array) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), tree)
+
+
+def _put(tree: Any, i: Array, one: Any) -> Any:
+    """The i-th chunk replaced: in place in a loop, where an output of the loop would be a copy."""
+    return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), tree, one)
+
+
+def _scan(body: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:
+    """`lax.scan`; of one chunk, without a loop."""
+    return lax.scan(body, carry, chunks, unroll=chunks[-1].shape[0] == 1)
+
+
+# To chunks and back
+
+
+def chunks(length: int, most: int) -> tuple[int, int]:
+    """(how many, how long): as equal as can be, none longer than `most`, the last padded."""
+    number = max(1, -(-length // most))
+    return number, -(-length // number)
+
+
+def fold(x: Float[Array, "B T N H"], heads: int, most: int) -> Float[Array, "n B K R H"]:
+    """Chunks of at most `most` tokens first; the query heads that share a key head are rows."""
+    rows, length, _, dim = x.shape
+    number, size = chunks(length, most)
+    x = jnp.pad(x, ((0, 0), (0, number * size - length), (0, 0), (0, 0)))
+    x = x.reshape(rows, number, size, heads, -1, dim).transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(number, rows, heads, -1, dim)
+
+
+def unfold(x: Float[Array, "n B K R H"], length: int, most: int) -> Float[Array, "B T N H"]:
+    """What `fold` made of `length` tokens, back."""
+    number, rows, heads, _, dim = x.shape
+    size = chunks(length, most)[1]
+    x = x.reshape(number, rows, heads, -1, size, dim).transpose(1, 0, 4, 2, 3, 5)
+    return x.reshape(rows, number * size, -1, dim)[:, :length]
+
+
+def fold_where(
+    position: Int[Array, "B T"], segment: Int[Array, "B T"], most: int
+) -> Int[Array, "n 2 B c"]:
+    """Positions and segments as `fold` lays out their tokens; what is added is padding."""
+    where = jnp.stack([position.astype(jnp.int32), segment.astype(jnp.int32)])
+    number, size = chunks(where.shape[2], most)
+    where = jnp.pad(where, ((0, 0), (0, 0), (0, number * size - where.shape[2])))
+    return where.reshape(2, -1, number, size).transpose(2, 0, 1, 3)

@@ -1,0 +1,211 @@
+"""The attention of a call whose rows are split over the sequence axis of its mesh."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_eff.parallel.attention import kernels, ring
+from jaxrl_eff.parallel.devices import CORE_FLOPS_PER_S, peak_flops_per_s
+from jaxrl_eff.parallel.mesh import Placement, mesh
+from jaxrl_eff.parallel.reshard.layout import Network
+from jaxrl_eff.types import Array
+
+GATHERED_BYTES = 1 << 30  # keys and values of a layer that a device may hold whole
+CPU_CHUNK = 128  # tokens: quicker for many short sequences, and for long ones no slower
+WAYS = {"ring": ring.ring, "gathered": ring.gathered, "ulysses": ring.ulysses}
+
+
+@functools.lru_cache(maxsize=256)
+def attend(place: Placement, way: str = "", reach: int | None = None) -> Callable[..., Array]:
+    """Attention on global arrays whose rows, tokens and heads are split as `place` says.
+
+    One function for equal arguments, since a program is traced anew for another one.
+
+    Args:
+        way: "ring", "gathered" or "ulysses"; "": the one that is estimated fastest for the shapes
+            that it is traced with.
+        reach: send keys and values so many pieces on, by a ring; see `ring.ring`.
+
+    Raises:
+        ValueError: an unknown way.
+    """
+    if way not in ("", *WAYS):
+        raise ValueError(f"attention over the sequence axis is {way!r}; there are {list(WAYS)}.")
+    grid = mesh(place)
+    if place.seq == 1:
+        return _when_called(lambda: ring.on_mesh(ring.local("seq", kernel=kernel()), grid))
+    if reach is not None:
+        return ring.on_mesh(ring.ring("seq", reach=reach, kernel=kernel()), grid)
+    made = {name: ring.on_mesh(make("seq", kernel=kernel()), grid) for name, make in WAYS.items()}
+    if way:
+        return made[way]
+
+    def chosen(q: Array, k: Array, v: Array, **how: Any) -> Array:
+        return made[fastest(place, q.shape, k.shape[2], q.dtype)](q, k, v, **how)
+
+    chosen.names = ring.NAMES
+    return chosen
+
+
+@functools.lru_cache(maxsize=1)
+def own() -> Callable[..., Array]:
+    """Attention to a device's own rows, inside a `shard_map` over all axes of a mesh."""
+    return _when_called(lambda: ring.local("seq", kernel=kernel()))
+
+
+def _when_called(make: Callable[[], Callable[..., Array]]) -> Callable[..., Array]:
+    """An attention made when it is traced: a kernel is tried for models only that it is for."""
+
+    def attend(*args: Any, **how: Any) -> Array:
+        return make()(*args, **how)
+
+    attend.names = ring.NAMES
+    return attend
+
+
+def fastest(
+    place: Placement,
+    shape: tuple[int, ...],
+    kv_heads: int,
+    dtype: Any,
+    *,
+    network: Network | None = None,
+    flops_per_s: float | int | None = None,
+) -> str:
+    """The way that is estimated to take least for one layer's forward pass.
+
+    A ring sends while it computes, but starts P - 1 messages; the others send at once, and wait.
+
+    Args:
+        place: where; its seq axis has P devices.
+        shape: of the queries, [B, T, N, H].
+        kv_heads: K.
+        network: rates of the wire; those typical of this platform if None.
+        flops_per_s: of a device; its published peak, or what is usual for a core, if None.
+    """
+    network = network or Network.local()
+    flops_per_s = flops_per_s or _peak(dtype)
+    rows, length, heads, dim = shape
+    rows, heads, kv = (max(1, n // w) for n, w in (
+        (rows, place.row_shards), (heads, place.tensor), (kv_heads, place.tensor)
+    ))  # fmt: skip
+    parts, itemsize = place.seq, jnp.dtype(dtype).itemsize
+    line = place.devices[: parts * place.tensor : place.tensor]
+    crosses = len({network.hosts[d] for d in line}) > 1
+    rate, start = network.rate(line[0], line[-1]), network.latency(crosses)
+    compute = 2.0 * rows * length * length * heads * dim / parts / flops_per_s
+    sizes = (rows * length, heads, kv, dim, parts, itemsize)
+    hop = ring.wire_bytes("ring", *sizes) / (parts - 1) / rate + start
+    seconds = {"ring": compute / parts + (parts - 1) * max(compute / parts, hop)}
+    if 2 * rows * length * kv * dim * itemsize <= GATHERED_BYTES:
+        seconds["gathered"] = compute + ring.wire_bytes("gathered", *sizes) / rate + start
+    if heads % parts == 0:
+        seconds["ulysses"] = compute + ring.wire_bytes("ulysses", *sizes) / rate + 2 * start
+    return min(seconds, key=seconds.__getitem__)
+
+
+def kernel() -> kernels.Kernel:
+    """What computes a device's share here."""
+    return kernels.best(CPU_CHUNK if jax.default_backend() == "cpu" else kernels.CHUNK)
+
+
+def for_whole_rows() -> bool:
+    """Whether rows that no axis splits should be attended to by `attend`, too, if it fits.
+
+    On TPUs, where the attention of one device writes its scores to memory; on GPUs, where it writes
+    a mask of all pairs and computes what lies between documents.
+    """
+    return jax.default_backend() == "tpu" or _on_gpu()
+
+
+def fits_whole_rows(head_dim: int, dtype: Any) -> bool:
+    """Whether they should be for a model of such heads and arithmetic.
+
+    On GPUs those that the kernel takes, in half precision, where it is faster, if it runs there.
+    """
+    if not _on_gpu():
+        return True
+    takes = jnp.dtype(dtype).itemsize <= 2 and kernels.TRITON.fits(head_dim, dtype)
+    return takes and kernel().name != "xla"  # it is tried only where it is wanted
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() in ("gpu", "cuda")
+
+
+def _peak(dtype: Any) -> float:
+    return peak_flops_per_s(jax.devices()[0].device_kind, dtype) or CORE_FLOPS_PER_S
+
+
+@functools.lru_cache(maxsize=256)
+def both(place: Placement, local: int, way: str = "") -> Callable[..., Array]:
+    """Attention on rows that are split over all of data, fsdp and seq, each on a device.
+
+    The first `local` tokens of a row attend to each other; the rest are a stripe of what the
+    devices of a sequence axis share, and attend to all stripes. Neither waits for the other, so a
+    compiler may compute the first while the others' keys are on their way.
+
+    Args:
+        way: as of `attend`, for what is shared.
+    """
+    own = ring.local("seq", kernel=kernel())
+    shared = {name: make("seq", kernel=kernel()) for name, make in WAYS.items()}
+
+    def attend(q: Array, k: Array, v: Array, **how: Any) -> Array:
+        where = {name: how.pop(name) for name in _WHERE}
+        outs = []
+        for mine, part in ((True, slice(local)), (False, slice(local, None))):
+            pieces = [x[:, part] for x in (q, k, v)]
+            if pieces[0].shape[1]:
+                there = {name: x[:, part] for name, x in where.items()}
+                by = own if mine else shared[way or _fastest_of_stripes(place, *pieces[:2])]
+                outs.append(by(*pieces, **there, **how))
+        return jnp.concatenate(outs, axis=1)
+
+    return ring.on_mesh(attend, mesh(place), split=False)
+
+
+def _fastest_of_stripes(place: Placement, q: Array, k: Array) -> str:
+    """`fastest`, of what one device has of the queries and keys."""
+    rows, length, heads, dim = q.shape
+    whole = rows * place.row_shards, length * place.seq, heads * place.tensor, dim
+    return fastest(place, whole, k.shape[2] * place.tensor, q.dtype) if place.seq > 1 else "ring"
+
+
+_WHERE = ("q_position", "k_position", "q_segment", "k_segment")
+
+
+def joined(local: Array, shared: Array, parts: int) -> Array:
+    """Rows of devices, `[G P, Tl]`, and rows of groups, `[G, P Td]`, as `[G P, Tl + Td]`.
+
+    Rank r of a group gets stripe r of the group's row behind its own.
+    """
+    groups, length = shared.shape
+    stripes = striped(shared, parts).reshape(groups * parts, length // parts)
+    return jnp.concatenate([local, stripes], axis=1)
+
+
+def divided(x: Array, local: int, parts: int) -> tuple[Array, Array]:
+    """The converse of `joined`."""
+    rows, length = x.shape
+    stripes = x[:, local:].reshape(rows // parts, parts * (length - local))
+    return x[:, :local], unstriped(stripes, parts)
+
+
+def striped(x: Array, parts: int) -> Array:
+    """`[B, T]` so that token i stands in piece i mod P, its stripe: `order.striped` on the device.
+
+    Striped attention (Brandon et al., 2023, arXiv:2311.09431): equal work for any mixture of
+    documents.
+    """
+    rows, length = x.shape
+    return x.reshape(rows, length // parts, parts).swapaxes(1, 2).reshape(rows, length)
+
+
+def unstriped(x: Array, parts: int) -> Array:
+    """The converse of `striped`."""
+    rows, length = x.shape
+    return x.reshape(rows, parts, length // parts).swapaxes(1, 2).reshape(rows, length)

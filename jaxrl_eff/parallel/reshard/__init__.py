@@ -1,0 +1,1 @@
+"""Resharding: arrays moved from one mesh to another, whole or by what has changed."""

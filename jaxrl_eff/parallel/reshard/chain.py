@@ -1,0 +1,354 @@
+"""The way between two layouts of the same devices as a shortest path over collectives.
+
+Both meshes are refined to common axes, prime ones if these are few. A state says which axes split
+which dimension, slowest first. Its neighbours: *slice* along an unused axis (free), *all-to-all* of
+a dimension's fastest axes to another one, which keeps the shards' size. A path ends with
+*gathers* of a dimension's fastest axes, if these alone lead to the target; otherwise with one
+*permute* of whole shards before them. Renaming axes commutes with all the others, so one is enough,
+and it costs least there, where the shards are smallest. What a path receives is known exactly, and
+no shard on it is larger than the larger of source and target.
+
+Primitives: Rink et al. 2021, arXiv:2112.01075, memory-efficient array redistribution.
+"""
+
+import dataclasses
+import functools
+import heapq
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxrl_eff.parallel.reshard.collectives import AllToAll, Gather, Permute, Slice, Step, seconds
+from jaxrl_eff.parallel.reshard.layout import Layout, Network
+
+State = tuple[tuple[int, ...], ...]  # for each dimension its axes, slowest first
+MOST_PRIMES = 5  # axes; coarser ones are taken beyond
+MOST_AXES = 8
+
+
+def chain(
+    source: Layout,
+    target: Layout,
+    room: tuple[int, ...],
+    nbytes: float | int,
+    network: Network,
+    *,
+    thrifty: bool = False,
+) -> tuple[Step, ...] | None:
+    """The fastest steps, or None if the meshes have no common refinement.
+
+    Args:
+        source, target: layouts of the same devices, in any two orders.
+        room: for each dimension a number that its split must divide: the greatest common divisor
+            of its size and the number of devices.
+        nbytes: of the whole tensor, which weighs bytes against latencies.
+        thrifty: rather the steps that receive the fewest bytes, and of these the fastest.
+    """
+    split = [i for i, (a, b) in enumerate(zip(source.spec, target.spec, strict=True)) if a or b]
+    ends = [dataclasses.replace(e, spec=tuple(e.spec[i] for i in split)) for e in (source, target)]
+    steps = _chain(*ends, tuple(room[i] for i in split), nbytes, network, thrifty)
+    return None if steps is None else tuple(_renumbered(step, split) for step in steps)
+
+
+@functools.cache
+def _chain(
+    source: Layout,
+    target: Layout,
+    room: tuple[int, ...],
+    nbytes: float | int,
+    network: Network,
+    thrifty: bool,
+) -> tuple[Step, ...] | None:
+    """Of tensors without the dimensions that neither layout splits."""
+    axes = _common(source, target, primes=True)
+    if axes is not None and len(axes.used) > MOST_PRIMES:
+        axes = _common(source, target, primes=False)
+    if axes is None or len(axes.used) > MOST_AXES:
+        return None
+    return tuple(_step(axes, move) for move in _shortest(axes, room, nbytes, network, thrifty))
+
+
+def _renumbered(step: Step, dims: list[int]) -> Step:
+    if isinstance(step, AllToAll):
+        return dataclasses.replace(step, split=dims[step.split], join=dims[step.join])
+    if isinstance(step, Slice | Gather):
+        return dataclasses.replace(step, dim=dims[step.dim])
+    return step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Move:
+    """An edge: what it does, to which axes, and the part of the tensor that a device then has."""
+
+    kind: str
+    dim: int = 0
+    join: int = 0
+    block: tuple[int, ...] = ()
+    shard: float = 1.0
+    before: State = ()
+    after: State = ()
+
+
+class _Axes:
+    """Common axes of two meshes over one list of devices, with the two layouts written in them."""
+
+    def __init__(self, devices: tuple[int, ...], bounds: list[int], source: State, target: State):
+        self.devices, self.source, self.target = devices, source, target
+        self.sizes = [b // a for a, b in itertools.pairwise(bounds)]
+        self.used = sorted({a for dim in (*source, *target) for a in dim})
+        place = np.arange(len(devices))
+        self.digits = [place // s % n for s, n in zip(bounds, self.sizes, strict=False)]
+        self._groups: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
+        self._shards: dict[State, np.ndarray] = {}
+        self._endings: dict[tuple[int, ...], list[State]] = {}
+
+    def count(self, axes: tuple[int, ...]) -> int:
+        n = 1
+        for a in axes:
+            n *= self.sizes[a]
+        return n
+
+    def groups(self, block: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Devices that differ along the axes of `block` alone, in their order."""
+        if block not in self._groups:
+            others = tuple(a for a in range(len(self.sizes)) if a not in block)
+            order = np.lexsort((self.numbers((block,)), self.numbers((others,))))
+            rows = order.reshape(-1, self.count(block))
+            self._groups[block] = tuple(tuple(self.devices[i] for i in row) for row in rows)
+        return self._groups[block]
+
+    def numbers(self, state: State) -> np.ndarray:
+        """Of every device, the number of its shard."""
+        if state not in self._shards:
+            number = np.zeros(len(self.devices), int)
+            for dim in state:
+                for a in dim:
+                    number = number * self.sizes[a] + self.digits[a]
+            self._shards[state] = number
+        return self._shards[state]
+
+    def endings(self, state: State) -> list[State]:
+        """States with as many shards along each dimension from which gathers lead to the target."""
+        if all(dim[: len(t)] == t for dim, t in zip(state, self.target, strict=True)):
+            return [state]
+        counts = tuple(self.count(dim) for dim in state)
+        if counts not in self._endings:
+            free = [a for a in self.used if all(a not in dim for dim in self.target)]
+            self._endings[counts] = list(_endings(self, counts, free, ()))
+        return self._endings[counts]
+
+
+def _common(source: Layout, target: Layout, *, primes: bool) -> _Axes | None:
+    """Both layouts on one mesh; None if there is none."""
+    if set(source.devices) != set(target.devices):
+        return None
+    place = {d: i for i, d in enumerate(source.devices)}
+    parts = _strides(np.array([place[d] for d in target.devices]).reshape(target.mesh))
+    if parts is None:
+        return None
+    own = [math.prod(source.mesh[a + 1 :]) for a in range(len(source.mesh))]
+    steps = {s for axis in parts for s, _ in axis} | {s * n for axis in parts for s, n in axis}
+    ladder = sorted({1, len(source.devices), *own, *steps})
+    if any(b % a for a, b in itertools.pairwise(ladder)):
+        return None
+    ladder = _with_primes(ladder) if primes else ladder
+    number = {b: i for i, b in enumerate(ladder)}
+
+    def between(low: int, high: int) -> tuple[int, ...]:  # slowest first
+        return tuple(range(number[high] - 1, number[low] - 1, -1))
+
+    from_source = [between(own[a], own[a] * n) for a, n in enumerate(source.mesh)]
+    from_target = [sum((between(s, s * n) for s, n in axis), ()) for axis in parts]
+    return _Axes(
+        source.devices,
+        ladder,
+        tuple(sum((from_source[a] for a in dim), ()) for dim in source.spec),
+        tuple(sum((from_target[a] for a in dim), ()) for dim in target.spec),
+    )
+
+
+def _strides(grid: np.ndarray) -> list[list[tuple[int, int]]] | None:
+    """Each axis of a grid of positions as (stride, size) parts, slowest first, or None."""
+    total = np.zeros_like(grid)
+    out = []
+    for axis, n in enumerate(grid.shape):
+        index = [0] * grid.ndim
+        index[axis] = slice(None)
+        line = grid[tuple(index)]
+        parts, todo = [], line
+        while len(todo) > 1:
+            stride = int(todo[1])
+            run = next(
+                m for m in range(2, len(todo) + 1) if m == len(todo) or todo[m] != m * stride
+            )
+            while len(todo) % run:
+                run -= 1
+            if stride <= 0 or run < 2:
+                return None
+            parts.append((stride, run))
+            todo = todo[::run]
+        out.append(parts[::-1])
+        made = np.zeros(1, int)
+        for stride, run in parts:  # fastest first
+            made = (np.arange(run)[:, None] * stride + made).reshape(-1)
+        if not np.array_equal(made, line):
+            return None
+        shape = [1] * grid.ndim
+        shape[axis] = n
+        total = total + line.reshape(shape)
+    return out if np.array_equal(total, grid) and grid.flat[0] == 0 else None
+
+
+def _with_primes(ladder: list[int]) -> list[int]:
+    out = [ladder[0]]
+    for low, high in itertools.pairwise(ladder):
+        ratio, p = high // low, 2
+        while ratio > 1:
+            while ratio % p:
+                p += 1
+            ratio //= p
+            out.append(out[-1] * p)
+    return out
+
+
+def _shortest(
+    axes: _Axes, room: tuple[int, ...], nbytes: float | int, network: Network, thrifty: bool
+) -> list[_Move]:
+    """Dijkstra's algorithm over (seconds, bytes received by all), or the other way round."""
+
+    @functools.cache
+    def price(move: _Move) -> tuple[float, float]:
+        paid = _seconds_and_total(axes, move, nbytes, network)
+        return paid[::-1] if thrifty else paid
+
+    best = {axes.source: (0.0, 0.0)}
+    came: dict[State, tuple[State, _Move]] = {}
+    done: set[State] = set()
+    queue = [((0.0, 0.0), 0, axes.source)]
+    order = itertools.count(1)
+    goal, last, tail = (math.inf, math.inf), axes.source, []
+    while queue:
+        cost, _, state = heapq.heappop(queue)
+        if cost >= goal:
+            break
+        if state in done:
+            continue
+        done.add(state)
+        for end in axes.endings(state):
+            moves = _finish(axes, state, end)
+            paid = _sum(cost, *map(price, moves))
+            if paid < goal:
+                goal, last, tail = paid, state, moves
+        for after, move in _moves(axes, state, room):
+            if after not in done:
+                there = _sum(cost, price(move))
+                if there < goal and (after not in best or there < best[after]):
+                    best[after], came[after] = there, (state, move)
+                    heapq.heappush(queue, (there, next(order), after))
+    path = []
+    while last != axes.source:
+        last, move = came[last]
+        path.append(move)
+    return path[::-1] + tail
+
+
+def _sum(*pairs: tuple[float, float]) -> tuple[float, float]:
+    return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+
+
+def _moves(axes: _Axes, state: State, room: tuple[int, ...]) -> Iterator[tuple[State, _Move]]:
+    """All-to-alls and slices."""
+    counts = [axes.count(dim) for dim in state]
+    shard = 1.0 / math.prod(counts)
+    for i, dim in enumerate(state):
+        for k in range(1, len(dim) + 1):
+            block = dim[-k:]
+            for j in range(len(state)):
+                if j != i and room[j] % (counts[j] * axes.count(block)) == 0:
+                    after = _replaced(_replaced(state, i, dim[:-k]), j, state[j] + block)
+                    yield after, _Move("all_to_all", j, i, block, shard)
+    used = {a for dim in state for a in dim}
+    for a in axes.used:
+        if a not in used:
+            for j, dim in enumerate(state):
+                if room[j] % (counts[j] * axes.sizes[a]) == 0:
+                    yield _replaced(state, j, (*dim, a)), _Move("slice", j, j, (a,), shard)
+
+
+def _replaced(state: State, i: int, dim: tuple[int, ...]) -> State:
+    return (*state[:i], dim, *state[i + 1 :])
+
+
+def _finish(axes: _Axes, state: State, end: State) -> list[_Move]:
+    """The permute, if there is one, and the gathers."""
+    shard = 1.0 / math.prod(axes.count(dim) for dim in state)
+    moves = []
+    if end != state:
+        moves.append(_Move("permute", shard=shard, before=state, after=end))
+    for i, (dim, target) in enumerate(zip(end, axes.target, strict=True)):
+        block = dim[len(target) :]
+        if block:
+            moves.append(_Move("gather", i, i, block, shard))
+            shard *= axes.count(block)
+    return moves
+
+
+def _endings(axes: _Axes, counts: tuple[int, ...], free: list[int], made: State) -> Iterator[State]:
+    i = len(made)
+    if i == len(counts):
+        yield made
+        return
+    have = axes.count(axes.target[i])
+    if counts[i] % have:
+        return
+    for k in range(len(free) + 1):
+        for extra in itertools.permutations(free, k):
+            if axes.count(extra) * have == counts[i]:
+                rest = [a for a in free if a not in extra]
+                yield from _endings(axes, counts, rest, (*made, axes.target[i] + extra))
+
+
+def _seconds_and_total(
+    axes: _Axes, move: _Move, nbytes: float | int, network: Network
+) -> tuple[float, float]:
+    """As of the step, which for a permute is dear to make: it is taken to cross hosts if it can."""
+    if move.kind == "slice":
+        return 1e-9, 0.0  # a hair, so that none is taken in vain
+    if move.kind == "permute":
+        moved = int((axes.numbers(move.before) != axes.numbers(move.after)).sum())
+        hosts = {network.hosts[d] for d in axes.devices}
+        rate = network.link_bytes_per_s if len(hosts) == 1 else network.nic_bytes_per_s
+        return network.latency(len(hosts) > 1) + move.shard * nbytes / rate, move.shard * moved
+    step = _step(axes, move)
+    return seconds(step, nbytes, network), step.total
+
+
+def _step(axes: _Axes, move: _Move) -> Step:
+    n, shard = len(axes.devices), move.shard
+    if move.kind == "permute":
+        pairs = _matching(axes, move.before, move.after)
+        moved = sum(a != b for a, b in pairs)
+        return Permute(pairs, shard if moved else 0.0, shard * moved)
+    groups, g = axes.groups(move.block), axes.count(move.block)
+    if move.kind == "slice":
+        return Slice(move.dim, groups)
+    if move.kind == "gather":
+        return Gather(move.dim, groups, shard * (g - 1), n * shard * (g - 1))
+    share = shard * (g - 1) / g
+    return AllToAll(move.dim, move.join, groups, share, n * share)
+
+
+def _matching(axes: _Axes, before: State, after: State) -> tuple[tuple[int, int], ...]:
+    """Who sends to whom: whoever has the right shard already keeps it."""
+    have, want = axes.numbers(before).tolist(), axes.numbers(after).tolist()
+    spare: dict[int, list[int]] = {}
+    for i, (h, w) in enumerate(zip(have, want, strict=True)):
+        if h != w:
+            spare.setdefault(h, []).append(i)
+    pairs = []
+    for i, (h, w) in enumerate(zip(have, want, strict=True)):
+        source = i if h == w else spare[w].pop(0)
+        pairs.append((axes.devices[source], axes.devices[i]))
+    return tuple(pairs)

@@ -1,0 +1,102 @@
+"""Which way a class of tensors takes: the fastest of those that receive little more than they must.
+
+Candidates: nothing (same layout); plain copies (one process, whole shards); collectives on one mesh
+(`refine`); messages (`rounds`), direct or, if the target repeats shards, of parts that the target
+then gathers among its own devices, so that every byte crosses the slow wire once.
+"""
+
+import functools
+import itertools
+import math
+
+from jaxrl_eff.parallel.reshard.chain import chain
+from jaxrl_eff.parallel.reshard.collectives import Stage, Way, seconds
+from jaxrl_eff.parallel.reshard.layout import Layout, Network, missing
+from jaxrl_eff.parallel.reshard.messages import copies, exchange
+
+MOST = 1.25  # times the bytes that must be received
+
+
+def room(shape: tuple[int, ...], source: Layout, target: Layout) -> tuple[int, ...]:
+    """How far each dimension may be split: what a plan needs to know of a tensor's size."""
+    n = math.lcm(len(source.devices), len(target.devices))
+    return tuple(math.gcd(size, n) if size else n for size in shape)
+
+
+def way(
+    source: Layout, target: Layout, room: tuple[int, ...], nbytes: float | int, network: Network
+) -> Way:
+    """The way of tensors that have `nbytes` bytes together.
+
+    Args:
+        room: of the tensors, see `room`.
+        nbytes: weighs bytes against latencies; only its power of two matters.
+    """
+    return _way(source, target, room, 2.0 ** math.ceil(math.log2(max(nbytes, 1.0))), network)
+
+
+@functools.cache
+def _way(
+    source: Layout, target: Layout, room: tuple[int, ...], nbytes: float | int, network: Network
+) -> Way:
+    if source.same(target):
+        return Way(source, target, (), 0.0, 0.0)
+    least = math.fsum(missing(source, target).values())
+    found = []
+    for stages in _candidates(source, target, room, nbytes, network):
+        steps = [s for stage in stages for s in stage.steps]
+        total = math.fsum(s.total for s in steps)
+        if total <= MOST * least * (1 + 1e-9):
+            time = math.fsum(seconds(s, nbytes, network) for s in steps)
+            found.append((time, total, len(found), stages))
+    time, total, _, stages = min(found)  # the direct messages receive the least, so there is one
+    return Way(source, target, stages, time, total)
+
+
+def _candidates(source, target, room, nbytes, network):
+    """Lists of stages."""
+    plain = copies(source, target, network)
+    if plain is not None:
+        yield (Stage(target.devices, (plain,)),)
+    together = set(source.devices) == set(target.devices)
+    if together:
+        for thrifty in (False, True):
+            steps = chain(source, target, room, nbytes, network, thrifty=thrifty)
+            if steps is not None:
+                yield (Stage(tuple(sorted(source.devices)), steps),)
+    union = tuple(sorted({*source.devices, *target.devices}))
+    yield (Stage(union, (exchange(source, target, network),)),)
+    for part in _parted(source, target, room):
+        steps = chain(part, target, room, nbytes, network)
+        if steps is None:
+            continue
+        gather = Stage(tuple(sorted(target.devices)), steps)
+        if source.same(part):
+            yield (gather,)
+            continue
+        plain = copies(source, part, network)
+        if plain is not None:
+            yield (Stage(target.devices, (plain,)), gather)
+        messages = exchange(source, part, network)
+        if union == gather.devices:
+            yield (Stage(union, (messages, *steps)),)
+        else:
+            yield (Stage(union, (messages,)), gather)
+
+
+def _parted(source, target, room):
+    """Layouts like the target's that split what it repeats, over some or all of its replicas."""
+    axes = target.replica_axes
+    many = len(target.devices) > 64  # planning them takes long
+    for k in range(len(axes), 0, -1):
+        for some in itertools.combinations(axes, k):
+            ways = math.prod(target.mesh[a] for a in some)
+            fits = [i for i, c in enumerate(target.counts) if room[i] % (c * ways) == 0]
+            # Best where the source is split too: whole shards can be sent.
+            fits.sort(key=lambda i, n=ways: source.counts[i] != target.counts[i] * n)
+            if fits:
+                i = fits[0]
+                spec = (*target.spec[:i], target.spec[i] + some, *target.spec[i + 1 :])
+                yield Layout(target.devices, target.mesh, spec)
+        if many:
+            return

@@ -1,0 +1,136 @@
+"""The way between two layouts of any devices: point-to-point messages in rounds.
+
+Every device of the target fetches the parts that it lacks, and nothing else, from one of their
+holders: from itself if it can (no message), otherwise from the holder that would be done first.
+Messages of one shape are then coloured so that no device sends or receives two of a colour: a
+colour is a round, one collective permute, and there are as many as the busiest device has messages
+(Kőnig's theorem).
+"""
+
+import functools
+import itertools
+import math
+
+from jaxrl_eff.parallel.reshard.collectives import Box, Copies, Exchange, Round
+from jaxrl_eff.parallel.reshard.layout import Coords, Layout, Network, Units
+
+
+@functools.cache
+def exchange(source: Layout, target: Layout, network: Network) -> Exchange:
+    """The messages from one layout to another."""
+    units = Units.of(source, target)
+    kept, moved = _boxes(source, target, units, network)
+    shapes = sorted({size for size, _ in moved}, reverse=True)
+    rounds = [
+        Round(size, boxes)
+        for size in shapes
+        for boxes in _coloured([box for s, box in moved if s == size])
+    ]
+    at_home = sorted({size for size, _ in kept}, reverse=True)
+    shares = tuple(math.prod(r.size) / units.volume for r in rounds)
+    got: dict[int, int] = {}
+    for size, box in moved:
+        got[box.target] = got.get(box.target, 0) + math.prod(size)
+    return Exchange(
+        units.source,
+        units.target,
+        tuple(Round(size, tuple(b for s, b in kept if s == size)) for size in at_home),
+        tuple(rounds),
+        target.devices,
+        share=max(got.values(), default=0) / units.volume,
+        total=sum(got.values()) / units.volume,
+        round_shares=shares,
+    )
+
+
+def copies(source: Layout, target: Layout, network: Network) -> Copies | None:
+    """The same for one process, if all that moves is whole shards."""
+    if source.counts != target.counts or not network.copies:
+        return None
+    plan = exchange(source, target, network)
+    boxes = [b for r in (*plan.kept, *plan.rounds) for b in r.boxes]
+    whose = {b.target: b.source for b in boxes}
+    return Copies(tuple((whose[d], d) for d in target.devices), plan.share, plan.total)
+
+
+def _boxes(
+    source: Layout, target: Layout, units: Units, network: Network
+) -> tuple[list[tuple[Coords, Box]], list[tuple[Coords, Box]]]:
+    """(shape, box) of what devices keep and of what moves."""
+    kept, wanted = [], []
+    for device, at in target.coords.items():
+        ranges = [
+            range(c * t // s, ((c + 1) * t - 1) // s + 1)
+            for c, t, s in zip(at, units.target, units.source, strict=True)
+        ]
+        for cell in itertools.product(*ranges):
+            size, start, put = _cut(cell, at, units)
+            if source.coords.get(device) == cell:
+                kept.append((size, Box(device, start, device, put)))
+            else:
+                wanted.append((source.holders[cell], size, start, device, put))
+    # Those with little choice first, large ones first.
+    wanted.sort(key=lambda w: (len(w[0]), -math.prod(w[1])))
+    busy: dict[int, float] = {}
+    moved = []
+    for holders, size, start, device, put in wanted:
+        n = math.prod(size)
+        ends = {h: busy.get(h, 0.0) + n / network.rate(h, device) for h in holders}
+        chosen = min(holders, key=ends.__getitem__)
+        busy[chosen] = ends[chosen]
+        moved.append((size, Box(chosen, start, device, put)))
+    return kept, moved
+
+
+def _cut(cell: Coords, at: Coords, units: Units) -> tuple[Coords, Coords, Coords]:
+    """Overlap of a source shard and a target shard: its size and its offsets inside both."""
+    sizes, starts, puts = [], [], []
+    for i, j, s, t in zip(cell, at, units.source, units.target, strict=True):
+        low, high = max(i * s, j * t), min((i + 1) * s, (j + 1) * t)
+        sizes.append(high - low)
+        starts.append(low - i * s)
+        puts.append(low - j * t)
+    return tuple(sizes), tuple(starts), tuple(puts)
+
+
+def _coloured(boxes: list[Box]) -> list[tuple[Box, ...]]:
+    """Splits messages into as few rounds as there can be.
+
+    A message takes the first round free at both ends. If there is none, the chain of messages that
+    alternates between a round free at its source and one free at its target is flipped.
+    """
+    sends: dict[tuple[int, int], int] = {}  # (device, round) -> message
+    gets: dict[tuple[int, int], int] = {}
+    colour: dict[int, int] = {}
+    for e, box in enumerate(boxes):
+        a = _first_free(sends, box.source)
+        b = _first_free(gets, box.target)
+        if a != b and (box.target, a) in gets:
+            _flip(boxes, sends, gets, colour, box.target, a, b)
+        chosen = a
+        sends[box.source, chosen] = gets[box.target, chosen] = e
+        colour[e] = chosen
+    rounds: dict[int, list[Box]] = {}
+    for e, c in colour.items():
+        rounds.setdefault(c, []).append(boxes[e])
+    return [tuple(rounds[c]) for c in sorted(rounds)]
+
+
+def _first_free(taken: dict[tuple[int, int], int], device: int) -> int:
+    return next(c for c in itertools.count() if (device, c) not in taken)
+
+
+def _flip(boxes, sends, gets, colour, target: int, a: int, b: int) -> None:
+    """Frees round `a` at a receiver, which is free in round `b`, by swapping a with b on a path."""
+    path, at_target, device, c = [], True, target, a
+    while ((device, c) in gets) if at_target else ((device, c) in sends):
+        e = gets[device, c] if at_target else sends[device, c]
+        path.append(e)
+        device = boxes[e].source if at_target else boxes[e].target
+        at_target, c = not at_target, b if c == a else a
+    for e in path:
+        del sends[boxes[e].source, colour[e]]
+        del gets[boxes[e].target, colour[e]]
+    for e in path:
+        colour[e] = b if colour[e] == a else a
+        sends[boxes[e].source, colour[e]] = gets[boxes[e].target, colour[e]] = e

@@ -1,0 +1,1 @@
+"""ZeRO++: quantized collectives between nodes with slow links (arXiv:2306.10209)."""

@@ -1,0 +1,1 @@
+"""Training a part of a model: sparse entries, LoRA, quantized bases, layers in turn."""

@@ -1,0 +1,182 @@
+"""A problem for the planner from a graph, its models and a batch's shapes; nothing is traced."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_eff import tree
+from jaxrl_eff.core.glossary import EDGES
+from jaxrl_eff.core.graph import Adaptation, Call, Graph, Spec, order
+from jaxrl_eff.models import LMConfig, abstract
+from jaxrl_eff.peft import lora, quantized
+from jaxrl_eff.planner.problem import Lengths, Packed, Problem, Role, Shape, Work
+from jaxrl_eff.rollout.sampling import Sampling
+
+_ONE = Shape(
+    1, 1, 1, 1, 1, 1, 1, value=True
+)  # a model of a few numbers, as an adaptive coefficient
+
+
+def shape(cfg: LMConfig) -> Shape:
+    """What a plan's price depends on of a model."""
+    return Shape(
+        layers=cfg.layers,
+        width=cfg.width,
+        ffn=cfg.ffn,
+        heads=cfg.heads,
+        kv_heads=cfg.kv_heads,
+        head_dim=cfg.head_dim,
+        vocab=cfg.vocab,
+        tied=cfg.tie,
+        value=cfg.head == "value",
+        param_bytes=np.dtype(cfg.param_dtype).itemsize,
+        compute_bytes=np.dtype(cfg.dtype).itemsize,
+        remat=cfg.remat == "full",
+        window=cfg.window,
+        windowed=sum(cfg.windowed),
+    )
+
+
+def role(cfg: LMConfig | None, spec: Spec | None, trained: bool) -> Role:
+    """A model and, if a call trains it, its optimizer state by the bytes that optax would hold."""
+    sizes = _ONE if cfg is None else shape(cfg)
+    if cfg is not None and spec is not None and quantized.inside(spec.shapes):
+        held = tree.nbytes(lora.base(spec.shapes)) / tree.size(abstract(cfg))
+        sizes = dataclasses.replace(sizes, param_bytes=held)
+    if not trained:
+        return Role(sizes)
+    opt, grad, passes = 8.0, float(sizes.param_bytes), 3.0
+    if spec is not None and spec.tx is not None:
+        state = jax.eval_shape(spec.tx.init, spec.shapes)
+        size = max(1, tree.size(quantized.plain_shapes(spec.shapes, jnp.float32)))
+        opt = tree.nbytes(state) / size
+        if isinstance(spec.tx, Adaptation):
+            grad = tree.nbytes(jax.eval_shape(spec.tx.leaves, spec.shapes, state)) / size
+            passes = spec.tx.passes
+    return Role(sizes, opt_bytes=float(opt), grad_bytes=grad, passes=passes)
+
+
+def works(
+    graph: Graph,
+    lms: Mapping[str, LMConfig],
+    batch: Mapping[str, Any],
+    *,
+    sampling: Sampling | None = None,
+    specs: Mapping[str, Spec] | None = None,
+    responses: Lengths | None = None,
+    staleness: Mapping[str, int] | None = None,
+    seconds: Mapping[str, float | int] | None = None,
+    packed: Mapping[str, Packed] | None = None,
+) -> Problem:
+    """The graph's calls as amounts of work.
+
+    Args:
+        lms: model -> its sizes; a model that is left out counts as a few numbers.
+        batch: name -> anything with `shape`: the graph's inputs, rows of all processes.
+        sampling: of the generate calls; one that writes `greedy_...` takes one sample a prompt.
+        specs: model -> its spec, for the bytes of optimizer state; without, 8 a parameter.
+        responses: how long responses are; None: all of them `sampling.max_tokens`.
+        staleness: generate call -> how many updates old its weights may be, if not what the graph
+            says.
+        seconds: local call -> seconds, for those that take any.
+        packed: call -> what is known of its rows, for those that compute them packed.
+
+    Raises:
+        ValueError: a generate call without `sampling` or prompts, or a name that is no call's.
+    """
+    staleness, seconds = dict(staleness or {}), dict(seconds or {})
+    names = {c.name: c.kind for c in graph.calls}
+    for given, kind in ((staleness, "generate"), (seconds, "local")):
+        for name in given:
+            if names.get(name) != kind:
+                fit = sorted(n for n, k in names.items() if k == kind)
+                raise ValueError(f"{name!r} is no {kind} call of the graph; there is {fit}.")
+    sizes = {k: _size(v.shape) for k, v in batch.items()}
+    size_bytes = {k: 4.0 * np.prod(v.shape) for k, v in batch.items()}
+    out = []
+    for c in order(graph):
+        made = (
+            _generate(c, sizes, sampling, responses) if c.kind == "generate" else _other(c, sizes)
+        )
+        made = dataclasses.replace(
+            made,
+            staleness=staleness.get(c.name, c.staleness),
+            seconds=seconds.get(c.name, 0.0),
+            packed=(packed or {}).get(c.name),
+        )
+        out.append(made)
+        for k in c.writes:
+            edge = EDGES.get(k.removeprefix("greedy_"))
+            long = edge is not None and "T" in edge.axes.split()
+            sizes[k] = (made.rows, made.length if long else 1)
+            size_bytes[k] = 4.0 * sizes[k][0] * sizes[k][1]
+    trained = {c.of for c in graph.calls if c.kind == "train"}
+    roles = {m: role(lms.get(m), (specs or {}).get(m), m in trained) for m in graph.models}
+    return Problem(tuple(out), roles, size_bytes)
+
+
+def expecting(packed: Mapping[str, Packed]) -> dict[str, Any]:
+    """Options of `works` for a stage with packed calls; its sampling is expected to match."""
+    first = next(iter(packed.values()), None)
+    return {} if first is None else {"packed": packed, "responses": first.responses}
+
+
+def of_stage(stage: Any, **options: Any) -> Problem:
+    """`works` of an assembled stage (`stages.Stage`); options as there."""
+    step = stage.step
+    return works(
+        step.graph, stage.lms, stage.batch, sampling=stage.sampling, specs=step.specs, **options
+    )
+
+
+def _size(shape_: tuple[int, ...]) -> tuple[int, int]:
+    return (shape_[0], shape_[1] if len(shape_) > 1 else 1) if shape_ else (1, 1)
+
+
+def _generate(
+    c: Call,
+    sizes: Mapping[str, tuple[int, int]],
+    sampling: Sampling | None,
+    responses: Lengths | None,
+) -> Work:
+    if sampling is None:
+        raise ValueError(f"{c.name} generates, but sampling is None.")
+    if not c.reads:
+        raise ValueError(f"{c.name} generates, but reads no prompts.")
+    prompts, prompt = max((sizes[k] for k in c.reads), key=lambda s: s[1])
+    samples = 1 if all(k.startswith("greedy_") for k in c.writes) else sampling.samples
+    return Work(
+        c.name,
+        c.kind,
+        c.of,
+        prompts * samples,
+        c.reads,
+        c.writes,
+        prompts=prompts,
+        prompt=prompt,
+        length=prompt + sampling.max_tokens,
+        max_new=sampling.max_tokens,
+        responses=responses,
+        growths=sampling.growths,
+        compactions=sampling.compactions,
+    )
+
+
+def _other(c: Call, sizes: Mapping[str, tuple[int, int]]) -> Work:
+    read = [sizes[k] for k in c.reads] or [(1, 1)]
+    return Work(
+        c.name,
+        c.kind,
+        c.of,
+        max(rows for rows, _ in read),
+        c.reads,
+        c.writes,
+        length=max(length for _, length in read),
+        epochs=c.epochs,
+        minibatches=c.minibatches,
+        host=c.host,
+    )

@@ -1,0 +1,269 @@
+r"""Rewards that a rule can compute: text in, number out.
+
+A reward is a function `(example, response) -> float`; the ones here are made by functions that
+take the field names and settings, and `weighted` adds them up. Numbers are compared as exact
+fractions; `symbolic` compares formulas. Nothing a model wrote is ever executed, nor used as a
+pattern. Left out: running code, which needs a sandbox outside this process.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from fractions import Fraction
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+from jaxrl_eff.data import sources
+from jaxrl_eff.data.text import said
+from jaxrl_eff.rollout.rewards import answers
+from jaxrl_eff.rollout.rewards.answers import boxed as boxed
+from jaxrl_eff.rollout.rewards.answers import number as number
+
+Example = dict[str, Any]
+Reward = Callable[[Example, str], float]
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def exact(*, field: str = "answer", strip: bool = True) -> Reward:
+    """1 if the response is the field's text, else 0; `strip` ignores blanks around both."""
+
+    def reward(example: Example, response: str) -> float:
+        want = _text(example, field)
+        return float(response.strip() == want.strip() if strip else response == want)
+
+    return reward
+
+
+def numeric(*, field: str = "answer", anywhere: bool = True) -> Reward:
+    r"""1 if the response's answer is the same number as the field's, else 0.
+
+    The field may be a number or text, such as GSM8K's solutions, which end in `#### 1,234`.
+
+    Args:
+        field: of the example.
+        anywhere: without `####` or `\boxed{}` in the response, its last number counts as the
+            answer; if False there is none then.
+
+    Raises:
+        ValueError: on use, the field holds no number.
+    """
+
+    def reward(example: Example, response: str) -> float:
+        return float(number(response, anywhere=anywhere) == _truth(example, field))
+
+    return reward
+
+
+def matches(pattern: str) -> Reward:
+    """1 if the whole response matches the regular expression, in which a dot matches any character.
+
+    The pattern is the experimenter's: one with nested repetition, such as `(a+)+b`, may take
+    exponential time.
+
+    Raises:
+        ValueError: the pattern is not a regular expression.
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"pattern is {pattern!r}, no regular expression: {error}.") from None
+    return lambda example, response: float(compiled.fullmatch(response) is not None)
+
+
+def tagged(*names: str) -> Reward:
+    """1 if the response is `<a>...</a> <b>...</b>` for the names in order, each tag once.
+
+    Raises:
+        ValueError: there is no name, one twice, or one that is no name of a tag.
+    """
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"names is {names}; it must be at least one name, and none twice.")
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[^\s<>/]+", name):
+            raise ValueError(f"{name!r} is no name of a tag.")
+    blocks = r"\s*".join(rf"<{name}>.*?</{name}>" for name in map(re.escape, names))
+    form = re.compile(rf"\s*{blocks}\s*", re.DOTALL)
+    tags = [tag for name in names for tag in (f"<{name}>", f"</{name}>")]
+    return lambda example, response: float(
+        all(response.count(tag) == 1 for tag in tags) and form.fullmatch(response) is not None
+    )
+
+
+def contains(words: Iterable[str], *, every: bool = False) -> Reward:
+    """1 if any of the words (or every one) is among the response's words, else 0; case ignored."""
+    wanted = _word_set(words)
+    return lambda example, response: float(
+        wanted <= set(_words(response)) if every else not wanted.isdisjoint(_words(response))
+    )
+
+
+def word_share(words: Iterable[str]) -> Reward:
+    """Share of the response's words that are in the list, 0..1; case ignored, 0 without words."""
+    wanted = _word_set(words)
+
+    def reward(example: Example, response: str) -> float:
+        said = _words(response)
+        return sum(word in wanted for word in said) / max(len(said), 1)
+
+    return reward
+
+
+def length_penalty(*, soft: int, hard: int, unit: str = "characters") -> Reward:
+    """0 up to `soft`, then falling evenly to -1 at `hard` and beyond.
+
+    Yu et al. 2025 (DAPO), arXiv:2503.14476, Eq. 13, on text instead of tokens.
+
+    Args:
+        soft, hard: lengths, 0 <= soft < hard.
+        unit: "characters" or "words" (runs without blanks).
+    """
+    if not 0 <= soft < hard:
+        raise ValueError(f"soft is {soft} and hard {hard}; it must be 0 <= soft < hard.")
+    if unit not in ("characters", "words"):
+        raise ValueError(f"unit is {unit!r}, not 'characters' or 'words'.")
+
+    def reward(example: Example, response: str) -> float:
+        n = len(response) if unit == "characters" else len(response.split())
+        return -min(max((n - soft) / (hard - soft), 0.0), 1.0)
+
+    return reward
+
+
+def weighted(*parts: tuple[float | int, Reward]) -> Reward:
+    """The sum of weight * reward over (weight, reward) pairs; weights are finite."""
+    for weight, _ in parts:
+        if not math.isfinite(weight):
+            raise ValueError(f"a weight is {weight}, not a finite number.")
+    return lambda example, response: sum(
+        (w * float(fn(example, response)) for w, fn in parts), start=0.0
+    )
+
+
+def host_reward(
+    fn: Reward,
+    source: Any,
+    tokenizer: Any,
+    *,
+    stop: Iterable[int] | None = None,
+    prefix: str = "",
+    writes: str = "score",
+) -> Callable[..., dict[str, np.ndarray]]:
+    """A reward as the function of a host call, `local(..., host=True)`.
+
+    Args:
+        fn: `(example, response) -> float` (or bool).
+        source: what the loader read, which `example` indexes. Filler rows, where `example` is -1,
+            score 0.
+        tokenizer: decodes the response.
+        stop: ids that end a response, not shown to `fn`; the tokenizer's `stop` by default.
+        prefix: of the arrays read, such as "greedy_".
+        writes: name of the array written.
+
+    Returns:
+        `(batch, key) -> {writes: float32 [B]}`, which reads tokens [B, T], mask [B, T] and
+        example [B] as numpy arrays. The response is the text of the tokens whose mask is 1, as
+        `data.text.said` reads them.
+
+    Raises:
+        ValueError: on use, `fn` raised or gave no finite float32; names example and response.
+    """
+
+    def call(batch: dict[str, np.ndarray], key: Any = None) -> dict[str, np.ndarray]:
+        del key
+        tokens, mask, example = (
+            np.asarray(batch[prefix + name]) for name in ("tokens", "mask", "example")
+        )
+        scores = np.zeros(len(tokens), np.float32)
+        for row, index in enumerate(example.tolist()):
+            if index >= 0:
+                response = said(tokenizer, tokens[row][mask[row] > 0].tolist(), stop=stop)
+                where = sources.place(source, index)
+                scores[row] = score(fn, source[index], where, response)
+        return {writes: scores}
+
+    return call
+
+
+def score(fn: Reward, example: Example, place: str, response: str) -> float:
+    """The reward of one response, refused if training could not use it.
+
+    Args:
+        fn: the reward; messages call it by its `__name__`.
+        example: what it is given.
+        place: of the example, as by `sources.place`, for messages.
+        response: text of the response.
+
+    Raises:
+        ValueError: `fn` raised, or gave what is not a finite float32; names reward, example and
+            response.
+    """
+    name = getattr(fn, "__name__", "")
+    known = name.isidentifier() and name != "reward"  # neither a lambda nor one of this module's
+    where = f"the reward {name!r}" if known else "the reward"
+    where += f" of {place} for the response {response!r:.200}"
+    try:
+        value = float(fn(example, response))
+    except Exception as error:
+        raise ValueError(f"{where} raised {type(error).__name__}: {error}") from error
+    if not math.isfinite(value):
+        raise ValueError(f"{where} is {value}, not a finite number.")
+    if abs(value) > _LARGEST:
+        raise ValueError(f"{where} is {value}, but float32 ends at {_LARGEST:.8g}.")
+    return value
+
+
+def _truth(example: Example, field: str) -> Fraction:
+    """The number of the example's field.
+
+    Raises:
+        ValueError: there is none.
+    """
+    value = _field(example, field)
+    if isinstance(value, str):
+        found = answers.truth(value)
+    elif isinstance(value, bool) or not isinstance(value, Real | Decimal):
+        found = None
+    elif isinstance(value, Integral):
+        found = Fraction(int(value))
+    else:  # as it is written: 0.1 is 1/10
+        found = Fraction(str(value)) if math.isfinite(value) else None
+    if found is None:
+        raise ValueError(
+            f"field {field!r} holds no number: {value!r:.80}; it may be a number, a text that is "
+            "one, or a text whose number stands behind '####' or in '\\boxed{}'."
+        )
+    return found
+
+
+def _field(example: Example, field: str) -> Any:
+    if field not in example:
+        raise ValueError(f"there is no field {field!r}; there is {sorted(map(str, example))}.")
+    return example[field]
+
+
+def _text(example: Example, field: str) -> str:
+    value = _field(example, field)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"field {field!r} is {value!r:.80}, neither text nor a number.")
+    return str(value)
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
+
+
+def _word_set(words: Iterable[str]) -> set[str]:
+    if isinstance(words, str):
+        raise ValueError(f"words is the text {words!r}; give a sequence of words.")
+    words = list(words)
+    for word in words:
+        if not isinstance(word, str) or _words(word) != [word.lower()]:
+            raise ValueError(f"{word!r} is not one word, so no response could hold it.")
+    wanted = {word.lower() for word in words}
+    if not wanted:
+        raise ValueError("words is empty, so every response would be worth the same.")
+    return wanted

@@ -1,0 +1,384 @@
+"""From settings to what a stage needs: models, data, graph, plan, step, evaluation.
+
+Everything that can be wrong with a config is found here, in milliseconds to seconds, before
+weights are read or a program is compiled: files, formats, plans, sizes that do not divide.
+"""
+
+import contextlib
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxrl_eff import core
+from jaxrl_eff.core import Graph, Placement, Spec, Step, packed, plan_rules
+from jaxrl_eff.data import fates, loader
+from jaxrl_eff.data.balance.balanced_loader import Scheduled
+from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from jaxrl_eff.models import LMConfig
+from jaxrl_eff.models.config import Rope
+from jaxrl_eff.planner import clusters, from_graph
+from jaxrl_eff.rollout import Sampling
+from jaxrl_eff.rollout.rewards import verify
+from jaxrl_eff.schema import build
+from jaxrl_eff.train import balanced, examples, fits, held_out, parts, replan, unused, weights
+from jaxrl_eff.train.evaluate import Evaluation
+from jaxrl_eff.train.settings import Run, StageSettings
+
+_TRIED_SECONDS = 20.0  # how long a reward is tried on examples before training, a stage
+_SIZES = ("vocab", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "max_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage, assembled and checked, with nothing compiled or loaded yet.
+
+    Attributes:
+        name, settings: as in the config.
+        lms: role -> shape of its model.
+        origins: role -> where its first parameters come from, as (kind, name): ("base", ""),
+            ("stage", "sft/actor"), ("directory", path) or ("kl", "").
+        step: the compiled graph's executor, checked for the stage's batches.
+        loader: batches, this process's rows.
+        batch: name -> global shape and dtype; or of a scheduled stage a list of micro-batches.
+        evaluation: held-out measurement, if any.
+        schedules: trained role -> learning rate by optimizer update.
+        source: the examples, for samples.
+        searched: how the plan was found, if it was searched.
+        placed: plan -> `step` under it, checked; None for those over sequences of a data set.
+        notes: what a person should know of the stage's examples before training.
+    """
+
+    name: str
+    settings: StageSettings
+    lms: dict[str, LMConfig]
+    origins: dict[str, tuple[str, str]]
+    step: Step
+    loader: loader.Loader | Scheduled
+    batch: dict[str, jax.ShapeDtypeStruct] | list[dict[str, dict[str, jax.ShapeDtypeStruct]]]
+    evaluation: Evaluation | None
+    schedules: dict[str, Any]
+    source: Any
+    sampling: Sampling | None
+    searched: replan.Searched | None = None
+    placed: Callable[[Mapping[str, Placement]], Step] | None = None
+    notes: tuple[str, ...] = ()
+
+    def told(self) -> dict[str, Any]:
+        """Of a scheduled stage: what schedules are made for, see `Scheduled.told`."""
+        return (self.loader if isinstance(self.loader, Scheduled) else self.step).told()
+
+    @property
+    def trained(self) -> str:
+        """The role that a later stage means by this stage's name: the first one trained."""
+        return next(c.of for c in self.step.graph.calls if c.kind == "train")
+
+    def updates(self, role: str) -> int:
+        """Optimizer updates of a role a step."""
+        return sum(c.epochs * c.minibatches for c in self.step.graph.of(role) if c.kind == "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """A run, assembled and checked."""
+
+    run: Run
+    tokenizer: Tokenizer
+    base: LMConfig
+    stages: tuple[Stage, ...]
+
+    def needed_after(self, index: int) -> list[str]:
+        """ "stage/role" of models of stages up to `index` that stages after it start from."""
+        earlier = {s.name for s in self.stages[: index + 1]}
+        wanted = [
+            name
+            for later in self.stages[index + 1 :]
+            for kind, name in later.origins.values()
+            if kind == "stage" and name.split("/")[0] in earlier
+        ]
+        return list(dict.fromkeys(wanted))
+
+
+def assemble(run: Run) -> Assembled:
+    """Checks a run's settings against files and devices and builds its stages.
+
+    Raises:
+        ValueError, FileNotFoundError: with the config's path of what is wrong.
+    """
+    with parts.at_path("config.tokenizer"):
+        tokenizer = tokenizer_of(run)
+    with parts.at_path("config.model"):
+        base = base_model(run, tokenizer)
+    stages: list[Stage] = []
+    for name in run.stages:
+        with parts.at_path(f"config.{name}"):
+            stages.append(_stage(run, name, tokenizer, base, stages))
+            fits.check_models(stages[-1].step)
+    out = Assembled(run, tokenizer, base, tuple(stages))
+    _check_expectation(out)
+    if run.export:
+        last, role = stages[-1], stages[-1].trained
+        weights.check_export(last.name, role, last.lms[role], last.settings.adapt.get(role))
+    return out
+
+
+def tokenizer_of(run: Run) -> Tokenizer:
+    if run.tokenizer == "chars:":
+        raise ValueError("config.tokenizer is 'chars:' without the characters of an alphabet.")
+    if run.tokenizer.startswith("chars:"):
+        return CharTokenizer(run.tokenizer.removeprefix("chars:"))
+    directory = run.model.path if run.tokenizer == "model" else run.tokenizer
+    if not directory:
+        raise ValueError(
+            "config.tokenizer is 'model', but config.model.path is empty: give a model's "
+            "directory, or 'chars:' and an alphabet."
+        )
+    return load_tokenizer(directory, ignore=run.model.ignore)
+
+
+def base_model(run: Run, tokenizer: Tokenizer) -> LMConfig:
+    m = run.model
+    if m.path and m.shape:
+        raise ValueError("has both path and shape; a checkpoint brings its own shape.")
+    if m.path:
+        if not Path(m.path).is_dir():
+            raise FileNotFoundError(f"path is {m.path!r}, which is no directory.")
+        lm = LMConfig.from_hf(m.path, ignore=m.ignore)
+    else:
+        special = {
+            "vocab": tokenizer.vocab,
+            "bos": tokenizer.bos,
+            "eos": tuple(tokenizer.stop),
+            "pad": tokenizer.pad,
+        }
+        for name, size in m.shape.items():
+            if name in _SIZES and isinstance(size, int) and size < 1:
+                raise ValueError(f"config.model.shape.{name} is {size}, but must be at least 1.")
+        lm = build(LMConfig, {**special, **m.shape}, "config.model.shape")
+    chosen = {k: getattr(m, k) for k in ("dtype", "param_dtype", "remat") if getattr(m, k)}
+    if m.path and tokenizer.stop:
+        chosen["eos"] = tuple(dict.fromkeys((*lm.eos, *tokenizer.stop)))
+    if m.rope:
+        chosen["rope"] = stretched(lm, m.rope)
+        chosen["max_length"] = int(lm.max_length * max(1.0, m.rope.get("factor", 1.0)))
+    if m.max_length:
+        chosen["max_length"] = m.max_length
+    if lm.vocab < tokenizer.vocab:
+        raise ValueError(
+            f"the model's vocabulary of {lm.vocab} is smaller than the tokenizer's, "
+            f"{tokenizer.vocab}."
+        )
+    return dataclasses.replace(lm, **chosen)
+
+
+def stretched(lm: LMConfig, changes: Mapping[str, Any]) -> Rope:
+    """The rotation of a model with some fields changed.
+
+    "ntk" is a larger base of the frequencies, so that the slowest turns `factor` times slower and
+    the fastest as before: theta factor^(H / (H - 2)).
+
+    Raises:
+        ValueError: a field that there is not, or of another type; "ntk" of a scaled rotation.
+    """
+    there, factor = dataclasses.asdict(lm.rope), changes.get("factor", 1.0)
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:
+        raise ValueError(f"config.model.rope.factor is {factor!r:.200}, but must be above 0.")
+    if changes.get("kind") == "ntk":
+        if lm.rope.kind != "default" or set(changes) != {"kind", "factor"}:
+            raise ValueError(
+                f"config.model.rope is {dict(changes)}, of a rotation that is {lm.rope.kind!r}; "
+                "ntk takes a factor alone, and a rotation without a scaling."
+            )
+        power = lm.head_dim / (lm.head_dim - 2)
+        return dataclasses.replace(lm.rope, theta=lm.rope.theta * changes["factor"] ** power)
+    if changes.get("kind", lm.rope.kind) in ("yarn", "llama3") and not there["original_length"]:
+        there["original_length"] = lm.max_length
+    given = {k: v for k, v in {**there, **changes}.items() if v is not None}
+    return build(Rope, given, "config.model.rope")
+
+
+def _stage(
+    run: Run, name: str, tokenizer: Tokenizer, base: LMConfig, earlier: list[Stage]
+) -> Stage:
+    s = run.stage[name]
+    room, kind = parts.algorithm_of(s)
+    examples.check_format(s, kind)
+    unused.check(s)
+    cfg = parts.loss_of(s, name)
+    seed = (run.seed + zlib.crc32(name.encode())) % 2**32
+    source, apart = examples.source(s.data, seed)
+    encoder = examples.encoder(s, kind, tokenizer)
+    examples.check("data", encoder, source)
+
+    sampling, reward, tried = parts.sampling_of(s, name, tokenizer), None, ()
+    origins, lms = parts.roles_of(s, base, earlier, run.model.ignore)
+    weights.check_read(origins, lms, run.model.path, run.model.ignore)
+    if kind == "prompts":
+        if s.reward.name == "model":
+            reward = lms.get("reward")
+        else:
+            with parts.at_path(f"config.{name}.reward"):
+                score = parts.reward_fn(s.reward)
+                what = f"the reward {s.reward.name!r}"
+                tried = examples.try_all(what, lambda row: score(row, "0"), source, _TRIED_SECONDS)
+                reward = verify.host_reward(score, source, tokenizer)
+    parts.check_length(s, lms, sampling)
+    fits.check_batch(s, sampling)
+    graph = parts.graph_of(s, room, cfg, lms, reward, sampling)
+    lms = {r: lm for r, lm in lms.items() if r in graph.models}
+    origins = {r: o for r, o in origins.items() if r in graph.models}
+    if "kl" in graph.models:
+        origins["kl"] = ("kl", "")
+    if missing := [r for r in graph.models if r not in origins]:
+        raise ValueError(f"models lacks the roles {missing}; say where each comes from.")
+
+    specs, schedules = parts.model_specs(s, graph, lms, name)
+    with parts.at_path(f"config.{name}.zero"):
+        specs = {role: parts.sent(s, spec, lms.get(role)) for role, spec in specs.items()}
+    scheduled = s.schedule.name == "skrull"
+    if scheduled and s.plan == "search" and kind != "prompts":
+        raise ValueError(
+            f"schedule is 'skrull', whose plan is not searched for {s.algorithm}: say its seq axis."
+        )
+    if scheduled and kind != "prompts":
+        step, batches, shapes, plan, survey = _scheduled(
+            s, name, graph, specs, lms, source, encoder, kind, seed, tokenizer
+        )
+        evaluation = held_out.evaluation(
+            run, name, tokenizer, lms, specs, plan, graph, apart, sampling
+        )
+        notes = _notes(s, kind, source, tokenizer, survey, evaluation)
+        return Stage(
+            name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
+            notes=notes,
+        )  # fmt: skip
+    shapes, searched, prompts = parts.batch_shapes(s, kind), None, []
+    if scheduled:
+        prompts = balanced.lengths_of(source, encoder, "prompts", s.schedule.sample)
+        prompts = np.minimum(prompts, s.data.prompt_length)
+    with parts.at_path(f"config.{name}.plan"):
+        if s.plan == "search":
+            packing = {}
+            if scheduled:
+                packing = balanced.expected(s.schedule, graph, prompts, sampling.max_tokens)
+            problem = from_graph.works(
+                graph, lms, shapes, sampling=sampling, specs=specs, **from_graph.expecting(packing)
+            )
+            searched = replan.search(problem, s.search, seed=run.seed)
+            plan = searched.plan
+        else:
+            plan = plan_rules.plan(s.plan, graph, jax.device_count(), parts.nodes_of(s))
+    keep = "tokens segment mask score example" if kind == "prompts" else ""
+
+    def placed(plan: Mapping[str, Placement]) -> Step:
+        make = packed.compile if scheduled else core.compile
+        step = make(graph, plan, specs, keep=keep, sync=parts.changes_of(s)).check(shapes)
+        if scheduled:
+            most, cluster = sampling.max_tokens, clusters.local(measured=s.schedule.measure)
+            return balanced.rollouts(s.schedule, step, lms, prompts, most, cluster=cluster)
+        return step
+
+    with parts.at_path(f"config.{name}.schedule") if scheduled else contextlib.nullcontext():
+        step = placed(plan)
+    batches = loader.batches(
+        source,
+        encode=encoder,
+        batch=s.batch,
+        kind=kind,
+        seed=seed,
+        length=s.data.length or None,
+        prompt_length=s.data.prompt_length or None,
+        overlong=s.data.overlong,
+        packed=s.data.packed,
+        pad=tokenizer.pad or 0,
+        process=step.share,
+    )
+    with parts.at_path(f"config.{name}.data"):
+        survey = batches.survey()
+    evaluation = held_out.evaluation(run, name, tokenizer, lms, specs, plan, graph, apart, sampling)
+    notes = (*_notes(s, kind, source, tokenizer, survey, evaluation), *tried)
+    return Stage(
+        name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
+        searched, placed, notes,
+    )  # fmt: skip
+
+
+def _scheduled(
+    s: StageSettings,
+    name: str,
+    graph: Graph,
+    specs: dict[str, Spec],
+    lms: dict[str, LMConfig],
+    source: Any,
+    encoder: Callable,
+    kind: str,
+    seed: int,
+    tokenizer: Tokenizer,
+) -> tuple[Any, Any, Any, dict[str, Placement], fates.Survey]:
+    """Step, loader, shapes, plan and survey of a stage over sequences of many lengths."""
+    with parts.at_path(f"config.{name}.plan"):
+        plan = plan_rules.plan(s.plan, graph, jax.device_count())
+        place = next(iter(plan.values()))
+    with parts.at_path(f"config.{name}.schedule"):
+        trained = next(c.of for c in graph.calls if c.kind == "train")
+        lengths = balanced.lengths_of(source, encoder, kind, s.schedule.sample)
+        made = balanced.prepared(
+            s.schedule, graph, plan, specs, lms[trained], lengths, batch=s.batch,
+            longest=s.data.length, cluster=clusters.local(measured=s.schedule.measure),
+        )  # fmt: skip
+    one_by_one = loader.batches(
+        source,
+        encode=encoder,
+        batch=s.batch,
+        kind=kind,
+        seed=seed,
+        length=s.data.length or made.room * place.seq,
+        overlong=s.data.overlong,
+        packed=False,
+        pad=tokenizer.pad or 0,
+    )
+    with parts.at_path(f"config.{name}.data"):
+        survey = one_by_one.survey()
+    return made.step, made.batches(one_by_one, pad=tokenizer.pad or 0), made.batch, plan, survey
+
+
+def _notes(
+    s: StageSettings,
+    kind: str,
+    source: Any,
+    tokenizer: Tokenizer,
+    survey: fates.Survey,
+    evaluation: Evaluation | None,
+) -> tuple[str, ...]:
+    """Of the examples that are trained on, and those that are held out."""
+    own = examples.notes(s, kind, source, tokenizer, survey)
+    return own if evaluation is None else (*own, *evaluation.notes)
+
+
+def _check_expectation(out: Assembled) -> None:
+    e = out.run.expect
+    for field in ("metric", "rises_over"):
+        wanted = getattr(e, field)
+        stages = {s.name: s for s in out.stages}
+        stage, _, rest = wanted.partition("/")
+        if wanted and (stage not in stages or rest not in ("eval", "eval_before")):
+            raise ValueError(
+                f"config.expect.{field} is {wanted!r}; it must be STAGE/eval or "
+                f"STAGE/eval_before with a stage of {list(stages)}."
+            )
+        if wanted and stages[stage].evaluation is None:
+            raise ValueError(f"config.expect.{field} is {wanted!r}, but {stage!r} has no evaluate.")
+        if rest == "eval_before" and not stages[stage].settings.evaluate.before:
+            raise ValueError(
+                f"config.expect.{field} is {wanted!r}, but config.{stage}.evaluate.before is False."
+            )
+
+
+def words(seed: int, stage: str, step: int) -> np.ndarray:
+    """The two words of a step's key."""
+    return np.array([(seed + zlib.crc32(stage.encode())) % 2**32, step], np.uint32)

@@ -1,0 +1,386 @@
+"""From a stage's settings to its parts that need neither devices nor data.
+
+The algorithm's graph, the models' roles and optimizers, sampling, rewards, the shapes of a batch:
+what `stages` makes steps of, and `plan` a planner's problem.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_eff import algorithms, core, optim, tree
+from jaxrl_eff.algorithms import ppo
+from jaxrl_eff.core import Adaptation, Graph, Spec
+from jaxrl_eff.data import toys
+from jaxrl_eff.data.tokenizer import Tokenizer
+from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.optim import optimizer, warmup_then
+from jaxrl_eff.parallel import Changes
+from jaxrl_eff.parallel.zero import levels
+from jaxrl_eff.peft import lora, ways
+from jaxrl_eff.rollout import Sampling
+from jaxrl_eff.rollout.rewards import symbolic, verify
+from jaxrl_eff.schema import build
+from jaxrl_eff.train.settings import OptimSettings, RewardSettings, StageSettings
+
+# Algorithm -> its config, and the kind of batch that it reads.
+ALGORITHMS: dict[str, tuple[Any, type, str]] = {
+    "sft": (algorithms.sft, algorithms.sft.SFTConfig, "sft"),
+    "reward_model": (
+        algorithms.reward_model,
+        algorithms.reward_model.RewardModelConfig,
+        "preference",
+    ),
+    "dpo": (algorithms.dpo, algorithms.dpo.DPOConfig, "preference"),
+    "ppo": (algorithms.ppo, algorithms.ppo.PPOConfig, "prompts"),
+    "grpo": (algorithms.grpo, algorithms.grpo.GRPOConfig, "prompts"),
+    "rloo": (algorithms.rloo, algorithms.rloo.RLOOConfig, "prompts"),
+    "remax": (algorithms.remax, algorithms.remax.ReMaxConfig, "prompts"),
+    "raft": (algorithms.raft, algorithms.raft.RAFTConfig, "prompts"),
+}
+
+REWARDS: dict[str, Callable[..., Callable]] = {
+    "exact": verify.exact,
+    "numeric": verify.numeric,
+    "math": symbolic.math,
+    "matches": verify.matches,
+    "tagged": lambda names: verify.tagged(*([names] if isinstance(names, str) else names)),
+    "contains": verify.contains,
+    "word_share": verify.word_share,
+    "length_penalty": verify.length_penalty,
+    "gold": lambda: toys.gold,
+    "digit_share": lambda: toys.digit_share,
+}
+
+VALUE_ROLES = ("critic", "reward")
+
+
+class at_path:
+    """Puts the config's path before an error's message."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if not isinstance(error, Exception):
+            return
+        kept = (FileNotFoundError, OSError, ImportError)  # others are made for messages of theirs
+        told = next((t for t in kept if isinstance(error, t)), ValueError)
+        message = str(error)
+        if not isinstance(error, (ValueError, *kept)):
+            message = f"{type(error).__name__}: {message}"
+        if not message.startswith("config"):
+            message = f"{self._path}: {message}"
+        raise told(message) from (None if isinstance(error, ValueError) else error)
+
+
+def algorithm_of(s: StageSettings) -> tuple[Any, str]:
+    """The algorithm's module, and the kind of batch that it reads."""
+    if s.algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm is {s.algorithm!r}; there are {list(ALGORITHMS)}.")
+    room, _, kind = ALGORITHMS[s.algorithm]
+    return room, kind
+
+
+def loss_of(s: StageSettings, name: str) -> Any:
+    """The algorithm's config."""
+    return build(ALGORITHMS[s.algorithm][1], s.loss, f"config.{name}.loss")
+
+
+def changes_of(s: StageSettings) -> Changes | None:
+    """How trained weights are synced, if not as a whole."""
+    if s.sync.name == "whole":
+        return None
+    if s.sync.name in ("int8", "int4"):
+        return Changes(bits=int(s.sync.name.removeprefix("int")), every=s.sync.every)
+    sparse = [part.density for part in s.adapt.values() if part.name in ways.SCHEDULES]
+    capacity = s.sync.capacity or min(1.0, 2 * max(sparse, default=0.025))
+    return Changes(capacity=capacity, every=s.sync.every)
+
+
+def nodes_of(s: StageSettings) -> int:
+    """Between how many nodes train calls send; 1: wherever the compiler wants."""
+    return s.zero.nodes if s.zero.name else 1
+
+
+def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
+    """The spec of a role with what its train call sends between nodes, if the stage says that.
+
+    What is frozen is not sent at all: every node has it whole.
+
+    Raises:
+        ValueError: an unknown name, blocks that there cannot be, or something else in the stage
+            that it does not go with.
+    """
+    if not s.zero.name or spec.tx is None or lm is None:
+        return spec
+    rung = levels.rung(s.zero.name)
+    if s.zero.name == "exact" and lm.dtype == "float32":
+        rung = dataclasses.replace(rung, weight_bits=32, grad_bits=32)
+    for other, there in (
+        ("plan='search', which knows no nodes", s.plan == "search"),
+        ("schedule='skrull'", s.schedule.name == "skrull"),
+    ):
+        if there:
+            raise ValueError(f"name is {s.zero.name!r}, which does not go with {other}.")
+    if isinstance(spec.tx, Adaptation):
+        spec = ways.in_every_node(spec)
+    plan = levels.Plan(rung, block=s.zero.block, dtype=lm.dtype, nodes=s.zero.nodes)
+    return spec._replace(sends=plan)
+
+
+def sampling_of(s: StageSettings, name: str, tokenizer: Tokenizer) -> Sampling | None:
+    """How the stage samples, if it does."""
+    if ALGORITHMS[s.algorithm][2] != "prompts":
+        return None
+    pad = tokenizer.pad if tokenizer.pad is not None else 0
+    return build(Sampling, {"pad": pad, **s.sampling}, f"config.{name}.sampling")
+
+
+def reward_fn(reward: RewardSettings) -> Callable:
+    """The function of the text that a reward's settings name; its `__name__` is that name.
+
+    Raises:
+        ValueError: an unknown name or option.
+    """
+    if reward.name not in REWARDS:
+        raise ValueError(f"the reward is {reward.name!r}; there are {['model', *REWARDS]}.")
+    try:
+        fn = REWARDS[reward.name](**reward.options)
+    except TypeError as error:
+        raise ValueError(f"options of the reward {reward.name!r}: {error}.") from None
+
+    def named(example: Any, response: str) -> Any:
+        return fn(example, response)
+
+    named.__name__ = reward.name
+    return named
+
+
+def roles_of(
+    s: StageSettings, base: LMConfig, earlier: Sequence[Any], ignore: Sequence[str] = ()
+) -> tuple[dict[str, tuple[str, str]], dict[str, LMConfig]]:
+    """Where each role's parameters come from, and the shape of its model.
+
+    Args:
+        ignore: fields of a directory's `config.json` that are read as if they were not there.
+    """
+    first = "reward" if s.algorithm == "reward_model" else "actor"
+    given = {first: "base", **s.models}
+    if first == "actor":
+        given.setdefault("ref", given["actor"])
+    roles = ("actor", "ref", "critic", "reward")
+    if unknown := sorted(set(given) - set(roles)):
+        raise ValueError(f"models has unknown roles {unknown}; there are {[*roles]}.")
+    origins, lms = {}, {}
+    by_name = {e.name: e for e in earlier}
+    for role, where in given.items():
+        stage, _, of = where.partition("/")
+        if where == "base":
+            origins[role], lm = ("base", ""), base
+        elif stage in by_name:
+            source = by_name[stage]
+            of = of or source.trained
+            if of not in source.lms:
+                raise ValueError(
+                    f"models.{role} is {where!r}, but stage {stage!r} has {sorted(source.lms)}."
+                )
+            origins[role], lm = ("stage", f"{stage}/{of}"), source.lms[of]
+        elif Path(where).is_dir():
+            lm = LMConfig.from_hf(where, ignore=ignore)
+            lm = dataclasses.replace(
+                lm, dtype=base.dtype, param_dtype=base.param_dtype, remat=base.remat, eos=base.eos
+            )
+            origins[role] = ("directory", where)
+        else:
+            raise ValueError(
+                f"models.{role} is {where!r}: neither 'base', nor an earlier stage "
+                f"({sorted(by_name)}), nor a directory."
+            )
+        head = "value" if role in VALUE_ROLES else "lm"
+        if lm.head == "value" and head == "lm":
+            raise ValueError(f"models.{role} is {where!r}, a value model without a vocabulary.")
+        if lm.vocab != base.vocab:
+            raise ValueError(
+                f"models.{role} is {where!r} with a vocabulary of {lm.vocab}, but the base model's "
+                f"is {base.vocab}: every model of a run reads the same tokens."
+            )
+        lms[role] = dataclasses.replace(lm, head=head)
+    return origins, lms
+
+
+def check_length(s: StageSettings, lms: dict[str, LMConfig], sampling: Sampling | None) -> None:
+    for token in (*sampling.stop, sampling.pad) if sampling else ():
+        if not 0 <= token < lms["actor"].vocab:
+            raise ValueError(
+                f"sampling has stop={sampling.stop} and pad={sampling.pad}, but the ids of the "
+                f"model's tokens are 0 to {lms['actor'].vocab - 1}."
+            )
+    longest = s.data.prompt_length + sampling.max_tokens if sampling else 0
+    for role, lm in lms.items():
+        if longest > lm.max_length:
+            raise ValueError(
+                f"data.prompt_length {s.data.prompt_length} and sampling.max_tokens "
+                f"{sampling.max_tokens} make {longest} tokens, but {role}'s max_length is "
+                f"{lm.max_length}."
+            )
+
+
+def graph_of(
+    s: StageSettings, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
+) -> Graph:
+    if s.staleness < 0 or (s.staleness and sampling is None):
+        raise ValueError(f"staleness is {s.staleness}; it is for algorithms that sample, from 0.")
+    graph = _synchronous(s.algorithm, room, cfg, lms, reward, sampling)
+    if ways.keeps_base(s.adapt.get("actor")) and _same_start(s):
+        graph = dataclasses.replace(graph, calls=tuple(map(_without_ref, graph.calls)))
+    calls = (
+        dataclasses.replace(c, staleness=s.staleness) if c.kind == "generate" else c
+        for c in graph.calls
+    )
+    return dataclasses.replace(graph, calls=tuple(calls)) if s.staleness else graph
+
+
+def _same_start(s: StageSettings) -> bool:
+    """Whether the reference is what the actor starts from."""
+    actor = s.models.get("actor", "base")
+    return s.models.get("ref", actor) == actor
+
+
+def _without_ref(c: core.Call) -> core.Call:
+    """A call of the reference, on the actor's own arrays without its adapter."""
+    if c.of != "ref":
+        return c
+    return dataclasses.replace(c, of="actor", fn=functools.partial(_on_base, c.fn))
+
+
+def _on_base(fn: Callable, params_: Any, batch: Any, key: Any) -> Any:
+    return fn(lora.base(params_), batch, key)
+
+
+def _synchronous(
+    algorithm: str, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
+) -> Graph:
+    def need(role: str) -> LMConfig:
+        if role not in lms:
+            raise ValueError(f"models lacks {role!r}; say where it comes from.")
+        return lms[role]
+
+    if algorithm == "reward_model":
+        return room.graph(cfg, need("reward"))
+    if algorithm in ("sft", "dpo"):
+        return room.graph(cfg, lms["actor"])
+    if reward is None:
+        need("reward")
+    if algorithm == "ppo":
+        return room.graph(cfg, lms["actor"], need("critic"), reward=reward, sampling=sampling)
+    return room.graph(cfg, lms["actor"], reward=reward, sampling=sampling)
+
+
+def model_specs(
+    s: StageSettings, graph: Graph, lms: dict[str, LMConfig], name: str
+) -> tuple[dict[str, Spec], dict[str, Any]]:
+    trained = {c.of: c for c in graph.calls if c.kind == "train"}
+    if unknown := sorted(set(s.optim) - set(trained)):
+        raise ValueError(f"optim names {unknown}, but the stage trains {sorted(trained)}.")
+    if unknown := sorted(set(s.adapt) - set(trained)):
+        raise ValueError(f"adapt names {unknown}, but the stage trains {sorted(trained)}.")
+    specs, schedules = {}, {}
+    for role in graph.models:
+        if role == "kl":
+            specs[role] = ppo.kl_spec()
+            continue
+        shapes, axes, tx = params.abstract(lms[role]), params.logical_axes(lms[role]), None
+        if role in trained:
+            if role not in s.optim:
+                raise ValueError(f"optim lacks {role!r}, which the stage trains.")
+            o, c = s.optim[role], trained[role]
+            with at_path(f"config.{name}.optim.{role}"):
+                _check_options(o)
+                updates = s.steps * c.epochs * c.minibatches
+                schedules[role] = warmup_then(
+                    o.schedule, peak=o.lr, updates=updates, warmup=o.warmup, final=o.final
+                )
+            if role in s.adapt:
+                with at_path(f"config.{name}.adapt.{role}"):
+                    specs[role] = ways.spec(s.adapt[role], lms[role], o, schedules[role], updates)
+                    ways.started(s.adapt[role], lms[role])
+                continue
+            with at_path(f"config.{name}.optim.{role}"):
+                tx = optimizer(
+                    o.name,
+                    schedules[role],
+                    clip_norm=o.clip_norm,
+                    weight_decay=o.weight_decay,
+                    store=o.store,
+                    descent=o.descent,
+                    frozen=o.frozen,
+                    options=o.options,
+                )
+                if (o.store or o.name in optim.OWN) and lms[role].param_dtype == "float32":
+                    raise ValueError(
+                        f"{o.name} with store={o.store!r} is for parameters of 16 bits, but "
+                        "config.model.param_dtype is 'float32', of which it would keep nothing."
+                    )
+                _check_patterns(shapes, o.frozen)
+        specs[role] = Spec(shapes, axes, tx)
+    return specs, schedules
+
+
+def _check_options(o: OptimSettings) -> None:
+    """Numbers of an optimizer that are of another type than its own, or out of their range."""
+    if o.name not in optim.optimizer_names():
+        return  # which is told by the one that makes it
+    known = inspect.signature(optim.OWN.get(o.name) or getattr(optax, o.name)).parameters
+    for name, value in o.options.items():
+        if name in ("learning_rate", "mask"):
+            raise ValueError(f"options.{name} is {value!r:.200}, but a stage sets it by itself.")
+        if name.endswith("dtype") and value not in (None, "float32", "bfloat16", "float16"):
+            raise ValueError(f"options.{name} is {value!r:.200}, the name of no float type.")
+        like = known[name].default if name in known else None
+        if type(like) in (int, float) and type(value) not in (int, float):
+            raise ValueError(f"options.{name} is {value!r:.200}, but must be a number like {like}.")
+        if type(like) is bool and type(value) is not bool:
+            raise ValueError(f"options.{name} is {value!r:.200}, but must be True or False.")
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"options.{name} is {value}, but must be finite.")
+        if name in ("b1", "b2", "b3", "momentum") and type(like) is float and not 0 <= value < 1:
+            raise ValueError(f"options.{name} is {value}, but must be at least 0 and below 1.")
+        if name.startswith("eps") and type(like) is float and value < 0:
+            raise ValueError(f"options.{name} is {value}, but must be at least 0.")
+
+
+def _check_patterns(shapes: Any, patterns: tuple[str, ...]) -> None:
+    if patterns:
+        tree.match(shapes, patterns)
+
+
+def batch_shapes(s: StageSettings, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    b, length, prompt = s.batch, s.data.length, s.data.prompt_length
+    if kind == "prompts":
+        if prompt < 1:
+            raise ValueError(f"data.prompt_length is {prompt}; {s.algorithm} needs at least 1.")
+        return {
+            "prompt": array(b, prompt),
+            "prompt_length": array(b),
+            "prompt_example": array(b),
+        }
+    if length < 2:
+        raise ValueError(f"data.length is {length}; {s.algorithm} needs at least 2.")
+    whole = array(b, length)
+    mask = array(b, length, dtype=jnp.float32)
+    return {"tokens": whole, "segment": whole, "position": whole, "mask": mask}

@@ -1,0 +1,199 @@
+"""What a run must remember: the models of the stage under way, and those that later stages need.
+
+Model parameters come from scratch, from a Hugging Face directory, or from an earlier stage. Random
+ones depend on the run's seed and the shape alone, never on the mesh.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxrl_eff import tree
+from jaxrl_eff.algorithms import ppo
+from jaxrl_eff.core import Adaptation, Model, Step
+from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.parallel import Placement, Route, global_arrays
+from jaxrl_eff.parallel.mesh import mesh
+from jaxrl_eff.peft import lora, quantized, ways
+from jaxrl_eff.train.assembly import Assembled, Stage
+
+Models = dict[str, Model]
+Shelf = dict[str, Any]  # "stage/role" -> parameters, at home in that stage
+
+
+def initial(assembled: Assembled, stage: Stage, shelf: Shelf) -> Models:
+    """First models of a stage, at home. Takes copies: training donates what it starts from."""
+    return {
+        role: stage.step.init(role, _params(assembled, stage, role, shelf))
+        for role in stage.step.graph.models
+    }
+
+
+def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
+    """First parameters of a role at home, with those of an adapter."""
+    where = jax.tree.map(lambda x: x.sharding, stage.step.home(role).params)
+    way = stage.step.specs[role].tx
+    if role not in stage.settings.adapt or not isinstance(way, Adaptation):
+        return _base(assembled, stage, role, shelf, where)
+    base_where = lora.base(where)
+    kept = ways.kept_in_bits(stage.settings.adapt[role], stage.lms[role])
+    keep = kept and _Keep(kept, base_where)
+    base = _base(assembled, stage, role, shelf, base_where, keep)
+    full = jax.jit(way.extended, out_shardings=where, donate_argnums=0)(base)
+    there = tree.flat(where)
+    given = ways.started(stage.settings.adapt[role], stage.lms[role])
+    put = {k: global_arrays.from_whole(there[k], np.asarray(v)) for k, v in given.items()}
+    return tree.with_leaves(full, put)
+
+
+class _Keep(NamedTuple):
+    """Quantises parameters one by one, as they are read.
+
+    Attributes:
+        kept: which, and how.
+        where: shardings of what is kept.
+    """
+
+    kept: quantized.Quantised
+    where: Any
+
+    def __call__(self, name: str, x: jax.Array) -> dict[str, jax.Array]:
+        if name not in self.kept.blocks:
+            return {name: x}
+        flat = tree.flat(self.where)
+        there = {k: flat[k] for k in self.kept.names(name)}
+        return jax.jit(lambda x: self.kept.leaves(name, x), out_shardings=there)(x)
+
+
+def _base(
+    assembled: Assembled, stage: Stage, role: str, shelf: Shelf, where: Any, keep: Any = None
+) -> Any:
+    """Parameters without an adapter at home; with a `_Keep`, what is kept of each."""
+    if keep is not None:
+        where = quantized.plain_layout(where)
+    kind, name = stage.origins[role]
+    if kind == "kl":
+        return jax.device_put(ppo.kl_params(ppo.PPOConfig(**stage.settings.loss)), where)
+    lm = stage.lms[role]
+    if kind == "stage":
+        source = _stage(assembled, name.split("/")[0])
+        return _kept(_adapted(shelf[name], source.lms[name.split("/")[1]], lm, where), keep)
+    directory = assembled.run.model.path if kind == "base" else name
+    if directory:
+        from jaxrl_eff.models import load_hf
+
+        ignore = assembled.run.model.ignore
+        return load_hf(directory, lm, where, dtype=lm.param_dtype, keep=keep, ignore=ignore)
+    key = jax.random.key(assembled.run.seed)
+    return _kept(jax.jit(lambda k: params.init(lm, k), out_shardings=where)(key), keep)
+
+
+def _kept(params_: Any, keep: _Keep | None) -> Any:
+    """What is kept of parameters, which die one by one."""
+    if keep is None:
+        return params_
+    found, flat = {}, tree.flat(params_)
+    del params_
+    for name in list(flat):
+        found |= keep(name, flat.pop(name))
+    return tree.with_leaves({}, found)
+
+
+def merged(lm: LMConfig, params_: Any) -> Any:
+    """Parameters with adapters merged into their kernels, dequantised; others as they are."""
+    where = jax.tree.map(lambda x: x.sharding, lora.base(params_))
+    where = quantized.plain_layout(where)
+    if jax.tree.structure(where) == jax.tree.structure(params_):
+        return params_
+    return jax.jit(lambda t: lora.merge(lm, t), out_shardings=where)(params_)
+
+
+def moved(models: Models, old: Step, new: Step) -> Models:
+    """Models at home in one step's plan, brought home in another's. Consumes them."""
+    out = {}
+    for role in list(models):
+        out[role] = Route(old.home(role), new.home(role), donate=True)(models.pop(role))
+    return out
+
+
+def shared(tree: Any) -> Any:
+    """The tree with a part on every process, as writers of files need it.
+
+    Arrays that leave out some processes are spread over all devices. Every process must call.
+    """
+    return Route(tree, shared_layout(tree))(tree)
+
+
+def shared_layout(tree: Any) -> Any:
+    """The layouts of `shared`, of arrays or of `jax.ShapeDtypeStruct`s with shardings."""
+
+    def layout(x: Any) -> jax.ShapeDtypeStruct:
+        everywhere = {d.process_index for d in x.sharding.device_set}
+        whole = len(everywhere) == jax.process_count()
+        where = x.sharding if whole else _spread(x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree.map(layout, tree)
+
+
+def _spread(shape: tuple[int, ...]) -> NamedSharding:
+    """Over all devices along the first axis that divides; else whole on each."""
+    every = Placement(tuple(range(jax.device_count())))
+    axis = next((i for i, n in enumerate(shape) if n % jax.device_count() == 0 and n), None)
+    spec = PartitionSpec(*[None] * axis, "data") if axis is not None else PartitionSpec()
+    return NamedSharding(mesh(every), spec)
+
+
+def _stage(assembled: Assembled, name: str) -> Stage:
+    return next(s for s in assembled.stages if s.name == name)
+
+
+def _adapted(tree: Any, source: LMConfig, target: LMConfig, where: Any) -> Any:
+    """Parameters of one stage for a role of another: moved, copied, and with another head.
+
+    A new value head starts at 0, so that a fresh critic or reward model says 0 everywhere.
+    """
+    tree = dict(merged(source, tree))
+    if source.head != target.head:
+        tree.pop("unembed", None)
+        tree["value"] = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype), params.abstract(target)["value"]
+        )
+    shared = {k: v for k, v in tree.items() if k != "value" or source.head == target.head}
+    moved = Route(jax.tree.map(lambda x: x.sharding, shared), {k: where[k] for k in shared})(shared)
+    fresh = {k: jax.device_put(tree[k], where[k]) for k in tree if k not in shared}
+    copy = jax.jit(lambda t: jax.tree.map(jnp.copy, t), out_shardings=where)
+    return copy({**moved, **fresh})
+
+
+def abstract(assembled: Assembled, index: int) -> dict[str, Any]:
+    """Shapes and shardings of the state of stage `index`."""
+    stage = assembled.stages[index]
+    shelf = {}
+    for name in assembled.needed_after(index):
+        owner, role = name.split("/")
+        if owner != stage.name:
+            shelf[name] = _stage(assembled, owner).step.home(role).params
+    return {
+        "models": {r: stage.step.home(r) for r in stage.step.graph.models},
+        "shelf": shelf,
+    }
+
+
+def saved(assembled: Assembled, index: int, models: Models, shelf: Shelf) -> dict[str, Any]:
+    """The state of stage `index` as `abstract` describes it.
+
+    What this stage alone started from is left out: a run resumed in it has that no more, and its
+    checkpoints should be the same.
+    """
+    later = assembled.needed_after(index)
+    return {"models": models, "shelf": {k: v for k, v in shelf.items() if k in later}}
+
+
+def shelve(assembled: Assembled, index: int, models: Models, shelf: Shelf) -> Shelf:
+    """After stage `index`: what later stages start from, and nothing else."""
+    mine = {f"{assembled.stages[index].name}/{r}": m.params for r, m in models.items()}
+    return {name: {**shelf, **mine}[name] for name in assembled.needed_after(index)}
