@@ -24,7 +24,8 @@ if "jax" not in sys.modules:
     host.simulate(8)
 
 from jaxrl_eff import schema
-from jaxrl_eff.train import parts, settings
+from jaxrl_eff.algorithms import ALGORITHMS
+from jaxrl_eff.train import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests" / "tiny.py")
@@ -91,7 +92,7 @@ def _bad(path: str, hint: object, marks: tuple) -> list[object]:
 def _values() -> Iterator[Case]:
     sections = [("", settings.Run, "ppo"), ("ppo.", settings.StageSettings, "ppo")]
     sections += [
-        (f"{name}.loss.", parts.ALGORITHMS[name][1], name) for name in ("sft", "dpo", "ppo", "grpo")
+        (f"{name}.loss.", ALGORITHMS[name].config, name) for name in ("sft", "dpo", "ppo", "grpo")
     ]
     sections += [
         ("ppo.optim.actor.", settings.OptimSettings, "ppo"),

@@ -15,7 +15,7 @@ FILES = {
 
 def ppo_graph():
     """PPO as its config's defaults make it, for a model of any shape."""
-    from jaxrl_eff.algorithms import ppo
+    from jaxrl_eff.algorithms import Rollout, ppo
     from jaxrl_eff.models import LMConfig
     from jaxrl_eff.rollout import Sampling
 
@@ -23,7 +23,8 @@ def ppo_graph():
     lm = LMConfig(vocab=16, **sizes)
     value = LMConfig(vocab=16, **sizes, head="value")
     sampling = Sampling(max_tokens=8)
-    return ppo.graph(ppo.PPOConfig(), lm, value, reward=value, sampling=sampling)
+    models = {"actor": lm, "critic": value, "reward": value}
+    return ppo.graph(ppo.PPOConfig(), models, Rollout(sampling))
 
 
 def table(graph) -> str:

@@ -386,7 +386,7 @@ def micro(model: str, longest: int) -> Any:
     lm, place = MODELS[model], Placement((0,))
     sizes = [n for n in (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
              if n <= longest]  # fmt: skip
-    graph = sft.graph(sft.SFTConfig(), lm)
+    graph = sft.graph(sft.SFTConfig(), {"actor": lm})
     spec = Spec(params.abstract(lm), logical_axes(lm), optax.sgd(0.0))
     step = mixed.compile(graph, {"actor_train": place}, {"actor": spec})
     began = time.perf_counter()

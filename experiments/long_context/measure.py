@@ -54,7 +54,7 @@ def main() -> None:
     size = {"groups": 2, "parts": 4, "room": ROOM}
     shapes = lattice(np.concatenate(every), batch=BATCH, cost=cost, shapes=5, batches=16, **size)
     one_by_one = sorted({Shape(0, 64), Shape(0, 256), Shape(0, ROOM)} | set(shapes))
-    graph = sft.graph(sft.SFTConfig(), LM)
+    graph = sft.graph(sft.SFTConfig(), {"actor": LM})
     spec = Spec(params.abstract(LM), logical_axes(LM), optax.sgd(0.1))
     step = mixed.compile(graph, {"actor_train": PLACE}, {"actor": spec})
     names = graph.inputs.split()

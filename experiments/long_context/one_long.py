@@ -23,7 +23,7 @@ import optax
 from jaxrl_eff import core
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.core import Placement, Spec
-from jaxrl_eff.models import LMConfig, logical_axes, params
+from jaxrl_eff.models import LMConfig, attention, logical_axes, params
 from jaxrl_eff.parallel.attention import sequence
 
 LM = LMConfig(
@@ -33,8 +33,19 @@ LM = LMConfig(
 
 
 def step_of(place: Placement, batch: dict[str, np.ndarray]) -> core.Step:
-    attend = sequence.attend(place) if place.seq == 1 else None  # in chunks on one device, too
-    graph = sft.graph(sft.SFTConfig(), LM, attend=attend)
+    graph = sft.graph(sft.SFTConfig(), {"actor": LM})
+    if place.seq == 1:  # in chunks on one device, too
+        (call,) = graph.calls
+        chunks = attention.Spread(sequence.attend(place))
+
+        def forward(*args):
+            with attention.spreading(lambda length, sight=None: chunks):
+                return call.forward(*args)
+
+        again = core.train(
+            call.name, of=call.of, forward=forward, loss=call.loss, reads=" ".join(call.reads)
+        )
+        graph = core.Graph(graph.inputs, (again,))
     spec = Spec(params.abstract(LM), logical_axes(LM), optax.sgd(0.1))
     return core.compile(graph, {"actor_train": place}, {"actor": spec}).build(batch)
 

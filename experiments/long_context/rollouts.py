@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 from jaxrl_eff import core
-from jaxrl_eff.algorithms import grpo
+from jaxrl_eff.algorithms import Rollout, grpo
 from jaxrl_eff.core import Placement, Spec, packed
 from jaxrl_eff.models import LMConfig, logical_axes, params
 from jaxrl_eff.planner import clusters
@@ -77,7 +77,7 @@ def reward(batch, key):
 
 def graph():
     sampling = Sampling(max_tokens=ANSWER, samples=SAMPLES)
-    whole = grpo.graph(grpo.GRPOConfig(), LM, reward=reward, sampling=sampling)
+    whole = grpo.graph(grpo.GRPOConfig(), {"actor": LM}, Rollout(sampling, reward))
     calls = (dataclasses.replace(c, fn=rollout) if c.kind == "generate" else c for c in whole.calls)
     return dataclasses.replace(whole, calls=tuple(calls))
 

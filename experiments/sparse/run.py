@@ -54,7 +54,7 @@ def main():
     whole = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     batch = dict.fromkeys(("tokens", "segment", "position"), whole)
     batch["mask"] = jax.ShapeDtypeStruct(whole.shape, jnp.float32)
-    graph = sft.graph(sft.SFTConfig(), LM)
+    graph = sft.graph(sft.SFTConfig(), {"actor": LM})
     print(f"{'':28} arguments  temporaries  choosing: temporaries   MFLOP")
     for name, way in WAYS.items():
         place = {"actor_train": core.Placement((0,))}

@@ -36,7 +36,7 @@ def compiled(cfg, rung: str, steps: int) -> core.Step:
     tx = optax.adamw(optax.cosine_decay_schedule(1e-3, steps), weight_decay=0.1)
     plan = levels.Plan(levels.rung(rung), block=256) if rung else None
     spec = core.Spec(params.abstract(cfg), params.logical_axes(cfg), tx, plan)
-    graph = sft.graph(sft.SFTConfig(), cfg)
+    graph = sft.graph(sft.SFTConfig(), {"actor": cfg})
     place = Placement(tuple(range(DEVICES)), dcn=2, fsdp=4)
     return core.compile(graph, {"actor_train": place}, {"actor": spec}).build(
         rows(np.zeros((ROWS, LENGTH), np.int32))

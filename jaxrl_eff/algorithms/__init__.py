@@ -1,22 +1,24 @@
-"""Algorithms: each file is one paper, a frozen `Config` and a table of calls.
+"""Algorithms: each file is one paper, a frozen `Config`, a table of calls, and a record of them.
 
 The difference between two files is the difference between two papers. `losses` and `advantages`
 hold the equations on arrays; `policy` the rows that several tables share.
 """
 
-import importlib
+from jaxrl_eff.algorithms import dpo, grpo, ppo, raft, remax, reward_model, rloo, sft
+from jaxrl_eff.algorithms.base import Algorithm, Rollout
 
-_FILES = (
-    "advantages", "dpo", "grpo", "losses", "policy", "ppo", "raft", "remax", "reward_model",
+ALGORITHMS: dict[str, Algorithm] = {
+    "sft": sft.ALGORITHM,
+    "reward_model": reward_model.ALGORITHM,
+    "dpo": dpo.ALGORITHM,
+    "ppo": ppo.ALGORITHM,
+    "grpo": grpo.ALGORITHM,
+    "rloo": rloo.ALGORITHM,
+    "remax": remax.ALGORITHM,
+    "raft": raft.ALGORITHM,
+}
+
+__all__ = [
+    "ALGORITHMS", "Algorithm", "Rollout", "dpo", "grpo", "ppo", "raft", "remax", "reward_model",
     "rloo", "sft",
-)  # fmt: skip
-
-
-def __getattr__(name: str):
-    if name in _FILES:
-        return importlib.import_module(f"jaxrl_eff.algorithms.{name}")
-    raise AttributeError(f"algorithms has no {name!r}; it has {', '.join(_FILES)}")
-
-
-def __dir__():
-    return list(_FILES)
+]  # fmt: skip

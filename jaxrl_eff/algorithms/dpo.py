@@ -8,7 +8,7 @@ in SimPO, arXiv:2405.14734, but with the reference kept), against the pull towar
 Both responses of a pair lie in one row as segments 2k + 1 and 2k + 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 
 from jaxrl_eff import masked
 from jaxrl_eff.algorithms import losses
-from jaxrl_eff.algorithms.check import require, require_one_of
+from jaxrl_eff.algorithms.base import Algorithm, Rollout, require, require_one_of
 from jaxrl_eff.algorithms.reward_model import pairs_there, wins
 from jaxrl_eff.core import Graph, infer, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import logprobs, token_logprobs
-from jaxrl_eff.types import Array, Float, PyTree
+from jaxrl_eff.types import Array, Float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,29 +49,31 @@ class DPOConfig:
         require(self, "label_smoothing", smooth, f"0 with loss={self.loss!r}")
 
 
-def graph(cfg: DPOConfig, lm: LMConfig, *, attend: Callable | None = None) -> Graph:
+def graph(cfg: DPOConfig, models: Mapping[str, LMConfig], rollout: Rollout | None = None) -> Graph:
     """The reference reads the pairs, then the actor learns from them."""
-    logprob = partial(token_logprobs, lm, attend=attend, with_entropy=False)
-    loss = partial(preference_loss, cfg, logprob)
-    ref = logprobs(lm, attend=attend, name="ref_logp")
-    row = "tokens segment position"
+    del rollout
+    lm, row = models["actor"], "tokens segment position"
     return Graph(inputs=f"{row} mask", calls=(
-        infer("ref_inf",     of="ref",   fn=ref,  reads=row, writes="ref_logp"),
-        train("actor_train", of="actor", fn=loss, reads=f"{row} mask ref_logp"),
+        infer("ref_inf",     of="ref",   fn=logprobs(lm, name="ref_logp"),
+                             reads=row,  writes="ref_logp"),
+        train("actor_train", of="actor", forward=partial(token_logprobs, lm, with_entropy=False),
+                             loss=partial(preference_loss, cfg), reads=f"{row} mask ref_logp"),
     ))  # fmt: skip
 
 
 def preference_loss(
-    cfg: DPOConfig, forward: Callable, params: PyTree, batch: dict[str, Array], key: Array
+    cfg: DPOConfig, numbers: tuple[Array, Array], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
     """Loss of the pairs: sum, number of pairs, meters.
+
+    Args:
+        numbers: log-probabilities `[B, T]`, and entropies that are not looked at.
 
     Meters, with the implicit reward beta (log pi - log ref) of a response: `accuracy` (ties count
     half), `margin`, `chosen_reward`, `rejected_reward`.
     """
     del key
-    segment, position = batch["segment"], batch["position"]
-    logp, _ = forward(params, batch["tokens"], position, segment)
+    (logp, _), segment, position = numbers, batch["segment"], batch["position"]
     mask = batch["mask"] * (position > 0).astype(jnp.float32)
     ratio = masked.segment_sum((logp - batch["ref_logp"]) * mask, segment)
     if cfg.length_normalised:
@@ -92,3 +94,8 @@ def preference_loss(
             "rejected_reward": meters.Mean(cfg.beta * (rejected * there).sum(), count),
         },
     )
+
+
+ALGORITHM = Algorithm(
+    config=DPOConfig, graph=graph, batch="preference", roles={"actor": "lm", "ref": "lm"}
+)

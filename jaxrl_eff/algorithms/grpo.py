@@ -13,29 +13,28 @@ Left out: DAPO's resampling of groups without a gradient and its soft length pen
 reward), and GSPO's token variant.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from jaxrl_eff.algorithms import advantages, losses
-from jaxrl_eff.algorithms.check import require, require_one_of
+from jaxrl_eff.algorithms.base import Algorithm, Rollout, require, require_one_of
 from jaxrl_eff.algorithms.policy import (
     PROMPTS,
-    HostReward,
     ends,
     group_meters,
     policy_meters,
     reference_call,
     require_samples,
     reward_call,
+    reward_of,
     rollout_call,
 )
 from jaxrl_eff.core import Graph, local, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs
-from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.types import Array, Float, PyTree
+from jaxrl_eff.types import Array, Float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +82,14 @@ class GRPOConfig:
         require(self, "minibatches", self.minibatches >= 1, "at least 1")
 
 
-def graph(
-    cfg: GRPOConfig,
-    actor: LMConfig,
-    *,
-    reward: LMConfig | HostReward,
-    sampling: Sampling,
-    attend: Callable | None = None,
-) -> Graph:
+def graph(cfg: GRPOConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> Graph:
     """GRPO's calls. The models are actor, ref (unless beta is 0) and reward (if it is one).
 
     Raises:
         ValueError: fewer than two samples a prompt; `mask_truncated` where no token ends a
             response.
     """
+    sampling, actor = rollout.sampling, models["actor"]
     require_samples("GRPO", sampling)
     stop = ends(actor, sampling)
     if cfg.mask_truncated and not stop:
@@ -104,18 +97,16 @@ def graph(
             "mask_truncated is True, but neither the model's eos nor sampling.stop names a token "
             "that ends a response, so every response would be masked."
         )
-    logprob = partial(
-        token_logprobs, actor, warp=sampling.warp, attend=attend, with_entropy=cfg.entropy > 0
-    )
-    loss = partial(policy_loss, cfg, logprob, stop, sampling.max_tokens)
+    forward = partial(token_logprobs, actor, warp=sampling.warp, with_entropy=cfg.entropy > 0)
+    loss = partial(policy_loss, cfg, stop, sampling.max_tokens)
     ref_logp = " ref_logp" * (cfg.beta > 0)
     calls = (
-        rollout_call(actor, sampling, attend=attend),
-        reward_call(reward, attend=attend),
-        ref_logp and reference_call(actor, sampling, attend=attend),
+        rollout_call(actor, sampling),
+        reward_call(reward_of(models, rollout)),
+        ref_logp and reference_call(actor, sampling),
         local("advantage",               fn=partial(advantage, cfg),
                                          reads="score group mask logp" + ref_logp, writes="adv"),
-        train("actor_train", of="actor", fn=loss,
+        train("actor_train", of="actor", forward=forward, loss=loss,
                                          reads="tokens segment position mask logp adv" + ref_logp,
                                          epochs=cfg.epochs, minibatches=cfg.minibatches),
     )  # fmt: skip
@@ -131,23 +122,25 @@ def advantage(cfg: GRPOConfig, batch: dict[str, Array], key: Array) -> dict[str,
 
 def policy_loss(
     cfg: GRPOConfig,
-    forward: Callable,
     stop: tuple[int, ...],
     max_tokens: int,
-    params: PyTree,
+    numbers: tuple[Array, Array],
     batch: dict[str, Array],
     key: Array,
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
     """The clipped surrogate and the KL penalty: sum, weight, `policy.policy_meters`.
 
     The weight is the number of sequences, or of tokens with "token_mean".
+
+    Args:
+        numbers: log-probabilities and entropies, `[B, T]` each.
     """
     del key
     tokens, segment = batch["tokens"], batch["segment"]
     old, mask, adv = batch["logp"], batch["mask"], batch["adv"]
     if cfg.mask_truncated:
         mask = mask * advantages.ended(tokens, mask, segment, ends=stop)
-    logp, entropy = forward(params, tokens, batch["position"], segment)
+    logp, entropy = numbers
     ratio = losses.token_ratio(logp, old, mask)
     if cfg.ratio == "sequence":
         ratio = losses.sequence_ratio(logp, old, mask, segment)
@@ -170,3 +163,11 @@ def policy_loss(
             entropy=entropy if cfg.entropy else None,
         ),
     )
+
+
+ALGORITHM = Algorithm(
+    config=GRPOConfig,
+    graph=graph,
+    batch="prompts",
+    roles={"actor": "lm", "ref": "lm", "reward": "value"},
+)

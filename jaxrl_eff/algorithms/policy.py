@@ -4,63 +4,58 @@ A reward is either a model, which scores the whole row, or a function of the tex
 host. Every algorithm takes either, through `reward_call`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 import jax.numpy as jnp
 
 from jaxrl_eff.algorithms import advantages, losses
+from jaxrl_eff.algorithms.base import HostReward, Rollout
 from jaxrl_eff.core import Call, generate, infer, local, meters
-from jaxrl_eff.core.glossary import Rowwise
 from jaxrl_eff.models.config import LMConfig
-from jaxrl_eff.models.heads import logprobs, score
+from jaxrl_eff.models.heads import last_score, logprobs, token_scores
 from jaxrl_eff.rollout import Sampling, sample
-from jaxrl_eff.types import Array, Float, PyTree
+from jaxrl_eff.types import Array, Float
 
 PROMPTS = "prompt prompt_length prompt_example"
 ROLLOUT = "tokens segment position mask logp group example"
 
-# A host reward reads tokens, mask and example as numpy arrays, and the step's key (two words);
-# it returns {"score": float32 [B]}.
-HostReward = Callable[..., dict]
 
-
-def rollout_call(lm: LMConfig, sampling: Sampling, *, attend: Callable | None = None) -> Call:
+def rollout_call(lm: LMConfig, sampling: Sampling) -> Call:
     """The actor answers the prompts, `sampling.samples` times each."""
-    fn = sample(lm, sampling, attend=attend)
+    fn = sample(lm, sampling)
     return generate("actor_gen", of="actor", fn=fn, reads=PROMPTS, writes=ROLLOUT)
 
 
 def greedy_calls(
-    lm: LMConfig,
-    sampling: Sampling,
-    reward: LMConfig | HostReward,
-    *,
-    attend: Callable | None = None,
+    lm: LMConfig, sampling: Sampling, reward: LMConfig | HostReward
 ) -> tuple[Call, Call]:
     """The actor's greedy answer to each prompt and its reward: `greedy_tokens`, `greedy_score`, ...
 
     Truncation is dropped with the temperature: the likeliest token is never cut off.
     """
     greedy = replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, samples=1)
-    fn = _prefixed(sample(lm, greedy, attend=attend), reads="", writes="greedy_")
+    fn = _prefixed(sample(lm, greedy), reads="", writes="greedy_")
     writes = " ".join(f"greedy_{name}" for name in ROLLOUT.split())
     return (
         generate("greedy_gen", of="actor", fn=fn, reads=PROMPTS, writes=writes),
-        reward_call(reward, attend=attend, prefix="greedy_"),
+        reward_call(reward, prefix="greedy_"),
     )
 
 
-def reference_call(lm: LMConfig, sampling: Sampling, *, attend: Callable | None = None) -> Call:
+def reference_call(lm: LMConfig, sampling: Sampling) -> Call:
     """The frozen policy's log-probabilities, tempered and truncated as the sampler's are."""
-    fn = logprobs(lm, warp=sampling.warp, attend=attend, name="ref_logp")
+    fn = logprobs(lm, warp=sampling.warp, name="ref_logp")
     return infer("ref_inf", of="ref", fn=fn, reads="tokens segment position", writes="ref_logp")
 
 
-def reward_call(
-    reward: LMConfig | HostReward, *, attend: Callable | None = None, prefix: str = ""
-) -> Call:
+def reward_of(models: Mapping[str, LMConfig], rollout: Rollout) -> LMConfig | HostReward:
+    """A function of the text, or the shape of the model that scores."""
+    return models["reward"] if rollout.reward is None else rollout.reward
+
+
+def reward_call(reward: LMConfig | HostReward, *, prefix: str = "") -> Call:
     """The reward of each response: `rew_inf` of a model, or `rew`, a function on the host.
 
     Args:
@@ -74,8 +69,9 @@ def reward_call(
         if reward.head != "value":
             raise ValueError(f"the reward model's head is {reward.head!r}; it must be 'value'.")
         names = "tokens segment position"
-        fn = _prefixed(score(reward, attend=attend), reads=prefix, writes=prefix)
-        call = partial(infer, f"{prefix}rew_inf", of="reward")
+        fn = _prefixed(token_scores(reward), reads=prefix, writes=prefix)
+        finish = _prefixed(last_score, reads=prefix, writes=prefix)
+        call = partial(infer, f"{prefix}rew_inf", of="reward", finish=finish)
     else:
         names = "tokens mask example"
         fn = _prefixed(reward, reads=prefix, writes=prefix)
@@ -88,9 +84,6 @@ def _prefixed(fn: Callable, *, reads: str, writes: str) -> Callable:
     """fn on a batch whose names carry a prefix. The batch is the last argument but one, the key."""
     if not reads and not writes:
         return fn
-    if isinstance(fn, Rowwise):
-        both = (_prefixed(part, reads=reads, writes=writes) for part in (fn.tokens, fn.rows))
-        return Rowwise(*both)
 
     def call(*args):
         *before, batch, key = args
@@ -167,8 +160,7 @@ def reinforce_loss(
     clip: float | None,
     loss_agg: str,
     max_tokens: int,
-    forward: Callable,
-    params: PyTree,
+    numbers: tuple[Array, Array],
     batch: dict[str, Array],
     key: Array,
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
@@ -179,14 +171,14 @@ def reinforce_loss(
     Args:
         clip: r is clipped to 1 +- clip where that bounds the gain; None never clips.
         loss_agg, max_tokens: see `losses.aggregate`.
-        forward: `(params, tokens, position, segment) -> (logp, entropy)`.
+        numbers: log-probabilities `[B, T]`, and entropies that are not looked at.
 
     Returns:
         Sum, weight and `policy_meters`.
     """
     del key
     old, mask, adv = batch["logp"], batch["mask"], batch["adv"]
-    logp, _ = forward(params, batch["tokens"], batch["position"], batch["segment"])
+    logp, _ = numbers
     ratio = losses.token_ratio(logp, old, mask)
     sides = {"clip_low": clip, "clip_high": clip}
     loss = losses.clipped_surrogate(ratio, adv, **sides)

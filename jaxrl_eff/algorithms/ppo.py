@@ -12,7 +12,7 @@ a seventh call trains (Ziegler et al. 2019, arXiv:1909.08593, Sec. 2.2).
 Left out: sharing weights between actor and critic, and mixing in pretraining data.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,21 +23,20 @@ import optax
 
 from jaxrl_eff import masked
 from jaxrl_eff.algorithms import advantages, losses
-from jaxrl_eff.algorithms.check import require, require_one_of
+from jaxrl_eff.algorithms.base import Algorithm, Own, Rollout, require, require_one_of
 from jaxrl_eff.algorithms.policy import (
     PROMPTS,
-    HostReward,
     ends,
     policy_meters,
     reference_call,
     reward_call,
+    reward_of,
     rollout_call,
     rollout_meters,
 )
 from jaxrl_eff.core import Graph, Spec, infer, local, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs, token_values, values
-from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.types import Array, Float, PyTree
 
 
@@ -103,21 +102,14 @@ class PPOConfig:
         return self.kl_target is not None
 
 
-def graph(
-    cfg: PPOConfig,
-    actor: LMConfig,
-    critic: LMConfig,
-    *,
-    reward: LMConfig | HostReward,
-    sampling: Sampling,
-    attend: Callable | None = None,
-) -> Graph:
+def graph(cfg: PPOConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> Graph:
     """PPO's calls. The models are actor, ref, critic, reward (if it is one), kl (if adaptive).
 
     Raises:
         ValueError: the critic or reward model has no value head, or a penalty for a missing end
             is asked for where no token ends a response.
     """
+    (sampling, _), actor, critic = rollout, models["actor"], models["critic"]
     if critic.head != "value":
         raise ValueError(f"the critic's head is {critic.head!r}; it must be 'value'.")
     stop = ends(actor, sampling)
@@ -127,20 +119,17 @@ def graph(
             "sampling.stop names a token that ends a response."
         )
     row = "tokens segment position"
-    logprob = partial(
-        token_logprobs, actor, warp=sampling.warp, attend=attend, with_entropy=cfg.entropy > 0
-    )
-    estimate = partial(token_values, critic, attend=attend)
+    logprob = partial(token_logprobs, actor, warp=sampling.warp, with_entropy=cfg.entropy > 0)
     # What depends on there being a reference, on an adaptive beta, and on where the penalty goes.
     ref_logp = " ref_logp" * (cfg.kl_coef > 0)
     beta, error = " kl_coef" * cfg.adaptive, " kl_error" * cfg.adaptive
     in_loss = (ref_logp + beta) * (cfg.kl_in == "loss")
     repeat = {"epochs": cfg.epochs, "minibatches": cfg.minibatches}
     calls = (
-        rollout_call(actor, sampling, attend=attend),
-        reward_call(reward, attend=attend),
-        ref_logp and reference_call(actor, sampling, attend=attend),
-        infer("critic_inf",   of="critic", fn=values(critic, attend=attend),
+        rollout_call(actor, sampling),
+        reward_call(reward_of(models, rollout)),
+        ref_logp and reference_call(actor, sampling),
+        infer("critic_inf",   of="critic", fn=values(critic),
                               reads=row,   writes="value"),
         beta and
         infer("kl_inf",       of="kl",     fn=coefficient,
@@ -148,12 +137,13 @@ def graph(
         local("advantage",                 fn=partial(advantage, cfg, stop),
                               reads="tokens segment mask logp score value" + ref_logp + beta,
                               writes="adv ret" + error),
-        train("actor_train",  of="actor",  fn=partial(policy_loss, cfg, logprob),
+        train("actor_train",  of="actor",  forward=logprob, loss=partial(policy_loss, cfg),
                               reads=row + " mask logp adv" + in_loss, **repeat),
-        train("critic_train", of="critic", fn=partial(value_loss, cfg, estimate),
+        train("critic_train", of="critic", forward=partial(token_values, critic),
+                              loss=partial(value_loss, cfg),
                               reads=row + " mask value ret", **repeat),
         beta and
-        train("kl_train",     of="kl",     fn=partial(coefficient_loss, cfg),
+        train("kl_train",     of="kl",     loss=partial(coefficient_loss, cfg),
                               reads="kl_error"),
     )  # fmt: skip
     return Graph(inputs=PROMPTS, calls=tuple(c for c in calls if c))
@@ -199,12 +189,15 @@ def advantage(
 
 
 def policy_loss(
-    cfg: PPOConfig, forward: Callable, params: PyTree, batch: dict[str, Array], key: Array
+    cfg: PPOConfig, numbers: tuple[Array, Array], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
-    """The clipped surrogate over tokens: sum, tokens, `policy.policy_meters`."""
+    """The clipped surrogate over tokens: sum, tokens, `policy.policy_meters`.
+
+    Args:
+        numbers: log-probabilities and entropies, `[B, T]` each.
+    """
     del key
-    old, mask = batch["logp"], batch["mask"]
-    logp, entropy = forward(params, batch["tokens"], batch["position"], batch["segment"])
+    (logp, entropy), old, mask = numbers, batch["logp"], batch["mask"]
     ratio = losses.token_ratio(logp, old, mask)
     clip = {"clip_low": cfg.clip, "clip_high": cfg.clip}
     loss = losses.clipped_surrogate(ratio, batch["adv"], **clip, dual_clip=cfg.dual_clip)
@@ -230,7 +223,7 @@ def policy_loss(
 
 
 def value_loss(
-    cfg: PPOConfig, forward: Callable, params: PyTree, batch: dict[str, Array], key: Array
+    cfg: PPOConfig, value: Float[Array, "B T"], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
     """The critic's clipped squared error over tokens: sum, tokens, meters.
 
@@ -239,7 +232,6 @@ def value_loss(
     """
     del key
     old, ret, mask = batch["value"], batch["ret"], batch["mask"]
-    value = forward(params, batch["tokens"], batch["position"], batch["segment"])
     loss = losses.value_loss(value, old, ret, clip=cfg.value_clip)
     total, weight = losses.aggregate(loss, mask, batch["segment"], "token_mean")
     moved = jnp.abs(value - old) > (jnp.inf if cfg.value_clip is None else cfg.value_clip)
@@ -290,3 +282,12 @@ def coefficient_loss(
     step = jax.lax.stop_gradient(beta * cfg.kl_gain * error)
     rows = jnp.float32(error.shape[0])
     return -(step * beta).sum(), rows, {"error": meters.Mean(error.sum(), rows)}
+
+
+ALGORITHM = Algorithm(
+    config=PPOConfig,
+    graph=graph,
+    batch="prompts",
+    roles={"actor": "lm", "ref": "lm", "critic": "value", "reward": "value"},
+    own={"kl": Own(kl_spec(), kl_params)},
+)

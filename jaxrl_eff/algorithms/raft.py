@@ -7,7 +7,7 @@ cut off never wins: its score says nothing of how it would have gone on, and imi
 not to stop. Left out: the KL-penalised score and the global top share of the paper's appendix.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,21 +16,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff.algorithms import advantages, sft
-from jaxrl_eff.algorithms.check import require, require_one_of
+from jaxrl_eff.algorithms.base import Algorithm, Rollout, require, require_one_of
 from jaxrl_eff.algorithms.policy import (
     PROMPTS,
-    HostReward,
     ends,
     group_meters,
     require_samples,
     reward_call,
+    reward_of,
     rollout_call,
 )
 from jaxrl_eff.core import Graph, local, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs
-from jaxrl_eff.rollout import Sampling
-from jaxrl_eff.types import Array, Float, Int, PyTree
+from jaxrl_eff.types import Array, Float, Int
 
 ROW = "tokens segment position mask"
 WINNERS = " ".join(f"best_{name}" for name in ROW.split())
@@ -57,19 +56,13 @@ class RAFTConfig:
         require(self, "minibatches", self.minibatches >= 1, "at least 1")
 
 
-def graph(
-    cfg: RAFTConfig,
-    actor: LMConfig,
-    *,
-    reward: LMConfig | HostReward,
-    sampling: Sampling,
-    attend: Callable | None = None,
-) -> Graph:
+def graph(cfg: RAFTConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> Graph:
     """RAFT's calls. The models are actor and reward (if it is one).
 
     Raises:
         ValueError: fewer than two samples a prompt, or no token ends a response.
     """
+    sampling, actor = rollout.sampling, models["actor"]
     require_samples("RAFT", sampling)
     stop = ends(actor, sampling)
     if not stop:
@@ -79,16 +72,13 @@ def graph(
         )
     select = partial(best_of, cfg, stop, sampling.samples)
     # Its own warp is left out: what is imitated is the whole distribution, not the truncated one.
-    loss = partial(
-        winner_loss,
-        sft.SFTConfig(loss_agg=cfg.loss_agg),
-        partial(token_logprobs, actor, attend=attend, with_entropy=False),
-    )
+    forward = partial(token_logprobs, actor, with_entropy=False)
+    loss = partial(winner_loss, sft.SFTConfig(loss_agg=cfg.loss_agg))
     return Graph(inputs=PROMPTS, calls=(
-        rollout_call(actor, sampling, attend=attend),
-        reward_call(reward, attend=attend),
+        rollout_call(actor, sampling),
+        reward_call(reward_of(models, rollout)),
         local("best_of",                 fn=select, reads=f"{ROW} score group", writes=WINNERS),
-        train("actor_train", of="actor", fn=loss,   reads=WINNERS,
+        train("actor_train", of="actor", forward=forward, loss=loss, reads=WINNERS,
                                          epochs=cfg.epochs, minibatches=cfg.minibatches),
     ))  # fmt: skip
 
@@ -143,8 +133,16 @@ def winners(
 
 
 def winner_loss(
-    cfg: sft.SFTConfig, forward: Callable, params: PyTree, batch: dict[str, Array], key: Array
+    cfg: sft.SFTConfig, numbers: tuple[Array, Array], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
     """SFT's loss on the winners."""
     row = {name.removeprefix("best_"): x for name, x in batch.items()}
-    return sft.likelihood_loss(cfg, forward, params, row, key)
+    return sft.likelihood_loss(cfg, numbers, row, key)
+
+
+ALGORITHM = Algorithm(
+    config=RAFTConfig,
+    graph=graph,
+    batch="prompts",
+    roles={"actor": "lm", "reward": "value"},
+)

@@ -8,7 +8,7 @@ one greedy answer a prompt, which needs the same weights and nothing else, so th
 beside the first.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,21 +17,20 @@ import jax.numpy as jnp
 
 from jaxrl_eff import masked
 from jaxrl_eff.algorithms import advantages, losses
-from jaxrl_eff.algorithms.check import require, require_one_of
+from jaxrl_eff.algorithms.base import Algorithm, Rollout, require, require_one_of
 from jaxrl_eff.algorithms.policy import (
     PROMPTS,
-    HostReward,
     greedy_calls,
     reference_call,
     reinforce_loss,
     reward_call,
+    reward_of,
     rollout_call,
     rollout_meters,
 )
 from jaxrl_eff.core import Graph, local, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs
-from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.types import Array
 
 
@@ -65,28 +64,22 @@ class ReMaxConfig:
         require(self, "minibatches", self.minibatches >= 1, "at least 1")
 
 
-def graph(
-    cfg: ReMaxConfig,
-    actor: LMConfig,
-    *,
-    reward: LMConfig | HostReward,
-    sampling: Sampling,
-    attend: Callable | None = None,
-) -> Graph:
+def graph(cfg: ReMaxConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> Graph:
     """ReMax's calls. The models are actor, ref (unless kl_coef is 0) and reward (if it is one)."""
-    logprob = partial(token_logprobs, actor, warp=sampling.warp, attend=attend, with_entropy=False)
-    loss = partial(reinforce_loss, cfg.clip, cfg.loss_agg, sampling.max_tokens, logprob)
+    sampling, actor = rollout.sampling, models["actor"]
+    forward = partial(token_logprobs, actor, warp=sampling.warp, with_entropy=False)
+    loss = partial(reinforce_loss, cfg.clip, cfg.loss_agg, sampling.max_tokens)
     ref_logp = " ref_logp" * (cfg.kl_coef > 0)
     greedy = " greedy_score greedy_group"
     calls = (
-        rollout_call(actor, sampling, attend=attend),
-        *greedy_calls(actor, sampling, reward, attend=attend),
-        reward_call(reward, attend=attend),
-        ref_logp and reference_call(actor, sampling, attend=attend),
+        rollout_call(actor, sampling),
+        *greedy_calls(actor, sampling, reward_of(models, rollout)),
+        reward_call(reward_of(models, rollout)),
+        ref_logp and reference_call(actor, sampling),
         local("advantage",               fn=partial(advantage, cfg),
                                          reads="score group segment mask logp" + greedy + ref_logp,
                                          writes="adv"),
-        train("actor_train", of="actor", fn=loss,
+        train("actor_train", of="actor", forward=forward, loss=loss,
                                          reads="tokens segment position mask logp adv",
                                          epochs=cfg.epochs, minibatches=cfg.minibatches),
     )  # fmt: skip
@@ -108,3 +101,11 @@ def advantage(cfg: ReMaxConfig, batch: dict[str, Array], key: Array) -> dict[str
     seen = rollout_meters(batch)
     seen["greedy_score"] = meters.Mean(greedy.sum(), jnp.float32(greedy.shape[0]))
     return {"adv": adv, "metrics": seen}
+
+
+ALGORITHM = Algorithm(
+    config=ReMaxConfig,
+    graph=graph,
+    batch="prompts",
+    roles={"actor": "lm", "ref": "lm", "reward": "value"},
+)

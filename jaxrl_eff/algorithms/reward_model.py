@@ -8,7 +8,7 @@ r is read at the response's last token, where the whole of it has been seen. Bot
 pair lie in one row as segments 2k + 1 and 2k + 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from jaxrl_eff import masked
 from jaxrl_eff.algorithms import advantages, losses
-from jaxrl_eff.algorithms.check import require
+from jaxrl_eff.algorithms.base import Algorithm, Rollout, require
 from jaxrl_eff.core import Graph, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import scalar_head
-from jaxrl_eff.types import Array, Float, PyTree
+from jaxrl_eff.types import Array, Float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,30 +40,37 @@ class RewardModelConfig:
         require(self, "center", self.center >= 0, "at least 0")
 
 
-def graph(cfg: RewardModelConfig, lm: LMConfig, *, attend: Callable | None = None) -> Graph:
-    """One train call over packed pairs.
+def graph(
+    cfg: RewardModelConfig, models: Mapping[str, LMConfig], rollout: Rollout | None = None
+) -> Graph:
+    """One train call over packed pairs, of the model `reward`.
 
     Raises:
         ValueError: the model has no value head.
     """
+    del rollout
+    lm = models["reward"]
     if lm.head != "value":
         raise ValueError(f"the reward model's head is {lm.head!r}; it must be 'value'.")
-    loss = partial(pair_loss, cfg, partial(scalar_head, lm, attend=attend))
+    forward, loss = partial(scalar_head, lm), partial(pair_loss, cfg)
     row = "tokens segment position mask"
-    return Graph(inputs=row, calls=(train("reward_train", of="reward", fn=loss, reads=row),))
+    call = train("reward_train", of="reward", forward=forward, loss=loss, reads=row)
+    return Graph(inputs=row, calls=(call,))
 
 
 def pair_loss(
-    cfg: RewardModelConfig, forward: Callable, params: PyTree, batch: dict[str, Array], key: Array
+    cfg: RewardModelConfig, each: Float[Array, "B T"], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
     """Bradley-Terry loss of the pairs: sum, number of pairs, meters.
+
+    Args:
+        each: the value head's number after every token.
 
     Meters: `accuracy` (ties count half), `margin` = r_chosen - r_rejected, and `score`, the mean
     of both, which centring holds at 0.
     """
     del key
     segment, mask = batch["segment"], batch["mask"]
-    each = forward(params, batch["tokens"], batch["position"], segment)
     last = advantages.last_chosen(mask, segment)
     chosen, rejected = losses.pairs(masked.segment_sum(each * last, segment))
     there = pairs_there(mask, segment)
@@ -90,3 +97,8 @@ def pairs_there(mask: Float[Array, "B T"], segment: Array) -> Float[Array, "B K"
 def wins(chosen: Float[Array, "B K"], rejected: Float[Array, "B K"]) -> Float[Array, "B K"]:
     """1 where the chosen response scores higher, 1/2 for a tie."""
     return 0.5 * (jnp.sign(chosen - rejected) + 1)
+
+
+ALGORITHM = Algorithm(
+    config=RewardModelConfig, graph=graph, batch="preference", roles={"reward": "value"}
+)

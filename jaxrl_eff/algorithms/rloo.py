@@ -8,7 +8,7 @@ the KL in the reward. Updates after a rollout's first are off policy; there the 
 clipped as in PPO, which the paper, with one update a rollout, does not need.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,21 +17,20 @@ import jax.numpy as jnp
 
 from jaxrl_eff import masked
 from jaxrl_eff.algorithms import advantages, losses
-from jaxrl_eff.algorithms.check import require, require_one_of
+from jaxrl_eff.algorithms.base import Algorithm, Rollout, require, require_one_of
 from jaxrl_eff.algorithms.policy import (
     PROMPTS,
-    HostReward,
     group_meters,
     reference_call,
     reinforce_loss,
     require_samples,
     reward_call,
+    reward_of,
     rollout_call,
 )
 from jaxrl_eff.core import Graph, local, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs
-from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.types import Array
 
 
@@ -65,30 +64,24 @@ class RLOOConfig:
         require(self, "minibatches", self.minibatches >= 1, "at least 1")
 
 
-def graph(
-    cfg: RLOOConfig,
-    actor: LMConfig,
-    *,
-    reward: LMConfig | HostReward,
-    sampling: Sampling,
-    attend: Callable | None = None,
-) -> Graph:
+def graph(cfg: RLOOConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> Graph:
     """RLOO's calls. The models are actor, ref (unless kl_coef is 0) and reward (if it is one).
 
     Raises:
         ValueError: fewer than two samples a prompt.
     """
+    sampling, actor = rollout.sampling, models["actor"]
     require_samples("RLOO", sampling)
-    logprob = partial(token_logprobs, actor, warp=sampling.warp, attend=attend, with_entropy=False)
-    loss = partial(reinforce_loss, cfg.clip, cfg.loss_agg, sampling.max_tokens, logprob)
+    forward = partial(token_logprobs, actor, warp=sampling.warp, with_entropy=False)
+    loss = partial(reinforce_loss, cfg.clip, cfg.loss_agg, sampling.max_tokens)
     ref_logp = " ref_logp" * (cfg.kl_coef > 0)
     calls = (
-        rollout_call(actor, sampling, attend=attend),
-        reward_call(reward, attend=attend),
-        ref_logp and reference_call(actor, sampling, attend=attend),
+        rollout_call(actor, sampling),
+        reward_call(reward_of(models, rollout)),
+        ref_logp and reference_call(actor, sampling),
         local("advantage",               fn=partial(advantage, cfg),
                                          reads="score group mask logp" + ref_logp, writes="adv"),
-        train("actor_train", of="actor", fn=loss,
+        train("actor_train", of="actor", forward=forward, loss=loss,
                                          reads="tokens segment position mask logp adv",
                                          epochs=cfg.epochs, minibatches=cfg.minibatches),
     )  # fmt: skip
@@ -106,3 +99,11 @@ def advantage(cfg: RLOOConfig, batch: dict[str, Array], key: Array) -> dict[str,
     if cfg.whiten_advantages:
         adv = masked.whiten(adv, jnp.ones_like(adv))
     return {"adv": adv[:, None] * mask, "metrics": group_meters(batch)}
+
+
+ALGORITHM = Algorithm(
+    config=RLOOConfig,
+    graph=graph,
+    batch="prompts",
+    roles={"actor": "lm", "ref": "lm", "reward": "value"},
+)

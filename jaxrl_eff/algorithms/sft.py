@@ -6,18 +6,18 @@ Masked tokens are the assistant's (or all, for continued pretraining). The weigh
 over the whole batch, so rows, packing and microbatches do not change what a token counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import jax.numpy as jnp
 
 from jaxrl_eff.algorithms import losses
-from jaxrl_eff.algorithms.check import require_one_of
+from jaxrl_eff.algorithms.base import Algorithm, Rollout, require_one_of
 from jaxrl_eff.core import Graph, meters, train
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.heads import token_logprobs
-from jaxrl_eff.types import Array, Float, PyTree
+from jaxrl_eff.types import Array, Float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,26 +34,29 @@ class SFTConfig:
         require_one_of(self, "loss_agg", ("token_mean", "sequence_mean"))
 
 
-def graph(cfg: SFTConfig, lm: LMConfig, *, attend: Callable | None = None) -> Graph:
-    """One train call over packed rows."""
-    logprob = partial(token_logprobs, lm, attend=attend, with_entropy=False)
-    loss = partial(likelihood_loss, cfg, logprob)
-    row = "tokens segment position mask"
-    return Graph(inputs=row, calls=(train("actor_train", of="actor", fn=loss, reads=row),))
+def graph(cfg: SFTConfig, models: Mapping[str, LMConfig], rollout: Rollout | None = None) -> Graph:
+    """One train call over packed rows, of the model `actor`."""
+    del rollout
+    forward = partial(token_logprobs, models["actor"], with_entropy=False)
+    loss, row = partial(likelihood_loss, cfg), "tokens segment position mask"
+    call = train("actor_train", of="actor", forward=forward, loss=loss, reads=row)
+    return Graph(inputs=row, calls=(call,))
 
 
 def likelihood_loss(
-    cfg: SFTConfig, forward: Callable, params: PyTree, batch: dict[str, Array], key: Array
+    cfg: SFTConfig, numbers: tuple[Array, Array], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
     """Negative log-likelihood: sum, weight and meters.
 
     A segment's first token is never learned, since nothing stands before it, whatever its mask.
+    Args:
+        numbers: log-probabilities `[B, T]`, and entropies that are not looked at.
+
     Meters: `nll` (nats a token, of which the perplexity is the exponential) and `token_prob`, the
     mean probability of the right token.
     """
     del key
-    tokens, position, segment = batch["tokens"], batch["position"], batch["segment"]
-    logp, _ = forward(params, tokens, position, segment)
+    (logp, _), position, segment = numbers, batch["position"], batch["segment"]
     mask = batch["mask"] * (position > 0).astype(jnp.float32)
     total, weight = losses.aggregate(-logp, mask, segment, cfg.loss_agg)
     count = mask.sum()
@@ -65,3 +68,6 @@ def likelihood_loss(
             "token_prob": meters.Mean((jnp.exp(logp) * mask).sum(), count),
         },
     )
+
+
+ALGORITHM = Algorithm(config=SFTConfig, graph=graph, batch="sft", roles={"actor": "lm"})

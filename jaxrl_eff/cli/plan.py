@@ -75,22 +75,23 @@ def outlines(run: settings.Run) -> list[Outline]:
 def _outline(
     run: settings.Run, name: str, tokenizer: Any, base: Any, earlier: list[Outline]
 ) -> Outline:
+    from jaxrl_eff.algorithms import Rollout
     from jaxrl_eff.train import balanced, parts, unused
 
     s = run.stage[name]
-    room, kind = parts.algorithm_of(s)
+    algorithm = parts.algorithm_of(s)
     unused.check(s)
     cfg = parts.loss_of(s, name)
     given = _origins(s, earlier)
     _, lms = parts.roles_of(dataclasses.replace(s, models=given), base, [])
-    sampling, reward = parts.sampling_of(s, name, tokenizer), None
+    sampling, rollout = parts.sampling_of(s, name, tokenizer), None
     if sampling is not None:
-        reward = lms.get("reward") if s.reward.name == "model" else _unread
-    graph = parts.graph_of(s, room, cfg, lms, reward, sampling)
+        rollout = Rollout(sampling, None if s.reward.name == "model" else _unread)
+    graph = parts.graph_of(s, cfg, lms, rollout)
     lms = {role: lm for role, lm in lms.items() if role in graph.models}
-    origins = {role: given.get(role, given["actor"]) for role in lms}
+    origins = {role: given.get(role) or given["actor"] for role in lms}
     specs, _ = parts.model_specs(s, graph, lms, name)
-    shapes, packed = parts.batch_shapes(s, kind), {}
+    shapes, packed = parts.batch_shapes(s, algorithm.batch), {}
     if s.schedule.name == "skrull" and sampling is not None:  # prompts are not read: the longest
         packed = balanced.expected(s.schedule, graph, [s.data.prompt_length], sampling.max_tokens)
     return Outline(name, graph, lms, origins, specs, shapes, sampling, packed)
@@ -98,9 +99,9 @@ def _outline(
 
 def _origins(s: settings.StageSettings, earlier: list[Outline]) -> dict[str, str]:
     """The stage's `models` with earlier stages replaced by what they started from."""
-    by_name, out = {e.name: e for e in earlier}, {"actor": "base"}
-    if s.algorithm == "reward_model":
-        out["reward"] = "base"
+    from jaxrl_eff.train import parts
+
+    by_name, out = {e.name: e for e in earlier}, {next(iter(parts.algorithm_of(s).roles)): "base"}
     for role, where in s.models.items():
         stage, _, of = where.partition("/")
         if stage in by_name:

@@ -6,9 +6,7 @@ token t**. So `logp[b, t]` is the log-probability of `tokens[b, t]` given what s
 begins, since nobody chose its first token.
 """
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -19,26 +17,6 @@ class Edge(NamedTuple):
     axes: str  # letters of jaxrl_eff.types; equal letters mean equal sizes within one call
     dtype: str
     meaning: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Rowwise:
-    """The function of an infer call that writes a number a row, in two parts.
-
-    So the rows of the first part may be packed, or cut over devices, as no function of whole rows
-    of one sequence can be.
-
-    Attributes:
-        tokens: `(params, batch, key) -> ` arrays with a number a token, however sequences lie in
-            rows.
-        rows: `(batch and these arrays, key) -> ` what the call writes; rows of one sequence.
-    """
-
-    tokens: Callable
-    rows: Callable
-
-    def __call__(self, params: Any, batch: dict, key: jax.Array) -> dict:
-        return self.rows({**batch, **self.tokens(params, batch, key)}, key)
 
 
 EDGES = {

@@ -5,8 +5,9 @@ arrays; edges follow from the names, nobody writes them by hand.
 """
 
 import dataclasses
+import functools
 import graphlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import optax
@@ -14,6 +15,8 @@ import optax
 from jaxrl_eff.parallel import Placement
 from jaxrl_eff.parallel.mesh import mesh
 from jaxrl_eff.parallel.zero import levels
+
+TOKENS = ("tokens", "position", "segment")
 
 
 class Model(NamedTuple):
@@ -50,13 +53,19 @@ class Call:
         of: the model's name; None for local calls.
         fn: by kind,
             generate, infer: `(params, batch, key) -> outputs`;
-            train: `(params, batch, key) -> (loss_sum, weight, meters)`;
+            train: `(params, batch, key) -> (loss_sum, weight, meters)`, `loss` after `forward`;
             local: `(batch, key) -> outputs`.
             `outputs` has the arrays of `writes`, and may have `metrics`, a dict of meters or
             numbers.
         reads, writes: names of arrays.
         host: a local call on numpy arrays, outside any program, e.g. a reward that needs text.
         epochs, minibatches: of a train call: passes over the rows, optimizer updates a pass.
+        finish: of an infer call that writes a number a row: `(arrays, key) -> outputs`, from what
+            the call reads and what `fn` made of it, a number a token. So the tokens may be packed
+            or cut over devices, as no function of whole rows could take them.
+        forward: of a train call over rows of tokens: `(params, tokens, position, segment) ->
+            numbers`, a tree of `[B, T]`. It alone applies the model.
+        loss: of such a call: `(numbers, batch, key) -> (loss_sum, weight, meters)`.
         staleness: of a generate call: how many steps old its weights are. 0 is synchronous RL; 1
             lets it sample on its own devices while the step before still trains. Changes what is
             computed (the samples are off-policy by as much), so it belongs to the graph.
@@ -72,6 +81,9 @@ class Call:
     epochs: int = 1
     minibatches: int = 1
     staleness: int = 0
+    finish: Callable | None = None
+    forward: Callable | None = None
+    loss: Callable | None = None
 
     def __post_init__(self):
         if self.staleness < 0 or (self.staleness and self.kind != "generate"):
@@ -90,16 +102,64 @@ def generate(
     )
 
 
-def infer(name: str, *, of: str, fn: Callable, reads: str, writes: str) -> Call:
-    """A call that evaluates a model."""
-    return Call(name, "infer", of, fn, tuple(reads.split()), tuple(writes.split()))
+def infer(
+    name: str,
+    *,
+    of: str,
+    fn: Callable,
+    reads: str,
+    writes: str,
+    finish: Callable | None = None,
+) -> Call:
+    """A call that evaluates a model: `fn` by tokens, then `finish`, if given, by rows."""
+    return Call(name, "infer", of, fn, tuple(reads.split()), tuple(writes.split()), finish=finish)
 
 
 def train(
-    name: str, *, of: str, fn: Callable, reads: str, epochs: int = 1, minibatches: int = 1
+    name: str,
+    *,
+    of: str,
+    loss: Callable,
+    reads: str,
+    forward: Callable | None = None,
+    epochs: int = 1,
+    minibatches: int = 1,
 ) -> Call:
-    """A call that updates a model: `epochs` passes of `minibatches` optimizer updates each."""
-    return Call(name, "train", of, fn, tuple(reads.split()), epochs=epochs, minibatches=minibatches)
+    """A call that updates a model: `epochs` passes of `minibatches` optimizer updates each.
+
+    Args:
+        forward, loss: see `Call`. Without `forward`, `loss` takes the parameters themselves.
+
+    Raises:
+        ValueError: there is a forward pass, but no rows of tokens are read.
+    """
+    names, fn = tuple(reads.split()), loss
+    if forward is not None:
+        prefix = row_prefix(names)
+        if prefix is None:
+            raise ValueError(
+                f"{name} has a forward pass, which takes {', '.join(TOKENS)}; it reads {reads!r}."
+            )
+        fn = functools.partial(_learned, forward, loss, tuple(prefix + k for k in TOKENS))
+    return Call(
+        name, "train", of, fn, names, epochs=epochs, minibatches=minibatches,
+        forward=forward, loss=loss,
+    )  # fmt: skip
+
+
+def _learned(
+    forward: Callable, loss: Callable, row: tuple[str, ...], params: Any, batch: dict, key: Any
+) -> Any:
+    return loss(forward(params, *(batch[k] for k in row)), batch, key)
+
+
+def row_prefix(names: Collection[str]) -> str | None:
+    """What names of rows of tokens begin with: "best_" for "best_tokens"; None without."""
+    for name in names:
+        prefix = name.removesuffix("tokens")
+        if prefix != name and {prefix + k for k in TOKENS} <= {*names}:
+            return prefix
+    return None
 
 
 def local(name: str, *, fn: Callable, reads: str, writes: str, host: bool = False) -> Call:

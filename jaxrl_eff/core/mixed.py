@@ -19,7 +19,7 @@ Left out: graphs that generate (see `packed`), calls on devices of their own, mi
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -28,7 +28,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxrl_eff.core import glossary, lowering, meters, program_order, programs
-from jaxrl_eff.core.graph import Call, Graph, Model, Spec, check_plan
+from jaxrl_eff.core.graph import TOKENS, Call, Graph, Model, Spec, check_plan
 from jaxrl_eff.core.shardings import placed
 from jaxrl_eff.core.step import Step, key_words
 from jaxrl_eff.core.summed import Summed, read_one
@@ -37,8 +37,6 @@ from jaxrl_eff.parallel.attention import sequence
 from jaxrl_eff.parallel.sharding import mixed_rows
 
 MicroBatch = Mapping[str, Mapping[str, Any]]  # "local", "shared" -> arrays by name
-
-TOKENS = ("tokens", "position", "segment")
 
 
 def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spec]) -> "Mixed":
@@ -263,30 +261,17 @@ def check_trained(c: Call, spec: Spec) -> None:
     """Whether a train call can run over micro-batches of a schedule.
 
     Raises:
-        ValueError: it cannot: see `forward_of`, or its model is sent between nodes by a rung.
+        ValueError: it says no forward pass, or its model is sent between nodes by a rung.
     """
-    forward_of(c)
+    if c.forward is None:
+        raise ValueError(
+            f"the train call {c.name} has no `forward`, which scheduled rows need: one "
+            "forward pass serves rows of both kinds."
+        )
     if spec.sends is not None:
         raise ValueError(
             f"{c.name} sends {spec.sends.rung.name!r} between nodes, which scheduled rows cannot."
         )
-
-
-def forward_of(c: Call) -> tuple[Callable, int]:
-    """A train call's forward pass, and which of its function's arguments it is.
-
-    Raises:
-        ValueError: its function is not `partial(loss, ..)` with one function among the arguments.
-    """
-    fn = c.fn
-    given = fn.args if isinstance(fn, functools.partial) else ()
-    at = [i for i, x in enumerate(given) if callable(x)]
-    if len(at) != 1:
-        raise ValueError(
-            f"the function of {c.name} is {fn!r}; with mixed rows it must be partial(loss, .., "
-            "forward, ..), so that one forward pass serves both kinds."
-        )
-    return given[at[0]], at[0]
 
 
 def loss(
@@ -298,18 +283,13 @@ def loss(
         parts: P.
         prefix: of the names of what it reads.
     """
-    forward, at = forward_of(c)
     names = [prefix + k for k in TOKENS]
     both = together(args, parts, names)
-    numbers = forward(params, *(both[k] for k in names))
+    numbers = c.forward(params, *(both[k] for k in names))
     found = apart(numbers, args["local"][names[0]].shape[1], parts)
-
-    def of(side: str) -> Any:
-        given = [*c.fn.args]
-        given[at] = lambda *_: found[side]
-        return c.fn.func(*given, params, args[side], key, **c.fn.keywords)
-
-    done = [of(side) for side in args if args[side][names[0]].shape[1]]
+    done = [
+        c.loss(found[side], there, key) for side, there in args.items() if there[names[0]].shape[1]
+    ]
     total, weight, seen = done[0]
     for more, heavier, saw in done[1:]:
         total, weight = total + more, weight + heavier

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from jaxrl_eff.core import lowering, mixed, pieces, step
-from jaxrl_eff.core.graph import Call, Graph, Model, Plan, Spec
+from jaxrl_eff.core.graph import Call, Graph, Model, Plan, Spec, row_prefix
 from jaxrl_eff.core.pieces import Packing
 from jaxrl_eff.core.shardings import Layouts, held
 from jaxrl_eff.data.balance.assignment import Shape
@@ -69,12 +69,7 @@ def compile(
 
 def prefix_of(c: Call) -> str | None:
     """Of a call that reads rows of tokens to infer or to train: what its names begin with."""
-    if c.kind in ("infer", "train"):
-        for name in c.reads:
-            prefix = name.removesuffix("tokens")
-            if prefix != name and {prefix + k for k in mixed.TOKENS} <= {*c.reads}:
-                return prefix
-    return None
+    return row_prefix(c.reads) if c.kind in ("infer", "train") else None
 
 
 class Packed(step.Step):

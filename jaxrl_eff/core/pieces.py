@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff.core import lowering, mixed, programs
-from jaxrl_eff.core.glossary import Rowwise
 from jaxrl_eff.core.graph import Call
 from jaxrl_eff.core.shardings import Layouts, placed
 from jaxrl_eff.core.summed import Summed, read_one
@@ -321,8 +320,7 @@ class Infer:
         self._place = layouts.plan[c.name]
         self._params = layouts.borrowed(c)
         self._in_host = layouts.specs[c.of].axes if self._place.offload == "params" else None
-        self.rowwise = isinstance(c.fn, Rowwise)
-        self._numbers = c.fn.tokens if self.rowwise else c.fn
+        self.rowwise = c.finish is not None
         with layouts.context(c, _TRIED.local):
             maps = maps_of(self._place, _TRIED)
             key = jax.ShapeDtypeStruct((2,), jnp.uint32)
@@ -331,7 +329,7 @@ class Infer:
         ranks = self._place.row_shards * self._place.seq
         for k, x in there.items():
             if x.shape != (ranks, _TRIED.columns):
-                hint = "" if self.rowwise else "; one that writes a number a row must be a Rowwise"
+                hint = "" if self.rowwise else "; one that writes a number a row needs `finish`"
                 raise ValueError(
                     f"{c.name} makes '{k}' of shape {x.shape} from packed rows, where a number a "
                     f"token is {(ranks, _TRIED.columns)}{hint}."
@@ -347,14 +345,14 @@ class Infer:
             params = programs.fetched(params, self._in_host)
         there = gathered(self._place, self._prefix, args, maps)
         both = mixed.together(there, self._place.seq, self._call.reads)
-        out = dict(self._numbers(params, both, programs.key_of(self._call.name, words)))
+        out = dict(self._call.fn(params, both, programs.key_of(self._call.name, words)))
         if "metrics" in out:
             raise ValueError(f"{self._call.name} has metrics, which packed rows do not add up.")
         return out
 
     def _finished(self, found: Any, args: Any, words: jax.Array) -> dict[str, jax.Array]:
         key = programs.key_of(self._call.name, words)
-        return dict(self._call.fn.rows({**args, **found}, key))
+        return dict(self._call.finish({**args, **found}, key))
 
     def pieces(
         self, shapes: Sequence[Shape], made: Mapping[str, Any]

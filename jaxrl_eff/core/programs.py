@@ -34,6 +34,8 @@ def key_of(name: str, words: jax.Array) -> jax.Array:
 def outputs_and_metrics(c: Call, params: Any, batch: dict, words: jax.Array) -> tuple[dict, dict]:
     key = key_of(c.name, words)
     out = dict(c.fn(batch, key) if c.kind == "local" else c.fn(params, batch, key))
+    if c.finish is not None:
+        out = dict(c.finish({**batch, **out}, key))
     return out, out.pop("metrics", {})
 
 

@@ -6,10 +6,11 @@
 
 from jaxrl_eff.models.config import LMConfig, Rope
 from jaxrl_eff.models.heads import (
+    last_score,
     logprobs,
     scalar_head,
-    score,
     token_logprobs,
+    token_scores,
     token_values,
     values,
 )
@@ -18,9 +19,30 @@ from jaxrl_eff.models.params import abstract, count, flops_per_token, init, logi
 from jaxrl_eff.models.transformer import Cache, LanguageModel, apply, computed, unembed, unstack
 
 __all__ = [
-    "Cache", "LMConfig", "LanguageModel", "Rope", "Warp", "abstract", "apply", "computed", "count",
-    "flops_per_token", "init", "load_hf", "logical_axes", "logprobs", "save_hf", "scalar_head",
-    "score", "token_logprobs", "token_values", "unembed", "unstack", "values", "warp",
+    "Cache",
+    "LMConfig",
+    "LanguageModel",
+    "Rope",
+    "Warp",
+    "abstract",
+    "apply",
+    "computed",
+    "count",
+    "flops_per_token",
+    "init",
+    "last_score",
+    "load_hf",
+    "logical_axes",
+    "logprobs",
+    "save_hf",
+    "scalar_head",
+    "token_logprobs",
+    "token_scores",
+    "token_values",
+    "unembed",
+    "unstack",
+    "values",
+    "warp",
 ]  # fmt: skip
 
 

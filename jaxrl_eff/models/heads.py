@@ -14,9 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.core.glossary import Rowwise
 from jaxrl_eff.models import attention
-from jaxrl_eff.models.attention import Attend
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.logits import Warp, entropy, log_softmax_at
 from jaxrl_eff.models.logits import warp as warp_logits
@@ -39,7 +37,6 @@ def token_logprobs(
     *,
     warp: Warp = Warp(),
     chunk: int | None = None,
-    attend: Attend | None = None,
     with_entropy: bool = True,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """log pi(token t | tokens before t) and the entropy of that choice, both in nats.
@@ -50,13 +47,12 @@ def token_logprobs(
     Args:
         warp: temperature and truncation, as when the tokens were sampled.
         chunk: tokens whose logits exist at once; None: as many as `CHUNK_LOGITS` says; 0: all.
-        attend: the attention; None: `attention.choose(cfg)`.
         with_entropy: False leaves the entropy out and returns zeros in its place.
     """
     # Only numbers of tokens change places between devices, never hidden states.
     over = attention.spread(tokens.shape[1], cfg)
     where = map(over.place, (tokens, position, segment))
-    hidden, _ = apply(cfg, params, *where, attend=attend or over.attend)
+    hidden, _ = apply(cfg, params, *where, attend=over.attend)
     following = over.place(over.next(tokens))
     fn = functools.partial(_of_hidden, cfg, params, warp, with_entropy)
     found = _in_chunks(fn, hidden, following, _pieces(cfg, tokens.shape, chunk))
@@ -112,13 +108,11 @@ def scalar_head(
     tokens: Int[Array, "B T"],
     position: Int[Array, "B T"],
     segment: Int[Array, "B T"],
-    *,
-    attend: Attend | None = None,
 ) -> Float[Array, "B T"]:
     """The value head's number after reading token t (not shifted); 0 at padding."""
     over = attention.spread(tokens.shape[1], cfg)
     where = map(over.place, (tokens, position, segment))
-    hidden, _ = apply(cfg, params, *where, attend=attend or over.attend)
+    hidden, _ = apply(cfg, params, *where, attend=over.attend)
     return jnp.where(segment > 0, over.restore(scalar(cfg, params, hidden)), 0.0)
 
 
@@ -128,11 +122,9 @@ def token_values(
     tokens: Int[Array, "B T"],
     position: Int[Array, "B T"],
     segment: Int[Array, "B T"],
-    *,
-    attend: Attend | None = None,
 ) -> Float[Array, "B T"]:
     """The value head's estimate before token t is chosen; 0 where a segment begins, at padding."""
-    after = scalar_head(cfg, params, tokens, position, segment, attend=attend)
+    after = scalar_head(cfg, params, tokens, position, segment)
     over = attention.spread(tokens.shape[1], cfg)
     return _shift(over, after, (position > 0) & (segment > 0))
 
@@ -142,7 +134,6 @@ def logprobs(
     *,
     warp: Warp = Warp(),
     chunk: int | None = None,
-    attend: Attend | None = None,
     name: str = "logp",
     entropy: bool = False,
 ) -> CallFn:
@@ -152,40 +143,39 @@ def logprobs(
         del key
         logp, spread = token_logprobs(
             cfg, params, batch["tokens"], batch["position"], batch["segment"],
-            warp=warp, chunk=chunk, attend=attend, with_entropy=entropy,
+            warp=warp, chunk=chunk, with_entropy=entropy,
         )  # fmt: skip
         return {name: logp, "entropy": spread} if entropy else {name: logp}
 
     return call
 
 
-def values(cfg: LMConfig, *, attend: Attend | None = None) -> CallFn:
+def values(cfg: LMConfig) -> CallFn:
     """An infer call: reads tokens, position, segment; writes `value`."""
 
     def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         del key
         where = batch["tokens"], batch["position"], batch["segment"]
-        return {"value": token_values(cfg, params, *where, attend=attend)}
+        return {"value": token_values(cfg, params, *where)}
 
     return call
 
 
-def score(cfg: LMConfig, *, attend: Attend | None = None) -> CallFn:
-    """An infer call: reads tokens, position, segment (one sequence a row); writes `score`.
+def token_scores(cfg: LMConfig) -> CallFn:
+    """An infer call: reads tokens, position, segment; writes `after`, see `scalar_head`."""
 
-    The score is the value head's number at the row's last token.
-    """
-
-    def after(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
+    def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         del key
         where = batch["tokens"], batch["position"], batch["segment"]
-        return {"after": scalar_head(cfg, params, *where, attend=attend)}
+        return {"after": scalar_head(cfg, params, *where)}
 
-    def last(batch: dict[str, Array], key: Array) -> dict[str, Array]:
-        del key
-        segment = batch["segment"]
-        at = jnp.arange(segment.shape[1])[None, :]
-        end = jnp.where(segment > 0, at, -1).max(axis=1, keepdims=True)
-        return {"score": jnp.where(at == end, batch["after"], 0.0).sum(axis=1)}
+    return call
 
-    return Rowwise(after, last)
+
+def last_score(batch: dict[str, Array], key: Array) -> dict[str, Array]:
+    """`score` from `after`: the value head's number at each row's last token; a sequence a row."""
+    del key
+    segment = batch["segment"]
+    at = jnp.arange(segment.shape[1])[None, :]
+    end = jnp.where(segment > 0, at, -1).max(axis=1, keepdims=True)
+    return {"score": jnp.where(at == end, batch["after"], 0.0).sum(axis=1)}

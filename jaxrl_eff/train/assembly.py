@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from jaxrl_eff import core
+from jaxrl_eff.algorithms import Rollout
 from jaxrl_eff.core import Graph, Placement, Spec, Step, packed, plan_rules
 from jaxrl_eff.data import fates, loader
 from jaxrl_eff.data.balance.balanced_loader import Scheduled
@@ -42,7 +43,7 @@ class Stage:
         name, settings: as in the config.
         lms: role -> shape of its model.
         origins: role -> where its first parameters come from, as (kind, name): ("base", ""),
-            ("stage", "sft/actor"), ("directory", path) or ("kl", "").
+            ("stage", "sft/actor"), ("directory", path) or ("own", ""), the algorithm.
         step: the compiled graph's executor, checked for the stage's batches.
         loader: batches, this process's rows.
         batch: name -> global shape and dtype; or of a scheduled stage a list of micro-batches.
@@ -206,7 +207,8 @@ def _stage(
     run: Run, name: str, tokenizer: Tokenizer, base: LMConfig, earlier: list[Stage]
 ) -> Stage:
     s = run.stage[name]
-    room, kind = parts.algorithm_of(s)
+    algorithm = parts.algorithm_of(s)
+    kind = algorithm.batch
     examples.check_format(s, kind)
     unused.check(s)
     cfg = parts.loss_of(s, name)
@@ -215,25 +217,23 @@ def _stage(
     encoder = examples.encoder(s, kind, tokenizer)
     examples.check("data", encoder, source)
 
-    sampling, reward, tried = parts.sampling_of(s, name, tokenizer), None, ()
+    sampling, rollout, tried = parts.sampling_of(s, name, tokenizer), None, ()
     origins, lms = parts.roles_of(s, base, earlier, run.model.ignore)
     weights.check_read(origins, lms, run.model.path, run.model.ignore)
-    if kind == "prompts":
-        if s.reward.name == "model":
-            reward = lms.get("reward")
-        else:
+    if sampling is not None:
+        rollout = Rollout(sampling)
+        if s.reward.name != "model":
             with parts.at_path(f"config.{name}.reward"):
                 score = parts.reward_fn(s.reward)
                 what = f"the reward {s.reward.name!r}"
                 tried = examples.try_all(what, lambda row: score(row, "0"), source, _TRIED_SECONDS)
-                reward = verify.host_reward(score, source, tokenizer)
+                rollout = Rollout(sampling, verify.host_reward(score, source, tokenizer))
     parts.check_length(s, lms, sampling)
     fits.check_batch(s, sampling)
-    graph = parts.graph_of(s, room, cfg, lms, reward, sampling)
+    graph = parts.graph_of(s, cfg, lms, rollout)
     lms = {r: lm for r, lm in lms.items() if r in graph.models}
     origins = {r: o for r, o in origins.items() if r in graph.models}
-    if "kl" in graph.models:
-        origins["kl"] = ("kl", "")
+    origins |= {r: ("own", "") for r in graph.models if r in algorithm.own}
     if missing := [r for r in graph.models if r not in origins]:
         raise ValueError(f"models lacks the roles {missing}; say where each comes from.")
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxrl_eff import algorithms, core, optim, tree
-from jaxrl_eff.algorithms import ppo
+from jaxrl_eff import core, optim, tree
+from jaxrl_eff.algorithms import ALGORITHMS, Algorithm, Rollout
 from jaxrl_eff.core import Adaptation, Graph, Spec
 from jaxrl_eff.data import toys
 from jaxrl_eff.data.tokenizer import Tokenizer
@@ -31,22 +31,6 @@ from jaxrl_eff.rollout.rewards import symbolic, verify
 from jaxrl_eff.schema import build
 from jaxrl_eff.train.settings import OptimSettings, RewardSettings, StageSettings
 
-# Algorithm -> its config, and the kind of batch that it reads.
-ALGORITHMS: dict[str, tuple[Any, type, str]] = {
-    "sft": (algorithms.sft, algorithms.sft.SFTConfig, "sft"),
-    "reward_model": (
-        algorithms.reward_model,
-        algorithms.reward_model.RewardModelConfig,
-        "preference",
-    ),
-    "dpo": (algorithms.dpo, algorithms.dpo.DPOConfig, "preference"),
-    "ppo": (algorithms.ppo, algorithms.ppo.PPOConfig, "prompts"),
-    "grpo": (algorithms.grpo, algorithms.grpo.GRPOConfig, "prompts"),
-    "rloo": (algorithms.rloo, algorithms.rloo.RLOOConfig, "prompts"),
-    "remax": (algorithms.remax, algorithms.remax.ReMaxConfig, "prompts"),
-    "raft": (algorithms.raft, algorithms.raft.RAFTConfig, "prompts"),
-}
-
 REWARDS: dict[str, Callable[..., Callable]] = {
     "exact": verify.exact,
     "numeric": verify.numeric,
@@ -59,8 +43,6 @@ REWARDS: dict[str, Callable[..., Callable]] = {
     "gold": lambda: toys.gold,
     "digit_share": lambda: toys.digit_share,
 }
-
-VALUE_ROLES = ("critic", "reward")
 
 
 class at_path:
@@ -85,17 +67,16 @@ class at_path:
         raise told(message) from (None if isinstance(error, ValueError) else error)
 
 
-def algorithm_of(s: StageSettings) -> tuple[Any, str]:
-    """The algorithm's module, and the kind of batch that it reads."""
+def algorithm_of(s: StageSettings) -> Algorithm:
+    """The record of the stage's algorithm."""
     if s.algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm is {s.algorithm!r}; there are {list(ALGORITHMS)}.")
-    room, _, kind = ALGORITHMS[s.algorithm]
-    return room, kind
+    return ALGORITHMS[s.algorithm]
 
 
 def loss_of(s: StageSettings, name: str) -> Any:
     """The algorithm's config."""
-    return build(ALGORITHMS[s.algorithm][1], s.loss, f"config.{name}.loss")
+    return build(ALGORITHMS[s.algorithm].config, s.loss, f"config.{name}.loss")
 
 
 def changes_of(s: StageSettings) -> Changes | None:
@@ -142,7 +123,7 @@ def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
 
 def sampling_of(s: StageSettings, name: str, tokenizer: Tokenizer) -> Sampling | None:
     """How the stage samples, if it does."""
-    if ALGORITHMS[s.algorithm][2] != "prompts":
+    if ALGORITHMS[s.algorithm].batch != "prompts":
         return None
     pad = tokenizer.pad if tokenizer.pad is not None else 0
     return build(Sampling, {"pad": pad, **s.sampling}, f"config.{name}.sampling")
@@ -176,13 +157,12 @@ def roles_of(
     Args:
         ignore: fields of a directory's `config.json` that are read as if they were not there.
     """
-    first = "reward" if s.algorithm == "reward_model" else "actor"
-    given = {first: "base", **s.models}
-    if first == "actor":
+    roles = algorithm_of(s).roles
+    given = {next(iter(roles)): "base", **s.models}
+    if "ref" in roles:
         given.setdefault("ref", given["actor"])
-    roles = ("actor", "ref", "critic", "reward")
     if unknown := sorted(set(given) - set(roles)):
-        raise ValueError(f"models has unknown roles {unknown}; there are {[*roles]}.")
+        raise ValueError(f"models has unknown roles {unknown}; {s.algorithm} has {[*roles]}.")
     origins, lms = {}, {}
     by_name = {e.name: e for e in earlier}
     for role, where in given.items():
@@ -208,7 +188,7 @@ def roles_of(
                 f"models.{role} is {where!r}: neither 'base', nor an earlier stage "
                 f"({sorted(by_name)}), nor a directory."
             )
-        head = "value" if role in VALUE_ROLES else "lm"
+        head = roles[role]
         if lm.head == "value" and head == "lm":
             raise ValueError(f"models.{role} is {where!r}, a value model without a vocabulary.")
         if lm.vocab != base.vocab:
@@ -238,11 +218,25 @@ def check_length(s: StageSettings, lms: dict[str, LMConfig], sampling: Sampling 
 
 
 def graph_of(
-    s: StageSettings, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
+    s: StageSettings, cfg: Any, lms: dict[str, LMConfig], rollout: Rollout | None
 ) -> Graph:
-    if s.staleness < 0 or (s.staleness and sampling is None):
+    """The graph of the stage's algorithm.
+
+    Args:
+        cfg: the algorithm's config.
+        rollout: how it samples, if it does.
+
+    Raises:
+        ValueError: a role has no model, or something does not go with the algorithm.
+    """
+    if s.staleness < 0 or (s.staleness and rollout is None):
         raise ValueError(f"staleness is {s.staleness}; it is for algorithms that sample, from 0.")
-    graph = _synchronous(s.algorithm, room, cfg, lms, reward, sampling)
+    algorithm = algorithm_of(s)
+    for role in algorithm.roles:
+        scored = role == "reward" and rollout is not None and rollout.reward is not None
+        if role not in lms and not scored:
+            raise ValueError(f"models lacks {role!r}; say where it comes from.")
+    graph = algorithm.graph(cfg, lms, rollout)
     if ways.keeps_base(s.adapt.get("actor")) and _same_start(s):
         graph = dataclasses.replace(graph, calls=tuple(map(_without_ref, graph.calls)))
     calls = (
@@ -269,25 +263,6 @@ def _on_base(fn: Callable, params_: Any, batch: Any, key: Any) -> Any:
     return fn(lora.base(params_), batch, key)
 
 
-def _synchronous(
-    algorithm: str, room: Any, cfg: Any, lms: dict[str, LMConfig], reward: Any, sampling: Any
-) -> Graph:
-    def need(role: str) -> LMConfig:
-        if role not in lms:
-            raise ValueError(f"models lacks {role!r}; say where it comes from.")
-        return lms[role]
-
-    if algorithm == "reward_model":
-        return room.graph(cfg, need("reward"))
-    if algorithm in ("sft", "dpo"):
-        return room.graph(cfg, lms["actor"])
-    if reward is None:
-        need("reward")
-    if algorithm == "ppo":
-        return room.graph(cfg, lms["actor"], need("critic"), reward=reward, sampling=sampling)
-    return room.graph(cfg, lms["actor"], reward=reward, sampling=sampling)
-
-
 def model_specs(
     s: StageSettings, graph: Graph, lms: dict[str, LMConfig], name: str
 ) -> tuple[dict[str, Spec], dict[str, Any]]:
@@ -296,10 +271,10 @@ def model_specs(
         raise ValueError(f"optim names {unknown}, but the stage trains {sorted(trained)}.")
     if unknown := sorted(set(s.adapt) - set(trained)):
         raise ValueError(f"adapt names {unknown}, but the stage trains {sorted(trained)}.")
-    specs, schedules = {}, {}
+    specs, schedules, own = {}, {}, algorithm_of(s).own
     for role in graph.models:
-        if role == "kl":
-            specs[role] = ppo.kl_spec()
+        if role in own:
+            specs[role] = own[role].spec
             continue
         shapes, axes, tx = params.abstract(lms[role]), params.logical_axes(lms[role]), None
         if role in trained:

@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_eff import tree
-from jaxrl_eff.algorithms import ppo
 from jaxrl_eff.core import Adaptation, Model, Step
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.parallel import Placement, Route, global_arrays
@@ -75,8 +74,10 @@ def _base(
     if keep is not None:
         where = quantized.plain_layout(where)
     kind, name = stage.origins[role]
-    if kind == "kl":
-        return jax.device_put(ppo.kl_params(ppo.PPOConfig(**stage.settings.loss)), where)
+    if kind == "own":
+        algorithm = parts.algorithm_of(stage.settings)
+        made = algorithm.own[role].init(parts.loss_of(stage.settings, stage.name))
+        return jax.device_put(made, where)
     lm = stage.lms[role]
     if kind == "stage":
         source = _stage(assembled, name.split("/")[0])

@@ -8,18 +8,10 @@ their data, and how often samples are shown.
 from collections.abc import Collection
 
 from jaxrl_eff import secret
+from jaxrl_eff.algorithms import ALGORITHMS
 from jaxrl_eff.train import parts
 from jaxrl_eff.train.settings import AdaptSettings, DataSettings, RewardSettings, StageSettings
 
-# Algorithm -> roles whose models it may have.
-_ROLES = {
-    "sft": ("actor",),
-    "reward_model": ("reward",),
-    "dpo": ("actor", "ref"),
-    "ppo": ("actor", "ref", "critic", "reward"),
-    "raft": ("actor", "reward"),
-}
-_WITHOUT_CRITIC = ("actor", "ref", "reward")
 # Source -> fields of the data that it leaves alone.
 _NOT_OF_SOURCE = {
     "jsonl": ("options",),
@@ -46,9 +38,9 @@ def check(s: StageSettings) -> None:
     Raises:
         ValueError: naming the first such value.
     """
-    kind = parts.ALGORITHMS[s.algorithm][2]
+    algorithm = parts.algorithm_of(s)
     of = f"{s.algorithm} does not sample"
-    if kind != "prompts":
+    if algorithm.batch != "prompts":
         _refuse("sampling", s.sampling, {}, of)
         _refuse("reward.name", s.reward.name, RewardSettings().name, of)
         _refuse("reward.options", s.reward.options, {}, of)
@@ -61,10 +53,10 @@ def check(s: StageSettings) -> None:
         else:
             where = s.models.get("reward")
             _refuse("models.reward", where, None, f"the reward is {s.reward.name!r}")
-    roles = _ROLES.get(s.algorithm, _WITHOUT_CRITIC)
+    every = {role for other in ALGORITHMS.values() for role in other.roles}
     for role, where in s.models.items():
-        if role in ("actor", "ref", "critic", "reward") and role not in roles:
-            _refuse(f"models.{role}", where, None, f"{s.algorithm} has {_names(roles)}")
+        if role in every - set(algorithm.roles):
+            _refuse(f"models.{role}", where, None, f"{s.algorithm} has {_names(algorithm.roles)}")
     _data(s.data)
     for role, o in s.optim.items():
         if o.schedule == "constant":

@@ -9,7 +9,18 @@ import optax
 import pytest
 
 from jaxrl_eff import core
-from jaxrl_eff.algorithms import dpo, grpo, policy, ppo, raft, remax, reward_model, rloo, sft
+from jaxrl_eff.algorithms import (
+    Rollout,
+    dpo,
+    grpo,
+    policy,
+    ppo,
+    raft,
+    remax,
+    reward_model,
+    rloo,
+    sft,
+)
 from jaxrl_eff.core import Placement, Spec
 from jaxrl_eff.models import LMConfig, abstract, init, logical_axes
 from jaxrl_eff.rollout import Sampling
@@ -30,56 +41,56 @@ def share_of_evens(batch, key):
     return {"score": (even.sum(1) / np.maximum(batch["mask"].sum(1), 1)).astype(np.float32)}
 
 
-HOST, MODEL = {"reward": share_of_evens}, {"reward": HEAD}
+HOST, MODEL = (share_of_evens, None)
+MODELS = {"actor": LM, "critic": HEAD, "reward": HEAD}
 ADAPTIVE = ppo.PPOConfig(kl_target=2.0, kl_in="loss", entropy=0.01, epochs=2, minibatches=2)
 GRAPHS = {
     "sft": (
-        sft.graph(sft.SFTConfig(), LM),
+        sft.graph(sft.SFTConfig(), {"actor": LM}),
         "actor_train",
     ),
     "reward model": (
-        reward_model.graph(reward_model.RewardModelConfig(center=0.01), HEAD),
+        reward_model.graph(reward_model.RewardModelConfig(center=0.01), {"reward": HEAD}),
         "reward_train",
     ),
     "dpo": (
-        dpo.graph(dpo.DPOConfig(), LM),
+        dpo.graph(dpo.DPOConfig(), {"actor": LM}),
         "ref_inf actor_train",
     ),
     "ppo": (
-        ppo.graph(ppo.PPOConfig(), LM, HEAD, sampling=ONE, **MODEL),
+        ppo.graph(ppo.PPOConfig(), MODELS, Rollout(ONE, MODEL)),
         "actor_gen rew_inf ref_inf critic_inf advantage actor_train critic_train",
     ),
     "ppo, adaptive, host reward": (
-        ppo.graph(ADAPTIVE, LM, HEAD, sampling=ONE, **HOST),
+        ppo.graph(ADAPTIVE, MODELS, Rollout(ONE, HOST)),
         "actor_gen ref_inf critic_inf rew kl_inf advantage actor_train critic_train kl_train",
     ),
     "grpo": (
-        grpo.graph(grpo.GRPOConfig(minibatches=2), LM, sampling=FOUR, **MODEL),
+        grpo.graph(grpo.GRPOConfig(minibatches=2), MODELS, Rollout(FOUR, MODEL)),
         "actor_gen rew_inf ref_inf advantage actor_train",
     ),
     "dapo": (
         grpo.graph(
             grpo.GRPOConfig(beta=0.0, loss_agg="token_mean", clip_high=0.28, mask_truncated=True),
-            LM,
-            sampling=FOUR,
-            **HOST,
+            MODELS,
+            Rollout(FOUR, HOST),
         ),
         "actor_gen rew advantage actor_train",
     ),
     "rloo": (
-        rloo.graph(rloo.RLOOConfig(whiten_advantages=True), LM, sampling=FOUR, **HOST),
+        rloo.graph(rloo.RLOOConfig(whiten_advantages=True), MODELS, Rollout(FOUR, HOST)),
         "actor_gen ref_inf rew advantage actor_train",
     ),
     "remax": (
-        remax.graph(remax.ReMaxConfig(), LM, sampling=ONE, **HOST),
+        remax.graph(remax.ReMaxConfig(), MODELS, Rollout(ONE, HOST)),
         "actor_gen greedy_gen ref_inf rew greedy_rew advantage actor_train",
     ),
     "remax, reward model": (
-        remax.graph(remax.ReMaxConfig(kl_coef=0.0), LM, sampling=ONE, **MODEL),
+        remax.graph(remax.ReMaxConfig(kl_coef=0.0), MODELS, Rollout(ONE, MODEL)),
         "actor_gen greedy_gen rew_inf greedy_rew_inf advantage actor_train",
     ),
     "raft": (
-        raft.graph(raft.RAFTConfig(drop_ties=False), LM, sampling=FOUR, **HOST),
+        raft.graph(raft.RAFTConfig(drop_ties=False), MODELS, Rollout(FOUR, HOST)),
         "actor_gen rew best_of actor_train",
     ),
 }
@@ -338,21 +349,22 @@ def test_configs_name_the_value_and_what_is_allowed(config, fields, message):
 def test_group_algorithms_want_several_samples(file):
     config = {grpo: grpo.GRPOConfig, rloo: rloo.RLOOConfig, raft: raft.RAFTConfig}[file]
     with pytest.raises(ValueError, match=r"samples is 1; it must be at least 2"):
-        file.graph(config(), LM, sampling=ONE, **HOST)
+        file.graph(config(), MODELS, Rollout(ONE, HOST))
 
 
 def test_graphs_refuse_models_and_ends_that_cannot_work():
     endless = LM.replace(eos=())
     with pytest.raises(ValueError, match="critic's head is 'lm'"):
-        ppo.graph(ppo.PPOConfig(), LM, LM, sampling=ONE, **HOST)
+        ppo.graph(ppo.PPOConfig(), MODELS | {"critic": LM}, Rollout(ONE, HOST))
     with pytest.raises(ValueError, match="reward model's head is 'lm'"):
-        ppo.graph(ppo.PPOConfig(), LM, HEAD, sampling=ONE, reward=LM)
+        ppo.graph(ppo.PPOConfig(), MODELS | {"reward": LM}, Rollout(ONE))
     with pytest.raises(ValueError, match="reward model's head is 'lm'"):
-        reward_model.graph(reward_model.RewardModelConfig(), LM)
+        reward_model.graph(reward_model.RewardModelConfig(), {"reward": LM})
     with pytest.raises(ValueError, match=r"missing_eos_penalty is 1.0, but neither"):
         cfg = ppo.PPOConfig(missing_eos_penalty=1.0)
-        ppo.graph(cfg, endless, HEAD, sampling=ONE, **HOST)
+        ppo.graph(cfg, MODELS | {"actor": endless}, Rollout(ONE, HOST))
     with pytest.raises(ValueError, match="mask_truncated is True, but neither"):
-        grpo.graph(grpo.GRPOConfig(mask_truncated=True), endless, sampling=FOUR, **HOST)
+        cfg = grpo.GRPOConfig(mask_truncated=True)
+        grpo.graph(cfg, MODELS | {"actor": endless}, Rollout(FOUR, HOST))
     with pytest.raises(ValueError, match="RAFT keeps responses that ended"):
-        raft.graph(raft.RAFTConfig(), endless, sampling=FOUR, **HOST)
+        raft.graph(raft.RAFTConfig(), MODELS | {"actor": endless}, Rollout(FOUR, HOST))

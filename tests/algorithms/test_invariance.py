@@ -99,51 +99,52 @@ def outcome(loss, seqs, microbatches, length, params=PARAMS):
 
 
 class Loss:
-    def __init__(self, fn, reads=""):
-        self.fn = fn
+    def __init__(self, forward, loss, reads=""):
+        self.forward, self.loss = forward, loss
         self.reads = {"tokens", "segment", "position", "mask", *reads.split()}
         self.step = jax.jit(jax.value_and_grad(self._total, has_aux=True))
 
     def _total(self, params, batch):
-        total, weight, seen = self.fn(params, batch, jax.random.key(0))
+        row = (batch[k] for k in ("tokens", "position", "segment"))
+        total, weight, seen = self.loss(self.forward(params, *row), batch, jax.random.key(0))
         return total, (weight, seen)
 
 
 def group_loss(reads="logp adv ref_logp", **fields):
     cfg = grpo.GRPOConfig(**fields)
-    return Loss(partial(grpo.policy_loss, cfg, table_lm, (EOS,), MAX_TOKENS), reads)
+    return Loss(table_lm, partial(grpo.policy_loss, cfg, (EOS,), MAX_TOKENS), reads)
 
 
 def actor_loss(reads="logp adv", **fields):
-    return Loss(partial(ppo.policy_loss, ppo.PPOConfig(**fields), table_lm), reads)
+    return Loss(table_lm, partial(ppo.policy_loss, ppo.PPOConfig(**fields)), reads)
 
 
 def pair_loss(**fields):
-    return Loss(partial(dpo.preference_loss, dpo.DPOConfig(**fields), table_lm), "ref_logp")
+    return Loss(table_lm, partial(dpo.preference_loss, dpo.DPOConfig(**fields)), "ref_logp")
 
 
 def imitation(how):
-    return Loss(partial(sft.likelihood_loss, sft.SFTConfig(loss_agg=how), table_lm))
+    return Loss(table_lm, partial(sft.likelihood_loss, sft.SFTConfig(loss_agg=how)))
 
 
 LOSSES = {
     "sft": imitation("token_mean"),
     "sft by sequence": imitation("sequence_mean"),
     "rm": Loss(
-        partial(reward_model.pair_loss, reward_model.RewardModelConfig(center=0.1), table_scores)
+        table_scores, partial(reward_model.pair_loss, reward_model.RewardModelConfig(center=0.1))
     ),
     "dpo": pair_loss(label_smoothing=0.1),
     "ipo": pair_loss(loss="ipo", length_normalised=True),
     "hinge": pair_loss(loss="hinge", beta=0.5),
     "ppo": actor_loss(entropy=0.1),
     "ppo kl in loss": actor_loss("logp adv ref_logp", kl_in="loss", dual_clip=1.5),
-    "critic": Loss(partial(ppo.value_loss, ppo.PPOConfig(), table_values), "value ret"),
+    "critic": Loss(table_values, partial(ppo.value_loss, ppo.PPOConfig()), "value ret"),
     "grpo": group_loss(),
     "dapo": group_loss("logp adv", loss_agg="token_mean", clip_high=0.28, mask_truncated=True),
     "dr grpo": group_loss(loss_agg="constant", kl_estimator="k1"),
     "gspo": group_loss("logp adv", ratio="sequence", clip_low=0.1, clip_high=0.1, entropy=0.1),
     "reinforce": Loss(
-        partial(policy.reinforce_loss, 0.2, "sequence_sum", MAX_TOKENS, table_lm), "logp adv"
+        table_lm, partial(policy.reinforce_loss, 0.2, "sequence_sum", MAX_TOKENS), "logp adv"
     ),
 }
 
@@ -332,7 +333,7 @@ def test_on_policy_clipping_and_gspo_change_no_gradient():
     fields = {"loss_agg": "sequence_mean", "beta": 0.0}
     token = outcome(group_loss("logp adv", **fields), seqs, *PLAIN)
     sequence = outcome(group_loss("logp adv", ratio="sequence", **fields), seqs, *PLAIN)
-    free = Loss(partial(policy.reinforce_loss, None, "sequence_mean", 1, table_lm), "logp adv")
+    free = Loss(table_lm, partial(policy.reinforce_loss, None, "sequence_mean", 1), "logp adv")
     for other in (sequence, outcome(free, seqs, *PLAIN)):
         np.testing.assert_allclose(other[1], token[1], rtol=1e-5, atol=1e-6)
     assert token[2]["clip_fraction"] == 0

@@ -25,9 +25,11 @@ LM = LMConfig(
 )
 VALUE = LM.replace(head="value")
 GRAPHS = {
-    "sft": lambda: sft.graph(sft.SFTConfig(loss_agg="sequence_mean"), LM),
-    "dpo": lambda: dpo.graph(dpo.DPOConfig(length_normalised=True), LM),
-    "reward_model": lambda: reward_model.graph(reward_model.RewardModelConfig(center=0.1), VALUE),
+    "sft": lambda: sft.graph(sft.SFTConfig(loss_agg="sequence_mean"), {"actor": LM}),
+    "dpo": lambda: dpo.graph(dpo.DPOConfig(length_normalised=True), {"actor": LM}),
+    "reward_model": lambda: reward_model.graph(
+        reward_model.RewardModelConfig(center=0.1), {"reward": VALUE}
+    ),
 }
 LENGTHS = (5, 7, 3, 30, 12, 1, 9, 4, 26, 2)
 PLACE = Placement((3, 0, 2, 1), data=2, seq=2)

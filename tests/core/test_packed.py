@@ -15,7 +15,6 @@ from jaxrl_eff.algorithms import grpo, ppo
 from jaxrl_eff.cli import report
 from jaxrl_eff.core import Graph, Placement, Spec, infer, packed, shardings, train
 from jaxrl_eff.core import step as dataflow
-from jaxrl_eff.core.glossary import Rowwise
 from jaxrl_eff.data.balance import balanced_loader, skrull
 from jaxrl_eff.data.balance.assignment import Schedule, Shape
 from jaxrl_eff.data.balance.cost import Model, cost_of
@@ -113,20 +112,20 @@ def tables():
     kl = ppo.PPOConfig(kl_in="loss", dual_clip=1.5, entropy=0.1)
     gspo = grpo.GRPOConfig(ratio="sequence", clip_low=0.1, clip_high=0.1, beta=0.0)
     plain = grpo.GRPOConfig(mask_truncated=True)
-    tail = (table_lm, (V - 1,), 5)
+    tail = ((V - 1,), 5)
     twice = {"epochs": 2, "minibatches": 2}
 
-    def one(name, fn, reads, **how):
-        return train(f"{name}_train", of=name, fn=fn, reads=row + reads, **how)
+    def one(name, forward, loss, reads, **how):
+        return train(f"{name}_train", of=name, forward=forward, loss=loss, reads=row + reads, **how)
 
     calls = (
-        one("ppo", functools.partial(ppo.policy_loss, kl, table_lm), "logp adv ref_logp kl_coef"),
-        one("value", functools.partial(ppo.value_loss, ppo.PPOConfig(), table_values), "value ret",
+        one("ppo", table_lm, functools.partial(ppo.policy_loss, kl), "logp adv ref_logp kl_coef"),
+        one("value", table_values, functools.partial(ppo.value_loss, ppo.PPOConfig()), "value ret",
             **twice),
-        one("grpo", functools.partial(grpo.policy_loss, plain, *tail),
+        one("grpo", table_lm, functools.partial(grpo.policy_loss, plain, *tail),
             "logp adv ref_logp", **twice),
-        one("gspo", functools.partial(grpo.policy_loss, gspo, *tail), "logp adv"),
-        infer("score_inf", of="reward", fn=Rowwise(table_score, table_last), reads=row.strip(),
+        one("gspo", table_lm, functools.partial(grpo.policy_loss, gspo, *tail), "logp adv"),
+        infer("score_inf", of="reward", fn=table_score, finish=table_last, reads=row.strip(),
               writes="last"),
         infer("logp_inf", of="reward", reads="tokens segment position", writes="fresh",
               fn=lambda p, b, key: {"fresh": table_lm(
@@ -506,17 +505,17 @@ def test_a_call_that_numbers_rows_or_takes_no_tokens_is_refused():
     row = "tokens segment position"
     spec = {"m": Spec({"w": jax.ShapeDtypeStruct((V, V), jnp.float32)}, {"w": (None, None)})}
 
-    def compiled(reads, fn):
-        call = infer("inf", of="m", fn=fn, reads=reads, writes="last")
+    def compiled(reads, fn, finish=None):
+        call = infer("inf", of="m", fn=fn, finish=finish, reads=reads, writes="last")
         return packed.compile(Graph(row, (call,)), {"inf": ONE}, spec)
 
     batch = {k: sampled()[k] for k in row.split()}
     whole = compiled(row, lambda p, b, key: {"last": b["tokens"].sum(1)})
-    with pytest.raises(ValueError, match=r"inf makes 'last' of shape \(1,\) .* a Rowwise"):
+    with pytest.raises(ValueError, match=r"inf makes 'last' of shape \(1,\) .* needs `finish`"):
         whole.check(batch)
     with pytest.raises(ValueError, match="nothing to be packed"):
         compiled("tokens", lambda p, b, key: {"last": b["tokens"]})
-    every = compiled(row, Rowwise(table_score, table_last)).check(batch)
+    every = compiled(row, table_score, table_last).check(batch)
     with pytest.raises(ValueError, match="say what schedules are made for"):
         every.build(batch)
     with pytest.raises(ValueError, match=r"one must be \(0, 12\)"):

@@ -16,7 +16,7 @@ GRAPH = Graph(
         generate("actor_gen", of="actor", fn=nothing, reads="prompt", writes="tokens"),
         infer("ref_inf", of="ref", fn=nothing, reads="tokens", writes="ref_logp"),
         local("advantage", fn=nothing, reads="tokens ref_logp", writes="adv"),
-        train("actor_train", of="actor", fn=nothing, reads="tokens adv"),
+        train("actor_train", of="actor", loss=nothing, reads="tokens adv"),
     ),
 )
 ALL = Placement((0, 1, 2, 3))

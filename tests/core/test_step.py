@@ -107,12 +107,12 @@ def ppo(epochs=1, minibatches=1, host=False, staleness=0):
             core.train(
                 "actor_train",
                 of="actor",
-                fn=_policy_loss,
+                loss=_policy_loss,
                 reads="tokens mask logp adv",
                 **updates,
             ),
             core.train(
-                "critic_train", of="critic", fn=_value_loss, reads="tokens mask ret", **updates
+                "critic_train", of="critic", loss=_value_loss, reads="tokens mask ret", **updates
             ),
         ),
     )
@@ -305,7 +305,7 @@ def test_an_update_that_is_not_finite_is_withheld():
         loss, weight, m = _value_loss(p, rows, key)
         return jnp.where(b["tokens"].sum() > 0, jnp.nan, 1.0) * loss, weight, m
 
-    graph = Graph("tokens", (core.train("critic_train", of="critic", fn=bad, reads="tokens"),))
+    graph = Graph("tokens", (core.train("critic_train", of="critic", loss=bad, reads="tokens"),))
     batch = {"tokens": np.ones((B, T), np.int32)}
     spec = Spec(jax.eval_shape(lambda: _init(0, 1)), HEAD_AXES, optax.adam(0.1))
     step = core.compile(graph, {"critic_train": ONE}, {"critic": spec})

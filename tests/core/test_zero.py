@@ -62,7 +62,7 @@ def spec(plan, lm=LM, tx=None):
 
 @functools.cache
 def compiled(place, plan, lm=LM):
-    graph = sft.graph(sft.SFTConfig(), lm)
+    graph = sft.graph(sft.SFTConfig(), {"actor": lm})
     return core.compile(graph, {"actor_train": place}, {"actor": spec(plan, lm)}).build(batch())
 
 
@@ -181,12 +181,12 @@ def adapted(plan, lm=LM, **changes):
 
 
 def laid_out(place, of, lm=LM):
-    return Layouts(sft.graph(sft.SFTConfig(), lm), {"actor_train": place}, {"actor": of})
+    return Layouts(sft.graph(sft.SFTConfig(), {"actor": lm}), {"actor_train": place}, {"actor": of})
 
 
 def traffic(place, plan, lm=LM, fn=None, more=1, of=None):
     """Of a train call that is traced and not compiled."""
-    graph = sft.graph(sft.SFTConfig(), lm)
+    graph = sft.graph(sft.SFTConfig(), {"actor": lm})
     (c,) = graph.calls
     c = dataclasses.replace(c, fn=fn or c.fn, epochs=more)
     graph = dataclasses.replace(graph, calls=(c,))
@@ -295,7 +295,9 @@ def test_kernels_that_are_trained_in_part_are_renewed_and_nothing_is_left_over(n
 
 def test_what_is_sent_besides_breaks_the_contract():
     def leaking(params_, rows, key):
-        value, weight, seen = sft.graph(sft.SFTConfig(), LM).calls[0].fn(params_, rows, key)
+        value, weight, seen = (
+            sft.graph(sft.SFTConfig(), {"actor": LM}).calls[0].fn(params_, rows, key)
+        )
         table = lax.stop_gradient(params_["embed"]["table"])
         return value + 0 * lax.psum(table, "dcn").sum(), weight, seen
 

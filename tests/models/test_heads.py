@@ -66,7 +66,8 @@ def test_values_are_shifted_and_scores_are_not():
     after = jax.jit(lambda p: models.scalar_head(cfg, p, tokens, position, segment))(params)
     batch = dict(tokens=tokens, position=position, segment=segment)
     value = jax.jit(models.values(cfg))(params, batch, jax.random.key(0))["value"]
-    score = jax.jit(models.score(cfg))(params, batch, jax.random.key(0))["score"]
+    numbers = jax.jit(models.token_scores(cfg))(params, batch, jax.random.key(0))
+    score = models.last_score(batch | numbers, jax.random.key(0))["score"]
     np.testing.assert_allclose(value[0, 1:6], after[0, :5], atol=1e-6)
     np.testing.assert_allclose(value[1], [0, *after[1, :4], 0, 0], atol=1e-6)
     np.testing.assert_allclose(score, [after[0, 5], after[1, 4]], atol=1e-6)

@@ -313,7 +313,9 @@ def test_codes_are_what_is_gathered():
 def test_bytes_of_a_base_in_few_bits(kind, a_parameter):
     of = spec(LARGE, name="lora", rank=4, base=kind)
     step = core.compile(
-        sft.graph(sft.SFTConfig(), LARGE), {"actor_train": Placement((0,))}, {"actor": of}
+        sft.graph(sft.SFTConfig(), {"actor": LARGE}),
+        {"actor_train": Placement((0,))},
+        {"actor": of},
     )
     shapes = params.abstract(LARGE)
     count = sum(tree.flat(shapes)[k].size for k in lora.targets(LARGE))

@@ -53,7 +53,7 @@ def base():
 def train(of, place, steps=3):
     """The parameters and optimizer state after a few steps of SFT, on the host."""
     step = core.compile(
-        sft.graph(sft.SFTConfig(), LM), {"actor_train": place}, {"actor": of}
+        sft.graph(sft.SFTConfig(), {"actor": LM}), {"actor_train": place}, {"actor": of}
     ).build(batch())
     home = jax.tree.map(lambda x: x.sharding, step.home("actor").params)
     start = jax.jit(of.tx.extended)(base()) if isinstance(of.tx, core.Adaptation) else base()

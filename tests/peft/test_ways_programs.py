@@ -231,7 +231,9 @@ def test_bytes_of_a_model_in_training():
     optim = settings.OptimSettings(name="adam")
     spec = ways.spec(part, narrow, optim, optax.constant_schedule(1e-3), 1)
     step = core.compile(
-        sft.graph(sft.SFTConfig(), narrow), {"actor_train": Placement((0,))}, {"actor": spec}
+        sft.graph(sft.SFTConfig(), {"actor": narrow}),
+        {"actor_train": Placement((0,))},
+        {"actor": spec},
     )
     said, size = footprint.planned(step, "actor"), models.count(narrow)
     largest = 256 * 1024 * 4

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxrl_eff import core
-from jaxrl_eff.algorithms import grpo, ppo, remax, sft
+from jaxrl_eff.algorithms import Rollout, grpo, ppo, remax, sft
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.optim import optimizer
 from jaxrl_eff.parallel import Placement
@@ -39,22 +39,23 @@ def step(graph, lms):
     return core.compile(graph, plan, specs)
 
 
+MODELS = {"actor": LM, "critic": VALUE, "reward": VALUE}
 CASES = {
     "ppo": (
         ppo.graph(
-            ppo.PPOConfig(minibatches=2, kl_target=1.0), LM, VALUE, reward=VALUE,
-            sampling=Sampling(max_tokens=6, samples=2),
+            ppo.PPOConfig(minibatches=2, kl_target=1.0), MODELS,
+            Rollout(Sampling(max_tokens=6, samples=2)),
         ),
         {"actor": LM, "ref": LM, "critic": VALUE, "reward": VALUE},
         Sampling(max_tokens=6, samples=2),
     ),
     "grpo": (
-        grpo.graph(grpo.GRPOConfig(), LM, reward=VALUE, sampling=Sampling(max_tokens=3, samples=4)),
+        grpo.graph(grpo.GRPOConfig(), MODELS, Rollout(Sampling(max_tokens=3, samples=4))),
         {"actor": LM, "ref": LM, "reward": VALUE},
         Sampling(max_tokens=3, samples=4),
     ),
     "remax": (
-        remax.graph(remax.ReMaxConfig(), LM, reward=VALUE, sampling=Sampling(max_tokens=3)),
+        remax.graph(remax.ReMaxConfig(), MODELS, Rollout(Sampling(max_tokens=3))),
         {"actor": LM, "ref": LM, "reward": VALUE},
         Sampling(max_tokens=3),
     ),
@@ -127,7 +128,7 @@ def test_a_graph_without_generation():
     rows = {
         k: jax.ShapeDtypeStruct((6, 10), jnp.int32) for k in ("tokens", "segment", "position")
     } | {"mask": jax.ShapeDtypeStruct((6, 10), jnp.float32)}
-    problem = works(sft.graph(sft.SFTConfig(), LM), {"actor": LM}, rows)
+    problem = works(sft.graph(sft.SFTConfig(), {"actor": LM}), {"actor": LM}, rows)
     (train,) = problem.works
     assert (train.rows, train.length, train.kind) == (6, 10, "train")
     assert works_.shape(LM).params == problem.roles["actor"].shape.params

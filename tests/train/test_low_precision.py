@@ -90,7 +90,7 @@ def test_a_gradient_of_16_bits_is_rounded_once_however_rows_are_split(microbatch
         x = batch["mask"]
         return (p["w"][None, :].astype(jnp.float32) * x).sum(), jnp.float32(3 / 8) * x.shape[0], {}
 
-    graph = Graph("mask", (train("critic_train", of="critic", fn=loss, reads="mask"),))
+    graph = Graph("mask", (train("critic_train", of="critic", loss=loss, reads="mask"),))
     like = {"w": jax.ShapeDtypeStruct((16,), jnp.bfloat16)}
     spec = Spec(like, {"w": ("embed",)}, optim.optimizer("sgd", 1.0))
     place = Placement((0,), microbatches=microbatches)

@@ -1,0 +1,68 @@
+"""The record of an algorithm, and how a configuration refuses a value."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from jaxrl_eff.core import Graph, Spec
+from jaxrl_eff.models import LMConfig
+from jaxrl_eff.rollout import Sampling
+
+# A host reward reads tokens, mask and example as numpy arrays, and the step's key (two words);
+# it returns {"score": float32 [B]}.
+HostReward = Callable[..., dict]
+Head = Literal["lm", "value"]
+
+
+class Rollout(NamedTuple):
+    """How answers are sampled and scored.
+
+    Attributes:
+        reward: a function of the text; None: the model of the role "reward".
+    """
+
+    sampling: Sampling
+    reward: HostReward | None = None
+
+
+class Own(NamedTuple):
+    """A small model that an algorithm brings itself.
+
+    Attributes:
+        spec: see `core.Spec`.
+        init: the algorithm's config -> the first parameters.
+    """
+
+    spec: Spec
+    init: Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """What a run must know of an algorithm.
+
+    Attributes:
+        config: the frozen dataclass of its numbers.
+        graph: `(config, role -> shape of its model, Rollout or None) -> Graph`.
+        batch: the rows that it reads: packed "sft" rows, "preference" pairs, or "prompts".
+        roles: the models that it may have, and their heads. The first one starts from the base.
+        own: models that it brings itself.
+    """
+
+    config: type
+    graph: Callable[[Any, Mapping[str, LMConfig], Rollout | None], Graph]
+    batch: Literal["sft", "preference", "prompts"]
+    roles: Mapping[str, Head]
+    own: Mapping[str, Own] = dataclasses.field(default_factory=dict)
+
+
+def require(config: Any, field: str, ok: bool, allowed: str) -> None:
+    """Raises ValueError with the field's value and what is allowed, unless `ok`."""
+    if not ok:
+        name = f"{type(config).__name__}.{field}"
+        raise ValueError(f"{name} is {getattr(config, field)!r}; it must be {allowed}.")
+
+
+def require_one_of(config: Any, field: str, allowed: Sequence[str]) -> None:
+    """`require` that the field's value is in `allowed`."""
+    require(config, field, getattr(config, field) in allowed, f"one of {', '.join(allowed)}")
