@@ -11,6 +11,7 @@ candidate, and while memory is short, the cheapest step (seconds a byte) towards
     halves    the actor's calls on one half, the others' on the other
     disaggregated  generation on some devices, everything else on the rest: the best ratio
     by model  models in groups with devices of their own: the best partition (HybridFlow, Alg. 1)
+    by call   calls in groups with devices of their own, most level loads first
     greedy    every call where it is fastest by itself (ReaL's first state)
 
 Mei et al. 2024, arXiv:2406.14088; Sheng et al. 2024, arXiv:2409.19256.
@@ -23,6 +24,7 @@ from jaxrl_eff.planner.choices import Choices, Judge, State
 from jaxrl_eff.planner.space import Slice, Strategy
 
 _REPAIRS = 64
+_CALLS, _LEVEL = 8, 64
 
 
 def heuristics(judge: Judge, over: Callable[[float], bool]) -> dict[str, State | str]:
@@ -43,6 +45,7 @@ def heuristics(judge: Judge, over: Callable[[float], bool]) -> dict[str, State |
         "halves": lambda t: _arranged(t, _halves(t)),
         "disaggregated": lambda t: _arranged(t, _disaggregated(t)),
         "by model": lambda t: _arranged(t, _partitions(t)),
+        "by call": lambda t: _arranged(t, _levelled(t)),
         "greedy": _greedy,
     }
     out: dict[str, State | str] = {}
@@ -312,6 +315,27 @@ def _partitions(t: Choices) -> Iterator[list[Slice]]:
                 for i in groups[j]:
                     slices[i] = where
             yield slices
+
+
+def _levelled(t: Choices) -> Iterator[list[Slice]]:
+    """Set partitions of at most `_CALLS` calls into two to four groups, each on devices of its own,
+    the `_LEVEL` whose most loaded device has least to do."""
+    calls = range(len(t.works))
+    if len(calls) > _CALLS or t.cluster.devices == 1:
+        return
+    work = [min(c.seconds * c.count for c in t.all[i]) for i in calls]
+    cut = {n: tilings(t, n, _whole(t)) for n in (2, 3, 4)}
+    found: list[tuple[float, int, list[Slice]]] = []
+    for groups in _set_partitions(list(calls)):
+        if len(groups) not in cut:
+            continue
+        groups.sort(key=lambda g: -sum(work[i] for i in g))
+        for sizes in cut[len(groups)]:
+            parts = list(zip(groups, sizes, strict=True))
+            load = max(sum(work[i] for i in g) / s.count for g, s in parts)
+            where = {i: s for g, s in parts for i in g}
+            found.append((load, len(found), [where[i] for i in calls]))
+    yield from (slices for _, _, slices in sorted(found)[:_LEVEL])
 
 
 def _set_partitions(items: Sequence) -> list[list[list]]:
