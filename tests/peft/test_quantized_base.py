@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_eff import core, models, tree
+from jaxrl_eff import checkpoints, core, models, tree
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.parallel import Placement, rules
@@ -27,7 +27,7 @@ CFG = LMConfig(
     vocab=24, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=48, init_std=0.3, unroll=1
 )
 WAYS = {
-    "lora": dict(name="lora", rank=2),
+    "lora": dict(name="lora", rank=2, targets=("layers/attn/[qko]/kernel", "layers/mlp/.*/kernel")),
     "dora": dict(name="dora", rank=2, targets=("layers/attn/[qo]/kernel",)),
     "overlay": dict(
         name="static",
@@ -159,7 +159,7 @@ def started(way, kind):
 
 
 def test_kernels_are_quantised_one_by_one_as_they_are_read(tmp_path):
-    models.save_hf(tmp_path, CFG, jax.tree.map(jnp.asarray, base()))
+    checkpoints.save_hf(tmp_path, CFG, jax.tree.map(jnp.asarray, base()))
     kept = ways.kept_in_bits(settings.AdaptSettings(name="lora", rank=1, base="nf4"), CFG)
     seen = []
 
@@ -169,7 +169,7 @@ def test_kernels_are_quantised_one_by_one_as_they_are_read(tmp_path):
             seen.append(weakref.ref(x))
         return kept.leaves(name, x)
 
-    got = models.load_hf(tmp_path, CFG, keep=keep)
+    got = checkpoints.load_hf(tmp_path, CFG, keep=keep)
     assert len(seen) == len(quantized.kernels(got)) == 7
     want = kept.params(jax.tree.map(jnp.asarray, base()))
     jax.tree.map(np.testing.assert_array_equal, got, want)

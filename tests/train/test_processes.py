@@ -266,7 +266,9 @@ def test_schedules_of_two_processes_are_one(algorithm, cache, tmp_path):  # noqa
     for out, err, code in done:
         assert code == 0, out + err
     one = tmp_path / "one"
-    code, out, err = launch.command(f"--config={spec},devices=8", f"--workdir={one}", cache=cache)
+    code, out, err = launch.command(
+        f"--config={spec},devices=8", *changes, f"--workdir={one}", cache=cache
+    )
     assert code == 0, out + err
     a, b = (launch.tensors(d) for d in (tmp_path / "two", one))
     for name in b:
