@@ -64,6 +64,7 @@ Natural = Annotated[int, Within(0)]
 NonNegative = Annotated[float, Within(0)]
 Positive = Annotated[float, Within(0, above=True)]
 Share = Annotated[float, Within(0, 1)]
+Seed = Annotated[int, Within(0, 2**32 - 1)]
 
 _INTEGERS = Within(-(2**63), 2**63 - 1)
 _FLOATS = Within()

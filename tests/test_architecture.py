@@ -36,13 +36,7 @@ TABLE["main"] = TABLE["__main__"] = (*TABLE["cli"], "cli")
 
 # Arrows that point the other way, to be turned round.
 UNTIL = {
-    "core/shardings.py": ("models",),
-    "data/balance/balanced_loader.py": ("parallel",),
-    "models/config.py": ("checkpoints",),
-    "models/__init__.py": ("checkpoints",),
-    "models/heads.py": ("core",),
     "models/transformer.py": ("peft",),
-    "peft/ways.py": ("train", "checkpoints"),
     "rollout/generate.py": ("peft",),
 }
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

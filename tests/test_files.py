@@ -10,10 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxrl_eff import files
-from jaxrl_eff.checkpoints import deltas
+from jaxrl_eff.checkpoints import deltas, load_hf, save_hf
 from jaxrl_eff.cli import report
 from jaxrl_eff.data.tokenizer import CharTokenizer, load_tokenizer
-from jaxrl_eff.models import LMConfig, load_hf, params, save_hf
+from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.train import writer as metrics
 
 SECRET = "a line of somebody else's\n"

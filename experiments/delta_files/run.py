@@ -23,9 +23,9 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from jaxrl_eff.checkpoints import deltas
+from jaxrl_eff.checkpoints import deltas, load_hf, read_config
 from jaxrl_eff.checkpoints.deltas import coding
-from jaxrl_eff.models import LMConfig, load_hf, token_logprobs
+from jaxrl_eff.models import token_logprobs
 from jaxrl_eff.rollout import Sampling, sample
 
 DENSITIES = (0.001, 0.01, 0.05)
@@ -120,7 +120,7 @@ def files(width):
 
 def masks(directory):
     """Index bits of masks that a real model's training chooses, against random ones."""
-    cfg = LMConfig.from_hf(directory).replace(param_dtype="float32", dtype="float32")
+    cfg = read_config(directory).replace(param_dtype="float32", dtype="float32")
     params = load_hf(directory, cfg)
     length = min(cfg.max_length, 200)
     prompt = {

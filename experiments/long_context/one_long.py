@@ -23,8 +23,9 @@ import optax
 from jaxrl_eff import core
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.core import Placement, Spec
-from jaxrl_eff.models import LMConfig, attention, logical_axes, params
+from jaxrl_eff.models import LMConfig, logical_axes, params
 from jaxrl_eff.parallel.attention import sequence
+from jaxrl_eff.parallel.attention.context import SequenceLayout, sequence_layout
 
 LM = LMConfig(
     vocab=256, layers=2, width=32, heads=2, kv_heads=1, head_dim=16, ffn=64, unroll=1,
@@ -36,10 +37,10 @@ def step_of(place: Placement, batch: dict[str, np.ndarray]) -> core.Step:
     graph = sft.graph(sft.SFTConfig(), {"actor": LM})
     if place.seq == 1:  # in chunks on one device, too
         (call,) = graph.calls
-        chunks = attention.Spread(sequence.attend(place))
+        chunks = SequenceLayout(sequence.attend(place))
 
         def forward(*args):
-            with attention.spreading(lambda length, sight=None: chunks):
+            with sequence_layout(lambda length, sight=None: chunks):
                 return call.forward(*args)
 
         again = core.train(

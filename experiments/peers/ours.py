@@ -20,6 +20,7 @@ import sys
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = os.environ.get("CACHE")  # a directory: persistent compilation cache; unset: none
 
+from jaxrl_eff.checkpoints import read_config
 from jaxrl_eff.parallel import host
 
 if os.environ.get("HUGE_PAGES", "1") == "1":  # as `jaxrl_eff.main` does
@@ -119,12 +120,13 @@ def generate() -> dict:
     """The rollout alone."""
     import dataclasses
 
+    from jaxrl_eff.checkpoints import load_hf
     from jaxrl_eff.core import Graph, Model, Placement, Spec, compile
     from jaxrl_eff.core import generate as call
-    from jaxrl_eff.models import LMConfig, abstract, load_hf, logical_axes
+    from jaxrl_eff.models import abstract, logical_axes
     from jaxrl_eff.rollout import Sampling, sample
 
-    lm = dataclasses.replace(LMConfig.from_hf(MODEL), eos=())
+    lm = dataclasses.replace(read_config(MODEL), eos=())
     reads = "prompt prompt_length prompt_example"
     fn = sample(lm, Sampling(max_tokens=NEW, growths=int(os.environ.get("GROWTHS", 3))))
     writes = "tokens segment position mask logp group example"

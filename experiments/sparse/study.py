@@ -34,11 +34,13 @@ import numpy as np
 import optax
 
 from jaxrl_eff import tree
+from jaxrl_eff.checkpoints import load_hf, read_config
 from jaxrl_eff.core.graph import Adaptation, Model
 from jaxrl_eff.data.tokenizer import load_tokenizer
-from jaxrl_eff.models import LMConfig, init, load_hf, token_logprobs
+from jaxrl_eff.models import LMConfig, init, token_logprobs
 from jaxrl_eff.peft import ways
-from jaxrl_eff.train.settings import AdaptSettings, OptimSettings
+from jaxrl_eff.peft.config import AdaptSettings
+from jaxrl_eff.train.settings import OptimSettings
 
 HERE = Path(__file__).parent
 LENGTH, ROWS, PROBE_ROWS, EVERY = 64, 4, 8, 10
@@ -300,7 +302,7 @@ def pretrained(lm: LMConfig, codes: np.ndarray, steps: int):
 
 def train(args) -> None:
     if args.model:
-        lm = LMConfig.from_hf(args.model)
+        lm = read_config(args.model)
         base = load_hf(args.model, lm)
         encode = load_tokenizer(args.model).encode
         data, _ = split(*(encode(t[:3_000_000]) for t in texts(args)), lm.vocab)

@@ -103,7 +103,7 @@ _SCALAR = "query_pre_attn_scalar"
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 
 
-def config_from_hf(
+def read_config(
     source: dict[str, Any] | str | PathLike[str], *, ignore: Collection[str] = ()
 ) -> LMConfig:
     """Reads a configuration given as a dict, as the path of a `config.json` or as its directory.

@@ -6,7 +6,7 @@ What is written is read back and compared, since a family's format may have no w
 import dataclasses
 from typing import Any
 
-from jaxrl_eff.checkpoints.hf_config import ACTIVATIONS, CLASSES, config_from_hf
+from jaxrl_eff.checkpoints.hf_config import ACTIVATIONS, CLASSES, read_config
 from jaxrl_eff.checkpoints.hf_names import CODES
 from jaxrl_eff.checkpoints.hf_rope import scaling
 from jaxrl_eff.models.config import LMConfig
@@ -15,7 +15,7 @@ from jaxrl_eff.models.config import LMConfig
 _RUNTIME = ("dtype", "param_dtype", "remat", "mlp_chunk", "unroll", "head", "init_std")
 
 
-def config_to_hf(cfg: LMConfig) -> dict[str, Any]:
+def write_config(cfg: LMConfig) -> dict[str, Any]:
     """The `config.json` that transformers reads as this model.
 
     Raises:
@@ -83,7 +83,7 @@ def check_exportable(cfg: LMConfig) -> None:
     Raises:
         ValueError: its family's format cannot say what a field says; the field is named.
     """
-    config_to_hf(cfg)
+    write_config(cfg)
     if cfg.param_dtype not in CODES.values():
         dtypes = ", ".join(CODES.values())
         raise ValueError(f"param_dtype={cfg.param_dtype!r} cannot be saved; there is {dtypes}.")
@@ -108,7 +108,7 @@ def _scalar(scale: float) -> int | float:
 
 def _verify(cfg: LMConfig, raw: dict[str, Any]) -> None:
     """Reads back what was written: the format may have no word for a field."""
-    again = config_from_hf(raw)
+    again = read_config(raw)
     for field in dataclasses.fields(cfg):
         mine, theirs = getattr(cfg, field.name), getattr(again, field.name)
         if field.name == "query_scale":

@@ -1,7 +1,7 @@
 """Hugging Face checkpoints -> parameters, a slice at a time.
 
 Every shard of the target sharding is filled with the bytes it needs and no others, so neither a
-host nor a device ever holds the whole model. `hf_table.py` says which tensor is which parameter,
+host nor a device ever holds the whole model. `hf_names.py` says which tensor is which parameter,
 `hf_config.py` reads the configuration, `hf_save.py` writes.
 
 Left out: pickled checkpoints (`.bin`, `.pt`), which run code when read; quantized tensors.
@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff import fields, tree
-from jaxrl_eff.checkpoints.hf_config import config_from_hf
-from jaxrl_eff.checkpoints.hf_config_write import config_to_hf
+from jaxrl_eff.checkpoints.hf_config import read_config
+from jaxrl_eff.checkpoints.hf_config_write import write_config
 from jaxrl_eff.checkpoints.hf_names import CODES, Tensor, tensors
 from jaxrl_eff.checkpoints.hf_save import save_hf
 from jaxrl_eff.models import params as lm_params
 from jaxrl_eff.models.config import DTYPES, LMConfig
 from jaxrl_eff.types import Array, PyTree
 
-__all__ = ["config_from_hf", "config_to_hf", "load_hf", "save_hf"]
+__all__ = ["load_hf", "read_config", "save_hf", "write_config"]
 
 _VALUE_NAMES = ("score.weight", "v_head.weight", "v_head.summary.weight", "value_head.weight")
 # Where a checkpoint keeps the decoder: alone, within an image-text model (two spellings), bare.

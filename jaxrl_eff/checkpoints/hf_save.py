@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff import fields, files, tree
-from jaxrl_eff.checkpoints.hf_config_write import config_to_hf
+from jaxrl_eff.checkpoints.hf_config_write import write_config
 from jaxrl_eff.checkpoints.hf_names import CODES, Tensor, tensors
 from jaxrl_eff.models import params as lm_params
 from jaxrl_eff.models.config import LMConfig
@@ -74,7 +74,7 @@ def save_hf(
         if name not in leaves or leaves[name].shape != like.shape:
             there = list(leaves[name].shape) if name in leaves else "missing"
             raise ValueError(f"parameter {name!r} is {there}, but it should be {list(like.shape)}.")
-    raw = config_to_hf(cfg.replace(param_dtype=str(leaves["embed/table"].dtype)))
+    raw = write_config(cfg.replace(param_dtype=str(leaves["embed/table"].dtype)))
     _refuse_foreign(directory)
     writer = jax.process_index() == 0
     partial = directory.with_name(f".{directory.name}.partial")

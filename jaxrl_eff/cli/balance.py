@@ -119,9 +119,9 @@ def read_model(text: str) -> Model:
     if text.lower() in MODELS:
         return MODELS[text.lower()]
     if (Path(text) / "config.json").is_file():
-        from jaxrl_eff.checkpoints.hf_config import config_from_hf
+        from jaxrl_eff.checkpoints.hf_config import read_config
 
-        return schedule_cost.model_of(config_from_hf(text))
+        return schedule_cost.model_of(read_config(text))
     raise ValueError(
         f"--model={text} is no directory with a config.json, and no model that is known: "
         f"{', '.join(MODELS)}."

@@ -22,7 +22,7 @@ import numpy as np
 from jaxrl_eff.checkpoints import deltas
 from jaxrl_eff.checkpoints.deltas.coding import bound
 from jaxrl_eff.checkpoints.deltas.file import index_bytes
-from jaxrl_eff.checkpoints.hf_load import config_from_hf
+from jaxrl_eff.checkpoints.hf_load import read_config
 from jaxrl_eff.data.tokenizer import load_tokenizer
 from jaxrl_eff.train import config_file
 
@@ -140,7 +140,7 @@ def _rows(directory: str, path: Path, length: int) -> np.ndarray:
     """The lines of a file as rows of tokens, cut at `length`, padded with -1."""
     if length < 1:
         raise ValueError(f"--probe_tokens={length} should be at least 1.")
-    length = min(length, config_from_hf(directory).max_length)
+    length = min(length, read_config(directory).max_length)
     tokenizer = load_tokenizer(directory)
     lines = [x for x in path.read_text(encoding="utf-8").splitlines() if x.strip()]
     if not lines:

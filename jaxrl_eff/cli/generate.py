@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.checkpoints.hf_load import config_from_hf, load_hf
+from jaxrl_eff.checkpoints.hf_load import load_hf, read_config
 from jaxrl_eff.data.chat import render_chat
 from jaxrl_eff.data.text import decode_stream
 from jaxrl_eff.data.tokenizer import Tokenizer, load_tokenizer
@@ -229,7 +229,7 @@ def _run(args: argparse.Namespace) -> None:
     host.devices()
     directory = find(args.model)
     ignore = tuple(filter(None, args.ignore.split(",")))
-    cfg = config_from_hf(directory, ignore=ignore)
+    cfg = read_config(directory, ignore=ignore)
     cfg = cfg.replace(dtype=args.dtype, param_dtype=args.dtype)
     if cfg.head != "lm":
         raise ValueError(f"{directory} holds a value model, which says nothing.")

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff.checkpoints.hf_load import config_from_hf, load_hf
+from jaxrl_eff.checkpoints.hf_load import load_hf, read_config
 from jaxrl_eff.cli import report
 from jaxrl_eff.cli.generate import find
 from jaxrl_eff.cli.pages import svg as charts
@@ -243,7 +243,7 @@ def _run(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, but must be at least 1.")
     directory = find(args.model)
-    cfg = config_from_hf(directory)
+    cfg = read_config(directory)
     if cfg.head != "lm":
         raise ValueError(f"{directory} holds a value model, which says nothing.")
     if lengths[0] < 1:

@@ -17,10 +17,10 @@ from flax import linen as nn
 from jaxrl_eff import tree
 from jaxrl_eff.core.graph import Adaptation, Call, Graph, Model, Spec, order
 from jaxrl_eff.core.zero import Sharded
-from jaxrl_eff.models.attention import Spread, spreading
 from jaxrl_eff.optim import state_shardings
 from jaxrl_eff.parallel import Placement, Rules, global_arrays, rows, rules
 from jaxrl_eff.parallel.attention import sequence
+from jaxrl_eff.parallel.attention.context import SequenceLayout, sequence_layout
 from jaxrl_eff.parallel.attention.token_order import reach
 from jaxrl_eff.parallel.mesh import mesh
 from jaxrl_eff.parallel.sharding import in_host, replicated
@@ -135,12 +135,12 @@ class Layouts:
         over = None
         if c.kind != "generate" and (place.seq > 1 or sequence.for_whole_rows()):
             # What is sent as `sharded` says is traced on the device's own rows.
-            way = _own if c.name in self.sharded else _spread
+            way = _own if c.name in self.sharded else _over_axis
             over = functools.partial(way, place)
         if local is not None:
             over = functools.partial(_both, place, local)
         table = list(self.rules[c.name].table)
-        with jax.set_mesh(mesh(place)), nn.logical_axis_rules(table), spreading(over):
+        with jax.set_mesh(mesh(place)), nn.logical_axis_rules(table), sequence_layout(over):
             yield
 
 
@@ -168,27 +168,31 @@ def shard_bytes(x: Any, itemsize: int = 0) -> int:
     return math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or jnp.dtype(x.dtype).itemsize)
 
 
-def _spread(place: Placement, length: int, sight: int | None) -> Spread:
+def _over_axis(place: Placement, length: int, sight: int | None) -> SequenceLayout:
     """Rows whose tokens do not divide stay whole. Where all layers see no farther than a window,
     tokens stay in order, and only the pieces before a device's own that a window reaches are sent.
     """
     if length % place.seq:
-        return Spread()
+        return SequenceLayout()
     if place.seq == 1:
-        return Spread(sequence.attend(place), fits=sequence.fits_whole_rows)
+        return SequenceLayout(sequence.attend(place), fits=sequence.fits_whole_rows)
     pieces = reach(length // place.seq, sight)
     if pieces < place.seq - 1:
-        return Spread(sequence.attend(place, reach=pieces))
+        return SequenceLayout(sequence.attend(place, reach=pieces))
     ways = (functools.partial(f, parts=place.seq) for f in (sequence.striped, sequence.unstriped))
-    return Spread(sequence.attend(place), *ways)
+    return SequenceLayout(sequence.attend(place), *ways)
 
 
-def _own(place: Placement, length: int, sight: int | None) -> Spread:
+def _own(place: Placement, length: int, sight: int | None) -> SequenceLayout:
     del length, sight
-    return Spread() if place.tensor > 1 else Spread(sequence.own(), fits=sequence.fits_whole_rows)
+    return (
+        SequenceLayout()
+        if place.tensor > 1
+        else SequenceLayout(sequence.own(), fits=sequence.fits_whole_rows)
+    )
 
 
-def _both(place: Placement, local: int, length: int, sight: int | None) -> Spread:
+def _both(place: Placement, local: int, length: int, sight: int | None) -> SequenceLayout:
     del length, sight
 
     def on_each(turn: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -198,7 +202,7 @@ def _both(place: Placement, local: int, length: int, sight: int | None) -> Sprea
 
         return turned
 
-    plain = Spread()
-    return Spread(
+    plain = SequenceLayout()
+    return SequenceLayout(
         sequence.both(place, local), next=on_each(plain.next), previous=on_each(plain.previous)
     )

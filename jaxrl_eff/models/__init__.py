@@ -44,12 +44,3 @@ __all__ = [
     "values",
     "warp",
 ]  # fmt: skip
-
-
-def __getattr__(name: str):
-    # Checkpoints need safetensors, which running a model does not.
-    if name in ("load_hf", "save_hf"):
-        from jaxrl_eff.checkpoints import hf_load
-
-        return getattr(hf_load, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

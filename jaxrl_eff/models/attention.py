@@ -6,10 +6,7 @@ is not farther back than the layer's window. `plain` is the definition that ever
 them as its `attend`.
 """
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -163,65 +160,6 @@ def fused(
         implementation=KERNEL,
     )  # fmt: skip
     return jnp.where((q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
-
-
-def _same(x: Array) -> Array:
-    return x
-
-
-def _next(x: Array) -> Array:
-    return jnp.roll(x, -1, axis=1)
-
-
-def _previous(x: Array) -> Array:
-    return jnp.roll(x, 1, axis=1)
-
-
-class Spread(NamedTuple):
-    """How the tokens of rows lie over devices that share them.
-
-    Attributes:
-        attend: the attention over all of them; None: any.
-        place: `[B, T]` -> the same in the order in which devices hold tokens.
-        restore: the converse.
-        next, previous: `[B, T]` not placed -> what belongs to the token after, or before, each.
-        fits: (head dim, dtype) -> whether `attend` is for such a model; otherwise any is.
-    """
-
-    attend: Attend | None = None
-    place: Callable[[Array], Array] = _same
-    restore: Callable[[Array], Array] = _same
-    next: Callable[[Array], Array] = _next
-    previous: Callable[[Array], Array] = _previous
-    fits: Callable[[int, Any], bool] = lambda head_dim, dtype: True
-
-
-_spread: contextvars.ContextVar[Callable[[int, int | None], Spread] | None]
-_spread = contextvars.ContextVar("spread", default=None)
-
-
-@contextlib.contextmanager
-def spreading(of: Callable[[int, int | None], Spread] | None) -> Iterator[None]:
-    """While a call is traced: how rows of a length are spread, given a model's sight; instead of
-    a function None: rows are whole.
-    """
-    token = _spread.set(of)
-    try:
-        yield
-    finally:
-        _spread.reset(token)
-
-
-def spread(length: int, cfg: LMConfig | None = None) -> Spread:
-    """How rows of this length are spread, as the call's surroundings say.
-
-    Args:
-        cfg: of the model that reads them; None: one that sees the whole row.
-    """
-    of = _spread.get()
-    over = Spread() if of is None else of(length, None if cfg is None else cfg.sight)
-    fits = cfg is None or over.fits(cfg.head_dim, cfg.dtype)
-    return over if fits else over._replace(attend=None)
 
 
 def choose(cfg: LMConfig, platform: str | None = None) -> Attend:

@@ -11,8 +11,6 @@ on the length at run time ("dynamic", "longrope").
 import dataclasses
 import math
 import numbers
-from collections.abc import Collection
-from os import PathLike
 from typing import Any
 
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
@@ -204,25 +202,3 @@ class LMConfig:
     def replace(self, **changes: Any) -> "LMConfig":
         """This configuration with some fields changed."""
         return dataclasses.replace(self, **changes)
-
-    @classmethod
-    def from_hf(
-        cls, source: dict[str, Any] | str | PathLike[str], *, ignore: Collection[str] = ()
-    ) -> "LMConfig":
-        """Reads a Hugging Face `config.json`, given as a dict, its path or its directory.
-
-        Args:
-            ignore: names of fields that are read as if the file did not hold them.
-
-        Raises:
-            ValueError: the architecture, a field or its value is not supported; named.
-        """
-        from jaxrl_eff.checkpoints import hf_load
-
-        return hf_load.config_from_hf(source, ignore=ignore)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The Hugging Face configuration of this model, ready for `json.dump`."""
-        from jaxrl_eff.checkpoints import hf_load
-
-        return hf_load.config_to_hf(self)

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.models import attention
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.logits import Warp, entropy, log_softmax_at
 from jaxrl_eff.models.logits import warp as warp_logits
 from jaxrl_eff.models.transformer import apply, scalar, unembed
+from jaxrl_eff.parallel.attention.context import SequenceLayout, current_layout
 from jaxrl_eff.types import Array, Float, Int, PyTree
 
 # Logits that exist at once, whatever the vocabulary: 128 MiB of float32 on a CPU. Every piece reads
@@ -50,7 +50,7 @@ def token_logprobs(
         with_entropy: False leaves the entropy out and returns zeros in its place.
     """
     # Only numbers of tokens change places between devices, never hidden states.
-    over = attention.spread(tokens.shape[1], cfg)
+    over = _layout(cfg, tokens)
     where = map(over.place, (tokens, position, segment))
     hidden, _ = apply(cfg, params, *where, attend=over.attend)
     following = over.place(over.next(tokens))
@@ -59,6 +59,11 @@ def token_logprobs(
     chosen = (position > 0) & (segment > 0)
     logp, spread = (_shift(over, over.restore(x), chosen) for x in found)
     return logp, spread
+
+
+def _layout(cfg: LMConfig, tokens: Array) -> SequenceLayout:
+    of_model = {"sight": cfg.sight, "head_dim": cfg.head_dim, "dtype": cfg.dtype}
+    return current_layout(tokens.shape[1], **of_model)
 
 
 def _of_hidden(cfg, params, warp, with_entropy, hidden, following):
@@ -97,7 +102,7 @@ def _in_chunks(fn, hidden, following, pieces: int):
     return jax.tree.map(back, outs)
 
 
-def _shift(over: attention.Spread, x: Float[Array, "B T"], chosen: Array) -> Float[Array, "B T"]:
+def _shift(over: SequenceLayout, x: Float[Array, "B T"], chosen: Array) -> Float[Array, "B T"]:
     """From "about the token after t" to "about token t"."""
     return jnp.where(chosen, over.previous(x), 0.0)
 
@@ -110,7 +115,7 @@ def scalar_head(
     segment: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
     """The value head's number after reading token t (not shifted); 0 at padding."""
-    over = attention.spread(tokens.shape[1], cfg)
+    over = _layout(cfg, tokens)
     where = map(over.place, (tokens, position, segment))
     hidden, _ = apply(cfg, params, *where, attend=over.attend)
     return jnp.where(segment > 0, over.restore(scalar(cfg, params, hidden)), 0.0)
@@ -125,7 +130,7 @@ def token_values(
 ) -> Float[Array, "B T"]:
     """The value head's estimate before token t is chosen; 0 where a segment begins, at padding."""
     after = scalar_head(cfg, params, tokens, position, segment)
-    over = attention.spread(tokens.shape[1], cfg)
+    over = _layout(cfg, tokens)
     return _shift(over, after, (position > 0) & (segment > 0))
 
 

@@ -17,13 +17,12 @@ import optax
 from jax.sharding import PartitionSpec
 
 from jaxrl_eff import tree
-from jaxrl_eff.checkpoints import peft_files
 from jaxrl_eff.core.graph import Adaptation, Spec
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.optim import OWN, optimizer, sparse
 from jaxrl_eff.optim.sparse import SampledLayers, SparseAdapt, SparseOverlay, Tiling
 from jaxrl_eff.peft import lora, quantized
-from jaxrl_eff.train.settings import AdaptSettings, OptimSettings
+from jaxrl_eff.peft.config import AdaptSettings, Optimizer
 
 GRANULARITIES = ("element", "block", "row", "column", "head")
 SCHEDULES = ("static", "periodic", "spiel_ag", "spiel_ma")
@@ -31,7 +30,7 @@ NAMES = (*SCHEDULES, "lisa", *lora.METHODS)
 
 
 def spec(
-    s: AdaptSettings, lm: LMConfig, optim: OptimSettings, schedule: optax.Schedule, updates: int
+    s: AdaptSettings, lm: LMConfig, optim: Optimizer, schedule: optax.Schedule, updates: int
 ) -> Spec:
     """The `Spec` of a model that is trained in part.
 
@@ -86,7 +85,7 @@ def spec(
 def entries_of(
     s: AdaptSettings,
     lm: LMConfig,
-    optim: OptimSettings,
+    optim: Optimizer,
     schedule: optax.Schedule | float = 1.0,
     updates: int = 1,
 ) -> SparseAdapt | SparseOverlay:
@@ -177,40 +176,13 @@ def in_every_node(spec_: Spec) -> Spec:
     return spec_._replace(axes=tree.with_leaves(spec_.axes, axes))
 
 
-def started(s: AdaptSettings, lm: LMConfig) -> dict[str, jax.Array]:
-    """First values from the files that `start` names: leaves by name, none if it names none.
-
-    Raises:
-        FileNotFoundError, ValueError: there are no such files, or they do not fit the settings.
-    """
-    if not s.start:
-        return {}
-    leaves = peft_files.load_peft(s.start, lm, ignore=s.ignore)
-    dora = s.name == "dora"
-    shapes, _ = lora.lora_shapes(lm, s.rank, s.targets or lora.TARGETS, dora=dora)
-    wanted = {*shapes, *whole_names(s, lm)}
-    if wanted != set(leaves):
-        lacking, more = (
-            sorted(a - b)[:1] for a, b in ((wanted, set(leaves)), (set(leaves), wanted))
-        )
-        what = f"lacks {lacking[0]!r}" if lacking else f"has {more[0]!r} besides"
-        raise ValueError(f"start is {s.start!r}, which {what}; see targets, whole and name.")
-    for name, like in shapes.items():
-        if leaves[name].shape != like.shape:
-            raise ValueError(
-                f"start is {s.start!r}, whose {name!r} is {list(leaves[name].shape)}, but with "
-                f"rank {s.rank} it should be {list(like.shape)}."
-            )
-    return leaves
-
-
 def keeps_base(s: AdaptSettings | None) -> bool:
     """Whether the base model stays there unchanged, beside what is trained."""
     beside = s is not None and (s.name in lora.METHODS or s.mode == "overlay")
     return beside and not s.whole
 
 
-def _check(s: AdaptSettings, optim: OptimSettings) -> None:
+def _check(s: AdaptSettings, optim: Optimizer) -> None:
     if s.name not in NAMES:
         raise ValueError(f"name is {s.name!r}; there are {list(NAMES)}.")
     if s.name in lora.METHODS and not s.rank:
@@ -254,7 +226,7 @@ def _check(s: AdaptSettings, optim: OptimSettings) -> None:
         raise ValueError(f"optim.frozen is {optim.frozen}; with adapt, name what is trained.")
 
 
-def _check_accumulators(s: AdaptSettings, optim: OptimSettings) -> None:
+def _check_accumulators(s: AdaptSettings, optim: Optimizer) -> None:
     if s.selector not in sparse.WEIGHTS:
         raise ValueError(
             f"spiel_ma grows by accumulators, and the selector of its start is {s.selector!r}; "

@@ -1,6 +1,7 @@
-"""Generation: from prompts to sampled responses with their log-probabilities."""
+"""Generation: from prompts to sampled responses with log-probabilities, and rewards of them."""
 
-from jaxrl_eff.rollout.generate import sample
-from jaxrl_eff.rollout.sampling import Sampling
+from jaxrl_eff import public
 
-__all__ = ["Sampling", "sample"]
+__all__, __getattr__, __dir__ = public.table(
+    __name__, {"generate": ("sample",), "sampling": ("Sampling",)}
+)

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxrl_eff import core
 from jaxrl_eff.algorithms import Rollout
+from jaxrl_eff.checkpoints import read_config
 from jaxrl_eff.core import Graph, Placement, Spec, Step, packed, plan_rules
 from jaxrl_eff.data import fates, loader
 from jaxrl_eff.data.balance.balanced_loader import Scheduled
@@ -149,7 +150,7 @@ def base_model(run: Run, tokenizer: Tokenizer) -> LMConfig:
     if m.path:
         if not Path(m.path).is_dir():
             raise FileNotFoundError(f"path is {m.path!r}, which is no directory.")
-        lm = LMConfig.from_hf(m.path, ignore=m.ignore)
+        lm = read_config(m.path, ignore=m.ignore)
     else:
         special = {
             "vocab": tokenizer.vocab,

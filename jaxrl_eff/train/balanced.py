@@ -59,10 +59,12 @@ class Long:
         """Its loader, from one that gives an example a row."""
         place = next(iter(self.step.plan.values()))
         # Processes that cannot tell each other their schedules plan alike by a cost that stays.
-        alike = jax.process_count() == 1 or processes.group() is not None
+        group = processes.group()
+        alike = jax.process_count() == 1 or group is not None
         return Scheduled(
             source, groups=place.row_shards, parts=place.seq, room=self.room, cost=self.cost,
-            shapes=self.shapes, lengths=self.lengths, pad=pad, measure=self.measure and alike,
+            shapes=self.shapes, lengths=self.lengths, pad=pad, group=group,
+            measure=self.measure and alike,
         )  # fmt: skip
 
 

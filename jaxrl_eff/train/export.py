@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 
-from jaxrl_eff.checkpoints import deltas
+from jaxrl_eff.checkpoints import deltas, save_hf
 from jaxrl_eff.checkpoints.peft_files import save_peft
-from jaxrl_eff.models import save_hf
 from jaxrl_eff.peft import lora, ways
 from jaxrl_eff.train import state
 

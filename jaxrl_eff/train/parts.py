@@ -18,6 +18,7 @@ import optax
 
 from jaxrl_eff import core, optim, tree
 from jaxrl_eff.algorithms import ALGORITHMS, Algorithm, Rollout
+from jaxrl_eff.checkpoints import read_config
 from jaxrl_eff.core import Adaptation, Graph, Spec
 from jaxrl_eff.data import toys
 from jaxrl_eff.data.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.rollout.rewards import symbolic, verify
 from jaxrl_eff.schema import build
 from jaxrl_eff.train.settings import OptimSettings, RewardSettings, StageSettings
+from jaxrl_eff.train.start import started
 
 REWARDS: dict[str, Callable[..., Callable]] = {
     "exact": verify.exact,
@@ -178,7 +180,7 @@ def roles_of(
                 )
             origins[role], lm = ("stage", f"{stage}/{of}"), source.lms[of]
         elif Path(where).is_dir():
-            lm = LMConfig.from_hf(where, ignore=ignore)
+            lm = read_config(where, ignore=ignore)
             lm = dataclasses.replace(
                 lm, dtype=base.dtype, param_dtype=base.param_dtype, remat=base.remat, eos=base.eos
             )
@@ -290,7 +292,7 @@ def model_specs(
             if role in s.adapt:
                 with at_path(f"config.{name}.adapt.{role}"):
                     specs[role] = ways.spec(s.adapt[role], lms[role], o, schedules[role], updates)
-                    ways.started(s.adapt[role], lms[role])
+                    started(s.adapt[role], lms[role])
                 continue
             with at_path(f"config.{name}.optim.{role}"):
                 tx = optimizer(

@@ -17,7 +17,9 @@ from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.parallel import Placement, Route, global_arrays
 from jaxrl_eff.parallel.mesh import mesh
 from jaxrl_eff.peft import lora, quantized, ways
+from jaxrl_eff.train import parts
 from jaxrl_eff.train.assembly import Assembled, Stage
+from jaxrl_eff.train.start import started
 
 Models = dict[str, Model]
 Shelf = dict[str, Any]  # "stage/role" -> parameters, at home in that stage
@@ -43,7 +45,7 @@ def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
     base = _base(assembled, stage, role, shelf, base_where, keep)
     full = jax.jit(way.extended, out_shardings=where, donate_argnums=0)(base)
     there = tree.flat(where)
-    given = ways.started(stage.settings.adapt[role], stage.lms[role])
+    given = started(stage.settings.adapt[role], stage.lms[role])
     put = {k: global_arrays.from_whole(there[k], np.asarray(v)) for k, v in given.items()}
     return tree.with_leaves(full, put)
 
@@ -84,7 +86,7 @@ def _base(
         return _kept(_adapted(shelf[name], source.lms[name.split("/")[1]], lm, where), keep)
     directory = assembled.run.model.path if kind == "base" else name
     if directory:
-        from jaxrl_eff.models import load_hf
+        from jaxrl_eff.checkpoints import load_hf
 
         ignore = assembled.run.model.ignore
         return load_hf(directory, lm, where, dtype=lm.param_dtype, keep=keep, ignore=ignore)

@@ -9,8 +9,9 @@ from collections.abc import Collection
 
 from jaxrl_eff import secret
 from jaxrl_eff.algorithms import ALGORITHMS
+from jaxrl_eff.peft.config import AdaptSettings
 from jaxrl_eff.train import parts
-from jaxrl_eff.train.settings import AdaptSettings, DataSettings, RewardSettings, StageSettings
+from jaxrl_eff.train.settings import DataSettings, RewardSettings, StageSettings
 
 # Source -> fields of the data that it leaves alone.
 _NOT_OF_SOURCE = {

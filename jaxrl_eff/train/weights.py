@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping
 from jaxrl_eff.checkpoints import hf_config_write, hf_load, peft_files
 from jaxrl_eff.models import LMConfig
 from jaxrl_eff.peft import lora, ways
+from jaxrl_eff.peft.config import AdaptSettings
 from jaxrl_eff.train import parts
-from jaxrl_eff.train.settings import AdaptSettings
 
 
 def check_read(

@@ -14,6 +14,7 @@ from golden.make_golden import CASES, HERE, weights
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
+from jaxrl_eff.checkpoints import read_config, write_config
 from jaxrl_eff.checkpoints.hf_load import load_hf, save_hf
 from jaxrl_eff.checkpoints.hf_names import tensors
 from jaxrl_eff.models import LMConfig, abstract, apply, init, params, unembed
@@ -54,7 +55,7 @@ def equal(a, b) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_transformers(case, tmp_path):
     written(case, tmp_path)
-    cfg = LMConfig.from_hf(tmp_path)
+    cfg = read_config(tmp_path)
     with np.load(HERE / f"{case}.npz") as golden:
         got = logits_of(cfg, load_hf(tmp_path, cfg), golden["ids"])
         np.testing.assert_allclose(got, golden["logits"], rtol=1e-4, atol=1e-4)
@@ -63,14 +64,14 @@ def test_logits_equal_transformers(case, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_saving_returns_every_byte_and_the_same_config(case, tmp_path):
     state = written(case, tmp_path / "a")
-    cfg = LMConfig.from_hf(tmp_path / "a")
-    assert LMConfig.from_hf(cfg.to_hf()) == cfg
+    cfg = read_config(tmp_path / "a")
+    assert read_config(write_config(cfg)) == cfg
     save_hf(tmp_path / "b", cfg, load_hf(tmp_path / "a", cfg))
     again = load_file(tmp_path / "b" / "model.safetensors")
     assert set(again) == set(state)
     for name, value in state.items():
         np.testing.assert_array_equal(again[name], value)
-    assert LMConfig.from_hf(tmp_path / "b") == cfg
+    assert read_config(tmp_path / "b") == cfg
 
 
 def spread(cfg: LMConfig) -> dict:
@@ -90,7 +91,7 @@ def spread(cfg: LMConfig) -> dict:
 @pytest.mark.parametrize("case", ["llama3", "qwen3", "gemma2"])
 def test_shards_hold_what_the_whole_model_does(case, tmp_path):
     written(case, tmp_path)
-    cfg = LMConfig.from_hf(tmp_path)
+    cfg = read_config(tmp_path)
     whole, shardings = load_hf(tmp_path, cfg), spread(cfg)
     parts = load_hf(tmp_path, cfg, shardings)
     assert jax.tree.map(lambda x: x.sharding, parts) == shardings
@@ -101,7 +102,7 @@ def test_shards_hold_what_the_whole_model_does(case, tmp_path):
 
 def test_any_axis_can_be_cut(tmp_path):
     written("llama3", tmp_path)
-    cfg = LMConfig.from_hf(tmp_path)
+    cfg = read_config(tmp_path)
     whole = load_hf(tmp_path, cfg)
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     for axis in range(4):
@@ -117,7 +118,7 @@ def test_any_axis_can_be_cut(tmp_path):
 
 def test_a_shard_reads_only_its_layers(tmp_path, monkeypatch):
     written("gemma2", tmp_path)
-    cfg = LMConfig.from_hf(tmp_path)
+    cfg = read_config(tmp_path)
     from jaxrl_eff.checkpoints import hf_load
 
     biggest = []
@@ -144,7 +145,7 @@ def test_a_shard_reads_only_its_layers(tmp_path, monkeypatch):
 
 def test_many_files_hold_what_one_does(tmp_path):
     written("gemma3", tmp_path)
-    cfg = LMConfig.from_hf(tmp_path)
+    cfg = read_config(tmp_path)
     whole = load_hf(tmp_path, cfg)
     save_hf(tmp_path / "many", cfg, whole, shard_bytes=20_000)
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 3
@@ -162,7 +163,7 @@ def test_many_files_hold_what_one_does(tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_read_exactly_and_kept(dtype, tmp_path):
     state = written("llama", tmp_path, dtype)
-    cfg = LMConfig.from_hf(tmp_path)
+    cfg = read_config(tmp_path)
     wide = load_hf(tmp_path, cfg)
     assert wide["embed"]["table"].dtype == jnp.float32
     table = state["model.embed_tokens.weight"]
@@ -178,12 +179,12 @@ def test_half_precision_is_read_exactly_and_kept(dtype, tmp_path):
 
 def test_value_head_starts_at_zero_or_small_and_survives_saving(tmp_path):
     written("llama", tmp_path)
-    cfg = LMConfig.from_hf(tmp_path).replace(head="value")
+    cfg = read_config(tmp_path).replace(head="value")
     assert not np.any(load_hf(tmp_path, cfg)["value"]["kernel"])
     small = load_hf(tmp_path, cfg, value_std=0.01)
     assert 0.002 < float(jnp.std(small["value"]["kernel"])) < 0.05
     save_hf(tmp_path / "critic", cfg, small)
-    assert LMConfig.from_hf(tmp_path / "critic") == cfg
+    assert read_config(tmp_path / "critic") == cfg
     raw = json.loads((tmp_path / "critic" / "config.json").read_text())
     assert raw["architectures"] == ["LlamaForSequenceClassification"]
     equal(load_hf(tmp_path / "critic", cfg), small)
@@ -194,14 +195,14 @@ def test_value_head_starts_at_zero_or_small_and_survives_saving(tmp_path):
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", ""])
 def test_the_decoder_is_found_inside_other_models(prefix, tmp_path):
     state = written("gemma3", tmp_path)
-    cfg = LMConfig.from_hf(tmp_path)
+    cfg = read_config(tmp_path)
     whole = load_hf(tmp_path, cfg)
     inner = json.loads((tmp_path / "config.json").read_text())
     state = {k.replace("model.", prefix, 1): v for k, v in state.items()}
     if prefix:
         state["vision_tower.patches.weight"] = np.zeros((2, 2), np.float32)
         outer = {"model_type": "gemma3", "text_config": inner}
-        assert LMConfig.from_hf(outer) == cfg
+        assert read_config(outer) == cfg
     save_file(state, tmp_path / "model.safetensors")
     equal(load_hf(tmp_path, cfg), whole)
 
@@ -225,7 +226,7 @@ def damaged(directory: Path, change) -> None:
 )
 def test_a_wrong_tensor_is_named(change, message, tmp_path):
     written("llama", tmp_path)
-    cfg = LMConfig.from_hf(tmp_path)
+    cfg = read_config(tmp_path)
     damaged(tmp_path, change)
     with pytest.raises(ValueError, match=message):
         load_hf(tmp_path, cfg)
@@ -233,7 +234,7 @@ def test_a_wrong_tensor_is_named(change, message, tmp_path):
 
 def test_known_buffers_and_tied_copies_are_passed_over(tmp_path):
     state = written("llama3", tmp_path)
-    cfg = LMConfig.from_hf(tmp_path)
+    cfg = read_config(tmp_path)
     copies = {
         "lm_head.weight": state["model.embed_tokens.weight"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
@@ -244,7 +245,7 @@ def test_known_buffers_and_tied_copies_are_passed_over(tmp_path):
 
 def test_pickles_and_damaged_files_are_refused(tmp_path):
     written("llama", tmp_path)
-    cfg = LMConfig.from_hf(tmp_path)
+    cfg = read_config(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
@@ -281,26 +282,26 @@ def test_pickles_and_damaged_files_are_refused(tmp_path):
 def test_an_unsupported_config_is_named(case, change, message, tmp_path):
     raw = json.loads((HERE / f"{case}.json").read_text())["config"] | change
     with pytest.raises(ValueError, match=re.escape(message)):
-        LMConfig.from_hf({k: v for k, v in raw.items() if v is not ...})
+        read_config({k: v for k, v in raw.items() if v is not ...})
 
 
 def test_a_config_that_the_format_cannot_say_is_refused():
     raw = json.loads((HERE / "mistral.json").read_text())["config"]
     with pytest.raises(ValueError, match="qkv_bias=True"):
-        LMConfig.from_hf(raw).replace(qkv_bias=True).to_hf()
+        write_config(read_config(raw).replace(qkv_bias=True))
 
 
 def test_ends_of_turns_come_from_the_generation_config(tmp_path):
     written("llama", tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
-    assert LMConfig.from_hf(tmp_path).eos == (7, 2)
+    assert read_config(tmp_path).eos == (7, 2)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5}')
-    assert LMConfig.from_hf(tmp_path / "config.json").eos == (5, 2)
+    assert read_config(tmp_path / "config.json").eos == (5, 2)
 
 
 def test_saving_replaces_its_own_directory_and_no_other(tmp_path, key):
     raw = json.loads((HERE / "llama.json").read_text())["config"]
-    cfg = LMConfig.from_hf(raw)
+    cfg = read_config(raw)
     first, second = init(cfg, key), init(cfg, jax.random.fold_in(key, 1))
     save_hf(tmp_path / "m", cfg, first)
     for left in (".config.json.partial", ".tokenizer.json.0123456789abcdef.partial"):
@@ -319,7 +320,7 @@ def test_saving_replaces_its_own_directory_and_no_other(tmp_path, key):
 
 def test_every_parameter_has_one_tensor():
     for case in CASES:
-        cfg = LMConfig.from_hf(json.loads((HERE / f"{case}.json").read_text())["config"])
+        cfg = read_config(json.loads((HERE / f"{case}.json").read_text())["config"])
         for head in ("lm", "value"):
             table = tensors(cfg.replace(head=head))
             assert len({t.path for t in table}) == len({t.name for t in table}) == len(table)
@@ -328,7 +329,7 @@ def test_every_parameter_has_one_tensor():
 @needs("stories260K/hf")
 def test_stories_logits_and_greedy_tokens():
     directory = DATA / "stories260K" / "hf"
-    cfg = LMConfig.from_hf(directory)
+    cfg = read_config(directory)
     params = load_hf(directory, cfg)
     with np.load(DATA / "stories260K" / "golden_logits_f64.npz") as golden:
         for name in ("greedy", "story1"):
@@ -349,7 +350,7 @@ def test_stories_logits_and_greedy_tokens():
 
 @needs("verl_digit")
 def test_digit_logits_from_bfloat16():
-    cfg = LMConfig.from_hf(DATA / "verl_digit")
+    cfg = read_config(DATA / "verl_digit")
     with np.load(DATA / "verl_digit" / "golden_logits_f64.npz") as golden:
         got = logits_of(cfg, load_hf(DATA / "verl_digit", cfg), golden["ids"])
         np.testing.assert_allclose(got, golden["logits"], rtol=1e-4, atol=1e-4)
@@ -362,7 +363,7 @@ def test_tokenizer_files_travel_with_the_weights(tmp_path, key):
         (source / name).write_text("{}")
     (source / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 9}')
     raw = json.loads((HERE / "llama.json").read_text())["config"]
-    cfg = LMConfig.from_hf(raw)
+    cfg = read_config(raw)
     save_hf(tmp_path / "m", cfg, init(cfg, key), tokenizer_from=source)
     there = {p.name for p in (tmp_path / "m").iterdir()}
     assert {"tokenizer.json", "chat_template.jinja"} < there and "notes.md" not in there

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from golden import make_golden
 
+from jaxrl_eff.checkpoints import read_config
 from jaxrl_eff.checkpoints.hf_load import load_hf, save_hf
 from jaxrl_eff.data.tokenizer import CharTokenizer
 from jaxrl_eff.models import LMConfig, apply, init, unembed
@@ -36,8 +37,8 @@ def test_logits_and_files_agree_with_transformers(case, tmp_path):
     model, _ = make_golden.reference(config)
     # transformers writes its own, newest form of the configuration, and the weights in parts.
     model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    cfg = LMConfig.from_hf(tmp_path / "theirs")
-    assert cfg.replace(dtype="float32") == LMConfig.from_hf(config).replace(
+    cfg = read_config(tmp_path / "theirs")
+    assert cfg.replace(dtype="float32") == read_config(config).replace(
         **{k: getattr(cfg, k) for k in ("bos", "eos", "pad")}
     )
     params = load_hf(tmp_path / "theirs", cfg)
@@ -59,7 +60,7 @@ def test_logits_and_files_agree_with_transformers(case, tmp_path):
 @pytest.mark.parametrize("case", make_golden.CASES)
 def test_a_value_model_is_a_classifier_in_transformers(case, tmp_path):
     told = json.loads((make_golden.HERE / f"{case}.json").read_text())["config"]
-    cfg = LMConfig.from_hf(told).replace(head="value", pad=0)
+    cfg = read_config(told).replace(head="value", pad=0)
     params = init(cfg, jax.random.key(1))
     save_hf(tmp_path / "m", cfg, params)
     model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -75,7 +76,7 @@ def test_a_value_model_is_a_classifier_in_transformers(case, tmp_path):
 
 def test_bfloat16_is_loaded_as_bfloat16(tmp_path):
     told = json.loads((make_golden.HERE / "qwen3.json").read_text())["config"]
-    cfg = LMConfig.from_hf(told).replace(param_dtype="bfloat16")
+    cfg = read_config(told).replace(param_dtype="bfloat16")
     save_hf(tmp_path / "m", cfg, init(cfg, jax.random.key(1)))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert model.dtype == torch.bfloat16

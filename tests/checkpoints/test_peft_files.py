@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_lora import CFG, adapted
 
-from jaxrl_eff import models, tree
+from jaxrl_eff import checkpoints, models, tree
 from jaxrl_eff.checkpoints import peft_files
 from jaxrl_eff.peft import lora
 
@@ -32,8 +32,8 @@ def test_files_hold_what_was_trained(base, kind, tmp_path):
 def test_peft_would_merge_to_the_same_checkpoint(base, kind, tmp_path):
     """W + alpha/r B A on torch's [out, in] matrices; DoRA scales rows to their magnitude."""
     params = adapted(base, kind)
-    models.save_hf(tmp_path / "base", CFG, base)
-    models.save_hf(tmp_path / "merged", CFG, lora.merge(CFG, params))
+    checkpoints.save_hf(tmp_path / "base", CFG, base)
+    checkpoints.save_hf(tmp_path / "merged", CFG, lora.merge(CFG, params))
     peft_files.save_peft(tmp_path / "adapter", CFG, params)
     start, want, adapter = (
         load_file(tmp_path / f)

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_lora import CFG, adapted
 
-from jaxrl_eff import models
+from jaxrl_eff import checkpoints, models
 from jaxrl_eff.checkpoints import hf_load, peft_files
 
 TIED = CFG.replace(tie=True)
@@ -23,13 +23,13 @@ def params():
 
 @pytest.fixture
 def saved(params, tmp_path):
-    models.save_hf(tmp_path, CFG, params)
+    checkpoints.save_hf(tmp_path, CFG, params)
     hf_load.check_weights(tmp_path, CFG)
     return tmp_path
 
 
 def refused(directory, message, cfg=CFG, **options):
-    for check in (hf_load.check_weights, models.load_hf):
+    for check in (hf_load.check_weights, checkpoints.load_hf):
         with pytest.raises((ValueError, OSError), match=message) as caught:
             check(directory, cfg, **options)
         assert "\n" not in str(caught.value)
@@ -64,7 +64,7 @@ def test_files_that_no_loader_reads_are_left_alone(saved, params):
     for name in ("model-old.safetensors", "pytorch_model.bin", "consolidated.safetensors"):
         (saved / name).write_bytes(b"not a model")
     (saved / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
-    again = models.load_hf(saved, CFG)
+    again = checkpoints.load_hf(saved, CFG)
     np.testing.assert_array_equal(again["embed"]["table"], params["embed"]["table"])
 
 
@@ -129,7 +129,7 @@ def test_sizes_of_the_configuration_are_compared_before_anything_is_allocated(sa
 
 
 def test_a_head_beside_the_table_it_is_tied_to_is_the_same(tmp_path):
-    models.save_hf(tmp_path, TIED, models.init(TIED, jax.random.key(0)))
+    checkpoints.save_hf(tmp_path, TIED, models.init(TIED, jax.random.key(0)))
     path = tmp_path / "model.safetensors"
     stored = load_file(path)
     table = stored["model.embed_tokens.weight"]

@@ -6,7 +6,7 @@ import launch
 import numpy as np
 import pytest
 
-from jaxrl_eff import models
+from jaxrl_eff import checkpoints, models
 from jaxrl_eff.cli import needle
 from jaxrl_eff.data import needles
 from jaxrl_eff.data.tokenizer import CharTokenizer
@@ -80,7 +80,7 @@ def test_loss_by_position_is_that_of_the_tokens(params, whole, monkeypatch):
 
 
 def test_the_command_measures_and_draws(params, tmp_path, capsys):
-    models.save_hf(tmp_path / "m", LM, params, tokenizer_from=TOKENIZER)
+    checkpoints.save_hf(tmp_path / "m", LM, params, tokenizer_from=TOKENIZER)
     page = tmp_path / "page.html"
     call = (f"--model={tmp_path / 'm'}", "--lengths=10,16", "--depths=2", "--samples=2")
     code, out, err = launch.called(needle.main, capsys, *call, f"--page={page}")

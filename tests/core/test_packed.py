@@ -18,7 +18,7 @@ from jaxrl_eff.core import step as dataflow
 from jaxrl_eff.data.balance import balanced_loader, skrull
 from jaxrl_eff.data.balance.assignment import Schedule, Shape
 from jaxrl_eff.data.balance.cost import Model, cost_of
-from jaxrl_eff.models import attention
+from jaxrl_eff.parallel.attention.context import current_layout
 from jaxrl_eff.train import assembly, balanced, state, summary, writer
 
 COST = cost_of(Model(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
@@ -85,7 +85,7 @@ INPUTS = "tokens segment position mask logp ref_logp adv value ret kl_coef"
 
 def table_lm(params, tokens, position, segment):
     """log-probabilities and entropies of a bigram table, 0 where a segment begins."""
-    before = attention.spread(tokens.shape[1]).previous(tokens)
+    before = current_layout(tokens.shape[1]).previous(tokens)
     logits = jax.nn.log_softmax(params["w"][before], axis=-1)
     there = (position > 0) & (segment > 0)
     logp = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
@@ -93,7 +93,7 @@ def table_lm(params, tokens, position, segment):
 
 
 def table_values(params, tokens, position, segment):
-    before = attention.spread(tokens.shape[1]).previous(tokens)
+    before = current_layout(tokens.shape[1]).previous(tokens)
     return jnp.where((position > 0) & (segment > 0), params["w"][before, 0], 0.0)
 
 

@@ -15,6 +15,7 @@ from jaxrl_eff import core
 from jaxrl_eff.models import LMConfig, attention, logical_axes, params
 from jaxrl_eff.parallel import Network, Placement
 from jaxrl_eff.parallel.attention import kernels, sequence
+from jaxrl_eff.parallel.attention.context import SequenceLayout, current_layout, sequence_layout
 from jaxrl_eff.train import assembly
 
 ALGORITHMS = ("sft", "reward_model", "dpo", "ppo", "grpo")
@@ -63,7 +64,7 @@ def test_a_call_takes_the_ring_and_gathers_no_hidden_states():
     seen = []
 
     def fn(p, batch, key):
-        over = attention.spread(batch["tokens"].shape[1])
+        over = current_layout(batch["tokens"].shape[1])
         seen.append(over.attend)
         from jaxrl_eff.models import heads
 
@@ -112,6 +113,10 @@ def test_whole_rows_attended_to_as_on_a_tpu_give_the_same_parameters(monkeypatch
     assert made
 
 
+def layout_for(lm):
+    return current_layout(4, sight=lm.sight, head_dim=lm.head_dim, dtype=lm.dtype)
+
+
 def test_whole_rows_on_a_gpu_are_for_the_kernel_if_it_takes_the_model(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert sequence.for_whole_rows()
@@ -122,11 +127,11 @@ def test_whole_rows_on_a_gpu_are_for_the_kernel_if_it_takes_the_model(monkeypatc
     assert not sequence.fits_whole_rows(80, "bfloat16")  # no power of two
     assert not sequence.fits_whole_rows(64, "float32")
     lm = LMConfig(vocab=8, layers=1, width=8, heads=1, kv_heads=1, head_dim=64, ffn=8)
-    over = attention.Spread(attention.plain, fits=sequence.fits_whole_rows)
-    with attention.spreading(lambda length, sight: over):
-        assert attention.spread(4, lm).attend is None
+    over = SequenceLayout(attention.plain, fits=sequence.fits_whole_rows)
+    with sequence_layout(lambda length, sight: over):
+        assert layout_for(lm).attend is None
         monkeypatch.setattr(kernels, "best", lambda *_: kernels.TRITON)
-        assert attention.spread(4, lm.replace(dtype="bfloat16")).attend is attention.plain
+        assert layout_for(lm.replace(dtype="bfloat16")).attend is attention.plain
 
 
 @pytest.mark.parametrize("way", ["ring", "gathered", "ulysses"])

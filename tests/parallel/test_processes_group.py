@@ -255,7 +255,8 @@ def iterator(group, seed=0):
         kind="sft", seed=1, length=64, packed=False,
     )  # fmt: skip
     with peers.joined(group):
-        return Scheduled(batches, groups=2, parts=2, room=32, cost=COST, shapes=SHAPES)
+        how = {"cost": COST, "shapes": SHAPES, "group": group}
+        return Scheduled(batches, groups=2, parts=2, room=32, **how)
 
 
 def test_measured_times_of_other_processes_change_no_batch(three):

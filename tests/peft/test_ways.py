@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from jaxrl_eff import core, tree
 from jaxrl_eff.algorithms import sft
-from jaxrl_eff.checkpoints import deltas
+from jaxrl_eff.checkpoints import deltas, save_hf
 from jaxrl_eff.core import Placement, Spec
-from jaxrl_eff.models import LMConfig, params, save_hf
+from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.optim import optimizer
 from jaxrl_eff.peft import lora, ways
 from jaxrl_eff.planner import from_graph

@@ -26,7 +26,7 @@ from jaxrl_eff.checkpoints.deltas.audit import (
 from jaxrl_eff.checkpoints.deltas.delta import Delta
 from jaxrl_eff.checkpoints.deltas.file import save
 from jaxrl_eff.checkpoints.deltas.tensors import content_hash, read_directory, read_file
-from jaxrl_eff.checkpoints.hf_load import config_from_hf, load_hf, weight_files
+from jaxrl_eff.checkpoints.hf_load import load_hf, read_config, weight_files
 from jaxrl_eff.types import Int
 
 # Other copies of the weights, which would be those of the base.
@@ -139,7 +139,7 @@ def hf_kl(rows: Int[Any, "B T"], *, dtype: str = "float32") -> Divergence:
     """`audit.lm_kl` between two Hugging Face directories; both models are in memory then."""
 
     def kl(base: Path, tuned: Path) -> float:
-        cfg = config_from_hf(base).replace(dtype=dtype, param_dtype=dtype)
+        cfg = read_config(base).replace(dtype=dtype, param_dtype=dtype)
         return lm_kl(cfg, rows)(load_hf(base, cfg), load_hf(tuned, cfg))
 
     return kl

@@ -22,7 +22,6 @@ from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.assignment import Schedule, Shape, quality
 from jaxrl_eff.data.balance.cost import Cost, refit
 from jaxrl_eff.data.loader import Loader
-from jaxrl_eff.parallel import processes
 
 Unit = tuple[packing.Segment, ...]
 MicroBatch = dict[str, dict[str, np.ndarray]]
@@ -162,6 +161,8 @@ class Scheduled:
         pad: token id at padding.
         ahead: batches planned ahead.
         measure: whether measured batches correct the cost.
+        group: `parallel.processes.Group` of the run's processes, which tell each other the cost;
+            None: this one is alone.
 
     Attributes:
         schedule: of the batch that was given last.
@@ -180,6 +181,7 @@ class Scheduled:
         pad: int = 0,
         ahead: int = 2,
         measure: bool = True,
+        group: Any = None,
     ):
         self._measure = measure
         self._lengths = np.asarray(lengths, np.int64)
@@ -192,7 +194,7 @@ class Scheduled:
         self._stop = threading.Event()
         self._seen: list[tuple[np.ndarray, float]] = []
         self._number, self._round = next(_made), 0
-        self._peers = processes.group()
+        self._peers = group
         self.schedule: Schedule | None = None
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:

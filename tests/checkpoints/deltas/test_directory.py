@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxrl_eff.checkpoints import deltas
+from jaxrl_eff.checkpoints import deltas, load_hf, read_config, save_hf
 from jaxrl_eff.checkpoints.deltas import AuditError, Limits
 from jaxrl_eff.data.tokenizer import CharTokenizer
-from jaxrl_eff.models import LMConfig, init, load_hf, save_hf
+from jaxrl_eff.models import LMConfig, init
 
 TOY = CharTokenizer("abcdefgh ")
 CFG = LMConfig(
@@ -76,7 +76,7 @@ def test_merging_then_rolling_back_is_the_same_files(home, delta, params, tmp_pa
     before = files(home / "base")
     found = deltas.merge(home / "base", delta, tmp_path / "merged")
     assert found.passed and found.changed == delta.count
-    cfg = LMConfig.from_hf(tmp_path / "merged").replace(param_dtype="bfloat16")
+    cfg = read_config(tmp_path / "merged").replace(param_dtype="bfloat16")
     equal(load_hf(tmp_path / "merged", cfg), params[1])
     merged = files(tmp_path / "merged")
     assert merged.keys() == before.keys()
@@ -91,7 +91,7 @@ def test_a_delta_of_one_layout_goes_into_another(home, delta, params, tmp_path):
     (tmp_path / "many" / "pytorch_model.bin").write_text("the base's weights")
     (tmp_path / "many" / "README.md").write_text("card")
     deltas.merge(tmp_path / "many", delta, tmp_path / "out")
-    cfg = LMConfig.from_hf(tmp_path / "out").replace(param_dtype="bfloat16")
+    cfg = read_config(tmp_path / "out").replace(param_dtype="bfloat16")
     equal(load_hf(tmp_path / "out", cfg), params[1])
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert "README.md" in names and "model.safetensors.index.json" in names
