@@ -73,6 +73,7 @@ def test_the_quickstart(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_one_plan_explained(tmp_path, monkeypatch):
     printed = run("plan", tmp_path, monkeypatch)

@@ -119,7 +119,7 @@ def test_the_cache_is_counted(tmp_path, monkeypatch):
 def test_help_is_fast_and_needs_no_jax():
     code = (
         "import sys; sys.argv = ['doctor', '--help']\n"
-        "from jaxrl_eff import doctor\n"
+        "from jaxrl_eff.cli import doctor\n"
         "try: doctor.main()\n"
         "except SystemExit as e: assert e.code == 0 and 'jax' not in sys.modules"
     )

@@ -145,7 +145,8 @@ def check(got, want, moved_from):
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    "algorithm", ["sft", "dpo", pytest.param("reward_model", marks=pytest.mark.slow)]
+    "algorithm",
+    ["sft", *(pytest.param(a, marks=pytest.mark.slow) for a in ("dpo", "reward_model"))],
 )
 def test_any_legal_schedule_gives_the_same_parameters(algorithm, seed):
     step, these = step_of(algorithm), units(algorithm)

@@ -103,6 +103,7 @@ def test_the_way_that_is_estimated_fastest_is_taken(length, heads, kv_heads, rat
     assert got == way
 
 
+@pytest.mark.slow
 def test_whole_rows_attended_to_as_on_a_tpu_give_the_same_parameters(monkeypatch):
     want = on_one_device("ppo")
     monkeypatch.setattr(sequence, "for_whole_rows", lambda: True)

@@ -127,6 +127,7 @@ def test_rounded_differences_lag_a_little_behind():
     assert 0 < max(apart) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_tensors_too")
 def test_what_lags_behind_is_sent_whole_after_a_checkpoint():
     """As a run that goes on from it would."""

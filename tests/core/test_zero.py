@@ -162,7 +162,8 @@ def test_rounding_changes_little_and_something(name, near):
     assert 1e-4 < apart / learned < near
 
 
-@pytest.mark.parametrize("name", [pytest.param("int4", marks=pytest.mark.slow), "int4_delta"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["int4", "int4_delta"])
 def test_the_number_of_microbatches_changes_nothing_that_is_rounded(name):
     split = dataclasses.replace(NODES, microbatches=2)
     got, want = (trained(place, sends(name), 1) for place in (split, NODES))
@@ -222,6 +223,7 @@ def test_mlps_in_pieces_train_as_one_device():
     assert off(got, trained(ALONE, None)) < 1e-6
 
 
+@pytest.mark.slow
 def test_inputs_of_layers_in_host_memory_change_no_bit():
     """The program that is traced puts them there; CPUs, which have one memory, leave that out."""
     lm, plan = LM.replace(remat="host"), sends("int8")
@@ -433,6 +435,7 @@ def whole(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_the_other_does(whole, tmp_path, monkeypatch):
     run = launch.config(FED, *ZERO)
     stopped(monkeypatch, run, tmp_path, after=2)

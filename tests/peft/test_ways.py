@@ -167,11 +167,12 @@ class Killed(BaseException):
     """Stands for SIGKILL within this process."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
     [
         dict(name="spiel_ag", selector="gradient", every=2, density=0.1, rank=2),
-        pytest.param(dict(name="lora", rank=2, base="nf4"), marks=pytest.mark.slow),
+        dict(name="lora", rank=2, base="nf4"),
     ],
     ids=["spiel", "nf4"],
 )

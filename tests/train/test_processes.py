@@ -150,7 +150,7 @@ def check_equal(two, one):
 
 
 @pytest.mark.parametrize(
-    "spec", [pytest.param(SFT, id="sft", marks=pytest.mark.slow), pytest.param(GRPO, id="grpo")]
+    "spec", [pytest.param(SFT, id="sft"), pytest.param(GRPO, id="grpo", marks=pytest.mark.slow)]
 )
 def test_two_processes_of_four_devices_equal_one_of_eight(spec, cache, tmp_path, request):  # noqa: F811
     one = request.getfixturevalue("sft" if spec == SFT else "grpo")

@@ -19,10 +19,9 @@ CHECKPOINTS = "jaxrl_eff.checkpoints.run:Checkpoints"
 
 # Every moment is in another part of the run; the run resumes in between.
 FEW = (
-    "jaxrl_eff.metrics:Writer.step:after:step=1:KILL",  # stage 1, a step logged and not saved
     f"{CHECKPOINTS}._adopt:before:1:KILL",  # manifest written, not renamed
     f"{CHECKPOINTS}.save:after:step=8:KILL",  # while arrays are being written
-    "jaxrl_eff.metrics:Writer.document:before:4:KILL",  # exported, no result written
+    "jaxrl_eff.train.writer:Writer.document:before:4:KILL",  # exported, no result written
 )
 MOMENTS = (
     "jaxrl_eff.train.writer:Writer.step:after:step=1:KILL",  # stage 1, a step logged and not saved
@@ -167,7 +166,8 @@ def test_onto_another_mesh_it_is_equal_to_rounding(sft, axes, tmp_path, monkeypa
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm", [pytest.param("sft", marks=pytest.mark.slow), "grpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["sft", "grpo"])
 def test_scheduled_by_constants_it_ends_bitwise_the_same(algorithm, tmp_path, monkeypatch):
     """And however long steps take, which schedules are otherwise judged by."""
     plan = "{'default': {'devices': [0, 1, 2, 3], 'data': 2, 'seq': 2}}"
