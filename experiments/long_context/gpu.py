@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.core import Placement, Spec, mixed
-from jaxrl_eff.data.balance.assignment import Schedule, Shape
+from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.data.balance.balanced_loader import arrange
 from jaxrl_eff.data.balance.cost import Cost, cost_of, refit
 from jaxrl_eff.models import LMConfig, attention, logical_axes, params
@@ -428,12 +428,12 @@ def _cost(model: str) -> Cost:
     return cost_of(of, flops_per_s=0.3 * peak, bytes_per_s=1e11, attention_half=1350)
 
 
-def _full(cost: Cost, size: int, each: int, repeat: int) -> Schedule:
+def _full(cost: Cost, size: int, each: int, repeat: int) -> Assignment:
     """Micro-steps of one device, full of documents of one length."""
     lengths = np.full(repeat * (size // each), each)
     at, one = np.repeat(np.arange(repeat), size // each), np.zeros(len(lengths), int)
     shapes = (Shape(size, 0),) * repeat
-    return Schedule(lengths, 1, 1, size, cost, shapes, at, one, one, 0.0, "", {})
+    return Assignment(lengths, 1, 1, size, cost, shapes, at, one, one, 0.0, "", {})
 
 
 def constants(model: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -467,7 +467,7 @@ def fitted_again(models: list[str], file: Path) -> Any:
             yield constants(model, rows)
 
 
-def _predicted(schedule: Schedule, cost: Cost) -> float:
+def _predicted(schedule: Assignment, cost: Cost) -> float:
     again = dataclasses.replace(schedule, cost=cost)
     return float(again.rank_seconds().max((1, 2)).sum()) + cost.step_seconds
 

@@ -24,26 +24,26 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl_eff.parallel.codec import Blocks, encode
 from jaxrl_eff.parallel.zero import collectives
-from jaxrl_eff.parallel.zero.levels import Plan, Rung, rung
+from jaxrl_eff.parallel.zero.levels import ZeroConfig, ZeroLevel, zero_level
 
 OUT = Path(__file__).parent / "results.json"
 DELTAS = Blocks(4)
 # name -> plan, whether weights are sent as differences
 WAYS = {
-    "float32": (Plan(Rung("", 32, 32)), False),
-    "exact (bfloat16)": (Plan(rung("exact")), False),
-    "int8": (Plan(rung("int8")), False),
-    "int4 without feedback": (Plan(Rung("", 8, 4, hadamard=True)), False),
-    "int4": (Plan(rung("int4")), False),
-    "qgz": (Plan(rung("qgz")), False),
-    "int4, plain": (Plan(Rung("", 8, 4)), False),
-    "int4, feedback without Hadamard": (Plan(Rung("", 8, 4, feedback=True)), False),
-    "int4 weights": (Plan(Rung("", 4, 32)), False),
-    "int4, deltas in int4": (Plan(Rung("", 16, 4, hadamard=True, feedback=True)), True),
+    "float32": (ZeroConfig(ZeroLevel("", 32, 32)), False),
+    "exact (bfloat16)": (ZeroConfig(zero_level("exact")), False),
+    "int8": (ZeroConfig(zero_level("int8")), False),
+    "int4 without feedback": (ZeroConfig(ZeroLevel("", 8, 4, hadamard=True)), False),
+    "int4": (ZeroConfig(zero_level("int4")), False),
+    "qgz": (ZeroConfig(zero_level("qgz")), False),
+    "int4, plain": (ZeroConfig(ZeroLevel("", 8, 4)), False),
+    "int4, feedback without Hadamard": (ZeroConfig(ZeroLevel("", 8, 4, feedback=True)), False),
+    "int4 weights": (ZeroConfig(ZeroLevel("", 4, 32)), False),
+    "int4, deltas in int4": (ZeroConfig(ZeroLevel("", 16, 4, hadamard=True, feedback=True)), True),
 }
 
 
-def trainer(lm: Vector, plan: Plan, deltas: bool, nodes: int, steps: int):
+def trainer(lm: Vector, plan: ZeroConfig, deltas: bool, nodes: int, steps: int):
     """(start, run): start(vector) -> carry; run(carry, batches) -> (carry, losses [steps])."""
     tx = optax.adamw(optax.cosine_decay_schedule(1e-3, steps), weight_decay=0.1)
 

@@ -22,22 +22,26 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_eff.parallel.zero.collectives import gather_weights, reduce_gradients
-from jaxrl_eff.parallel.zero.levels import Plan, Rung
+from jaxrl_eff.parallel.zero.levels import ZeroConfig, ZeroLevel
 
-EXACT = Plan(Rung("exact", 32, 32))
+EXACT = ZeroConfig(ZeroLevel("exact", 32, 32))
 CLIP = (1.0, 0.9, 0.8, 0.7)
 WAYS = {
-    "bfloat16, slow axis": Plan(Rung("", 32, 16)),
-    "int8, slow axis": Plan(Rung("", 32, 8)),
-    "int4, slow axis": Plan(Rung("", 32, 4)),
-    "int4, slow axis, clipped": Plan(Rung("", 32, 4), shrink=CLIP),
-    "int4, slow axis, Hadamard": Plan(Rung("", 32, 4, hadamard=True)),
-    "int4, slow axis, Hadamard, clipped": Plan(Rung("", 32, 4, hadamard=True), shrink=CLIP),
-    "int4, slow axis, Hadamard, feedback": Plan(Rung("", 32, 4, hadamard=True, feedback=True)),
-    "int4, both axes (qgZ)": Plan(Rung("", 32, 4, slow_only=False)),
-    "int4, both axes, Hadamard": Plan(Rung("", 32, 4, slow_only=False, hadamard=True)),
-    "int4, both axes, Hadamard, feedback": Plan(
-        Rung("", 32, 4, slow_only=False, hadamard=True, feedback=True)
+    "bfloat16, slow axis": ZeroConfig(ZeroLevel("", 32, 16)),
+    "int8, slow axis": ZeroConfig(ZeroLevel("", 32, 8)),
+    "int4, slow axis": ZeroConfig(ZeroLevel("", 32, 4)),
+    "int4, slow axis, clipped": ZeroConfig(ZeroLevel("", 32, 4), shrink=CLIP),
+    "int4, slow axis, Hadamard": ZeroConfig(ZeroLevel("", 32, 4, hadamard=True)),
+    "int4, slow axis, Hadamard, clipped": ZeroConfig(
+        ZeroLevel("", 32, 4, hadamard=True), shrink=CLIP
+    ),
+    "int4, slow axis, Hadamard, feedback": ZeroConfig(
+        ZeroLevel("", 32, 4, hadamard=True, feedback=True)
+    ),
+    "int4, both axes (qgZ)": ZeroConfig(ZeroLevel("", 32, 4, slow_only=False)),
+    "int4, both axes, Hadamard": ZeroConfig(ZeroLevel("", 32, 4, slow_only=False, hadamard=True)),
+    "int4, both axes, Hadamard, feedback": ZeroConfig(
+        ZeroLevel("", 32, 4, slow_only=False, hadamard=True, feedback=True)
     ),
 }
 

@@ -34,7 +34,7 @@ RUNGS = ("", "exact", "int8", "int4", "int4_delta", "qgz")
 def compiled(cfg, rung: str, steps: int) -> core.Step:
     """The train call of SFT; without a rung the compiler shards it as it likes."""
     tx = optax.adamw(optax.cosine_decay_schedule(1e-3, steps), weight_decay=0.1)
-    plan = levels.Plan(levels.rung(rung), block=256) if rung else None
+    plan = levels.ZeroConfig(levels.zero_level(rung), block=256) if rung else None
     spec = core.Spec(params.abstract(cfg), params.logical_axes(cfg), tx, plan)
     graph = sft.graph(sft.SFTConfig(), {"actor": cfg})
     place = Placement(tuple(range(DEVICES)), dcn=2, fsdp=4)

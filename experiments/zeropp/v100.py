@@ -12,7 +12,7 @@ import itertools
 
 import numpy as np
 
-from jaxrl_eff.parallel.zero.levels import LADDER, Rung
+from jaxrl_eff.parallel.zero.levels import LADDER, ZeroLevel
 from jaxrl_eff.planner import clusters, zero_advice
 
 SIZES = ("18B", "49B", "91B", "138B")
@@ -34,7 +34,7 @@ def cluster(links: int, tflops: float) -> clusters.Cluster:
     )  # fmt: skip
 
 
-def speed(links: int, tokens: int, rung: Rung, tflops: float, hidden: float) -> float:
+def speed(links: int, tokens: int, rung: ZeroLevel, tflops: float, hidden: float) -> float:
     """TFLOP/s a GPU: compute 1, network T* / T, of which a share hides while there is compute."""
     network = zero_advice.break_even(cluster(links, tflops), rung) / tokens
     return tflops / (1 + network - min(1.0, hidden * network))

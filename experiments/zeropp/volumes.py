@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl_eff.parallel import jaxpr_bytes
 from jaxrl_eff.parallel.codec import Blocks, encode
 from jaxrl_eff.parallel.zero import collectives
-from jaxrl_eff.parallel.zero.levels import Plan, Rung
+from jaxrl_eff.parallel.zero.levels import ZeroConfig, ZeroLevel
 
 NODES, DEVICES, LAYERS, WIDTH, ROWS, BATCHES = 2, 4, 4, 256, 2, 4
 SHARD = WIDTH * WIDTH // (NODES * DEVICES)
@@ -34,14 +34,14 @@ DELTAS = Blocks(4, 512)
 
 # name, what the table promises, rung, micro-batches between slow traffic, deltas
 PLANS = (
-    ("ZeRO-3", 3.0, Rung("plain", 16, 16), 1, None),
-    ("qwZ", 2.0, Rung("qwZ", 8, 16), 1, None),
-    ("hpZ", 2.0, Rung("hpZ", 16, 16, secondary=True), 1, None),
-    ("qgZ", 2.25, Rung("qgZ", 16, 4, slow_only=False), 1, None),
-    ("all three", 0.75, Rung("all", 8, 4, slow_only=False, secondary=True), 1, None),
-    ("all, slow axis only", 0.75, Rung("slow", 8, 4, secondary=True), 1, None),
-    ("hoisted", 0.75 / BATCHES, Rung("hoisted", 8, 4), BATCHES, None),
-    ("hoisted, deltas", 0.5 / BATCHES, Rung("deltas", 16, 4), BATCHES, DELTAS),
+    ("ZeRO-3", 3.0, ZeroLevel("plain", 16, 16), 1, None),
+    ("qwZ", 2.0, ZeroLevel("qwZ", 8, 16), 1, None),
+    ("hpZ", 2.0, ZeroLevel("hpZ", 16, 16, secondary=True), 1, None),
+    ("qgZ", 2.25, ZeroLevel("qgZ", 16, 4, slow_only=False), 1, None),
+    ("all three", 0.75, ZeroLevel("all", 8, 4, slow_only=False, secondary=True), 1, None),
+    ("all, slow axis only", 0.75, ZeroLevel("slow", 8, 4, secondary=True), 1, None),
+    ("hoisted", 0.75 / BATCHES, ZeroLevel("hoisted", 8, 4), BATCHES, None),
+    ("hoisted, deltas", 0.5 / BATCHES, ZeroLevel("deltas", 16, 4), BATCHES, DELTAS),
 )
 
 
@@ -49,7 +49,7 @@ def layer(w: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.tanh(x @ w.reshape(WIDTH, WIDTH))
 
 
-def step(plan: Plan, shards: jax.Array, xs: jax.Array) -> jax.Array:
+def step(plan: ZeroConfig, shards: jax.Array, xs: jax.Array) -> jax.Array:
     """Gradients of a micro-batch: shards [L, m], xs [1, rows, width] of a device."""
 
     def loss(shards):
@@ -61,7 +61,7 @@ def step(plan: Plan, shards: jax.Array, xs: jax.Array) -> jax.Array:
     return jax.grad(loss)(shards)
 
 
-def hoisted(plan: Plan, deltas: Blocks | None, shards, held, xs):
+def hoisted(plan: ZeroConfig, deltas: Blocks | None, shards, held, xs):
     """Gradients summed over micro-batches xs [k, rows, width]; slow traffic at both ends."""
     if deltas is None:
         stage = collectives.gather_slow(shards, plan)
@@ -84,9 +84,9 @@ def hoisted(plan: Plan, deltas: Blocks | None, shards, held, xs):
     return collectives.reduce_slow(total, None, plan)[0], held
 
 
-def program(rung: Rung, batches: int, deltas: Blocks | None):
+def program(rung: ZeroLevel, batches: int, deltas: Blocks | None):
     """(jaxpr, plan) of one step."""
-    plan = Plan(rung, block=512)
+    plan = ZeroConfig(rung, block=512)
     mesh = Mesh(np.array(jax.devices()[: NODES * DEVICES]).reshape(NODES, DEVICES), tuple(SIZES))
     split = P(None, ("dcn", "ici"))
     shards = jnp.zeros((LAYERS, WIDTH * WIDTH), jnp.float32)

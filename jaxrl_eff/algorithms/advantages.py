@@ -1,7 +1,7 @@
 """How good was each token: advantages from rewards, on arrays alone.
 
 Per token with a critic (`gae`), or per response against the other answers to the same prompt
-(`group_normalised`, `leave_one_out`) or against the greedy answer (`greedy_baseline`). Rows of one
+(`group_normalized`, `leave_one_out`) or against the greedy answer (`greedy_baseline`). Rows of one
 group are found by their group id, never by where they stand, so the order of rows does not matter.
 """
 
@@ -115,7 +115,7 @@ def shaped_reward(
     return score[:, None] * last_chosen(mask, segment) - beta[:, None] * kl * mask
 
 
-def group_normalised(
+def group_normalized(
     score: Float[Array, "B"],
     group: Int[Array, "B"],
     *,

@@ -1,6 +1,6 @@
 """GRPO and its descendants: PPO whose baseline is the other answers to the same prompt.
 
-    A_i = (score_i - mean of the group) / std of the group        advantages.group_normalised
+    A_i = (score_i - mean of the group) / std of the group        advantages.group_normalized
     L   = -min(rho A, clip(rho, 1 - low, 1 + high) A) + beta KL(pi || ref)
 
 Shao et al. 2024, arXiv:2402.03300, Eq. 3: no critic. What later papers changed is a field each:
@@ -114,9 +114,9 @@ def graph(cfg: GRPOConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> 
 
 
 def advantage(cfg: GRPOConfig, batch: dict[str, Array], key: Array) -> dict[str, Any]:
-    """The group-normalised score, on every token of the response; and `policy.group_meters`."""
+    """The group-normalized score, on every token of the response; and `policy.group_meters`."""
     del key
-    adv = advantages.group_normalised(batch["score"], batch["group"], scale_by_std=cfg.scale_by_std)
+    adv = advantages.group_normalized(batch["score"], batch["group"], scale_by_std=cfg.scale_by_std)
     return {"adv": adv[:, None] * batch["mask"], "metrics": group_meters(batch)}
 
 

@@ -4,7 +4,7 @@
 
 Dong et al. 2023, arXiv:2304.06767, Algorithm 1 (best of each prompt's answers). A response that was
 cut off never wins: its score says nothing of how it would have gone on, and imitating it teaches
-not to stop. Left out: the KL-penalised score and the global top share of the paper's appendix.
+not to stop. Left out: the KL-penalized score and the global top share of the paper's appendix.
 """
 
 from collections.abc import Mapping

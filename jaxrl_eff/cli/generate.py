@@ -25,7 +25,7 @@ from jaxrl_eff.checkpoints.hf_load import load_hf, read_config
 from jaxrl_eff.data.chat import render_chat
 from jaxrl_eff.data.text import decode_stream
 from jaxrl_eff.data.tokenizer import Tokenizer, load_tokenizer
-from jaxrl_eff.models import LMConfig, apply, unembed, unstack
+from jaxrl_eff.models import LMConfig, apply, unembed, unstack_layers
 from jaxrl_eff.models.logits import Warp
 from jaxrl_eff.models.transformer import Cache
 from jaxrl_eff.parallel import host
@@ -46,7 +46,7 @@ def stream(
     """The tokens of one response, without the one that ends it.
 
     Args:
-        params: stacked, or taken apart by `models.unstack`, which is faster for small models.
+        params: stacked, or apart (`models.unstack_layers`), which is faster for small models.
         prompt: at least one token id.
     """
     width = -(-len(prompt) // _BLOCK) * _BLOCK
@@ -145,7 +145,7 @@ def _room(cfg: LMConfig, prompt: Sequence[int], asked: int | None) -> int:
 def _load(directory: Path, cfg: LMConfig, ignore: Sequence[str]) -> PyTree:
     params = load_hf(directory, cfg, ignore=ignore)
     if small(params):
-        params = jax.jit(unstack, static_argnums=0)(cfg, params)
+        params = jax.jit(unstack_layers, static_argnums=0)(cfg, params)
     return params
 
 

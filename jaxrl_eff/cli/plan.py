@@ -238,7 +238,7 @@ def _chosen(found: list[Outline], stage: str) -> list[Outline]:
 def _print(planned: Any, console: Any) -> None:
     from jaxrl_eff.cli.pages import plan_page, svg
     from jaxrl_eff.planner import zero_advice
-    from jaxrl_eff.planner.simulate import Schedule
+    from jaxrl_eff.planner.simulate import Simulation
     from jaxrl_eff.train.console import number
 
     found, cluster, gib = planned.found, planned.cluster, plan_page._gib
@@ -269,7 +269,7 @@ def _print(planned: Any, console: Any) -> None:
     console.table("plan", ["call", "devices", "mesh", "microbatches", "seconds", "memory"], rows)
     rows = []
     for name, said in found.heuristics.items():
-        if isinstance(said, Schedule):
+        if isinstance(said, Simulation):
             rows.append([name, f"{number(said.seconds)} s", f"{said.seconds / done.seconds:.2f}x"])
         else:
             rows.append([name, "-", said])

@@ -248,7 +248,7 @@ class Spec(NamedTuple):
     shapes: Any
     axes: Any
     tx: optax.GradientTransformation | Adaptation | None = None
-    sends: levels.Plan | None = None
+    sends: levels.ZeroConfig | None = None
 
 
 def order(graph: Graph) -> tuple[Call, ...]:

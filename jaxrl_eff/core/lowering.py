@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxrl_eff.core import programs
 from jaxrl_eff.core.graph import Adaptation, Call
-from jaxrl_eff.core.shardings import Layouts
+from jaxrl_eff.core.shardings import Shardings
 
 
 class Traced(NamedTuple):
@@ -91,7 +91,7 @@ def _joined(kept: Sequence[Any], rest: Sequence[Any], still: Sequence[bool]) -> 
 
 
 def trace(
-    layouts: Layouts, c: Call, args: Mapping[str, Any], seen: Callable[[], None] = lambda: None
+    layouts: Shardings, c: Call, args: Mapping[str, Any], seen: Callable[[], None] = lambda: None
 ) -> Traced:
     """Traces a call.
 
@@ -119,7 +119,7 @@ def trace(
     return traced(layouts, c, counted, model, dict(args))
 
 
-def lower(layouts: Layouts, c: Call, found: Traced, made: Mapping[str, Any]) -> Lowered:
+def lower(layouts: Shardings, c: Call, found: Traced, made: Mapping[str, Any]) -> Lowered:
     """The traced call with the layouts of its results, ready to be compiled.
 
     Args:
@@ -132,7 +132,7 @@ def lower(layouts: Layouts, c: Call, found: Traced, made: Mapping[str, Any]) -> 
 
 
 def lowered(
-    layouts: Layouts, c: Call, found: Traced, where: Any, *, donate: tuple[int, ...] = ()
+    layouts: Shardings, c: Call, found: Traced, where: Any, *, donate: tuple[int, ...] = ()
 ) -> Lowered:
     """A traced program, its results laid out as `where` says.
 
@@ -146,13 +146,13 @@ def lowered(
         return Lowered(jitted.lower(*found.operands))
 
 
-def reselects(layouts: Layouts, c: Call) -> bool:
+def reselects(layouts: Shardings, c: Call) -> bool:
     """Whether a call trains a part of its model that is chosen anew now and then."""
     tx = layouts.specs[c.of].tx if c.kind == "train" else None
     return isinstance(tx, Adaptation) and tx.due is not None
 
 
-def lower_reselection(layouts: Layouts, c: Call, args: Mapping[str, Any]) -> Lowered:
+def lower_reselection(layouts: Shardings, c: Call, args: Mapping[str, Any]) -> Lowered:
     """The program that chooses anew what a call trains: an `Update` without metrics."""
     model = layouts.home(c.of)._replace(past=())
     away = layouts.plan[c.name].offload == "opt"
@@ -161,12 +161,12 @@ def lower_reselection(layouts: Layouts, c: Call, args: Mapping[str, Any]) -> Low
 
 
 def traced(
-    layouts: Layouts, c: Call, run: Callable, model: Any, args: Any, local: int | None = None
+    layouts: Shardings, c: Call, run: Callable, model: Any, args: Any, local: int | None = None
 ) -> Traced:
     """A program of a call, `run(model, args, key)`, traced where the call runs.
 
     Args:
-        local: see `Layouts.context`.
+        local: see `Shardings.context`.
     """
     key = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=layouts.whole(c))
     operands = (model, args, key)
@@ -175,7 +175,7 @@ def traced(
     return Traced(jaxpr, operands, out)
 
 
-def update(layouts: Layouts, c: Call, found: Traced) -> Lowered:
+def update(layouts: Shardings, c: Call, found: Traced) -> Lowered:
     """A traced program that updates its model, as an `Update`."""
     model, args, key = found.operands
     leaves, structure = jax.tree.flatten(model)

@@ -32,9 +32,9 @@ import numpy as np
 from jaxrl_eff.core import lowering, mixed, pieces, step
 from jaxrl_eff.core.graph import Call, Graph, Model, Plan, Spec, row_prefix
 from jaxrl_eff.core.pieces import Packing
-from jaxrl_eff.core.shardings import Layouts, held
+from jaxrl_eff.core.shardings import Shardings, held
 from jaxrl_eff.data.balance.assignment import Shape
-from jaxrl_eff.parallel import Changes, Placement, global_arrays
+from jaxrl_eff.parallel import Placement, SyncConfig, global_arrays
 from jaxrl_eff.parallel.mesh import mesh
 
 MOST = 2**30  # tokens of an array, padding included: their places are int32
@@ -46,7 +46,7 @@ def compile(
     specs: Mapping[str, Spec],
     *,
     keep: str = "",
-    sync: Changes | None = None,
+    sync: SyncConfig | None = None,
 ) -> "Packed":
     """As `dataflow.compile`; say by `scheduled` what schedules are made for, then `build`.
 
@@ -93,7 +93,7 @@ class Packed(step.Step):
         super().__init__(*args)
         self._prefix = {c.name: p for c in self.calls if (p := prefix_of(c)) is not None}
         self.places = tuple(dict.fromkeys(self.plan[name].bare for name in self._prefix))
-        self._over = Layouts(self.graph, self.plan, self.specs, mixed=True)
+        self._over = Shardings(self.graph, self.plan, self.specs, mixed=True)
         self._infers: dict[str, pieces.Infer] = {}
         self._chosen: dict[str, dict[str, float]] = {}
         self.packings: dict[Placement, Packing] = {}
@@ -146,7 +146,7 @@ class Packed(step.Step):
     def told(self) -> dict[str, Any]:
         """What schedules are made for on every mesh; lengths are not known ahead.
 
-        Each of "places" is as `Scheduled.told`, with the names of its calls.
+        Each of "places" is as `BalancedLoader.told`, with the names of its calls.
         """
         places = [
             {

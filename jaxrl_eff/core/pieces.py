@@ -16,10 +16,10 @@ import numpy as np
 
 from jaxrl_eff.core import lowering, mixed, programs
 from jaxrl_eff.core.graph import Call
-from jaxrl_eff.core.shardings import Layouts, placed
+from jaxrl_eff.core.shardings import Shardings, placed
 from jaxrl_eff.core.summed import Summed, read_one
 from jaxrl_eff.data.balance import balanced_loader, skrull
-from jaxrl_eff.data.balance.assignment import Schedule, Shape, quality
+from jaxrl_eff.data.balance.assignment import Assignment, Shape, quality
 from jaxrl_eff.data.balance.cost import Cost
 from jaxrl_eff.parallel import Placement, global_arrays, rows
 from jaxrl_eff.parallel.sharding import mixed_rows, replicated
@@ -52,15 +52,15 @@ class Schedules:
 
     def begin(self) -> None:
         """Forgets the last step."""
-        self.given: list[tuple[str, Schedule]] = []
+        self.given: list[tuple[str, Assignment]] = []
         self._lengths: dict[str, np.ndarray] = {}
-        self._plans: dict[Any, Schedule] = {}
+        self._plans: dict[Any, Assignment] = {}
         self._made: dict[Any, list[tuple[Shape, Any]]] = {}
         self._seconds = 0.0
 
     def learn(self, rows: str, lengths: jax.Array) -> None:
         """Fetches the tokens of each of these rows, int32 [B]."""
-        self._lengths[rows] = global_arrays.known(lengths)
+        self._lengths[rows] = global_arrays.fetch_replicated(lengths)
 
     def __call__(
         self,
@@ -97,7 +97,7 @@ class Schedules:
         self._seconds += time.perf_counter() - began
         return self._made[name, place]
 
-    def plan(self, lengths: np.ndarray, place: Placement) -> Schedule:
+    def plan(self, lengths: np.ndarray, place: Placement) -> Assignment:
         """The schedule of sequences of these lengths on a mesh."""
         shapes, room, cost = self.packings[place]
         return skrull.plan(
@@ -130,7 +130,7 @@ class Schedules:
 
 
 def _on_devices(
-    schedule: Schedule, place: Placement, picked: np.ndarray, width: int
+    schedule: Assignment, place: Placement, picked: np.ndarray, width: int
 ) -> list[tuple[Shape, Any]]:
     """Shapes of micro-batches, and their maps on the devices of a mesh."""
     out = []
@@ -201,7 +201,7 @@ class PackedCall:
     def _train(self, model: Any, args: Mapping[str, Any], key: jax.Array) -> tuple[Any, Any]:
         self._learn(args)
         seen = []
-        picks = [None] if self._rows is None else global_arrays.known(self._rows)
+        picks = [None] if self._rows is None else global_arrays.fetch_replicated(self._rows)
         for picked in picks:
             sums = self.programs["zero"]()
             for shape, maps in self._micro(args, picked):
@@ -269,7 +269,7 @@ def _shape_of(place: Placement, maps: Any) -> Shape:
 
 
 def of_train(
-    layouts: Layouts, c: Call, prefix: str, args: Mapping[str, Any], shapes: Sequence[Shape]
+    layouts: Shardings, c: Call, prefix: str, args: Mapping[str, Any], shapes: Sequence[Shape]
 ) -> dict[str, lowering.Lowered]:
     """The programs of a train call: what it does with a micro-batch of each shape, and others.
 
@@ -315,7 +315,7 @@ class Infer:
         ValueError: it writes something else than a number a token, or metrics.
     """
 
-    def __init__(self, layouts: Layouts, c: Call, prefix: str, args: Mapping[str, Any]):
+    def __init__(self, layouts: Shardings, c: Call, prefix: str, args: Mapping[str, Any]):
         self._layouts, self._call, self._prefix, self._args = layouts, c, prefix, dict(args)
         self._place = layouts.plan[c.name]
         self._params = layouts.borrowed(c)
@@ -397,7 +397,7 @@ class Infer:
         return lowering.lowered(self._layouts, self._call, found, where)
 
 
-def lengths_of(layouts: Layouts, c: Call, segment: Any) -> lowering.Lowered:
+def lengths_of(layouts: Shardings, c: Call, segment: Any) -> lowering.Lowered:
     """`segment -> ` tokens of each row, whole on every device."""
 
     def run(segment: jax.Array) -> jax.Array:
@@ -407,7 +407,7 @@ def lengths_of(layouts: Layouts, c: Call, segment: Any) -> lowering.Lowered:
         return lowering.Lowered(jax.jit(run, out_shardings=layouts.whole(c)).lower(segment))
 
 
-def _shuffled(layouts: Layouts, c: Call, count: int) -> lowering.Lowered:
+def _shuffled(layouts: Shardings, c: Call, count: int) -> lowering.Lowered:
     """`key -> ` the rows of every update."""
 
     def run(words: jax.Array) -> jax.Array:
@@ -419,7 +419,7 @@ def _shuffled(layouts: Layouts, c: Call, count: int) -> lowering.Lowered:
         return lowering.Lowered(jax.jit(run, out_shardings=whole).lower(words))
 
 
-def _read(layouts: Layouts, c: Call, seen: Any) -> lowering.Lowered:
+def _read(layouts: Shardings, c: Call, seen: Any) -> lowering.Lowered:
     """`[meters of every update] -> metrics`."""
 
     def run(each: list) -> dict[str, jax.Array]:

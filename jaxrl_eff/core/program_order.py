@@ -95,7 +95,7 @@ def meet(key: str, *, seconds: int = 1800) -> None:
         multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * seconds)
 
 
-def told(text: str) -> list[str]:
+def texts_of_all(text: str) -> list[str]:
     """What every process says, in their order. Every process must call."""
     every, sizes = _gathered(np.frombuffer(text.encode(), np.uint8))
     return [bytes(row[:n]).decode() for row, n in zip(every, sizes.tolist(), strict=True)]

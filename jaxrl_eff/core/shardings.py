@@ -16,7 +16,7 @@ from flax import linen as nn
 
 from jaxrl_eff import tree
 from jaxrl_eff.core.graph import Adaptation, Call, Graph, Model, Spec, order
-from jaxrl_eff.core.zero import Sharded
+from jaxrl_eff.core.zero import NodeGradients
 from jaxrl_eff.optim import state_shardings
 from jaxrl_eff.parallel import Placement, Rules, global_arrays, rows, rules
 from jaxrl_eff.parallel.attention import sequence
@@ -26,7 +26,7 @@ from jaxrl_eff.parallel.mesh import mesh
 from jaxrl_eff.parallel.sharding import in_host, replicated
 
 
-class Layouts:
+class Shardings:
     """The layouts of a graph under a plan.
 
     Attributes:
@@ -49,7 +49,7 @@ class Layouts:
         self.calls = order(graph)
         self.rules = {c.name: self._rules_of(c) for c in self.calls}
         self.sharded = {
-            c.name: Sharded(c, plan[c.name], self.rules[c.name], specs[c.of])
+            c.name: NodeGradients(c, plan[c.name], self.rules[c.name], specs[c.of])
             for c in self.calls
             if c.kind == "train" and specs[c.of].sends is not None
         }

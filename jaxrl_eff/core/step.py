@@ -41,11 +41,11 @@ from jaxrl_eff.core.graph import (
     train,
 )
 from jaxrl_eff.core.program_order import Operation
-from jaxrl_eff.core.shardings import Layouts
+from jaxrl_eff.core.shardings import Shardings
 from jaxrl_eff.core.timing import StepTimes, Timeline
-from jaxrl_eff.core.transfers import Movements
+from jaxrl_eff.core.transfers import Transfers
 from jaxrl_eff.core.zero import Traffic
-from jaxrl_eff.parallel import Changes, Placement, Route, Sync, global_arrays
+from jaxrl_eff.parallel import Placement, Route, SyncConfig, WeightSync, global_arrays
 from jaxrl_eff.parallel.sharding import replicated
 
 __all__ = [
@@ -60,7 +60,7 @@ def compile(
     specs: Mapping[str, Spec],
     *,
     keep: str = "",
-    sync: Changes | None = None,
+    sync: SyncConfig | None = None,
 ) -> "Step":
     """Turns a graph and a plan into `step(models, batch, key) -> (models, data, metrics)`.
 
@@ -103,7 +103,7 @@ class Step:
         sync: as given to `compile`.
     """
 
-    _mixed = False  # see `Layouts`
+    _mixed = False  # see `Shardings`
 
     def __init__(
         self,
@@ -111,10 +111,10 @@ class Step:
         plan: dict[str, Placement],
         specs: Mapping[str, Spec],
         keep: tuple[str, ...],
-        sync: Changes | None = None,
+        sync: SyncConfig | None = None,
     ):
         self.graph, self.plan, self.specs, self.keep, self.sync = graph, plan, specs, keep, sync
-        self._layouts = Layouts(graph, plan, specs, mixed=self._mixed)
+        self._layouts = Shardings(graph, plan, specs, mixed=self._mixed)
         self.calls = self._layouts.calls
         self.traces = dict.fromkeys((c.name for c in self.calls), 0)
         self.timeline = Timeline()
@@ -123,7 +123,7 @@ class Step:
         self.operations: tuple[Operation, ...] = ()
         self.built = False
         self._routes: dict[str, Route] = {}  # of parameters, by call
-        self._ways: dict[str, Route | Sync] = {}  # the same, as steps take them
+        self._ways: dict[str, Route | WeightSync] = {}  # the same, as steps take them
         self._programs: dict[str, Any] = {}
         self._reselections: dict[str, Any] = {}  # by train call
         self._shown: Route | None = None
@@ -159,7 +159,7 @@ class Step:
                 opt = jax.jit(self.specs[model].tx.init, out_shardings=shardings)(params)
             left = jax.tree.map(_zeros, abstract.left)
         else:
-            opt, left = jax.tree.map(global_arrays.absent, (abstract.opt, abstract.left))
+            opt, left = jax.tree.map(global_arrays.placeholder, (abstract.opt, abstract.left))
         held = self._held(model, params)
         past = {
             c.name: tuple(_copied(self._route(c)(params)) for _ in range(c.staleness))
@@ -181,7 +181,7 @@ class Step:
         if not abstract:
             return ()
         if not self._layouts.here(home):
-            return jax.tree.map(global_arrays.absent, abstract)
+            return jax.tree.map(global_arrays.placeholder, abstract)
         there = {name: x.sharding for name, x in abstract.items()}
 
         def held(flat: Any) -> Any:
@@ -197,14 +197,14 @@ class Step:
             self._routes[c.name] = Route(home, self._layouts.params(c))
         return self._routes[c.name]
 
-    def _way(self, c: Call) -> Route | Sync:
+    def _way(self, c: Call) -> Route | WeightSync:
         """The way of a call's parameters from home in every step."""
         if c.name not in self._ways:
             route, trainer = self._route(c), self.graph.home(c.of)
             if self.sync is not None and trainer.kind == "train" and not route.alias:
                 still = self._traced[trainer.name].still.params
                 home = self._layouts.borrowed(trainer)
-                route = Sync(home, self._layouts.params(c), still=still, changes=self.sync)
+                route = WeightSync(home, self._layouts.params(c), still=still, changes=self.sync)
             self._ways[c.name] = route
         return self._ways[c.name]
 
@@ -238,7 +238,7 @@ class Step:
             if k in self._first_reader:
                 home[k] = self._args[self._first_reader[k]][k]
         self._home = home
-        self._moves = Movements(self._layouts, self._way, self._args, home, self._numbers)
+        self._moves = Transfers(self._layouts, self._way, self._args, home, self._numbers)
         self.operations = self._moves.operations
         program_order.agree(self.operations)
         self._signature = {k: (tuple(v.shape), str(v.dtype)) for k, v in batch.items()}
@@ -330,7 +330,7 @@ class Step:
         run that goes on from there: both end alike.
         """
         for way in self._ways.values():
-            if isinstance(way, Sync) and self.sync.bits:
+            if isinstance(way, WeightSync) and self.sync.bits:
                 way.restart()
 
     def due(self, step: int) -> tuple[str, ...]:
@@ -400,7 +400,7 @@ class Step:
             c = self._by_name[op.call]
             if op.kind == "move":
                 moved = self._moves.routes[op.name]({k: run.data[k] for k in op.arrays})
-                run.data |= {transfers.moved(k, c): v for k, v in moved.items()}
+                run.data |= {transfers.moved_name(k, c): v for k, v in moved.items()}
             elif op.kind == "realloc":
                 run.borrowed[self._layouts.key(c)] = self._reallocate(op, c, run)
             elif op.kind == "keep":
@@ -425,7 +425,7 @@ class Step:
             if slot not in self.keep:
                 run.data.pop(slot, None)
         if not self._layouts.here(c):
-            out, m = {k: global_arrays.absent(v) for k, v in self._made[c.name].items()}, {}
+            out, m = {k: global_arrays.placeholder(v) for k, v in self._made[c.name].items()}, {}
         elif c.host:
             out, m = self._run_on_host(c, args, run.words), {}
         elif c.kind == "train":
@@ -468,7 +468,7 @@ class Step:
         new = way(old)
         moved = [n for n, o in zip(*map(jax.tree.leaves, (new, old)), strict=True) if n is not o]
         token = moved[-1] if moved else None
-        if isinstance(way, Sync):  # its copy is consumed by the next sync
+        if isinstance(way, WeightSync):  # its copy is consumed by the next sync
             sent = way.done.numbers() if way.done is not None else {}
             run.metrics |= {f"{c.name}/sync_{k}": v for k, v in sent.items()}
             token = sent.get("changed")
@@ -479,7 +479,7 @@ class Step:
     def _tell(self, c: Call, metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """A call's metrics on every process."""
         mine = {
-            k: metrics[k] if k in metrics else global_arrays.absent(number)
+            k: metrics[k] if k in metrics else global_arrays.placeholder(number)
             for k, number in self._numbers[c.name].items()
         }
         return self._moves.routes[f"metrics of {c.name}"](mine)

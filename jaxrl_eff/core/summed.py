@@ -12,7 +12,7 @@ import jax
 from jaxrl_eff import tree
 from jaxrl_eff.core import lowering, programs
 from jaxrl_eff.core.graph import Call, Model
-from jaxrl_eff.core.shardings import Layouts, placed
+from jaxrl_eff.core.shardings import Shardings, placed
 
 
 class Summed:
@@ -26,10 +26,10 @@ class Summed:
         c: the call.
         loss: `(params, args, key) -> (loss_sum, weight, meters)` of a micro-batch.
         args: of one micro-batch, any, with layouts.
-        local: see `Layouts.context`.
+        local: see `Shardings.context`.
     """
 
-    def __init__(self, layouts: Layouts, c: Call, loss: Callable, args: Any, local: int):
+    def __init__(self, layouts: Shardings, c: Call, loss: Callable, args: Any, local: int):
         self._layouts, self._call, self._loss = layouts, c, loss
         self._way = programs.way_of(layouts.specs[c.of].tx)
         self._model = layouts.home(c.of)._replace(past=())

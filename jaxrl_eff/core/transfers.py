@@ -11,14 +11,14 @@ import jax
 
 from jaxrl_eff.core.graph import Call
 from jaxrl_eff.core.program_order import Operation
-from jaxrl_eff.core.shardings import Layouts
-from jaxrl_eff.parallel import Placement, Route, Sync
+from jaxrl_eff.core.shardings import Shardings
+from jaxrl_eff.parallel import Placement, Route, WeightSync
 from jaxrl_eff.parallel.sharding import replicated
 
-Weights = Callable[[Call], Route | Sync]
+Weights = Callable[[Call], Route | WeightSync]
 
 
-class Movements:
+class Transfers:
     """Everything that a step does.
 
     Making one makes the routes, so that one that cannot be is found before anything runs.
@@ -40,7 +40,7 @@ class Movements:
 
     def __init__(
         self,
-        layouts: Layouts,
+        layouts: Shardings,
         weights: Weights,
         args: Mapping[str, Mapping[str, Any]],
         home: Mapping[str, jax.ShapeDtypeStruct],
@@ -82,7 +82,7 @@ class Movements:
             op = self._move(tuple(names), c)
             out += [op] if op is not None else []
             for k in names:
-                slot = k if op is None else moved(k, c)
+                slot = k if op is None else moved_name(k, c)
                 self._there[k, args[k].sharding] = slot
         for k in c.reads:
             self.slots[c.name, k] = self._there[k, args[k].sharding]
@@ -112,7 +112,7 @@ class Movements:
         return Operation("tell", name, c.name, tuple(range(jax.process_count())))
 
 
-def moved(array: str, c: Call) -> str:
+def moved_name(array: str, c: Call) -> str:
     """The name of an array that was moved for a call."""
     return f"{array} to {c.name}"
 

@@ -7,7 +7,7 @@ heads and what is small once a call; gradients are reduced to shards, as the mod
 first and the last, so that their number does not change what is rounded.
 
 What is rounded: kernels of layers, embeddings and unembeddings. Norms, biases, value heads,
-adapters and taps are small and travel as they are; so do the codes of a quantised base, and the
+adapters and taps are small and travel as they are; so do the codes of a quantized base, and the
 gradients of layers that are trained in turn (LISA), which are summed whole in float32. There is
 nothing left over of what is not rounded, so error feedback is for parameters that are trained
 whole, by an adaptation too.
@@ -42,7 +42,7 @@ from jaxrl_eff.parallel import Placement, Rules, host, jaxpr_bytes
 from jaxrl_eff.parallel.codec import EXACT, Blocks
 from jaxrl_eff.parallel.mesh import mesh
 from jaxrl_eff.parallel.sharding import row_axes
-from jaxrl_eff.parallel.zero.weights import Cut, Held, Shard, exact
+from jaxrl_eff.parallel.zero.weights import NodeWeight, ShardedWeight, ShardLayout, exact
 
 ROUNDED = ("kernel", "table")
 CODES = ("kernel_codes", "kernel_scales")
@@ -61,13 +61,13 @@ class Leaf(NamedTuple):
     """
 
     spec: PartitionSpec
-    cut: Cut | None = None
+    cut: ShardLayout | None = None
     late: bool = False
     left: tuple[tuple[int, ...], PartitionSpec] | None = None
     held: tuple[tuple[int, ...], PartitionSpec] | None = None
 
 
-class Sharded:
+class NodeGradients:
     """The sums of a train call whose model has a `Plan` of what is sent.
 
     Attributes:
@@ -115,7 +115,7 @@ class Sharded:
         plan = self.plan if rounded or codes else exact(self.plan)
         if rounded and not late:  # gradients of embeddings add up in the dtype of the table
             plan = dataclasses.replace(plan, dtype=str(like.dtype))
-        cut = Cut(tuple(shape), axis, plan, tuple(apart), raw=not rounded, local=local)
+        cut = ShardLayout(tuple(shape), axis, plan, tuple(apart), raw=not rounded, local=local)
         if local or not rounded:
             return Leaf(manual, cut, late)
         left = held = None
@@ -299,10 +299,10 @@ class Sharded:
         if not leaf.late:
             return fixed if variable is None else variable
         if hoisted:
-            return Held(fixed, variable, leaf.cut)
+            return NodeWeight(fixed, variable, leaf.cut)
         if variable is None:
-            return Shard(fixed, None, leaf.cut, trained=False)
-        return Shard(variable, early, leaf.cut, trained=True)
+            return ShardedWeight(fixed, None, leaf.cut, trained=False)
+        return ShardedWeight(variable, early, leaf.cut, trained=True)
 
     def _closed(
         self,

@@ -16,7 +16,14 @@ from jaxrl_eff.models.heads import (
 )
 from jaxrl_eff.models.logits import Warp, warp
 from jaxrl_eff.models.params import abstract, count, flops_per_token, init, logical_axes
-from jaxrl_eff.models.transformer import Cache, LanguageModel, apply, computed, unembed, unstack
+from jaxrl_eff.models.transformer import (
+    Cache,
+    LanguageModel,
+    apply,
+    cast_for_decode,
+    unembed,
+    unstack_layers,
+)
 
 __all__ = [
     "Cache",
@@ -26,7 +33,7 @@ __all__ = [
     "Warp",
     "abstract",
     "apply",
-    "computed",
+    "cast_for_decode",
     "count",
     "flops_per_token",
     "init",
@@ -40,7 +47,7 @@ __all__ = [
     "token_scores",
     "token_values",
     "unembed",
-    "unstack",
+    "unstack_layers",
     "values",
     "warp",
 ]  # fmt: skip

@@ -105,7 +105,7 @@ class LMConfig:
         windowed: for every layer, whether it is; () means all of them if `window` is set.
         max_length: longest sequence in tokens that the positions were trained for.
         bos, eos, pad: token ids; `eos` are all that end a response.
-        dtype, param_dtype: of the arithmetic, and of the parameters at initialisation. Norms,
+        dtype, param_dtype: of the arithmetic, and of the parameters at initialization. Norms,
             softmax and logits are float32 whatever these are.
         remat: what the backward pass recomputes: "none"; "dots" all but matrix products without
             batch dimensions; "attention" the attention scores alone; "outputs" whole layers but

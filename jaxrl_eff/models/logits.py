@@ -1,7 +1,7 @@
 """From raw logits to the distribution that was really sampled from.
 
 The sampler and the trainer call the same `warp`, so that a probability ratio of one means what it
-says: with truncation the trainer renormalises over the support that the sampler drew from.
+says: with truncation the trainer renormalizes over the support that the sampler drew from.
 """
 
 import dataclasses

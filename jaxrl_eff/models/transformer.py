@@ -3,7 +3,7 @@
 Pre-norm residual blocks of grouped-query attention and a gated MLP. The layers are one module
 scanned over parameters stacked on a leading axis, `layers/...[L, ...]`, so compile time does not
 grow with depth; what differs between layers (window, rotation) is a scanned input. For decoding a
-small model the same blocks run over parameters that were taken apart beforehand (`unstack`).
+small model the same blocks run over parameters that were taken apart beforehand (`unstack_layers`).
 
 The KV cache is an argument and a result. The module knows parameters and arrays, nothing of meshes:
 parameters and activations carry logical axis names, which mean nothing until rules are given.
@@ -155,7 +155,7 @@ class Linear(nn.Module):
         if len(apart) > 1 or hasattr(apart.get("kernel"), "whole"):
             if self.cfg.remat not in _KEEP_WEIGHTS:  # the layer as a whole is computed again
                 apart = {k: _whole(leaf) for k, leaf in apart.items()}
-            # What is gathered or dequantised is made again in the backward pass, and never kept.
+            # What is gathered or dequantized is made again in the backward pass, and never kept.
             names = jax.checkpoint_policies.save_only_these_names(SAVED[3])
             unrolled = self.cfg.loop_unroll > 1
             run = jax.checkpoint(self._multiply, prevent_cse=unrolled, policy=names)
@@ -186,7 +186,7 @@ class Linear(nn.Module):
             # Gathered over the fsdp axis as codes, in a fraction of the bytes.
             axes = tuple(None if axis == "embed" else axis for axis in self.axes)
             kept = {k: nn.with_logical_constraint(leaf, axes) for k, leaf in kept.items()}
-            kernel = quantized.dequantise(kept, dtype)
+            kernel = quantized.dequantize(kept, dtype)
         matrix = kernel.reshape(math.prod(self.inputs), math.prod(self.outputs))
         names = self.axes[0], self.axes[len(self.inputs)]
         if self.has_variable("shared", "whole"):
@@ -541,13 +541,13 @@ def apply(
     attend: attention.Attend | None = None,
     cache: Cache | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """`LanguageModel.__call__` on a plain parameter tree, stacked or taken apart by `unstack`.
+    """`LanguageModel.__call__` on a plain parameter tree, stacked or from `unstack_layers`.
 
     Args:
         attend: the attention; None: `attention.choose(cfg)`.
     """
     if quantized.inside(params) or _sharded_weights(params):
-        # Unrolled, a compiler may dequantise or gather all layers before the first.
+        # Unrolled, a compiler may dequantize or gather all layers before the first.
         cfg = cfg.replace(unroll=cfg.unroll or 1)
     model = LanguageModel(cfg, attend or attention.choose(cfg), stacked="layers" in params)
     params = dict(params)
@@ -571,7 +571,7 @@ def _head(cfg: LMConfig, params: PyTree, hidden: Array, method: str) -> Array:
     return LanguageModel(cfg).apply({"params": kept}, hidden, method=method)
 
 
-def computed(cfg: LMConfig, params: PyTree) -> PyTree:
+def cast_for_decode(cfg: LMConfig, params: PyTree) -> PyTree:
     """The same parameters, those already in `cfg.dtype` that every use would first round to it.
 
     A loop over tokens then reads the narrow ones. What waits in host memory stays as it is.
@@ -585,7 +585,7 @@ def computed(cfg: LMConfig, params: PyTree) -> PyTree:
     return tree.map_with_name(narrow, params)
 
 
-def unstack(cfg: LMConfig, params: PyTree) -> PyTree:
+def unstack_layers(cfg: LMConfig, params: PyTree) -> PyTree:
     """The same parameters with one entry a layer, `layers_0` ..., instead of stacked ones."""
     rest = {name: value for name, value in params.items() if name != "layers"}
     split = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.layers)]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 
-def absent(like: Any) -> jax.Array:
+def placeholder(like: Any) -> jax.Array:
     """An array of which this process holds no part.
 
     Args:
@@ -35,7 +35,7 @@ def local_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(jax.device_get(parts[s])) for s in sorted(parts)])
 
 
-def known(array: jax.Array) -> np.ndarray:
+def fetch_replicated(array: jax.Array) -> np.ndarray:
     """An array that is whole on each of its devices, of which this process has one."""
     return np.asarray(jax.device_get(array.addressable_data(0)))
 

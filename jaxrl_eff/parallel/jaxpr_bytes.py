@@ -17,7 +17,7 @@ from typing import Any
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from jaxrl_eff.parallel.codec import Blocks
-from jaxrl_eff.parallel.zero.levels import Plan
+from jaxrl_eff.parallel.zero.levels import ZeroConfig
 
 # Bytes from each other device of the group, in operands: given the size of the group.
 _SHARES = {
@@ -73,7 +73,7 @@ def count(program: ClosedJaxpr | Jaxpr, sizes: Mapping[str, int]) -> dict[str, f
 
 
 def expected(
-    plan: Plan,
+    plan: ZeroConfig,
     m: int,
     nodes: int,
     devices: int,

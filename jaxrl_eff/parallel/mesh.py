@@ -1,6 +1,6 @@
 """Placement: which devices a call uses and how they are meshed, as plain data.
 
-A placement prints, hashes and serialises without touching a device; `mesh` makes it real. The
+A placement prints, hashes and serializes without touching a device; `mesh` makes it real. The
 axes are those of the paper's plans and more: `stage` (pipelining: priced by the planner, not
 executed), `dcn` (nodes or slices, with slow links between them), `data`, `fsdp` (parameters
 sharded, gathered on use), `seq` (sequence positions) and `tensor` (heads and feed-forward width).

@@ -57,7 +57,7 @@ class AdaptSettings:
         probe: the choice sees the gradient of one in so many rows.
         tiles: tiles along `embed` (the fsdp axis) and along heads and channels (the tensor axis).
             In each of them as many entries are trained; devices that hold whole tiles choose
-            without talking to each other; blocks of a quantised base keep within them. Part of
+            without talking to each other; blocks of a quantized base keep within them. Part of
             what is computed, whatever the plan is.
         seed: of random choices and first values.
     """

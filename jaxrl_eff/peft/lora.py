@@ -118,12 +118,12 @@ def merge(cfg: LMConfig, params: PyTree, *, low_rank: bool = True) -> PyTree:
     """The same model with its adapters multiplied into its kernels: plain parameters.
 
     Sums are float32 and rounded once to the kernel's dtype. Gradients' taps are no part of a model
-    and must not be there. Quantised kernels are dequantised, since the adapters were trained beside
+    and must not be there. Quantized kernels are dequantized, since the adapters were trained beside
     these and not beside what they were made from.
 
     Args:
         low_rank: False leaves LoRA beside the kernels and adds sparse overlays alone; all of this
-            stays beside kernels that are quantised.
+            stays beside kernels that are quantized.
     """
     flat, merged, gone = tree.flat(params), {}, set()
     few_bits = quantized.kernels(params)
@@ -163,7 +163,7 @@ def with_norms(cfg: LMConfig, params: PyTree) -> PyTree:
 def _norm(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]) -> Array:
     """Of one layer's kernel as products see it, in the dtype of compute."""
     kernel, leaves = pair
-    kernel = quantized.dequantise(kernel, dtype) if isinstance(kernel, dict) else kernel
+    kernel = quantized.dequantize(kernel, dtype) if isinstance(kernel, dict) else kernel
     matrix = kernel.astype(dtype).reshape(math.prod(kernel.shape[:inputs]), -1)
     return products.column_norm(leaves, matrix)
 
@@ -175,7 +175,7 @@ def _merged(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]
     """
     kernel, leaves = pair
     if isinstance(kernel, dict):
-        kernel = quantized.dequantise(kernel, jnp.float32)
+        kernel = quantized.dequantize(kernel, jnp.float32)
     else:
         dtype = kernel.dtype
     matrix = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)

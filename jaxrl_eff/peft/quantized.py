@@ -4,10 +4,10 @@
 
     int8    table[code] = code / 127, the nearest
     nf4     16 quantiles of a normal distribution, two codes a byte: NormalFloat of QLoRA
-            (arXiv:2305.14314, Sec. 3 and App. E); as blocks gathered over devices, the quantised
+            (arXiv:2305.14314, Sec. 3 and App. E); as blocks gathered over devices, the quantized
             weights of ZeRO++ (arXiv:2306.10209, Sec. 3.1) and the frozen ones of its MixZ++
 
-Both hold 0 and +-scale exactly, so that quantising twice changes nothing. Where a kernel stood,
+Both hold 0 and +-scale exactly, so that quantizing twice changes nothing. Where a kernel stood,
 `kernel_codes` and `kernel_scales` stand, with its axes, so that scanning, sharding and moving work
 on them as on any leaf. A block lies along `head_dim` or along `ffn`: no plan cuts the first and
 only tensor parallelism the second, within whose tiles blocks stay.
@@ -15,7 +15,7 @@ only tensor parallelism the second, within whose tiles blocks stay.
 qwix was not used: its arrays are objects that stand in for a module's parameters by intercepting
 its operations, with a code of 4 bits in each byte or in `int4`, which CPUs widen to a byte.
 
-Left out: double quantisation of the scales (0.37 bits a parameter more here).
+Left out: double quantization of the scales (0.37 bits a parameter more here).
 """
 
 import math
@@ -77,7 +77,7 @@ def block_of(kind: str, axes: tuple[str | None, ...], shape: tuple[int, ...], ti
     return Block(axis, sizes[-1])
 
 
-def quantise(kernel: Float[Array, "..."], kind: str, block: Block) -> dict[str, Array]:
+def quantize(kernel: Float[Array, "..."], kind: str, block: Block) -> dict[str, Array]:
     """Codes and scales of a kernel.
 
     Returns:
@@ -100,7 +100,7 @@ def quantise(kernel: Float[Array, "..."], kind: str, block: Block) -> dict[str, 
     return {"kernel_codes": back(codes), "kernel_scales": back(scale)}
 
 
-def dequantise(leaves: Mapping[str, Array], dtype: Any) -> Float[Array, "..."]:
+def dequantize(leaves: Mapping[str, Array], dtype: Any) -> Float[Array, "..."]:
     """The kernel of codes and scales; their shapes and dtypes say the block and the kind."""
     codes, scale = (leaves[k] for k in LEAVES)
     axis, size = _axis(codes, scale), _length(codes, scale)
@@ -129,7 +129,7 @@ def _shape(codes: Any, scale: Any) -> tuple[int, ...]:
 
 
 def inside(params: PyTree) -> bool:
-    """Whether kernels of the parameters are quantised."""
+    """Whether kernels of the parameters are quantized."""
     return any(f"/{LEAVES[0]}" in f"/{name}" for name in tree.names(params))
 
 
@@ -141,8 +141,8 @@ def kernels(params: PyTree) -> dict[str, dict[str, Any]]:
 
 
 def plain(params: PyTree, dtype: Any) -> PyTree:
-    """The parameters with all kernels dequantised: under jit, those of them that are read."""
-    wide = {k: dequantise(leaves, dtype) for k, leaves in kernels(params).items()}
+    """The parameters with all kernels dequantized: under jit, those of them that are read."""
+    wide = {k: dequantize(leaves, dtype) for k, leaves in kernels(params).items()}
     return tree.with_leaves(_rest(params), wide)
 
 
@@ -165,7 +165,7 @@ def _rest(params: PyTree) -> PyTree:
     return tree.without(params, lambda name: name.rpartition("/")[2] in LEAVES)
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """Which kernels of a model are kept in few bits, and how.
 
     Attributes:
@@ -184,7 +184,7 @@ class Quantised(NamedTuple):
         """What is kept of a parameter, by name: codes and scales, or itself."""
         if name not in self.blocks:
             return {name: x}
-        found = quantise(x, self.kind, self.blocks[name])
+        found = quantize(x, self.kind, self.blocks[name])
         return dict(zip(self.names(name), found.values(), strict=True))
 
     def params(self, plain_: PyTree) -> PyTree:

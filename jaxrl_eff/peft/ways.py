@@ -120,8 +120,8 @@ def whole_names(s: AdaptSettings, lm: LMConfig) -> list[str]:
     return [k for k, v in tree.flat(tree.match(params.abstract(lm), wanted)).items() if v]
 
 
-def kept_in_bits(s: AdaptSettings, lm: LMConfig) -> quantized.Quantised | None:
-    """Which kernels are quantised, None if the base is kept as it comes.
+def kept_in_bits(s: AdaptSettings, lm: LMConfig) -> quantized.Quantized | None:
+    """Which kernels are quantized, None if the base is kept as it comes.
 
     Raises:
         ValueError: the method writes into kernels, the kind is unknown, or a kernel has no blocks.
@@ -140,7 +140,7 @@ def kept_in_bits(s: AdaptSettings, lm: LMConfig) -> quantized.Quantised | None:
                 blocks[name] = quantized.block_of(s.base, axes, flat[name].shape, s.tiles[1])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-    return quantized.Quantised(s.base, blocks)
+    return quantized.Quantized(s.base, blocks)
 
 
 def frozen(spec_: Spec) -> frozenset[str]:
@@ -378,7 +378,7 @@ class _InPlace(NamedTuple):
 
 class _Beside(NamedTuple):
     """Entries whose changes stand beside the kernels, which have the dtype `stored` if they are
-    dequantised.
+    dequantized.
     """
 
     of: SparseOverlay
@@ -483,13 +483,13 @@ def _adaptation(
     clip_norm: float,
     low_rank: dict[str, jax.ShapeDtypeStruct],
     parts: dict[str, _Whole | _InPlace | _Beside | _InTurn],
-    kept: quantized.Quantised | None,
+    kept: quantized.Quantized | None,
     stored: jnp.dtype,
 ) -> Adaptation:
     """Several parts as one way to train; optimizer state is theirs, by name.
 
-    `extended` quantises what `kept` names if that was not done before. `stored` is the dtype that
-    kernels have for what reads them; compiled, each is dequantised only if something does.
+    `extended` quantizes what `kept` names if that was not done before. `stored` is the dtype that
+    kernels have for what reads them; compiled, each is dequantized only if something does.
     """
     entries, probe = parts.get("entries"), f"probe_{s.selector}"
 

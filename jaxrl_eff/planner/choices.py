@@ -16,7 +16,7 @@ from jaxrl_eff.planner.bound import Option
 from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.cost import Corrections, call_cost, demand, realloc_cost
 from jaxrl_eff.planner.problem import Problem, Work
-from jaxrl_eff.planner.simulate import Schedule, Simulator
+from jaxrl_eff.planner.simulate import Simulation, Simulator
 from jaxrl_eff.planner.space import Candidate, Slice
 
 State = tuple[tuple[int, int], ...]
@@ -242,6 +242,6 @@ class Judge:
             self.trace.append((self.evaluated, seconds))
         return Verdict(energy, seconds, over)
 
-    def schedule(self, state: State) -> Schedule:
+    def schedule(self, state: State) -> Simulation:
         """The whole schedule of a state."""
         return self._simulator.run(self.table.plan(state))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.cost import NONE, Corrections, call_cost, measured_name
 from jaxrl_eff.planner.problem import Plan, Problem
-from jaxrl_eff.planner.simulate import Schedule, Simulator
+from jaxrl_eff.planner.simulate import Simulation, Simulator
 
 LEAST_WEIGHT = 0.3  # of a new measurement, however many came before
 MOST_CHANGE = 64.0  # of a factor in one refit
@@ -41,7 +41,7 @@ def _middle(seconds: Seconds) -> float:
     return float(seconds) if isinstance(seconds, int | float) else statistics.median(seconds)
 
 
-def _predicted(schedule: Schedule) -> dict[str, tuple[str, float]]:
+def _predicted(schedule: Simulation) -> dict[str, tuple[str, float]]:
     kinds = {s.name: s.kind for s in schedule.spans}
     out = {n: (kinds[n], c.seconds) for n, c in schedule.costs.items()}
     return out | {n: (kinds.get(n, "move"), t) for n, t in schedule.edges.items()}

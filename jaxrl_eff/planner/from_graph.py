@@ -13,7 +13,7 @@ from jaxrl_eff.core.glossary import EDGES
 from jaxrl_eff.core.graph import Adaptation, Call, Graph, Spec, order
 from jaxrl_eff.models import LMConfig, abstract
 from jaxrl_eff.peft import lora, quantized
-from jaxrl_eff.planner.problem import Lengths, Packed, Problem, Role, Shape, Work
+from jaxrl_eff.planner.problem import ExpectedRows, Lengths, Problem, Role, Shape, Work
 from jaxrl_eff.rollout.sampling import Sampling
 
 _ONE = Shape(
@@ -70,7 +70,7 @@ def works(
     responses: Lengths | None = None,
     staleness: Mapping[str, int] | None = None,
     seconds: Mapping[str, float | int] | None = None,
-    packed: Mapping[str, Packed] | None = None,
+    packed: Mapping[str, ExpectedRows] | None = None,
 ) -> Problem:
     """The graph's calls as amounts of work.
 
@@ -119,7 +119,7 @@ def works(
     return Problem(tuple(out), roles, size_bytes)
 
 
-def expecting(packed: Mapping[str, Packed]) -> dict[str, Any]:
+def expecting(packed: Mapping[str, ExpectedRows]) -> dict[str, Any]:
     """Options of `works` for a stage with packed calls; its sampling is expected to match."""
     first = next(iter(packed.values()), None)
     return {} if first is None else {"packed": packed, "responses": first.responses}

@@ -16,7 +16,7 @@ from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.cost import Cost
 from jaxrl_eff.parallel.mesh import Placement
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.problem import Lengths, Packed, Shape, Work
+from jaxrl_eff.planner.problem import ExpectedRows, Lengths, Shape, Work
 from jaxrl_eff.planner.schedule_cost import cost_on, model_of
 
 SPARE = 1.25  # room over a device's fair share of tokens
@@ -61,7 +61,7 @@ def fits(work: Work, seq: int) -> bool:
     return not work.packed.room or work.packed.room * seq >= work.length
 
 
-def batch(packed: Packed, rows: int) -> np.ndarray:
+def batch(packed: ExpectedRows, rows: int) -> np.ndarray:
     """Lengths of so many rows, int64: quantiles of what is expected."""
     at = (np.arange(rows) + 0.5) / rows
     ends = np.cumsum(packed.responses.share)
@@ -73,7 +73,13 @@ def batch(packed: Packed, rows: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1 << 14)
 def _laid(
-    packed: Packed, rows: int, longest: int, groups: int, parts: int, microbatches: int, cost: Cost
+    packed: ExpectedRows,
+    rows: int,
+    longest: int,
+    groups: int,
+    parts: int,
+    microbatches: int,
+    cost: Cost,
 ) -> Laid:
     times = 1
     while rows > MOST and rows % 2 == 0:

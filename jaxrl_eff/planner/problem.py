@@ -89,7 +89,7 @@ class Lengths:
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class ExpectedRows:
     """Rows that a schedule packs by their lengths (`jaxrl_eff.core.packed`).
 
     Attributes:
@@ -149,7 +149,7 @@ class Work:
     host: bool = False
     staleness: int = 0
     seconds: float | int = 0.0
-    packed: Packed | None = None
+    packed: ExpectedRows | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Plans that people choose by rule: what a search starts from, and what it is measured against.
 
-Each rule says where calls run; how each is parallelised there is then chosen for it: its fastest
+Each rule says where calls run; how each is parallelized there is then chosen for it: its fastest
 candidate, and while memory is short, the cheapest step (seconds a byte) towards less.
 
     all       every call on all devices, models whole on each

@@ -31,7 +31,7 @@ from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.cost import NONE, Corrections
 from jaxrl_eff.planner.problem import Plan, Problem
 from jaxrl_eff.planner.proof import prove
-from jaxrl_eff.planner.simulate import Schedule
+from jaxrl_eff.planner.simulate import Simulation
 from jaxrl_eff.planner.space import Slice
 
 CHAINS = 5
@@ -56,11 +56,11 @@ class Found:
     """
 
     plan: dict[str, Placement]
-    schedule: Schedule
+    schedule: Simulation
     bound: Bound
     evaluated: int
     proven: bool
-    heuristics: dict[str, Schedule | str]
+    heuristics: dict[str, Simulation | str]
     plans: dict[str, dict[str, Placement]]
     trace: tuple[tuple[int, float], ...]
     seconds: float
@@ -177,7 +177,7 @@ def exhaustive(
     offloads: Sequence[str] = ("",),
     corrections: Corrections = NONE,
     most: int | None = None,
-) -> tuple[dict[str, Placement], Schedule]:
+) -> tuple[dict[str, Placement], Simulation]:
     """The best plan of all, by branch and bound; for small clusters.
 
     Args:

@@ -75,7 +75,7 @@ class Score(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class Simulation:
     """A plan's simulated run.
 
     Attributes:
@@ -393,7 +393,7 @@ class Simulator:
         peak = max(static + active for _, static, active, _ in self._memory(sites))
         return Score(seconds, max(0.0, peak - self.cluster.memory_bytes), peak)
 
-    def run(self, plan: Plan) -> Schedule:
+    def run(self, plan: Plan) -> Simulation:
         """The plan's schedule.
 
         Raises:
@@ -416,7 +416,7 @@ class Simulator:
         for e in edges:
             if e.delay:
                 priced[move_name(nodes[e.writer].name, nodes[e.reader].name)] = e.delay
-        return Schedule(
+        return Simulation(
             seconds=seconds,
             over_bytes=max(0.0, peak - self.cluster.memory_bytes),
             peak_bytes=peak,
@@ -434,7 +434,7 @@ def simulate(
     corrections: Corrections = NONE,
     *,
     iterations: int = 0,
-) -> Schedule:
+) -> Simulation:
     """One plan's schedule; `Simulator` is quicker for many.
 
     Raises:

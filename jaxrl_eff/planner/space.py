@@ -1,7 +1,7 @@
 """Which plans there are: legal meshes, strategies on a mesh, and what is worth keeping of both.
 
 A *mesh* is a run of devices that never leaves holes: whole consecutive hosts, or 2^k devices of one
-host at a multiple of their number. A *strategy* says how a call is parallelised on a mesh: ReaL's
+host at a multiple of their number. A *strategy* says how a call is parallelized on a mesh: ReaL's
 (data, tensor, stage), or (data, fsdp, tensor) for plans that this package executes. Meshes of one
 size are alike, so a strategy is priced once a size (`candidates`), not once a mesh.
 
@@ -121,7 +121,7 @@ def strategies(
     length: int = 0,
     packed: bool = False,
 ) -> tuple[Strategy, ...]:
-    """Ways to parallelise a call on `count` devices.
+    """Ways to parallelize a call on `count` devices.
 
     Args:
         count: devices of the mesh.

@@ -14,7 +14,7 @@ so the network hides from T* = V F (N - 1) / (p N A B) tokens on, whatever the s
 
 import dataclasses
 
-from jaxrl_eff.parallel.zero.levels import LADDER, Rung
+from jaxrl_eff.parallel.zero.levels import LADDER, ZeroLevel
 from jaxrl_eff.planner import packed_rows
 from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.problem import Problem, Work
@@ -51,7 +51,7 @@ class Advice:
         )
 
 
-def volume(rung: Rung) -> float:
+def volume(rung: ZeroLevel) -> float:
     """V: bytes that a node receives for an update, over those of the model in 16 bits.
 
     Scales of blocks are left out: 0.8 % of int8 codes and 1.6 % of int4 codes in blocks of 256.
@@ -60,7 +60,7 @@ def volume(rung: Rung) -> float:
     return (1 if rung.secondary else 2) * weights / 16 + rung.grad_bits / 16
 
 
-def break_even(cluster: Cluster, rung: Rung, *, passes: float | int = 3) -> float:
+def break_even(cluster: Cluster, rung: ZeroLevel, *, passes: float | int = 3) -> float:
     """T*, tokens of a device and an update; 0 where there is no second node."""
     nodes = cluster.devices / cluster.domain
     if nodes <= 1:

@@ -19,7 +19,7 @@ from jaxrl_eff import tree
 from jaxrl_eff.models import attention
 from jaxrl_eff.models import params as params_
 from jaxrl_eff.models.config import LMConfig
-from jaxrl_eff.models.transformer import Cache, apply, computed, unembed, unstack
+from jaxrl_eff.models.transformer import Cache, apply, cast_for_decode, unembed, unstack_layers
 from jaxrl_eff.peft import lora, quantized
 from jaxrl_eff.rollout import cache as kv
 from jaxrl_eff.rollout.sampling import Sampling, draw, ends, uniforms
@@ -84,11 +84,11 @@ def sample(
         sample_ = jnp.tile(jnp.arange(sampling.samples, dtype=jnp.int32), len(prompt))
         uniform = uniforms(key, group * sampling.samples + sample_, sampling.max_tokens)
         # Once for all tokens; LoRA's few numbers are as quick beside the kernels.
-        params = lora.merge(cfg, computed(cfg, params), low_rank=False)
+        params = lora.merge(cfg, cast_for_decode(cfg, params), low_rank=False)
         params = lora.with_norms(cfg, params)
         hidden, cache = _read(cfg, params, prompt, length, attend)
-        if unstacked and not quantized.inside(params):  # or all would be dequantised at once
-            params, cache = unstack(cfg, params), kv.unstack(cache)
+        if unstacked and not quantized.inside(params):  # or all would be dequantized at once
+            params, cache = unstack_layers(cfg, params), kv.unstack(cache)
         cache = kv.repeat(cache, sampling.samples)
         logits = jnp.repeat(unembed(cfg, params, hidden), sampling.samples, axis=0)
         state = _begin(sampling, uniform, jnp.repeat(length, sampling.samples), cache)
@@ -105,7 +105,7 @@ def sample(
 
 
 def small(params: PyTree) -> bool:
-    """Whether parameters are better taken apart before decoding (`models.unstack`)."""
+    """Whether parameters are better taken apart before decoding (`models.unstack_layers`)."""
     on_cpu = jax.default_backend() == "cpu"
     return tree.nbytes(params) <= (UNSTACK_BYTES_CPU if on_cpu else UNSTACK_BYTES)
 

@@ -28,7 +28,7 @@ class Sampling:
             at the price of compiling the loop so many times; never changes a token.
         unstack: take the parameters of the layers apart before decoding. Faster, but it copies
             them once and compile time grows with depth. None: below 256 MiB on a CPU, 16 GiB
-            elsewhere. A quantised base is never taken apart.
+            elsewhere. A quantized base is never taken apart.
     """
 
     max_tokens: int

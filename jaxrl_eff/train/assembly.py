@@ -20,7 +20,7 @@ from jaxrl_eff.algorithms import Rollout
 from jaxrl_eff.checkpoints import read_config
 from jaxrl_eff.core import Graph, Placement, Spec, Step, packed, plan_rules
 from jaxrl_eff.data import fates, loader
-from jaxrl_eff.data.balance.balanced_loader import Scheduled
+from jaxrl_eff.data.balance.balanced_loader import BalancedLoader
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.models import LMConfig
 from jaxrl_eff.models.config import Rope
@@ -61,7 +61,7 @@ class Stage:
     lms: dict[str, LMConfig]
     origins: dict[str, tuple[str, str]]
     step: Step
-    loader: loader.Loader | Scheduled
+    loader: loader.Loader | BalancedLoader
     batch: dict[str, jax.ShapeDtypeStruct] | list[dict[str, dict[str, jax.ShapeDtypeStruct]]]
     evaluation: Evaluation | None
     schedules: dict[str, Any]
@@ -72,8 +72,8 @@ class Stage:
     notes: tuple[str, ...] = ()
 
     def told(self) -> dict[str, Any]:
-        """Of a scheduled stage: what schedules are made for, see `Scheduled.told`."""
-        return (self.loader if isinstance(self.loader, Scheduled) else self.step).told()
+        """Of a scheduled stage: what schedules are made for, see `BalancedLoader.told`."""
+        return (self.loader if isinstance(self.loader, BalancedLoader) else self.step).told()
 
     @property
     def trained(self) -> str:

@@ -18,7 +18,7 @@ from jaxrl_eff import tree
 from jaxrl_eff.core import Graph, Placement, Spec, mixed, packed, program_order
 from jaxrl_eff.data import loader
 from jaxrl_eff.data.balance.assignment import Shape
-from jaxrl_eff.data.balance.balanced_loader import Scheduled
+from jaxrl_eff.data.balance.balanced_loader import BalancedLoader
 from jaxrl_eff.data.balance.cost import Cost
 from jaxrl_eff.data.balance.shapes import fitted, lattice
 from jaxrl_eff.models import LMConfig
@@ -55,13 +55,13 @@ class Long:
     lengths: list[int]
     measure: bool = True
 
-    def batches(self, source: loader.Loader, *, pad: int) -> Scheduled:
+    def batches(self, source: loader.Loader, *, pad: int) -> BalancedLoader:
         """Its loader, from one that gives an example a row."""
         place = next(iter(self.step.plan.values()))
         # Processes that cannot tell each other their schedules plan alike by a cost that stays.
         group = processes.group()
         alike = jax.process_count() == 1 or group is not None
-        return Scheduled(
+        return BalancedLoader(
             source, groups=place.row_shards, parts=place.seq, room=self.room, cost=self.cost,
             shapes=self.shapes, lengths=self.lengths, pad=pad, group=group,
             measure=self.measure and alike,
@@ -188,7 +188,7 @@ def rollouts(
         mine["error"] = str(error)
     # Rates of CPUs are measured, by every process for itself.
     said: dict[str, Any] = {}
-    for text in reversed(program_order.told(json.dumps(mine))):
+    for text in reversed(program_order.texts_of_all(json.dumps(mine))):
         said |= json.loads(text)
     if "error" in said:
         raise ValueError(said["error"])
@@ -252,7 +252,7 @@ def guessed(
 
 def expected(
     s: ScheduleSettings, graph: Graph, prompts: Sequence[int] | np.ndarray, answer: int
-) -> dict[str, problem.Packed]:
+) -> dict[str, problem.ExpectedRows]:
     """What a planner may expect of the rows of the calls that will be packed.
 
     All pools of `guessed` count alike.
@@ -263,7 +263,7 @@ def expected(
     """
     responses = packed_rows.guessed(np.concatenate(guessed([0], answer)))
     prompt = round(float(np.mean(np.asarray(prompts))))
-    found = problem.Packed(prompt, responses, s.room)
+    found = problem.ExpectedRows(prompt, responses, s.room)
     return {c.name: found for c in graph.calls if packed.prefix_of(c) is not None}
 
 
@@ -319,7 +319,9 @@ def needed(
     """
     step = make().build([of_shape(names, shape, place) for shape in shapes])
     mine = max(v["bytes"] for v in step.analysis().values()) + _beside(step)
-    return max(map(float, program_order.told(repr(float(mine)))))  # all try the same sizes next
+    return max(
+        map(float, program_order.texts_of_all(repr(float(mine))))
+    )  # all try the same sizes next
 
 
 def _beside(step: mixed.Mixed) -> float:

@@ -36,7 +36,7 @@ def write(assembled: Any, done: Any, workdir: Path, console: Any) -> Path:
     that is in no directory yet. Sparse changes of a model from a directory are also written as a
     delta file.
 
-    A quantised base is dequantised, not read again from where it came: adapters were trained beside
+    A quantized base is dequantized, not read again from where it came: adapters were trained beside
     its codes and make up for some of what these lose.
     """
     stage, role = done.stage, done.stage.trained

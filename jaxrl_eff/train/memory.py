@@ -17,7 +17,7 @@ class Footprint(NamedTuple):
     """Bytes that the fullest device holds of one model.
 
     Attributes:
-        parameters: adapters included; of quantised kernels codes and scales.
+        parameters: adapters included; of quantized kernels codes and scales.
         state: of the optimizer, with indices, original values and remainders, and what rounding
             left over of gradients that were sent, and what nodes hold of weights whose differences
             are sent.

@@ -24,7 +24,7 @@ from jaxrl_eff.data import toys
 from jaxrl_eff.data.tokenizer import Tokenizer
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.optim import optimizer, warmup_then
-from jaxrl_eff.parallel import Changes
+from jaxrl_eff.parallel import SyncConfig
 from jaxrl_eff.parallel.zero import levels
 from jaxrl_eff.peft import lora, ways
 from jaxrl_eff.rollout import Sampling
@@ -81,15 +81,15 @@ def loss_of(s: StageSettings, name: str) -> Any:
     return build(ALGORITHMS[s.algorithm].config, s.loss, f"config.{name}.loss")
 
 
-def changes_of(s: StageSettings) -> Changes | None:
+def changes_of(s: StageSettings) -> SyncConfig | None:
     """How trained weights are synced, if not as a whole."""
     if s.sync.name == "whole":
         return None
     if s.sync.name in ("int8", "int4"):
-        return Changes(bits=int(s.sync.name.removeprefix("int")), every=s.sync.every)
+        return SyncConfig(bits=int(s.sync.name.removeprefix("int")), every=s.sync.every)
     sparse = [part.density for part in s.adapt.values() if part.name in ways.SCHEDULES]
     capacity = s.sync.capacity or min(1.0, 2 * max(sparse, default=0.025))
-    return Changes(capacity=capacity, every=s.sync.every)
+    return SyncConfig(capacity=capacity, every=s.sync.every)
 
 
 def nodes_of(s: StageSettings) -> int:
@@ -108,7 +108,7 @@ def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
     """
     if not s.zero.name or spec.tx is None or lm is None:
         return spec
-    rung = levels.rung(s.zero.name)
+    rung = levels.zero_level(s.zero.name)
     if s.zero.name == "exact" and lm.dtype == "float32":
         rung = dataclasses.replace(rung, weight_bits=32, grad_bits=32)
     for other, there in (
@@ -119,7 +119,7 @@ def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
             raise ValueError(f"name is {s.zero.name!r}, which does not go with {other}.")
     if isinstance(spec.tx, Adaptation):
         spec = ways.in_every_node(spec)
-    plan = levels.Plan(rung, block=s.zero.block, dtype=lm.dtype, nodes=s.zero.nodes)
+    plan = levels.ZeroConfig(rung, block=s.zero.block, dtype=lm.dtype, nodes=s.zero.nodes)
     return spec._replace(sends=plan)
 
 

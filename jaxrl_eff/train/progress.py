@@ -14,7 +14,7 @@ import numpy as np
 from jaxrl_eff import core
 from jaxrl_eff.core import packed
 from jaxrl_eff.core.timing import StepTimes
-from jaxrl_eff.data.balance.assignment import Schedule, quality
+from jaxrl_eff.data.balance.assignment import Assignment, quality
 from jaxrl_eff.models import params
 from jaxrl_eff.parallel import devices
 from jaxrl_eff.train.assembly import Stage
@@ -65,7 +65,7 @@ class Dispatched:
     metrics: dict[str, jax.Array]
     times: StepTimes
     lengths: np.ndarray
-    schedule: Schedule | None = None
+    schedule: Assignment | None = None
     counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -214,7 +214,7 @@ class StepLog:
             out[c.name] = Volume(rows * prompts.tokens, rows * prompts.squares)
         return out
 
-    def _of_schedule(self, schedule: Schedule) -> dict[str, float]:
+    def _of_schedule(self, schedule: Assignment) -> dict[str, float]:
         """A schedule in numbers; tells the loader how long it took."""
         seconds = self._window[-1][0] - self._window[-2][0] if len(self._window) > 1 else 0.0
         if self._scheduled:  # the first step has more to do

@@ -91,7 +91,7 @@ def search(
 
 def _from_first(plan: Mapping[str, Placement]) -> dict[str, Placement]:
     fields = {k: dataclasses.asdict(p) for k, p in plan.items()}
-    sent = program_order.told(json.dumps(fields))[0]
+    sent = program_order.texts_of_all(json.dumps(fields))[0]
     return {
         k: Placement(**{**fields, "devices": tuple(fields["devices"])})
         for k, fields in json.loads(sent).items()

@@ -51,14 +51,14 @@ def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
 
 
 class _Keep(NamedTuple):
-    """Quantises parameters one by one, as they are read.
+    """Quantizes parameters one by one, as they are read.
 
     Attributes:
         kept: which, and how.
         where: shardings of what is kept.
     """
 
-    kept: quantized.Quantised
+    kept: quantized.Quantized
     where: Any
 
     def __call__(self, name: str, x: jax.Array) -> dict[str, jax.Array]:
@@ -106,7 +106,7 @@ def _kept(params_: Any, keep: _Keep | None) -> Any:
 
 
 def merged(lm: LMConfig, params_: Any) -> Any:
-    """Parameters with adapters merged into their kernels, dequantised; others as they are."""
+    """Parameters with adapters merged into their kernels, dequantized; others as they are."""
     where = jax.tree.map(lambda x: x.sharding, lora.base(params_))
     where = quantized.plain_layout(where)
     if jax.tree.structure(where) == jax.tree.structure(params_):

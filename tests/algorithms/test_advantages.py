@@ -110,10 +110,10 @@ def groups(seed=0, prompts=4, samples=3):
     return device(rng.normal(size=group.shape), group)
 
 
-def test_group_normalised_equals_the_loop_in_any_row_order():
+def test_group_normalized_equals_the_loop_in_any_row_order():
     score, group = groups()
     for scale in (True, False):
-        out = advantages.group_normalised(score, group, scale_by_std=scale, eps=1e-4)
+        out = advantages.group_normalized(score, group, scale_by_std=scale, eps=1e-4)
         for i in range(score.shape[0]):
             same = np.asarray(score, np.float64)[np.asarray(group == group[i])]
             expected = float(score[i]) - same.mean()
@@ -125,7 +125,7 @@ def test_a_group_of_equal_scores_or_of_one_row_has_no_advantage():
     score = jnp.asarray([0.1, 0.1, 0.1, 5.0], jnp.float32)
     group = jnp.asarray([0, 0, 0, 1], jnp.int32)
     for scale in (True, False):
-        assert not advantages.group_normalised(score, group, scale_by_std=scale).any()
+        assert not advantages.group_normalized(score, group, scale_by_std=scale).any()
     np.testing.assert_array_equal(advantages.group_spread(score, group), [0, 0, 0, 0])
 
 
@@ -140,7 +140,7 @@ def test_leave_one_out_equals_the_loop():
 @pytest.mark.parametrize("samples", [2, 3, 8])
 def test_leave_one_out_is_the_centred_score_times_r_over_r_minus_one(samples):
     score, group = groups(2, samples=samples)
-    centred = advantages.group_normalised(score, group, scale_by_std=False)
+    centred = advantages.group_normalized(score, group, scale_by_std=False)
     np.testing.assert_allclose(
         advantages.leave_one_out(score, group),
         centred * samples / (samples - 1),

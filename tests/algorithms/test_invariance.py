@@ -268,19 +268,19 @@ def test_grpo_policy_loss_equals_the_loop(fields):
     np.testing.assert_allclose(value, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-def test_dpo_equals_the_loop(normalised):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_dpo_equals_the_loop(normalized):
     seqs, terms, margins = sequences(), [], []
     ratio = [
         (new_logp(s)[0] - s["ref_logp"])[s["mask"] > 0].sum()
-        / (s["mask"].sum() if normalised else 1)
+        / (s["mask"].sum() if normalized else 1)
         for s in seqs
     ]
     for chosen, rejected in ((0, 1), (2, 3)):
         z = 0.3 * (ratio[chosen] - ratio[rejected])
         terms.append(np.log1p(np.exp(-z)))
         margins.append(z)
-    value, _, seen = outcome(pair_loss(beta=0.3, length_normalised=normalised), seqs, *PAIRED)
+    value, _, seen = outcome(pair_loss(beta=0.3, length_normalised=normalized), seqs, *PAIRED)
     np.testing.assert_allclose(value, np.mean(terms), rtol=1e-5)
     np.testing.assert_allclose(seen["margin"], np.mean(margins), rtol=1e-5)
     np.testing.assert_allclose(seen["accuracy"], np.mean(np.array(margins) > 0))

@@ -80,7 +80,7 @@ def test_what_was_trained_whole_is_in_the_file(base, tmp_path):
         peft_files.save_peft(tmp_path, cfg, params, whole=("layers/attn/q/kernel",))
 
 
-def test_rank_stabilised_files_of_peft_are_read(base, tmp_path):
+def test_rank_stabilized_files_of_peft_are_read(base, tmp_path):
     peft_files.save_peft(tmp_path, CFG, adapted(base, "lora"))
     path = tmp_path / "adapter_config.json"
     config = json.loads(path.read_text())

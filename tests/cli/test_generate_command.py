@@ -16,7 +16,7 @@ import pytest
 from jaxrl_eff.checkpoints.hf_load import save_hf
 from jaxrl_eff.cli import generate
 from jaxrl_eff.data.tokenizer import CharTokenizer
-from jaxrl_eff.models import LMConfig, init, unstack
+from jaxrl_eff.models import LMConfig, init, unstack_layers
 from jaxrl_eff.rollout import Sampling, sample
 
 DATA = Path(os.environ.get("JAXRL_EFF_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -56,7 +56,7 @@ def test_streamed_tokens_are_those_of_the_rollout(params, temperature, key):
     wanted = np.asarray(out["tokens"][0])[np.asarray(out["mask"][0]) > 0].tolist()
     if wanted[-1] == 2:
         wanted = wanted[:-1]
-    for mine in (params, jax.jit(unstack, static_argnums=0)(CFG, params)):
+    for mine in (params, jax.jit(unstack_layers, static_argnums=0)(CFG, params)):
         assert list(generate.stream(CFG, mine, sampling, prompt, key)) == wanted
 
 

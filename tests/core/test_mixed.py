@@ -14,7 +14,7 @@ from jaxrl_eff.algorithms import dpo, reward_model, sft
 from jaxrl_eff.core import Placement, Spec, mixed
 from jaxrl_eff.data import packing
 from jaxrl_eff.data.balance import skrull
-from jaxrl_eff.data.balance.assignment import Schedule, Shape
+from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.data.balance.balanced_loader import arrange
 from jaxrl_eff.data.balance.cost import Model, cost_of
 from jaxrl_eff.models import LMConfig, params
@@ -129,7 +129,7 @@ def at_random(these, seed):
         steps.append(s), groups.append(g), ranks.append(r)
     lengths = np.array([sum(len(ids) for ids, _ in u) for u in these])
     places = (np.array(x, np.int32) for x in (steps, groups, ranks))
-    return Schedule(lengths, 2, 2, 40, COST, tuple(shapes), *places, 1.0, "any", {})
+    return Assignment(lengths, 2, 2, 40, COST, tuple(shapes), *places, 1.0, "any", {})
 
 
 def check(got, want, moved_from):

@@ -16,7 +16,7 @@ from jaxrl_eff.cli import report
 from jaxrl_eff.core import Graph, Placement, Spec, infer, packed, shardings, train
 from jaxrl_eff.core import step as dataflow
 from jaxrl_eff.data.balance import balanced_loader, skrull
-from jaxrl_eff.data.balance.assignment import Schedule, Shape
+from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.data.balance.cost import Model, cost_of
 from jaxrl_eff.parallel.attention.context import current_layout
 from jaxrl_eff.train import assembly, balanced, state, summary, writer
@@ -71,7 +71,7 @@ def at_random(lengths, *, groups, parts, room, cost, shapes, seed, kind=""):
         free[s][g, r] -= n
         places.append((s, g, r))
     step, group, rank = np.array(places, np.int32).T
-    return Schedule(
+    return Assignment(
         np.asarray(lengths), groups, parts, room, cost, tuple(taken), step, group, rank, 1.0, "", {}
     )
 

@@ -9,7 +9,7 @@ import launch
 import numpy as np
 import pytest
 
-from jaxrl_eff.parallel import Changes, Placement, Route, Sync, rules
+from jaxrl_eff.parallel import Placement, Route, SyncConfig, WeightSync, rules
 from jaxrl_eff.train import assembly, parts, state
 
 AXES = {"base": ("embed", "heads"), "head": ("embed",), "low": ("embed",)}
@@ -31,7 +31,9 @@ def tree(seed, base=None):
 
 def test_a_copy_is_what_a_route_gives_and_still_arrays_go_once():
     first = tree(0)
-    sync = Sync(first, TARGET, still=STILL, changes=Changes(0.5, every=3, dense_below=1)).compile()
+    sync = WeightSync(
+        first, TARGET, still=STILL, changes=SyncConfig(0.5, every=3, dense_below=1)
+    ).compile()
     route, before, now = Route(first, TARGET), None, first
     for t in range(6):
         now = tree(t, first["base"] if t < 4 else tree(9)["base"] if t == 4 else now["base"])

@@ -19,7 +19,7 @@ from jaxrl_eff import core, tree
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.core import lowering
 from jaxrl_eff.core.graph import Spec
-from jaxrl_eff.core.shardings import Layouts
+from jaxrl_eff.core.shardings import Shardings
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.models.transformer import SAVED
 from jaxrl_eff.parallel import Placement, hlo_bytes
@@ -37,10 +37,10 @@ NODES = Placement(EVERY, dcn=2, fsdp=4)
 
 def sends(name, **changes):
     """A rung; "exact" in float32."""
-    rung = levels.rung(name)
+    rung = levels.zero_level(name)
     if name == "exact":
         rung = dataclasses.replace(rung, weight_bits=32, grad_bits=32)
-    return levels.Plan(dataclasses.replace(rung, **changes), block=64)
+    return levels.ZeroConfig(dataclasses.replace(rung, **changes), block=64)
 
 
 WIDE = dict(weight_bits=32, grad_bits=32, delta_bits=32, hadamard=False, feedback=False)
@@ -182,7 +182,9 @@ def adapted(plan, lm=LM, **changes):
 
 
 def laid_out(place, of, lm=LM):
-    return Layouts(sft.graph(sft.SFTConfig(), {"actor": lm}), {"actor_train": place}, {"actor": of})
+    return Shardings(
+        sft.graph(sft.SFTConfig(), {"actor": lm}), {"actor_train": place}, {"actor": of}
+    )
 
 
 def traffic(place, plan, lm=LM, fn=None, more=1, of=None):
@@ -191,7 +193,7 @@ def traffic(place, plan, lm=LM, fn=None, more=1, of=None):
     (c,) = graph.calls
     c = dataclasses.replace(c, fn=fn or c.fn, epochs=more)
     graph = dataclasses.replace(graph, calls=(c,))
-    there = Layouts(graph, {c.name: place}, {"actor": of or spec(plan, lm)})
+    there = Shardings(graph, {c.name: place}, {"actor": of or spec(plan, lm)})
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch().items()}
     jaxpr = lowering.trace(there, c, there.rows(c, shapes)).jaxpr
     return there.sharded[c.name].traffic(jaxpr)
@@ -250,7 +252,9 @@ def test_every_update_sends_as_much():
 def test_a_model_crosses_the_slow_axis_as_often_as_the_ladder_says(name, passes):
     """But for embeddings, which are gathered once."""
     lm = LM.replace(width=256, ffn=1024, head_dim=128, qkv_bias=False, dtype="bfloat16")
-    plan = dataclasses.replace(sends(name), rung=levels.rung(name), block=256, dtype="bfloat16")
+    plan = dataclasses.replace(
+        sends(name), rung=levels.zero_level(name), block=256, dtype="bfloat16"
+    )
     for k in (1, 2):
         found = traffic(dataclasses.replace(NODES, microbatches=k), plan, lm)
         least = passes - (name == "exact" and k > 1)  # micro-batches share what was gathered

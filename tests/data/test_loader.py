@@ -18,7 +18,7 @@ KINDS = ("sft", "preference", "prompts")
 
 
 def rows():
-    """Example i is made of ids that say i, so that it is recognised wherever it lands."""
+    """Example i is made of ids that say i, so that it is recognized wherever it lands."""
     sizes = np.random.default_rng(0).integers(2, 9, N)
     return [{"ids": [100 * (i + 1) + j for j in range(n)]} for i, n in enumerate(sizes)]
 

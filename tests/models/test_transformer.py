@@ -73,14 +73,14 @@ def test_unrolled_and_unstacked_layers_are_the_scanned_ones(full):
     data = rows(FULL)
     scanned, _ = apply(FULL.replace(unroll=1), full, data)
     unrolled, _ = apply(FULL.replace(unroll=3), full, data)
-    unstacked, _ = apply(FULL, models.unstack(FULL, full), data)
+    unstacked, _ = apply(FULL, models.unstack_layers(FULL, full), data)
     np.testing.assert_allclose(scanned, unrolled, atol=1e-5)
     np.testing.assert_allclose(scanned, unstacked, atol=1e-5)
 
 
 def test_parameters_narrowed_beforehand_give_the_same_bits(full):
     cfg = FULL.replace(dtype="bfloat16")
-    narrow = models.computed(cfg, full)
+    narrow = models.cast_for_decode(cfg, full)
     kinds = {x.dtype.name for x in jax.tree.leaves(narrow)}
     assert kinds == {"bfloat16", "float32"}  # norms are used in float32
     wide, _ = apply(cfg, full, rows(cfg))
@@ -147,7 +147,7 @@ def test_gated_units_have_the_gradient_of_their_formula(key):
 @pytest.mark.parametrize("stacked", [True, False])
 def test_reading_in_two_pieces_through_the_cache_is_reading_at_once(full, stacked):
     data = rows(FULL)
-    params = full if stacked else models.unstack(FULL, full)
+    params = full if stacked else models.unstack_layers(FULL, full)
     at_once, _ = apply(FULL, full, data)
     memory = cache.empty(FULL, 2, 12, stacked=stacked)
     pieces = []

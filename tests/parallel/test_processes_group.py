@@ -13,7 +13,7 @@ import pytest
 
 from jaxrl_eff.data import loader
 from jaxrl_eff.data.balance import assignment, skrull
-from jaxrl_eff.data.balance.balanced_loader import Scheduled, heard, told
+from jaxrl_eff.data.balance.balanced_loader import BalancedLoader, heard, told
 from jaxrl_eff.data.balance.cost import Model, cost_of
 from jaxrl_eff.parallel import processes as peers
 from jaxrl_eff.parallel.attention import kernels
@@ -256,7 +256,7 @@ def iterator(group, seed=0):
     )  # fmt: skip
     with peers.joined(group):
         how = {"cost": COST, "shapes": SHAPES, "group": group}
-        return Scheduled(batches, groups=2, parts=2, room=32, **how)
+        return BalancedLoader(batches, groups=2, parts=2, room=32, **how)
 
 
 def test_measured_times_of_other_processes_change_no_batch(three):

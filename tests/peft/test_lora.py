@@ -148,7 +148,7 @@ def test_merging_an_adapter_gives_the_same_logits(base, rows, kind):
     np.testing.assert_allclose(beside_, hidden(CFG, merged, rows), rtol=1e-4, atol=1e-4)
     assert float(jnp.abs(beside_ - hidden(CFG, base, rows)).max()) > 1e-2
     jax.tree.map(np.testing.assert_array_equal, lora.base(params), base)
-    apart = hidden(CFG, models.unstack(CFG, params), rows)
+    apart = hidden(CFG, models.unstack_layers(CFG, params), rows)
     np.testing.assert_allclose(beside_, apart, rtol=1e-5, atol=1e-5)
 
 

@@ -75,9 +75,9 @@ BLOCKS = [Block(3, 8), Block(3, 32), Block(2, 20)]
 @pytest.mark.parametrize("block", BLOCKS)
 def test_int8_is_within_half_a_step(block):
     x = kernel((3, 5, 40, 32))
-    leaves = quantized.quantise(x, "int8", block)
+    leaves = quantized.quantize(x, "int8", block)
     assert leaves["kernel_codes"].dtype == jnp.int8 and leaves["kernel_codes"].shape == x.shape
-    got, step = np.asarray(quantized.dequantise(leaves, jnp.float32)), by_hand(x, block) / 127
+    got, step = np.asarray(quantized.dequantize(leaves, jnp.float32)), by_hand(x, block) / 127
     assert np.all(np.abs(got - x) <= step * (0.5 + 1e-4))
     assert np.abs(got - x).max() > 0.4 * step.min()
 
@@ -85,10 +85,10 @@ def test_int8_is_within_half_a_step(block):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_nf4_takes_the_nearest_code(block):
     x = kernel((3, 5, 40, 32))
-    leaves = quantized.quantise(x, "nf4", block)
+    leaves = quantized.quantize(x, "nf4", block)
     half = tuple(n // 2 if i == block.axis else n for i, n in enumerate(x.shape))
     assert leaves["kernel_codes"].dtype == jnp.uint8 and leaves["kernel_codes"].shape == half
-    got, top = np.asarray(quantized.dequantise(leaves, jnp.float32)), by_hand(x, block)
+    got, top = np.asarray(quantized.dequantize(leaves, jnp.float32)), by_hand(x, block)
     every = np.abs(top[..., None] * NF4 - np.asarray(x)[..., None])
     np.testing.assert_allclose(np.abs(got - x), every.min(-1), atol=1e-6)
 
@@ -98,11 +98,11 @@ def test_nf4_takes_the_nearest_code(block):
 def test_zeros_and_extremes_are_exact_and_twice_is_once(kind, dtype):
     block = Block(3, 16)
     x = kernel(dtype=dtype)
-    leaves = quantized.quantise(x, kind, block)
-    got = np.asarray(quantized.dequantise(leaves, dtype))
+    leaves = quantized.quantize(x, kind, block)
+    got = np.asarray(quantized.dequantize(leaves, dtype))
     exact = (np.asarray(x) == 0) | (np.abs(np.asarray(x, np.float32)) == by_hand(x, block))
     np.testing.assert_array_equal(got[exact], np.asarray(x)[exact])
-    again = quantized.quantise(jnp.asarray(got), kind, block)
+    again = quantized.quantize(jnp.asarray(got), kind, block)
     jax.tree.map(np.testing.assert_array_equal, again, leaves)
 
 
@@ -130,7 +130,7 @@ def test_blocks_divide_what_no_plan_cuts(kind, axes, shape, tiles, want):
         (dict(name="lora", rank=2, base="int8"), CFG.replace(ffn=71), "mlp/down/kernel: .*71 num"),
     ],
 )
-def test_what_cannot_be_quantised_is_said(changes, cfg, message):
+def test_what_cannot_be_quantized_is_said(changes, cfg, message):
     with pytest.raises(ValueError, match=message):
         spec(cfg, **changes)
 
@@ -158,7 +158,7 @@ def started(way, kind):
     return of, tree.with_leaves(full, moved)
 
 
-def test_kernels_are_quantised_one_by_one_as_they_are_read(tmp_path):
+def test_kernels_are_quantized_one_by_one_as_they_are_read(tmp_path):
     checkpoints.save_hf(tmp_path, CFG, jax.tree.map(jnp.asarray, base()))
     kept = ways.kept_in_bits(settings.AdaptSettings(name="lora", rank=1, base="nf4"), CFG)
     seen = []
@@ -184,7 +184,7 @@ CASES = [
 
 @pytest.mark.parametrize("kind, way", CASES)
 def test_a_model_on_codes_is_the_model_on_what_they_mean(kind, way):
-    """Forward, gradients of adapters, and merged; what is trained whole is not quantised."""
+    """Forward, gradients of adapters, and merged; what is trained whole is not quantized."""
     of, ours = started(way, kind)
     theirs = jax.jit(lambda p: quantized.plain(p, jnp.float32))(ours)
     assert jax.tree.structure(params.abstract(CFG)) == jax.tree.structure(lora.base(theirs))
@@ -250,7 +250,7 @@ PROMPT = np.ones((2, 4), np.int32)
 PROMPTS = {"prompt": PROMPT, "prompt_length": PROMPT.sum(1)}
 
 
-def test_sampling_dequantises_layer_by_layer():
+def test_sampling_dequantizes_layer_by_layer():
     """At every token; never all kernels, before the loop over tokens or within it."""
     cfg = LARGE.replace(layers=8, windowed=(), unroll=0)
     of = spec(cfg, name="lora", rank=4, base="nf4")

@@ -10,15 +10,15 @@ from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.parallel import Placement
 from jaxrl_eff.planner import clusters, packed_rows, space, zero_advice
 from jaxrl_eff.planner.cost import call_cost
-from jaxrl_eff.planner.problem import Lengths, Packed
+from jaxrl_eff.planner.problem import ExpectedRows, Lengths
 from jaxrl_eff.planner.schedule_cost import cost_on, model_of
 from jaxrl_eff.planner.search import search
 from jaxrl_eff.train import balanced
 from jaxrl_eff.train.replan import _with_length
 
 H100 = clusters.parse("h100:1x8")
-HALF = Packed(256, Lengths((64, 256, 768), (0.5, 0.25, 0.25)))
-FULL = Packed(256, Lengths.all(768))
+HALF = ExpectedRows(256, Lengths((64, 256, 768), (0.5, 0.25, 0.25)))
+FULL = ExpectedRows(256, Lengths.all(768))
 
 
 def packed(found, size="1b", rows=256):
@@ -66,11 +66,11 @@ def test_the_price_is_that_of_the_whole_search_for_a_schedule(place):
 
 
 def test_shorter_responses_and_a_sequence_axis_for_long_ones_cost_less():
-    short = Packed(256, Lengths((32, 768), (0.95, 0.05)))
+    short = ExpectedRows(256, Lengths((32, 768), (0.95, 0.05)))
     costs = [price(packed(x), "actor_train", on(8)).seconds for x in (short, HALF, FULL)]
     assert costs == sorted(costs) and costs[0] < 0.5 * costs[-1]
     # One row of many is long: as one device's it would be waited for.
-    rare = Packed(64, Lengths((64, 60_000), (0.99, 0.01)))
+    rare = ExpectedRows(64, Lengths((64, 60_000), (0.99, 0.01)))
     problem = packed(rare, rows=64)
     works = tuple(
         dataclasses.replace(w, length=60_064, minibatches=1) if w.packed else w
@@ -123,6 +123,6 @@ def test_plans_are_searched_and_lengths_corrected():
 
 def test_what_is_guessed_of_responses_has_few_values_and_their_mean():
     pool = np.concatenate(balanced.guessed([0], 512))
-    found = Packed(0, packed_rows.guessed(pool))
+    found = ExpectedRows(0, packed_rows.guessed(pool))
     assert len(found.responses.tokens) <= 32 and found.responses.tokens[-1] == 512
     assert found.mean == pytest.approx(pool.mean(), rel=0.02)

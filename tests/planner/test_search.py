@@ -16,7 +16,7 @@ from jaxrl_eff.planner.clusters import parse
 from jaxrl_eff.planner.cost import NONE
 from jaxrl_eff.planner.problem import Problem, Role, Shape, Work
 from jaxrl_eff.planner.search import exhaustive, search
-from jaxrl_eff.planner.simulate import Schedule, simulate
+from jaxrl_eff.planner.simulate import Simulation, simulate
 
 STEPS = {
     "ppo": ppo(),
@@ -173,7 +173,7 @@ def test_found_is_no_worse_than_any_rule_and_its_plan_fits():
         "greedy",
     }
     for name, said in found.heuristics.items():
-        if isinstance(said, Schedule):
+        if isinstance(said, Simulation):
             assert found.schedule.seconds <= said.seconds * (1 + 1e-9)
             assert said.over_bytes == 0
             again = simulate(ppo("13b", "7b"), found.plans[name], cluster)

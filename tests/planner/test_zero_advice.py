@@ -3,7 +3,7 @@
 import pytest
 from steps import ppo
 
-from jaxrl_eff.parallel.zero.levels import rung
+from jaxrl_eff.parallel.zero.levels import zero_level
 from jaxrl_eff.planner import clusters, zero_advice
 
 
@@ -20,21 +20,25 @@ def v100(links):
     [("exact", 3), ("int8", 1), ("int4", 0.75), ("qgz", 0.75), ("int4_delta", 0.5)],
 )
 def test_volumes_are_those_of_the_ladder(name, passes):
-    assert zero_advice.volume(rung(name)) == passes
+    assert zero_advice.volume(zero_level(name)) == passes
 
 
 def test_one_slow_link_a_node_needs_4000_tokens_and_four_a_thousand():
     """Published: 2.2 times faster with 1,024 tokens over one link, 1.8 to 1.9 with 2,048."""
-    one, four = (zero_advice.break_even(v100(n), rung("exact")) for n in (1, 4))
+    one, four = (zero_advice.break_even(v100(n), zero_level("exact")) for n in (1, 4))
     assert one == pytest.approx(4000, rel=0.05) and four == pytest.approx(one / 4)
-    assert zero_advice.break_even(v100(1), rung("qgz")) == pytest.approx(one / 4)
-    assert zero_advice.break_even(v100(1), rung("exact"), passes=4) == pytest.approx(0.75 * one)
+    assert zero_advice.break_even(v100(1), zero_level("qgz")) == pytest.approx(one / 4)
+    assert zero_advice.break_even(v100(1), zero_level("exact"), passes=4) == pytest.approx(
+        0.75 * one
+    )
 
 
 def test_faster_networks_and_fewer_nodes_need_less():
     two, many = (clusters.parse(f"h100:{n}x8") for n in (2, 64))
-    assert zero_advice.break_even(two, rung("exact")) < zero_advice.break_even(many, rung("exact"))
-    assert zero_advice.break_even(clusters.parse("h100:8"), rung("exact")) == 0
+    assert zero_advice.break_even(two, zero_level("exact")) < zero_advice.break_even(
+        many, zero_level("exact")
+    )
+    assert zero_advice.break_even(clusters.parse("h100:8"), zero_level("exact")) == 0
 
 
 def test_advice_says_when_not_to():

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxrl_eff.cli import report
 from jaxrl_eff.cli.pages import plan_page, svg
-from jaxrl_eff.data.balance.assignment import Schedule
+from jaxrl_eff.data.balance.assignment import Assignment
 from jaxrl_eff.data.balance.baselines import Study, rows
 from jaxrl_eff.train.console import number
 
@@ -41,7 +41,7 @@ ranks waiting for the slowest, and fixed costs. Hold the pointer over a bar for 
     return text.replace("<!--body-->", body)
 
 
-def _drawn(s: Schedule) -> str:
+def _drawn(s: Assignment) -> str:
     ranks = s.groups * s.parts
     return f"The first {_MOST} of {ranks} ranks. " if ranks > _MOST else ""
 
@@ -80,7 +80,7 @@ def _table(found: Study) -> str:
     return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
 
-def timeline(s: Schedule) -> str:
+def timeline(s: Assignment) -> str:
     """The SVG of a batch: a row a rank, micro-step behind micro-step."""
     ranks = min(s.groups * s.parts, _MOST)
     seconds = s.rank_seconds().reshape(len(s.shapes), -1).max(1)
@@ -115,7 +115,7 @@ def _axis(total: float, left: float, scale: float, bottom: int) -> list[str]:
 
 
 def _step(
-    s: Schedule, j: int, start: float, tokens: Any, attention: Any, at: tuple, rank: int
+    s: Assignment, j: int, start: float, tokens: Any, attention: Any, at: tuple, rank: int
 ) -> str:
     """What one rank does in one micro-step, on the time axis of all."""
     left, y, scale = at

@@ -16,7 +16,7 @@ from jaxrl_eff.planner import packed_rows
 from jaxrl_eff.planner.clusters import GIB, Cluster
 from jaxrl_eff.planner.problem import Problem
 from jaxrl_eff.planner.search import Found
-from jaxrl_eff.planner.simulate import WARMUP, Schedule, Span
+from jaxrl_eff.planner.simulate import WARMUP, Simulation, Span
 from jaxrl_eff.train.console import number
 
 WIDTH, ROW, BAR, LANE = 1000, 40, 26, 5  # of the timeline, in its own units
@@ -69,7 +69,7 @@ def mesh(p: Placement) -> str:
     return (axes or "one device") + (f", {waits} in host memory" if waits else "")
 
 
-def time_parts(schedule: Schedule, call: str) -> list[tuple[str, float]]:
+def time_parts(schedule: Simulation, call: str) -> list[tuple[str, float]]:
     """(what for, share) of a call's seconds, largest first."""
     cost = schedule.costs[call]
     total = cost.seconds or 1.0
@@ -80,7 +80,7 @@ def time_parts(schedule: Schedule, call: str) -> list[tuple[str, float]]:
     return sorted(shares.items(), key=lambda kv: -abs(kv[1]))
 
 
-def moved(schedule: Schedule) -> list[tuple[str, float]]:
+def moved(schedule: Simulation) -> list[tuple[str, float]]:
     """(name, seconds) of reallocations and transfers, small ones as one."""
     small = {k: v for k, v in schedule.edges.items() if v < _SMALL * schedule.seconds}
     out = [(k, v) for k, v in schedule.edges.items() if k not in small]
@@ -108,7 +108,7 @@ class Bar(NamedTuple):
     end: float
 
 
-def bars(schedule: Schedule, hosted: Sequence[str] = ()) -> tuple[list[str], list[Bar]]:
+def bars(schedule: Simulation, hosted: Sequence[str] = ()) -> tuple[list[str], list[Bar]]:
     """Row labels, and what happens in two steps of the steady state.
 
     Args:
@@ -258,7 +258,7 @@ def _rules(planned: Planned) -> str:
     best = found.schedule.seconds
     rows = [("this plan", [(2, best, "")], f"{number(best)} s")]
     for name, said in found.heuristics.items():
-        if isinstance(said, Schedule):
+        if isinstance(said, Simulation):
             after = f"{number(said.seconds)} s, {said.seconds / best:.2f}×"
             rows.append((name, [(7, min(said.seconds, 6 * best), "")], after))
         else:
@@ -269,7 +269,7 @@ def _rules(planned: Planned) -> str:
 
 
 def _longer(found: Found) -> bool:
-    said = [s for s in found.heuristics.values() if isinstance(s, Schedule)]
+    said = [s for s in found.heuristics.values() if isinstance(s, Simulation)]
     return any(s.seconds > 6 * found.schedule.seconds for s in said)
 
 
@@ -316,7 +316,7 @@ def page(title: str, plans: Sequence[Planned]) -> str:
 def _stage(planned: Planned) -> str:
     found, schedule = planned.found, planned.found.schedule
     fullest = max(schedule.groups, key=lambda g: g.bytes)
-    rules = [s.seconds for s in found.heuristics.values() if isinstance(s, Schedule)]
+    rules = [s.seconds for s in found.heuristics.values() if isinstance(s, Simulation)]
     said = "proven: no plan is faster" if found.proven else f"{found.gap:.1%} above the bound"
     facts = [
         ("step", f"{number(schedule.seconds)} s", "predicted"),

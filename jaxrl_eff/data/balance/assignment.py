@@ -20,7 +20,7 @@ class Shape(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Schedule:
+class Assignment:
     """Where every sequence of a global batch is computed.
 
     Attributes:
@@ -124,7 +124,7 @@ class Quality(NamedTuple):
     token_balance: float
 
 
-def quality(schedule: Schedule) -> Quality:
+def quality(schedule: Assignment) -> Quality:
     """What a schedule costs and why."""
     ranks = schedule.groups * schedule.parts
     columns = sum(shape.columns for shape in schedule.shapes)

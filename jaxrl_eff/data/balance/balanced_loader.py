@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxrl_eff.data import packing
 from jaxrl_eff.data.balance import skrull
-from jaxrl_eff.data.balance.assignment import Schedule, Shape, quality
+from jaxrl_eff.data.balance.assignment import Assignment, Shape, quality
 from jaxrl_eff.data.balance.cost import Cost, refit
 from jaxrl_eff.data.loader import Loader
 
@@ -30,7 +30,7 @@ KEPT = 64  # measured steps, for the next fit
 NOWHERE = 2**31 - 1  # beyond any array
 
 
-def arrange(schedule: Schedule, units: Sequence[Unit], *, pad: int = 0) -> list[MicroBatch]:
+def arrange(schedule: Assignment, units: Sequence[Unit], *, pad: int = 0) -> list[MicroBatch]:
     """The rows of every micro-step, for G groups of P ranks.
 
     Args:
@@ -54,7 +54,7 @@ def arrange(schedule: Schedule, units: Sequence[Unit], *, pad: int = 0) -> list[
     ]
 
 
-def maps(schedule: Schedule, rows: Sequence[int] | np.ndarray, *, width: int) -> list[MicroBatch]:
+def maps(schedule: Assignment, rows: Sequence[int] | np.ndarray, *, width: int) -> list[MicroBatch]:
     """Where the tokens of every micro-step come from, if each sequence is the begin of a row.
 
     Args:
@@ -85,7 +85,7 @@ def maps(schedule: Schedule, rows: Sequence[int] | np.ndarray, *, width: int) ->
     return out
 
 
-def _rows(schedule: Schedule) -> list[dict[str, list[list[int]]]]:
+def _rows(schedule: Assignment) -> list[dict[str, list[list[int]]]]:
     """Which sequences are in each row of each micro-step, in their order."""
     groups, parts = schedule.groups, schedule.parts
     sizes = {"local": groups * parts, "shared": groups}
@@ -97,7 +97,7 @@ def _rows(schedule: Schedule) -> list[dict[str, list[list[int]]]]:
     return out
 
 
-def _lengths(schedule: Schedule) -> list[dict[str, int]]:
+def _lengths(schedule: Assignment) -> list[dict[str, int]]:
     """Tokens of a row of either kind in each micro-step."""
     return [
         {"local": shape.local, "shared": shape.distributed * schedule.parts}
@@ -108,7 +108,7 @@ def _lengths(schedule: Schedule) -> list[dict[str, int]]:
 _made = itertools.count()
 
 
-def told(schedule: Schedule) -> str:
+def told(schedule: Assignment) -> str:
     """A schedule as text, from which `heard` makes the same one beside the same lengths."""
     return json.dumps(
         {
@@ -122,7 +122,7 @@ def told(schedule: Schedule) -> str:
 
 def heard(
     text: str, lengths: Sequence[int], *, groups: int, parts: int, room: int, cost: Cost
-) -> Schedule:
+) -> Assignment:
     """The schedule that another process made of a batch; see `told`.
 
     Raises:
@@ -136,7 +136,7 @@ def heard(
         )
     shapes = tuple(Shape(*shape) for shape in there.pop("shapes"))
     places = {name: np.asarray(there.pop(name), np.int32) for name in ("step", "group", "rank")}
-    return Schedule(
+    return Assignment(
         lengths=mine, groups=groups, parts=parts, room=room, cost=cost, shapes=shapes,
         **places, **there,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def _digest(lengths: np.ndarray) -> str:
     return hashlib.sha256(np.asarray(lengths, np.int64).tobytes()).hexdigest()[:16]
 
 
-class Scheduled:
+class BalancedLoader:
     """An iterator over scheduled global batches; `state` and `restore` resume as a `Loader`'s.
 
     Of several processes the first one plans, by what it measures, and tells the others its
@@ -195,7 +195,7 @@ class Scheduled:
         self._seen: list[tuple[np.ndarray, float]] = []
         self._number, self._round = next(_made), 0
         self._peers = group
-        self.schedule: Schedule | None = None
+        self.schedule: Assignment | None = None
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
@@ -250,7 +250,7 @@ class Scheduled:
         padding = quality(self.schedule).padding if self.schedule is not None else 0.0
         return {**self._loader.stats(self.state()), "padding": padding}
 
-    def measured(self, schedule: Schedule, seconds: float) -> None:
+    def measured(self, schedule: Assignment, seconds: float) -> None:
         """Tells how long a batch took.
 
         Schedules made from then on are judged by a cost that explains the last steps better, if
@@ -298,7 +298,7 @@ class Scheduled:
         except BaseException as error:
             self._put(error)
 
-    def _planned(self, lengths: Sequence[int], which: str) -> Schedule | None:
+    def _planned(self, lengths: Sequence[int], which: str) -> Assignment | None:
         """The schedule of a batch, which all processes call the same; None when asked to stop."""
         key = f"schedule {which}"
         if self._peers is not None and self._peers.process:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrl_eff.data.balance import skrull
-from jaxrl_eff.data.balance.assignment import Schedule, Shape, quality
+from jaxrl_eff.data.balance.assignment import Assignment, Shape, quality
 from jaxrl_eff.data.balance.cost import Cost
 from jaxrl_eff.data.balance.shapes import lattice
 
@@ -23,8 +23,8 @@ class Study(NamedTuple):
     """
 
     shapes: tuple[Shape, ...] | None
-    schedules: list[Schedule]
-    rivals: dict[str, list[Schedule]]
+    schedules: list[Assignment]
+    rivals: dict[str, list[Assignment]]
 
 
 class Row(NamedTuple):
@@ -98,7 +98,7 @@ def rows(found: Study) -> list[Row]:
     ]
 
 
-def _row(name: str, schedules: list[Schedule], own: float) -> Row:
+def _row(name: str, schedules: list[Assignment], own: float) -> Row:
     qualities = [quality(s) for s in schedules]
     seconds = sum(q.seconds for q in qualities)
     weights = [q.seconds / seconds for q in qualities]

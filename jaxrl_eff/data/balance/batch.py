@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrl_eff.data.balance import rules
-from jaxrl_eff.data.balance.assignment import Schedule, Shape
+from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.data.balance.cost import Cost
 
 _EIGHTHS = 8  # of the room, for the shapes of a micro-step whose groups fit one by one only
@@ -369,14 +369,14 @@ class Batch:
         shared = [self.room * e // _EIGHTHS for e in range(1, _EIGHTHS)]
         return [Shape(self.room - d, d) for d in shared]
 
-    def schedule(self, plan: Plan, rule: str, candidates: dict[str, float]) -> Schedule:
+    def schedule(self, plan: Plan, rule: str, candidates: dict[str, float]) -> Assignment:
         """The plan by the sequences as they were given."""
         step, group, rank = (np.zeros(len(self.lengths), np.int32) for _ in range(3))
         for i, (_, parts) in enumerate(plan.steps):
             for g, p in enumerate(parts):
                 where = self.order[p.members]
                 step[where], group[where], rank[where] = i, g, p.places
-        return Schedule(
+        return Assignment(
             lengths=self.given,
             groups=self.groups,
             parts=self.parts,

@@ -269,7 +269,7 @@ def refit(
 ) -> Cost:
     """The cost whose constants explain measured steps best.
 
-    Minimises the relative errors sum_i (a_i.x / t_i - 1)^2 + trust^2 sum_j (x_j / x0_j - 1)^2 over
+    Minimizes the relative errors sum_i (a_i.x / t_i - 1)^2 + trust^2 sum_j (x_j / x0_j - 1)^2 over
     x >= 0. The second sum keeps near what they were the constants that the rows do not tell apart,
     as the two fixed costs when every step has as many micro-steps.
 

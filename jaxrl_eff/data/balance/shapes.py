@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxrl_eff.data.balance import skrull
-from jaxrl_eff.data.balance.assignment import Schedule, Shape
+from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.data.balance.batch import Batch
 from jaxrl_eff.data.balance.cost import Cost
 
@@ -143,7 +143,7 @@ def _depths(
     return sorted({tuple(sorted({*low, top})) for low in lows for top in tops})
 
 
-def _on(schedule: Schedule, depths: tuple[int, ...], multiple: int) -> list[Shape]:
+def _on(schedule: Assignment, depths: tuple[int, ...], multiple: int) -> list[Shape]:
     """The shapes of a schedule's micro-steps with one of these numbers of distributed columns.
 
     Micro-steps that fit none of them are left out.

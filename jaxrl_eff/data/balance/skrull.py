@@ -7,7 +7,7 @@ roll-back repaired), by balance, and all distributed, as packed context parallel
 least estimated time wins, so a plan is estimated no slower than those two; and it fits memory.
 
 All groups run one program at a micro-step, so they share its shape and wait for the slowest: what
-is minimised is the sum over micro-steps of the largest time of a group, not, as in the paper's
+is minimized is the sum over micro-steps of the largest time of a group, not, as in the paper's
 equation 8, the largest sum. The same batch in another order is planned the same way, and ties go
 to the lower index, so every host can plan for itself.
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from jaxrl_eff.data.balance.assignment import Quality, Schedule, Shape, quality
+from jaxrl_eff.data.balance.assignment import Assignment, Quality, Shape, quality
 from jaxrl_eff.data.balance.batch import Batch, Cut, Part, Plan
 from jaxrl_eff.data.balance.cost import Cost
 
@@ -41,7 +41,7 @@ def plan(
     more: int = MORE,
     slacks: Sequence[float | int] = SLACKS,
     finalists: int = FINALISTS,
-) -> Schedule:
+) -> Assignment:
     """The schedule of a global batch that is estimated to take least.
 
     For every number of micro-steps, from the fewest to `more` beyond, sequences are cut into
@@ -105,7 +105,7 @@ class _Search:
             self.best[rule] = plan, way
             self.seconds = min(self.seconds, plan.seconds)
 
-    def schedule(self) -> Schedule:
+    def schedule(self) -> Assignment:
         rule = min(self.best, key=lambda name: self.best[name][0].seconds)
         plan, way = self.best[rule]
         seconds = {name: plan.seconds for name, (plan, _) in self.best.items()}
@@ -131,7 +131,7 @@ def _placed(rule: Rule, cut: Cut) -> list[Part] | None:
 
 def unpacked(
     lengths: Sequence[int] | np.ndarray, *, groups: int, parts: int, room: int, cost: Cost
-) -> Schedule:
+) -> Assignment:
     """One sequence a group and micro-step, in the order given, over all ranks."""
     batch = Batch(lengths, groups, parts, room, cost)
     return _one_by_one(batch, np.argsort(batch.order).tolist(), "unpacked")
@@ -139,14 +139,14 @@ def unpacked(
 
 def by_length(
     lengths: Sequence[int] | np.ndarray, *, groups: int, parts: int, room: int, cost: Cost
-) -> Schedule:
+) -> Assignment:
     """As `unpacked`, but sorted, so that groups wait less for each other (LongAlign,
     arXiv:2401.18058)."""
     batch = Batch(lengths, groups, parts, room, cost)
     return _one_by_one(batch, list(range(len(batch.lengths))), "sorted")
 
 
-def _one_by_one(batch: Batch, order: list[int], name: str) -> Schedule:
+def _one_by_one(batch: Batch, order: list[int], name: str) -> Assignment:
     steps = []
     for start in range(0, len(order), batch.groups):
         side = [batch.packed([k]) for k in order[start : start + batch.groups]]
@@ -165,7 +165,7 @@ def packed(
     cost: Cost,
     shapes: Sequence[Shape] | None = None,
     more: int = MORE,
-) -> Schedule:
+) -> Assignment:
     """Packed context parallelism: every sequence over all ranks, in the best cut of `plan`'s."""
     batch = Batch(lengths, groups, parts, room, cost, shapes)
     search = _Search(batch)
@@ -182,7 +182,7 @@ def printed(
     room: int,
     cost: Cost,
     shapes: Sequence[Shape] | None = None,
-) -> Schedule:
+) -> Assignment:
     """Skrull as printed but for its roll-back: in the fewest micro-steps that its rule finds."""
     batch = Batch(lengths, groups, parts, room, cost, shapes)
     plan = batch.planned(_printed(batch))
@@ -197,7 +197,7 @@ def _printed(batch: Batch) -> list[Part]:
     raise AssertionError("a sequence alone always has a place")
 
 
-def rivals(schedule: Schedule) -> dict[str, Schedule]:
+def rivals(schedule: Assignment) -> dict[str, Assignment]:
     """The same batch by other rules: name -> schedule, in exact shapes, which favours them."""
     same = {
         "groups": schedule.groups,
@@ -213,7 +213,7 @@ def rivals(schedule: Schedule) -> dict[str, Schedule]:
     }
 
 
-def report(schedule: Schedule) -> dict[str, Quality]:
+def report(schedule: Assignment) -> dict[str, Quality]:
     """A schedule, as `skrull`, and its rivals: name -> what each is like."""
     found = {"skrull": schedule, **rivals(schedule)}
     return {name: quality(s) for name, s in found.items()}

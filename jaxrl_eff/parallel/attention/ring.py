@@ -13,7 +13,7 @@ definition they equal. They are called inside a `shard_map` over the axis, on pi
 Which token is where is told by its position and segment alone, the only things that are gathered
 by `ring`, so that any order of tokens over devices is right (see `order`). What the backward pass
 keeps is the piece's own: q, k, v, the output and its lse, the last two under the names
-"attend_out" and "attend_lse": a rematerialisation policy that saves both does not repeat the
+"attend_out" and "attend_lse": a rematerialization policy that saves both does not repeat the
 transfers.
 """
 

@@ -18,15 +18,15 @@ import numpy as np
 from jaxrl_eff.parallel.reshard import choose, spmd
 from jaxrl_eff.parallel.reshard.collectives import (
     AllToAll,
+    Collective,
     Copies,
     Exchange,
     Gather,
+    Phase,
+    RoutePlan,
     Slice,
-    Stage,
-    Step,
-    Way,
 )
-from jaxrl_eff.parallel.reshard.layout import Layout, Network, index_of
+from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network, index_of
 
 Shape = tuple[int, ...]
 Held = dict[int, jax.Array]  # device of this process -> its part
@@ -48,8 +48,8 @@ class Move:
     shape: Shape
     dtype: Any
     out: Any
-    source: Layout
-    target: Layout
+    source: DeviceLayout
+    target: DeviceLayout
     fetched: Any
     sharding: Any
     stored: Any
@@ -62,7 +62,7 @@ class Move:
         """Raises ValueError if the shape does not divide by a sharding."""
         dtype = jnp.dtype(dtype)
         out = cast if cast is not None and jnp.issubdtype(dtype, jnp.floating) else dtype
-        a, b = Layout.of(source, len(shape)), Layout.of(target, len(shape))
+        a, b = DeviceLayout.of(source, len(shape)), DeviceLayout.of(target, len(shape))
         for layout, sharding in ((a, source), (b, target)):
             if any(n % c for n, c in zip(shape, layout.counts, strict=True)):
                 raise ValueError(f"shape {list(shape)} does not divide by {sharding}.")
@@ -89,13 +89,13 @@ class Move:
         """On the wire, each element once."""
         return math.prod(self.shape) * self.wire.itemsize
 
-    def bytes_at(self, layout: Layout) -> int:
+    def bytes_at(self, layout: DeviceLayout) -> int:
         """On one device, in the source's dtype or the target's."""
         dtype = self.dtype if layout is self.source else self.out
         return math.prod(shard(self.shape, layout)) * dtype.itemsize
 
 
-def shard(shape: Shape, layout: Layout) -> Shape:
+def shard(shape: Shape, layout: DeviceLayout) -> Shape:
     return tuple(n // c for n, c in zip(shape, layout.counts, strict=True))
 
 
@@ -120,7 +120,7 @@ def _own_kind(platform: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
+class BucketPhase:
     """One program, or copies of whole shards, for some tensors of a bucket.
 
     Attributes:
@@ -143,7 +143,7 @@ class Bucket:
     """Tensors that move together; or a single one, in `parts` along `dim`."""
 
     members: tuple[int, ...]
-    phases: tuple[Phase, ...]
+    phases: tuple[BucketPhase, ...]
     dim: int = 0
     parts: int = 1
 
@@ -158,7 +158,7 @@ class Plan:
     """
 
     moves: Sequence[Move]
-    ways: dict[int, Way]
+    ways: dict[int, RoutePlan]
     classes: list[list[int]]
     buckets: list[Bucket]
 
@@ -243,7 +243,7 @@ def _cut(m: Move, bucket_bytes: int) -> tuple[int, int]:
     return best
 
 
-def _touches(way: Way, dim: int) -> bool:
+def _touches(way: RoutePlan, dim: int) -> bool:
     for stage in way.stages:
         for step in stage.steps:
             if isinstance(step, Slice | Gather) and step.dim == dim:
@@ -254,7 +254,11 @@ def _touches(way: Way, dim: int) -> bool:
 
 
 def _bucket(
-    moves: Sequence[Move], ways: dict[int, Way], members: list[int], dim: int = 0, parts: int = 1
+    moves: Sequence[Move],
+    ways: dict[int, RoutePlan],
+    members: list[int],
+    dim: int = 0,
+    parts: int = 1,
 ) -> Bucket:
     shapes, dtypes, todo = {}, {}, {}
     held_by = {i: set(moves[i].source.devices) for i in members}
@@ -275,9 +279,9 @@ def _bucket(
             if copied:
                 pairs = tuple({b: a for a, b in todo[i][k].steps[0].pairs} for i in mine)
                 held_by |= {i: set(p) for i, p in zip(mine, pairs, strict=True)}
-                phases.append(Phase((), tuple(mine), pairs=pairs))
+                phases.append(BucketPhase((), tuple(mine), pairs=pairs))
                 continue
-            groups: dict[tuple[Step, ...], list[int]] = {}
+            groups: dict[tuple[Collective, ...], list[int]] = {}
             for i in mine:
                 groups.setdefault(todo[i][k].steps, []).append(i)
             items, lacking = [], {}
@@ -296,14 +300,14 @@ def _bucket(
                 items.append(spmd.Item(steps, tuple(leaves)))
             order = tuple(i for same in groups.values() for i in same)
             stand_ins = tuple((d, tuple(some), shape) for (d, shape), some in lacking.items())
-            phases.append(Phase(devices, order, tuple(items), stand_ins=stand_ins))
+            phases.append(BucketPhase(devices, order, tuple(items), stand_ins=stand_ins))
     return Bucket(tuple(members), tuple(phases), dim, parts)
 
 
-def _stages(m: Move, way: Way) -> tuple[Stage, ...]:
+def _stages(m: Move, way: RoutePlan) -> tuple[Phase, ...]:
     """The way's, with programs that only cast or copy where plain copies are at either end."""
     stages = way.stages
-    before, after = (Stage(tuple(sorted(x.devices)), ()) for x in (m.source, m.target))
+    before, after = (Phase(tuple(sorted(x.devices)), ()) for x in (m.source, m.target))
     if m.dtype != m.wire and (not stages or isinstance(stages[0].steps[0], Copies)):
         stages = (before, *stages)
     if m.out != m.wire and (not stages or isinstance(stages[-1].steps[0], Copies)):
@@ -313,7 +317,7 @@ def _stages(m: Move, way: Way) -> tuple[Stage, ...]:
     return stages
 
 
-def _shares(m: Move, stages: tuple[Stage, ...]) -> bool:
+def _shares(m: Move, stages: tuple[Phase, ...]) -> bool:
     """Whether a part of the result is a part of the source."""
     if m.fetched is not None or m.stored is not None:
         return False
@@ -323,7 +327,7 @@ def _shares(m: Move, stages: tuple[Stage, ...]) -> bool:
     return all(any(a == b for a, b in s.pairs) for s in steps)
 
 
-def _after(shape: Shape, step: Step) -> Shape:
+def _after(shape: Shape, step: Collective) -> Shape:
     """A shard's shape after a step."""
     out = list(shape)
     if isinstance(step, Slice):
@@ -393,7 +397,7 @@ def finish(m: Move, parts: Held) -> Any:
     return array if m.stored is None else jax.device_put(array, m.stored)
 
 
-def wrap(stacked: jax.Array, m: Move, layout: Layout, sharding: Any) -> Any:
+def wrap(stacked: jax.Array, m: Move, layout: DeviceLayout, sharding: Any) -> Any:
     """A program's result on the devices of a layout, as a tensor of dtype `m.out`."""
     parts = held(stacked)
     mine = [parts[d] for d in spmd.local_devices(layout.devices)]
@@ -431,7 +435,7 @@ def compile_all(bucket: Bucket) -> list[Any]:
     ]
 
 
-def _run_program(phase: Phase, parts: dict[int, Held]) -> None:
+def _run_program(phase: BucketPhase, parts: dict[int, Held]) -> None:
     mine = spmd.local_devices(phase.devices)
     if not mine:
         return
@@ -446,7 +450,7 @@ def _run_program(phase: Phase, parts: dict[int, Held]) -> None:
         parts[i] = held(array)
 
 
-def _zeros(phase: Phase) -> list[tuple[tuple[int, ...], tuple[tuple[Shape, Any], ...]]]:
+def _zeros(phase: BucketPhase) -> list[tuple[tuple[int, ...], tuple[tuple[Shape, Any], ...]]]:
     """(this process's devices, shards that they lack), of the programs that make them."""
     wanted: dict[tuple[int, ...], list[tuple[Shape, Any]]] = {}
     for devices, _, leaf in phase.stand_ins:
@@ -454,7 +458,7 @@ def _zeros(phase: Phase) -> list[tuple[tuple[int, ...], tuple[tuple[Shape, Any],
     return [(devices, tuple(leaves)) for devices, leaves in wanted.items() if devices]
 
 
-def _fill(phase: Phase, parts: dict[int, Held]) -> None:
+def _fill(phase: BucketPhase, parts: dict[int, Held]) -> None:
     """Zeros for devices that hold nothing of a tensor yet: one array for all of a shape."""
     made = {
         (devices, leaf): held(array)
@@ -466,7 +470,7 @@ def _fill(phase: Phase, parts: dict[int, Held]) -> None:
             parts[i] = parts[i] | made.get((spmd.local_devices(devices), leaf), {})
 
 
-def _run_copies(phase: Phase, parts: dict[int, Held]) -> None:
+def _run_copies(phase: BucketPhase, parts: dict[int, Held]) -> None:
     """All shards of all tensors in one call."""
     every = jax.devices()
     wanted = [

@@ -20,8 +20,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jaxrl_eff.parallel.reshard.collectives import AllToAll, Gather, Permute, Slice, Step, seconds
-from jaxrl_eff.parallel.reshard.layout import Layout, Network
+from jaxrl_eff.parallel.reshard.collectives import (
+    AllToAll,
+    Collective,
+    Gather,
+    Permute,
+    Slice,
+    seconds,
+)
+from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network
 
 State = tuple[tuple[int, ...], ...]  # for each dimension its axes, slowest first
 MOST_PRIMES = 5  # axes; coarser ones are taken beyond
@@ -29,14 +36,14 @@ MOST_AXES = 8
 
 
 def chain(
-    source: Layout,
-    target: Layout,
+    source: DeviceLayout,
+    target: DeviceLayout,
     room: tuple[int, ...],
     nbytes: float | int,
     network: Network,
     *,
     thrifty: bool = False,
-) -> tuple[Step, ...] | None:
+) -> tuple[Collective, ...] | None:
     """The fastest steps, or None if the meshes have no common refinement.
 
     Args:
@@ -54,13 +61,13 @@ def chain(
 
 @functools.cache
 def _chain(
-    source: Layout,
-    target: Layout,
+    source: DeviceLayout,
+    target: DeviceLayout,
     room: tuple[int, ...],
     nbytes: float | int,
     network: Network,
     thrifty: bool,
-) -> tuple[Step, ...] | None:
+) -> tuple[Collective, ...] | None:
     """Of tensors without the dimensions that neither layout splits."""
     axes = _common(source, target, primes=True)
     if axes is not None and len(axes.used) > MOST_PRIMES:
@@ -70,7 +77,7 @@ def _chain(
     return tuple(_step(axes, move) for move in _shortest(axes, room, nbytes, network, thrifty))
 
 
-def _renumbered(step: Step, dims: list[int]) -> Step:
+def _renumbered(step: Collective, dims: list[int]) -> Collective:
     if isinstance(step, AllToAll):
         return dataclasses.replace(step, split=dims[step.split], join=dims[step.join])
     if isinstance(step, Slice | Gather):
@@ -140,7 +147,7 @@ class _Axes:
         return self._endings[counts]
 
 
-def _common(source: Layout, target: Layout, *, primes: bool) -> _Axes | None:
+def _common(source: DeviceLayout, target: DeviceLayout, *, primes: bool) -> _Axes | None:
     """Both layouts on one mesh; None if there is none."""
     if set(source.devices) != set(target.devices):
         return None
@@ -325,7 +332,7 @@ def _seconds_and_total(
     return seconds(step, nbytes, network), step.total
 
 
-def _step(axes: _Axes, move: _Move) -> Step:
+def _step(axes: _Axes, move: _Move) -> Collective:
     n, shard = len(axes.devices), move.shard
     if move.kind == "permute":
         pairs = _matching(axes, move.before, move.after)

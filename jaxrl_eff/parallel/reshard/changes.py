@@ -1,11 +1,12 @@
 """Weight sync that sends only what changed.
 
 After one RL step at a small learning rate few bfloat16 weights have changed, since most updates are
-smaller than half a unit in the last place. Of every message of the dense way (`rounds`) a `Delta`
-sends (index, value) of the elements that differ from what was sent last, in buffers of a fixed
-capacity. Where more have changed than fit, the tensor goes as a whole: all devices know, because
-they take the maximum of their overflow flags first, so no process waits for a number. Now and then
-everything goes as a whole, with a checksum of what the receivers should have had.
+smaller than half a unit in the last place. Of every message of the dense way (`rounds`) a
+`ChangedElements` sends (index, value) of the elements that differ from what was sent last, in
+buffers of a fixed capacity. Where more have changed than fit, the tensor goes as a whole: all
+devices know, because they take the maximum of their overflow flags first, so no process waits for a
+number. Now and then everything goes as a whole, with a checksum of what the receivers should have
+had.
 
 The receivers' copy is updated in place; the senders keep what they sent in its dtype. Left out: the
 buckets of a `Route`, so a stand-in as large as a shard exists on devices outside of either mesh.
@@ -58,7 +59,7 @@ class Synced:
         return {name: getattr(self, name) for name in names}
 
 
-class Delta:
+class ChangedElements:
     """Keeps a copy of a tree on another mesh up to date.
 
     Args:
@@ -112,7 +113,7 @@ class Delta:
             p.total * m.nbytes for p, m in zip(self._plans, self._moves, strict=True)
         )
 
-    def compile(self) -> "Delta":
+    def compile(self) -> "ChangedElements":
         """Compiles what `start` and calls will run."""
         for route in (self._dense, self._kept):
             route.compile()

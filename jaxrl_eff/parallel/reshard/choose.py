@@ -10,22 +10,26 @@ import itertools
 import math
 
 from jaxrl_eff.parallel.reshard.chain import chain
-from jaxrl_eff.parallel.reshard.collectives import Stage, Way, seconds
-from jaxrl_eff.parallel.reshard.layout import Layout, Network, missing
+from jaxrl_eff.parallel.reshard.collectives import Phase, RoutePlan, seconds
+from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network, missing
 from jaxrl_eff.parallel.reshard.messages import copies, exchange
 
 MOST = 1.25  # times the bytes that must be received
 
 
-def room(shape: tuple[int, ...], source: Layout, target: Layout) -> tuple[int, ...]:
+def room(shape: tuple[int, ...], source: DeviceLayout, target: DeviceLayout) -> tuple[int, ...]:
     """How far each dimension may be split: what a plan needs to know of a tensor's size."""
     n = math.lcm(len(source.devices), len(target.devices))
     return tuple(math.gcd(size, n) if size else n for size in shape)
 
 
 def way(
-    source: Layout, target: Layout, room: tuple[int, ...], nbytes: float | int, network: Network
-) -> Way:
+    source: DeviceLayout,
+    target: DeviceLayout,
+    room: tuple[int, ...],
+    nbytes: float | int,
+    network: Network,
+) -> RoutePlan:
     """The way of tensors that have `nbytes` bytes together.
 
     Args:
@@ -37,10 +41,14 @@ def way(
 
 @functools.cache
 def _way(
-    source: Layout, target: Layout, room: tuple[int, ...], nbytes: float | int, network: Network
-) -> Way:
+    source: DeviceLayout,
+    target: DeviceLayout,
+    room: tuple[int, ...],
+    nbytes: float | int,
+    network: Network,
+) -> RoutePlan:
     if source.same(target):
-        return Way(source, target, (), 0.0, 0.0)
+        return RoutePlan(source, target, (), 0.0, 0.0)
     least = math.fsum(missing(source, target).values())
     found = []
     for stages in _candidates(source, target, room, nbytes, network):
@@ -50,38 +58,38 @@ def _way(
             time = math.fsum(seconds(s, nbytes, network) for s in steps)
             found.append((time, total, len(found), stages))
     time, total, _, stages = min(found)  # the direct messages receive the least, so there is one
-    return Way(source, target, stages, time, total)
+    return RoutePlan(source, target, stages, time, total)
 
 
 def _candidates(source, target, room, nbytes, network):
     """Lists of stages."""
     plain = copies(source, target, network)
     if plain is not None:
-        yield (Stage(target.devices, (plain,)),)
+        yield (Phase(target.devices, (plain,)),)
     together = set(source.devices) == set(target.devices)
     if together:
         for thrifty in (False, True):
             steps = chain(source, target, room, nbytes, network, thrifty=thrifty)
             if steps is not None:
-                yield (Stage(tuple(sorted(source.devices)), steps),)
+                yield (Phase(tuple(sorted(source.devices)), steps),)
     union = tuple(sorted({*source.devices, *target.devices}))
-    yield (Stage(union, (exchange(source, target, network),)),)
+    yield (Phase(union, (exchange(source, target, network),)),)
     for part in _parted(source, target, room):
         steps = chain(part, target, room, nbytes, network)
         if steps is None:
             continue
-        gather = Stage(tuple(sorted(target.devices)), steps)
+        gather = Phase(tuple(sorted(target.devices)), steps)
         if source.same(part):
             yield (gather,)
             continue
         plain = copies(source, part, network)
         if plain is not None:
-            yield (Stage(target.devices, (plain,)), gather)
+            yield (Phase(target.devices, (plain,)), gather)
         messages = exchange(source, part, network)
         if union == gather.devices:
-            yield (Stage(union, (messages, *steps)),)
+            yield (Phase(union, (messages, *steps)),)
         else:
-            yield (Stage(union, (messages,)), gather)
+            yield (Phase(union, (messages,)), gather)
 
 
 def _parted(source, target, room):
@@ -97,6 +105,6 @@ def _parted(source, target, room):
             if fits:
                 i = fits[0]
                 spec = (*target.spec[:i], target.spec[i] + some, *target.spec[i + 1 :])
-                yield Layout(target.devices, target.mesh, spec)
+                yield DeviceLayout(target.devices, target.mesh, spec)
         if many:
             return

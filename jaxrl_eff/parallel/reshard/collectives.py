@@ -7,7 +7,7 @@ Devices are named by their index in `jax.devices()`. `share` is what the busiest
 import dataclasses
 import math
 
-from jaxrl_eff.parallel.reshard.layout import Coords, Layout, Network
+from jaxrl_eff.parallel.reshard.layout import Coords, DeviceLayout, Network
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -100,19 +100,19 @@ class Copies:
     total: float
 
 
-Step = Slice | Gather | AllToAll | Permute | Exchange | Copies
+Collective = Slice | Gather | AllToAll | Permute | Exchange | Copies
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Phase:
     """Steps that run as one program on a list of devices (or, alone, `Copies`)."""
 
     devices: tuple[int, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[Collective, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
+class RoutePlan:
     """How tensors of one layout get to another.
 
     Attributes:
@@ -121,14 +121,14 @@ class Way:
         total: bytes received by all devices, as a part of the tensor.
     """
 
-    source: Layout
-    target: Layout
-    stages: tuple[Stage, ...]
+    source: DeviceLayout
+    target: DeviceLayout
+    stages: tuple[Phase, ...]
     seconds: float
     total: float
 
 
-def seconds(step: Step, nbytes: float | int, network: Network) -> float:
+def seconds(step: Collective, nbytes: float | int, network: Network) -> float:
     """Time of a step for a tensor of `nbytes` bytes: latency + bytes over the slowest wire."""
     if isinstance(step, Slice):
         return 0.0

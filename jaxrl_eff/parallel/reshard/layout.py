@@ -21,7 +21,7 @@ Coords = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class DeviceLayout:
     """How one tensor lies on devices.
 
     Attributes:
@@ -35,7 +35,7 @@ class Layout:
     spec: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, sharding: Sharding, ndim: int) -> "Layout":
+    def of(cls, sharding: Sharding, ndim: int) -> "DeviceLayout":
         """The layout of a tensor of `ndim` dimensions under a sharding.
 
         Raises:
@@ -51,7 +51,7 @@ class Layout:
         return _layout(devices, mesh.axis_names, mesh.devices.shape, sharding.spec, ndim)
 
     @classmethod
-    def placed(cls, placement: Placement, spec: PartitionSpec, ndim: int) -> "Layout":
+    def placed(cls, placement: Placement, spec: PartitionSpec, ndim: int) -> "DeviceLayout":
         """The layout of a tensor on a placement, whose devices need not exist."""
         sizes = tuple(placement.axes[a] for a in AXES)
         return _layout(placement.devices, AXES, sizes, spec, ndim)
@@ -88,7 +88,7 @@ class Layout:
         used = {a for axes in self.spec for a in axes}
         return tuple(a for a, n in enumerate(self.mesh) if a not in used and n > 1)
 
-    def same(self, other: "Layout") -> bool:
+    def same(self, other: "DeviceLayout") -> bool:
         """Whether every device holds the same part under both."""
         return self.counts == other.counts and self.coords == other.coords
 
@@ -99,14 +99,14 @@ def _layout(
     sizes: tuple[int, ...],
     spec: PartitionSpec,
     ndim: int,
-) -> Layout:
+) -> DeviceLayout:
     """Without axes of size 1, so that equal layouts are equal objects more often."""
     kept = [i for i, n in enumerate(sizes) if n > 1]
     number = {names[i]: k for k, i in enumerate(kept)}
     entries = [e if isinstance(e, tuple) else (e,) for e in spec]
     entries += [()] * (ndim - len(entries))
     dims = tuple(tuple(number[a] for a in e if a in number) for e in entries)
-    return Layout(devices, tuple(sizes[i] for i in kept), dims)
+    return DeviceLayout(devices, tuple(sizes[i] for i in kept), dims)
 
 
 @functools.cache
@@ -183,7 +183,7 @@ class Units:
     target: Coords
 
     @classmethod
-    def of(cls, source: Layout, target: Layout) -> "Units":
+    def of(cls, source: DeviceLayout, target: DeviceLayout) -> "Units":
         pairs = list(zip(source.counts, target.counts, strict=True))
         whole = tuple(math.lcm(s, t) for s, t in pairs)
         return cls(
@@ -206,7 +206,7 @@ def _overlap(a: Coords, a_size: Coords, b: Coords, b_size: Coords) -> int:
     return math.prod(max(0, side) for side in sides)
 
 
-def missing(source: Layout, target: Layout) -> dict[int, float]:
+def missing(source: DeviceLayout, target: DeviceLayout) -> dict[int, float]:
     """R(d): the share of the tensor that each device of the target must receive."""
     units = Units.of(source, target)
     out = {}
@@ -218,7 +218,7 @@ def missing(source: Layout, target: Layout) -> dict[int, float]:
     return out
 
 
-def _held(layout: Layout, size: Coords, whole: Coords, devices: Iterable[int]) -> np.ndarray:
+def _held(layout: DeviceLayout, size: Coords, whole: Coords, devices: Iterable[int]) -> np.ndarray:
     """Which units a set of devices holds together."""
     held = np.zeros(whole, bool)
     for at in {layout.coords[d] for d in devices if d in layout.coords}:
@@ -242,7 +242,7 @@ class Bound:
     source: set[int] = dataclasses.field(default_factory=set)
     target: set[int] = dataclasses.field(default_factory=set)
 
-    def add(self, source: Layout, target: Layout, nbytes: float | int) -> None:
+    def add(self, source: DeviceLayout, target: DeviceLayout, nbytes: float | int) -> None:
         """Counts a tensor of `nbytes` bytes on the wire."""
         for device, share in missing(source, target).items():
             self.received[device] = self.received.get(device, 0.0) + share * nbytes

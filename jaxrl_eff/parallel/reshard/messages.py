@@ -12,11 +12,11 @@ import itertools
 import math
 
 from jaxrl_eff.parallel.reshard.collectives import Box, Copies, Exchange, Round
-from jaxrl_eff.parallel.reshard.layout import Coords, Layout, Network, Units
+from jaxrl_eff.parallel.reshard.layout import Coords, DeviceLayout, Network, Units
 
 
 @functools.cache
-def exchange(source: Layout, target: Layout, network: Network) -> Exchange:
+def exchange(source: DeviceLayout, target: DeviceLayout, network: Network) -> Exchange:
     """The messages from one layout to another."""
     units = Units.of(source, target)
     kept, moved = _boxes(source, target, units, network)
@@ -43,7 +43,7 @@ def exchange(source: Layout, target: Layout, network: Network) -> Exchange:
     )
 
 
-def copies(source: Layout, target: Layout, network: Network) -> Copies | None:
+def copies(source: DeviceLayout, target: DeviceLayout, network: Network) -> Copies | None:
     """The same for one process, if all that moves is whole shards."""
     if source.counts != target.counts or not network.copies:
         return None
@@ -54,7 +54,7 @@ def copies(source: Layout, target: Layout, network: Network) -> Copies | None:
 
 
 def _boxes(
-    source: Layout, target: Layout, units: Units, network: Network
+    source: DeviceLayout, target: DeviceLayout, units: Units, network: Network
 ) -> tuple[list[tuple[Coords, Box]], list[tuple[Coords, Box]]]:
     """(shape, box) of what devices keep and of what moves."""
     kept, wanted = [], []

@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 from jaxrl_eff.parallel import hlo_bytes
 from jaxrl_eff.parallel.reshard import buckets
 from jaxrl_eff.parallel.reshard.collectives import AllToAll, Exchange, Gather, Permute
-from jaxrl_eff.parallel.reshard.layout import Bound, Layout, Network
+from jaxrl_eff.parallel.reshard.layout import Bound, DeviceLayout, Network
 
 BUCKET_BYTES = 256 << 20
 IN_FLIGHT = 2  # buckets
@@ -223,7 +223,7 @@ def _alike(a: Any, b: Any) -> bool:
         return True
     ranks = [len(s.spec) for s in (a, b) if isinstance(s, NamedSharding)]
     ndim = max(ranks, default=0)
-    same = Layout.of(a, ndim).same(Layout.of(b, ndim))
+    same = DeviceLayout.of(a, ndim).same(DeviceLayout.of(b, ndim))
     return same and buckets.memory(a) == buckets.memory(b)
 
 

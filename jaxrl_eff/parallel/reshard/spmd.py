@@ -22,12 +22,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_eff.parallel.reshard.collectives import (
     AllToAll,
+    Collective,
     Exchange,
     Gather,
     Permute,
     Round,
     Slice,
-    Step,
 )
 
 AXIS = "d"
@@ -49,7 +49,7 @@ class Leaf:
 class Item:
     """Tensors that take the same steps, and therefore share messages."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[Collective, ...]
     leaves: tuple[Leaf, ...]
 
 
@@ -210,7 +210,7 @@ def _run(devices: tuple[int, ...], items: tuple[Item, ...], *operands: Any) -> t
     return tuple(_decoded(v, leaf) for v, leaf in zip(flat, leaves, strict=True))
 
 
-def _steps(devices: tuple[int, ...], steps: tuple[Step, ...], values: list[Any]) -> Running:
+def _steps(devices: tuple[int, ...], steps: tuple[Collective, ...], values: list[Any]) -> Running:
     for step in steps:
         values = yield from _STEPS[type(step)](step, devices, values)
     return values
@@ -266,7 +266,7 @@ def mine(devices: tuple[int, ...], values: dict[int, Any], default: Any) -> Any:
     return jnp.asarray(rows)[lax.axis_index(AXIS)]
 
 
-def _groups(step: Step, devices: tuple[int, ...]) -> list[list[int]]:
+def _groups(step: Collective, devices: tuple[int, ...]) -> list[list[int]]:
     place = {d: i for i, d in enumerate(devices)}
     return [[place[d] for d in group] for group in step.groups]
 

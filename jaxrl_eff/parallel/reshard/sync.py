@@ -1,24 +1,23 @@
 """Weights that follow a model from mesh to mesh and remember what they were.
 
-A `Route` sends a tree whole every time. A `Sync` keeps the copy that it made: tensors that training
-leaves as they are (the frozen base of an adapter) go once, and of the others only the elements that
-have changed (`delta`). What arrives is the same, bit for bit; the price is memory between two
-calls: the copy where it is used, and what was sent last where it comes from. Where that would still
-be too much, differences go in 8 or 4 bits, and what arrives is rounded.
-"""
+A `Route` sends a tree whole every time. A `WeightSync` keeps the copy that it made: tensors that
+training leaves as they are (the frozen base of an adapter) go once, and of the others only the
+elements that have changed (`delta`). What arrives is the same, bit for bit; the price is memory
+between two calls: the copy where it is used, and what was sent last where it comes from. Where that
+would still be too much, differences go in 8 or 4 bits, and what arrives is rounded."""
 
 import dataclasses
 from typing import Any
 
 import jax
 
-from jaxrl_eff.parallel.reshard.changes import DENSE_BELOW, Delta, Synced
+from jaxrl_eff.parallel.reshard.changes import DENSE_BELOW, ChangedElements, Synced
 from jaxrl_eff.parallel.reshard.layout import Network
 from jaxrl_eff.parallel.reshard.route import Report, Route
 
 
 @dataclasses.dataclass(frozen=True)
-class Changes:
+class SyncConfig:
     """How changes are sent.
 
     Attributes:
@@ -45,7 +44,7 @@ class Changes:
             raise ValueError(f"every is {self.every}, but must be at least 1.")
 
 
-class Sync:
+class WeightSync:
     """Like a `Route`, for one tree that is moved again and again.
 
     Args:
@@ -68,7 +67,7 @@ class Sync:
         target: Any,
         *,
         still: Any,
-        changes: Changes,
+        changes: SyncConfig,
         network: Network | None = None,
     ):
         leaves, self._treedef = jax.tree.flatten(source)
@@ -76,7 +75,7 @@ class Sync:
         self._is_still = self._treedef.flatten_up_to(still)
         self._whole = Route(source, target, network=network)
         self._once = Route(*map(self._still, (leaves, targets)), network=network)
-        self._delta = Delta(
+        self._delta = ChangedElements(
             *map(self._moving, (leaves, targets)), dtype=None, network=network,
             **dataclasses.asdict(changes),
         )  # fmt: skip
@@ -94,7 +93,7 @@ class Sync:
         """Of what a call moves at most, which the first one does."""
         return self._whole.report()
 
-    def compile(self) -> "Sync":
+    def compile(self) -> "WeightSync":
         """Compiles what calls will run."""
         self._once.compile()
         self._delta.compile()

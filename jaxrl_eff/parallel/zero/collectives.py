@@ -8,7 +8,7 @@ instance layers, are carried along.
 Weights are gathered over the slow axis first and over the fast one second. A device then receives
 (N-1) m elements over the slow axis, A times fewer than the other way round, where it would receive
 what its whole node had already put together. The first stage's result is named `STAGE`, so what
-the paper calls hpZ, a second copy within every node, is a rematerialisation policy that keeps this
+the paper calls hpZ, a second copy within every node, is a rematerialization policy that keeps this
 name: nothing lives on from step to step that could be stale.
 
 Reductions undo this: over the fast axis first, so that the slow one carries sums. The order in
@@ -25,12 +25,12 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_eff.parallel.codec import Blocks, decode, encode
-from jaxrl_eff.parallel.zero.levels import Plan
+from jaxrl_eff.parallel.zero.levels import ZeroConfig
 
 STAGE = "zero_stage1"
 
 
-def gather_slow(shard: jax.Array, plan: Plan) -> jax.Array:
+def gather_slow(shard: jax.Array, plan: ZeroConfig) -> jax.Array:
     """The first stage: this device's part of all nodes' shards, as bytes.
 
     Args:
@@ -42,7 +42,7 @@ def gather_slow(shard: jax.Array, plan: Plan) -> jax.Array:
     return lax.all_gather(encode(shard, plan.weights), plan.slow)
 
 
-def gather_fast(stage: jax.Array, m: int, plan: Plan) -> jax.Array:
+def gather_fast(stage: jax.Array, m: int, plan: ZeroConfig) -> jax.Array:
     """The second stage: the whole weight.
 
     Args:
@@ -58,7 +58,7 @@ def gather_fast(stage: jax.Array, m: int, plan: Plan) -> jax.Array:
     return parts.reshape(*parts.shape[:-3], -1)
 
 
-def reduce_fast(gradient: jax.Array, plan: Plan) -> jax.Array:
+def reduce_fast(gradient: jax.Array, plan: ZeroConfig) -> jax.Array:
     """Gradients of the whole weight, summed over the fast axis.
 
     Args:
@@ -74,7 +74,7 @@ def reduce_fast(gradient: jax.Array, plan: Plan) -> jax.Array:
 
 
 def reduce_slow(
-    gradient: jax.Array, feedback: jax.Array | None, plan: Plan
+    gradient: jax.Array, feedback: jax.Array | None, plan: ZeroConfig
 ) -> tuple[jax.Array, jax.Array | None]:
     """Gradients summed over the slow axis.
 
@@ -103,7 +103,7 @@ def reduce_slow(
 
 
 def reduce_gradients(
-    gradient: jax.Array, feedback: jax.Array | None, plan: Plan
+    gradient: jax.Array, feedback: jax.Array | None, plan: ZeroConfig
 ) -> tuple[jax.Array, jax.Array | None]:
     """Both reductions: [..., N A m] of every device -> [..., m] float32, and the feedback."""
     return reduce_slow(reduce_fast(gradient, plan), feedback, plan)
@@ -132,7 +132,7 @@ def _exchange(parts: jax.Array, axis: str, blocks: Blocks) -> tuple[jax.Array, j
     )
 
 
-def gather_frozen(shard: jax.Array, plan: Plan) -> jax.Array:
+def gather_frozen(shard: jax.Array, plan: ZeroConfig) -> jax.Array:
     """As `gather_weights`, of a weight that is not trained: nothing is reduced.
 
     A policy of recomputation looks into functions with gradients of their own only where these are
@@ -145,7 +145,7 @@ def gather_frozen(shard: jax.Array, plan: Plan) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def gather_weights(shard: jax.Array, feedback: jax.Array | None, plan: Plan) -> jax.Array:
+def gather_weights(shard: jax.Array, feedback: jax.Array | None, plan: ZeroConfig) -> jax.Array:
     """The whole weight, whose gradient is reduced as the plan says.
 
     The gradient passes straight through the rounding: that of `round` is zero almost everywhere,
@@ -182,7 +182,7 @@ def sharded_apply(
     fn: Callable[[jax.Array, Any], Any],
     shard: jax.Array,
     x: Any,
-    plan: Plan,
+    plan: ZeroConfig,
     *,
     feedback: jax.Array | None = None,
     keep: tuple[str, ...] = (),
@@ -212,7 +212,7 @@ def sharded_apply(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def gather_held(stage: jax.Array, slot: jax.Array, plan: Plan) -> jax.Array:
+def gather_held(stage: jax.Array, slot: jax.Array, plan: ZeroConfig) -> jax.Array:
     """The whole weight from a first stage that was gathered before, with fast traffic alone.
 
     For several micro-batches between one `gather_slow` and one `reduce_slow`.
@@ -241,7 +241,7 @@ gather_held.defvjp(_held_forward, _held_backward)
 
 
 def held_apply(
-    fn: Callable[[jax.Array, Any], Any], stage: jax.Array, slot: jax.Array, x: Any, plan: Plan
+    fn: Callable[[jax.Array, Any], Any], stage: jax.Array, slot: jax.Array, x: Any, plan: ZeroConfig
 ) -> Any:
     """As `sharded_apply`, of a stage held by this device: nothing crosses the slow axis."""
 
@@ -251,12 +251,12 @@ def held_apply(
     return jax.checkpoint(run)(stage, slot, x)
 
 
-def refresh(shard: jax.Array, plan: Plan, dtype: str = "float32") -> jax.Array:
+def refresh(shard: jax.Array, plan: ZeroConfig, dtype: str = "float32") -> jax.Array:
     """What every node holds of the weights, sent in full: [N, ..., m] of dtype."""
     return decode(gather_slow(shard, plan), shard.shape[-1], plan.weights, dtype)
 
 
-def send_deltas(shard: jax.Array, held: jax.Array, plan: Plan, blocks: Blocks) -> jax.Array:
+def send_deltas(shard: jax.Array, held: jax.Array, plan: ZeroConfig, blocks: Blocks) -> jax.Array:
     """What every node holds after its difference from the weights was sent, roughly.
 
     R' = R + sent(W - R): the loop is closed, so what rounding leaves over is sent next time. The

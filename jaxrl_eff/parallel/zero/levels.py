@@ -8,7 +8,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Rung:
+class ZeroLevel:
     """One choice of what is sent.
 
     Attributes:
@@ -38,16 +38,16 @@ class Rung:
 
 # By bytes on the slow axis, and on the fast one, the most first.
 LADDER = (
-    Rung("exact", 16, 16),
-    Rung("int8", 8, 8, secondary=True),
-    Rung("int4", 8, 4, hadamard=True, feedback=True, secondary=True),
-    Rung("qgz", 8, 4, slow_only=False, secondary=True),
-    Rung("int4_delta", 16, 4, hadamard=True, feedback=True, secondary=True, delta_bits=4),
+    ZeroLevel("exact", 16, 16),
+    ZeroLevel("int8", 8, 8, secondary=True),
+    ZeroLevel("int4", 8, 4, hadamard=True, feedback=True, secondary=True),
+    ZeroLevel("qgz", 8, 4, slow_only=False, secondary=True),
+    ZeroLevel("int4_delta", 16, 4, hadamard=True, feedback=True, secondary=True, delta_bits=4),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ZeroConfig:
     """A rung on a mesh of two axes.
 
     Attributes:
@@ -67,7 +67,7 @@ class Plan:
             or differences from a copy in blocks.
     """
 
-    rung: Rung = LADDER[0]
+    rung: ZeroLevel = LADDER[0]
     slow: str = "dcn"
     fast: str = "ici"
     block: int = 256
@@ -110,7 +110,7 @@ class Plan:
         return Blocks(self.fast_bits, self.block) if self.rung.slow_only else self.gradients
 
 
-def rung(name: str) -> Rung:
+def zero_level(name: str) -> ZeroLevel:
     """The rung of this name.
 
     Raises:

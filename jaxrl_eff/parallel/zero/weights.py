@@ -1,9 +1,9 @@
 """Weights of any shape of which every device has a shard, as a model meets them.
 
 `quantized` sends flat vectors. Here is how a shard of a matrix becomes one, and two things that may
-stand in a tree of parameters instead of an array: a `Shard`, which is gathered over both axes when
-a layer uses it, and what is `Held` of one after the slow axis has been crossed. Both are trees with
-layers as their first axis, so a loop over layers hands each its own.
+stand in a tree of parameters instead of an array: a `ShardedWeight`, which is gathered over both
+axes when a layer uses it, and a `NodeWeight`, which is one after the slow axis has been crossed.
+Both are trees with layers as their first axis, so a loop over layers hands each its own.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxrl_eff.parallel.codec import Blocks, encode
 from jaxrl_eff.parallel.zero import collectives
-from jaxrl_eff.parallel.zero.levels import Plan, Rung
+from jaxrl_eff.parallel.zero.levels import ZeroConfig, ZeroLevel
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class ShardLayout:
     """How a weight is split, and how it travels.
 
     A device's shard of shape `[..., d, ...]` becomes `[*apart, m]`: the axes that other devices
@@ -42,7 +42,7 @@ class Cut:
 
     shape: tuple[int, ...]
     axis: int
-    plan: Plan
+    plan: ZeroConfig
     apart: tuple[int, ...] = ()
     raw: bool = False
     local: bool = False
@@ -180,7 +180,7 @@ def _over(fn: Callable, lead: int) -> Callable:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Shard:
+class ShardedWeight:
     """A device's shard of a weight, in its place among the parameters.
 
     Its gradient is that of the whole weight, reduced; the "gradient" of `left` is what rounding
@@ -194,7 +194,7 @@ class Shard:
 
     part: Any  # as all of a tree's leaves, sometimes a shape or a layout
     left: Any
-    cut: Cut = dataclasses.field(metadata={"static": True})
+    cut: ShardLayout = dataclasses.field(metadata={"static": True})
     trained: bool = dataclasses.field(metadata={"static": True})
 
     def whole(self) -> jax.Array:
@@ -215,18 +215,18 @@ class Shard:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Held:
+class NodeWeight:
     """What a node holds of a weight, for several micro-batches: nothing crosses the slow axis.
 
     Attributes:
-        stage: `[(layers,) N, ...]` of `Cut.near`; N is 1 of what every node has whole.
+        stage: `[(layers,) N, ...]` of `ShardLayout.near`; N is 1 of what every node has whole.
         slot: `[(layers,) *apart, N, m]` float32 zeros, whose gradient is that of the weight, summed
             over the fast axis; None if the weight is not trained.
     """
 
     stage: Any
     slot: Any
-    cut: Cut = dataclasses.field(metadata={"static": True})
+    cut: ShardLayout = dataclasses.field(metadata={"static": True})
 
     def whole(self) -> jax.Array:
         """The weight of one layer, in the plan's dtype."""
@@ -235,6 +235,6 @@ class Held:
         return self.cut.shaped(collectives.gather_held(self.stage, self.slot, self.cut.plan))
 
 
-def exact(plan: Plan) -> Plan:
+def exact(plan: ZeroConfig) -> ZeroConfig:
     """The plan's axes with sums in float32."""
-    return dataclasses.replace(plan, rung=Rung("exact", 32, 32), fast_bits=32)
+    return dataclasses.replace(plan, rung=ZeroLevel("exact", 32, 32), fast_bits=32)

@@ -4,7 +4,7 @@ import numpy as np
 
 from jaxrl_eff.data import loader
 from jaxrl_eff.data.balance.assignment import Shape
-from jaxrl_eff.data.balance.balanced_loader import Scheduled
+from jaxrl_eff.data.balance.balanced_loader import BalancedLoader
 from jaxrl_eff.data.balance.cost import Cost
 
 
@@ -28,7 +28,7 @@ def test_what_is_dropped_is_counted_up_to_the_batch_that_was_given():
         attention_per_s=1e9,
         bytes_per_s=1e9,
     )
-    batches = Scheduled(
+    batches = BalancedLoader(
         loader.batches(source, **options), groups=1, parts=1, room=8, cost=cost,
         shapes=[Shape(0, 8)], measure=False, ahead=4,
     )  # fmt: skip

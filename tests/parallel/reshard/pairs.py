@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxrl_eff.parallel import Placement, Route, hlo_bytes
 from jaxrl_eff.parallel.mesh import mesh
 from jaxrl_eff.parallel.reshard import choose, spmd
-from jaxrl_eff.parallel.reshard.layout import Layout, Network, missing
+from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network, missing
 
 SPECS = {
     "matrix": PartitionSpec("fsdp", "tensor"),
@@ -55,7 +55,7 @@ def planned(n, net, nbytes=1e9):
     out = []
     for a, b in itertools.product(factorizations(n), repeat=2):
         for spec in SPECS.values():
-            s, t = (Layout.placed(p, spec, len(spec)) for p in (a, b))
+            s, t = (DeviceLayout.placed(p, spec, len(spec)) for p in (a, b))
             way = choose.way(s, t, (n,) * len(spec), nbytes, net)
             least = sum(missing(s, t).values())
             out.append(way.total / least if least else 1.0)

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxrl_eff.parallel import Placement, Route, rules
-from jaxrl_eff.parallel.reshard.changes import Delta
+from jaxrl_eff.parallel.reshard.changes import ChangedElements
 
 AXES = {"w": ("layers", "embed", "heads"), "b": ("embed",), "count": (), "bf": ("heads", "embed")}
 SIZES = {"embed": {12}, "heads": {8}, "layers": {2}}
@@ -72,7 +72,7 @@ def main():
     kept = {k: v for k, v in VALUES.items() if k in ("w", "bf")}
     axes = {k: AXES[k] for k in kept}
     source, target = (rules(p, SIZES).tree(axes) for p in (a, b))
-    sync = Delta(
+    sync = ChangedElements(
         {k: array(v, source[k]) for k, v in kept.items()}, target, capacity=0.2, dense_below=0
     )
     copy, sent = sync.start({k: array(v, source[k]) for k, v in kept.items()})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_eff.parallel import Placement, Route, rules
-from jaxrl_eff.parallel.reshard.changes import Delta
+from jaxrl_eff.parallel.reshard.changes import ChangedElements
 
 AXES = {"w": ("embed", "heads"), "b": ("embed",), "n": ()}
 SIZES = {"embed": {64}, "heads": {32}}
@@ -38,7 +38,7 @@ def test_a_copy_follows_its_source(place):
     source, target = (rules(p, SIZES).tree(AXES) for p in PLACES[place])
     now = values(0)
     tree = jax.device_put(now, source)
-    sync = Delta(tree, target, capacity=0.1, every=4, dense_below=16)
+    sync = ChangedElements(tree, target, capacity=0.1, every=4, dense_below=16)
     copy, sent = sync.start(tree)
     equal(copy, now)
     moves = Route(tree, target).report().minimum > 0
@@ -63,7 +63,9 @@ def test_rounded_differences_leave_all_receivers_alike(place, bits):
     """Every device has the bits that its source thinks it has, and errors do not add up."""
     source, target = (rules(p, SIZES).tree(AXES) for p in PLACES[place])
     now = values(0)
-    sync = Delta(now_on(now, source), target, dtype=None, bits=bits, block=64, dense_below=16)
+    sync = ChangedElements(
+        now_on(now, source), target, dtype=None, bits=bits, block=64, dense_below=16
+    )
     copy, sent = sync.start(now_on(now, source))
     wrong = []
     for step in range(1, 9):
@@ -100,7 +102,7 @@ def now_on(values, where):
 def test_what_is_not_finite_arrives_so():
     source, target = (rules(p, SIZES).tree(AXES) for p in PLACES["disjoint"])
     now = values(0)
-    sync = Delta(now_on(now, source), target, dtype=None, bits=4, dense_below=16)
+    sync = ChangedElements(now_on(now, source), target, dtype=None, bits=4, dense_below=16)
     copy, sent = sync.start(now_on(now, source))
     now["w"][5, 7] = np.nan
     copy, sent, _ = sync(now_on(now, source), copy, sent, 1)
@@ -111,7 +113,7 @@ def test_a_copy_that_drifted_is_noticed_and_mended():
     source, target = (rules(p, SIZES).tree(AXES) for p in PLACES["disjoint"])
     now = values(0)
     tree = jax.device_put(now, source)
-    sync = Delta(tree, target, every=2, dense_below=16)
+    sync = ChangedElements(tree, target, every=2, dense_below=16)
     copy, sent = sync.start(tree)
     spoilt = np.array(copy["w"])
     spoilt[3, 3] = 5

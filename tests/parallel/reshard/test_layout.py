@@ -14,7 +14,7 @@ from jaxrl_eff.parallel import Placement
 from jaxrl_eff.parallel.reshard import choose
 from jaxrl_eff.parallel.reshard.chain import chain
 from jaxrl_eff.parallel.reshard.collectives import AllToAll, Copies, Gather, Permute, Slice
-from jaxrl_eff.parallel.reshard.layout import Bound, Layout, Network, Units, missing
+from jaxrl_eff.parallel.reshard.layout import Bound, DeviceLayout, Network, Units, missing
 from jaxrl_eff.parallel.reshard.messages import exchange
 
 EIGHT = tuple(range(8))
@@ -22,7 +22,7 @@ NET = pairs.network(8)
 
 
 def placed(spec, devices=EIGHT, **axes):
-    return Layout.placed(Placement(devices, **axes), spec, len(spec))
+    return DeviceLayout.placed(Placement(devices, **axes), spec, len(spec))
 
 
 def held(layout, whole):
@@ -97,13 +97,18 @@ def test_paths_of_the_textbook():
     """Where XLA would gather everything first: 8 and 10 times the bytes."""
     n, room = 16, (16, 16)
     net, every = pairs.network(n), tuple(range(n))
-    source = Layout(every, (2, 8), ((0, 1), ()))
-    steps = chain(source, Layout(every, (2, 8), ((), (1,))), room, 1e9, net)
+    source = DeviceLayout(every, (2, 8), ((0, 1), ()))
+    steps = chain(source, DeviceLayout(every, (2, 8), ((), (1,))), room, 1e9, net)
     assert kinds(steps) == ["AllToAll", "Gather"]
     total = sum(s.total for s in steps)
-    assert total == pytest.approx(sum(missing(source, Layout(every, (2, 8), ((), (1,)))).values()))
+    assert total == pytest.approx(
+        sum(missing(source, DeviceLayout(every, (2, 8), ((), (1,)))).values())
+    )
     # fsdp 4 x tensor 4 to tensor 8, with all axes moved while the shards are smallest.
-    source, target = Layout(every, (4, 4), ((0,), (1,))), Layout(every, (2, 8), ((), (1,)))
+    source, target = (
+        DeviceLayout(every, (4, 4), ((0,), (1,))),
+        DeviceLayout(every, (2, 8), ((), (1,))),
+    )
     steps = chain(source, target, room, 1e9, net, thrifty=True)
     assert {"Permute", "Gather"} <= set(kinds(steps))
     assert sum(s.total for s in steps) <= 1.25 * sum(missing(source, target).values())
@@ -171,8 +176,8 @@ def test_planning_is_quick():
     net = Network(tuple(i // 8 for i in range(64)), 3e11, 3e10)
     every = tuple(range(64))
     start = time.perf_counter()
-    source = Layout.placed(Placement(every, fsdp=64), P(None, "fsdp", "tensor"), 3)
-    target = Layout.placed(Placement(every, data=4, tensor=16), P(None, "fsdp", "tensor"), 3)
+    source = DeviceLayout.placed(Placement(every, fsdp=64), P(None, "fsdp", "tensor"), 3)
+    target = DeviceLayout.placed(Placement(every, data=4, tensor=16), P(None, "fsdp", "tensor"), 3)
     way = choose.way(source, target, (64, 64, 64), 1e9, net)
     assert time.perf_counter() - start < 5
     assert any(isinstance(s, AllToAll | Gather | Permute) for st in way.stages for s in st.steps)

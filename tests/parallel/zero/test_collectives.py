@@ -14,12 +14,12 @@ from jax.sharding import PartitionSpec as P
 from jaxrl_eff.parallel import hlo_bytes, jaxpr_bytes
 from jaxrl_eff.parallel.codec import Blocks, decode, encode
 from jaxrl_eff.parallel.zero import collectives
-from jaxrl_eff.parallel.zero.levels import LADDER, Plan, Rung, rung
+from jaxrl_eff.parallel.zero.levels import LADDER, ZeroConfig, ZeroLevel, zero_level
 
 BOTH = ("dcn", "ici")
 LAYERS, WIDTH = 2, 16
 M = WIDTH * WIDTH // 8
-EXACT = Plan(Rung("exact", 32, 32))
+EXACT = ZeroConfig(ZeroLevel("exact", 32, 32))
 SIZES = {"dcn": 2, "ici": 4}
 
 
@@ -74,7 +74,7 @@ def gradients(plan, ws, x):
 @pytest.mark.parametrize("shape", [(2, 4), (4, 2)])
 @pytest.mark.parametrize("secondary", [False, True])
 def test_without_rounding_training_is_that_of_one_device(shape, secondary):
-    plan = Plan(Rung("exact", 32, 32, secondary=secondary))
+    plan = ZeroConfig(ZeroLevel("exact", 32, 32, secondary=secondary))
     step = mapped(
         lambda s, x: s - 0.01 * jax.grad(loss, 1)(plan, s, None, x),
         (SHARDS, ROWS), SHARDS, shape=shape,
@@ -96,7 +96,7 @@ def naive(w):
 
 def test_gradients_pass_straight_through_the_rounding():
     """Differentiating through the rounding reaches one weight of a block."""
-    plan = Plan(Rung("rough weights", 8, 32), block=M)
+    plan = ZeroConfig(ZeroLevel("rough weights", 8, 32), block=M)
     w = numbers(M, seed=3)
     reached = jax.grad(lambda w: jnp.sum(naive(w) * numbers(M)))(w)
     assert np.count_nonzero(reached) == 1
@@ -109,7 +109,9 @@ def test_gradients_pass_straight_through_the_rounding():
 
 @pytest.mark.parametrize(("bits", "near"), [(32, 1e-6), (16, 3e-2)])
 def test_slow_traffic_may_be_hoisted_out_of_microbatches(bits, near):
-    plan = Plan(Rung("hoisted", bits, bits), dtype="float32" if bits == 32 else "bfloat16")
+    plan = ZeroConfig(
+        ZeroLevel("hoisted", bits, bits), dtype="float32" if bits == 32 else "bfloat16"
+    )
 
     def fn(shards, x):
         stage = jnp.moveaxis(collectives.gather_slow(shards, plan), 0, 1)
@@ -133,7 +135,7 @@ def test_slow_traffic_may_be_hoisted_out_of_microbatches(bits, near):
 
 
 def test_a_layer_with_feedback_returns_the_next_feedback_as_its_gradient():
-    plan = Plan(dataclasses.replace(rung("int4"), weight_bits=32), block=16)
+    plan = ZeroConfig(dataclasses.replace(zero_level("int4"), weight_bits=32), block=16)
     before = numbers(LAYERS, 2, 8 * M, seed=4) / 10
 
     def both(shards, feedback, x):
@@ -180,7 +182,7 @@ def reducing(plan, shape):
     [("exact", (2, 4)), ("int8", (4, 2)), ("qgz", (2, 4)), ("qgz", (8, 1)), ("qgz", (1, 8))],
 )
 def test_reductions_are_those_of_the_slow_twin(name, shape):
-    plan = Plan(rung(name), block=16)
+    plan = ZeroConfig(zero_level(name), block=16)
     g = numbers(8, 8 * 37)
     got, _ = reducing(plan, shape)(g, None)
     want = reduced(g, plan, shape)
@@ -192,14 +194,14 @@ def test_reductions_are_those_of_the_slow_twin(name, shape):
 def test_rounding_once_is_better_than_twice():
     g = numbers(8, 8 * 256)
     exact = g.sum(0)
-    plans = [Plan(Rung("", 8, 4, slow_only=s), block=64) for s in (True, False)]
+    plans = [ZeroConfig(ZeroLevel("", 8, 4, slow_only=s), block=64) for s in (True, False)]
     once, twice = (np.linalg.norm(reducing(p, (2, 4))(g, None)[0] - exact) for p in plans)
     assert once < 0.8 * twice
 
 
 def test_nothing_is_lost_with_feedback():
     """What arrived so far and what every sender still holds are all there was."""
-    plan = Plan(rung("int4"), block=16)
+    plan = ZeroConfig(zero_level("int4"), block=16)
     left, total, want = np.zeros((2, 8 * M), np.float32), 0, 0
     for k in range(20):
         g = numbers(8, 8 * M, seed=k) + 1
@@ -212,7 +214,7 @@ def test_nothing_is_lost_with_feedback():
 
 
 def test_a_gradient_that_is_not_finite_shows_and_is_forgotten():
-    plan = Plan(rung("int4"), block=16)
+    plan = ZeroConfig(zero_level("int4"), block=16)
     g = numbers(8, 8 * M)
     g[3, 40] = np.nan  # of the second shard
     arrived, left = reducing(plan, (2, 4))(g, np.zeros((2, 8 * M), np.float32))
@@ -261,7 +263,7 @@ def test_all_nodes_hold_the_same_weights_after_many_deltas():
 @functools.cache
 def lowered(name):
     """A step of four layers: with the gathers kept, the stage kept, or nothing."""
-    plan = Plan(dataclasses.replace(rung("qgz"), secondary=name == "stage"))
+    plan = ZeroConfig(dataclasses.replace(zero_level("qgz"), secondary=name == "stage"))
     wide, rows = 4, P(BOTH)
 
     def fn(shards, x):
@@ -295,12 +297,12 @@ def test_compiled_programs_send_bytes_and_as_many_as_counted(name):
 
 
 def test_a_ladder_of_names_and_what_is_refused():
-    assert [rung(r.name) for r in LADDER] == list(LADDER)
+    assert [zero_level(r.name) for r in LADDER] == list(LADDER)
     with pytest.raises(ValueError, match="exact"):
-        rung("int3")
+        zero_level("int3")
     with pytest.raises(ValueError, match="two mesh axes"):
-        Plan(slow="x", fast="x")
+        ZeroConfig(slow="x", fast="x")
     with pytest.raises(ValueError, match="float32"):
-        Plan(dtype="float16")
+        ZeroConfig(dtype="float16")
     with pytest.raises(ValueError, match="delta_bits is 4 with weight_bits=8, but"):
-        Plan(Rung("", 8, 4, delta_bits=4))
+        ZeroConfig(ZeroLevel("", 8, 4, delta_bits=4))

@@ -14,7 +14,7 @@ from launch import ROOT
 
 from jaxrl_eff.parallel import jaxpr_bytes
 from jaxrl_eff.parallel.codec import Blocks
-from jaxrl_eff.parallel.zero.levels import Plan, Rung, rung
+from jaxrl_eff.parallel.zero.levels import ZeroConfig, ZeroLevel, zero_level
 
 SIZES = {"dcn": 2, "ici": 4}
 BOTH = ("dcn", "ici")
@@ -107,16 +107,24 @@ def test_a_contract_allows_two_percent():
 
 def test_closed_forms():
     """2 nodes of 4 devices, shards of 512 elements: by hand, from the paper's table."""
-    plain = jaxpr_bytes.expected(Plan(Rung("", 16, 16, slow_only=False)), 512, 2, 4)
+    plain = jaxpr_bytes.expected(ZeroConfig(ZeroLevel("", 16, 16, slow_only=False)), 512, 2, 4)
     assert plain == bytes_(3 * 1024, 3 * 3 * 2 * 1024)
-    zero = jaxpr_bytes.expected(Plan(rung("qgz"), block=512), 512, 2, 4, weights=3, batches=2)
+    zero = jaxpr_bytes.expected(
+        ZeroConfig(zero_level("qgz"), block=512), 512, 2, 4, weights=3, batches=2
+    )
     assert zero == bytes_(6 * (514 + 258), 6 * 3 * 2 * (2 * 514 + 258))
     deltas = jaxpr_bytes.expected(
-        Plan(Rung("", 16, 4), block=512), 512, 2, 4, batches=2, hoisted=True, deltas=Blocks(4, 512)
+        ZeroConfig(ZeroLevel("", 16, 4), block=512),
+        512,
+        2,
+        4,
+        batches=2,
+        hoisted=True,
+        deltas=Blocks(4, 512),
     )
     assert deltas == bytes_(258 + 258, 2 * 3 * 2 * (2 * 1024 + 2048))
     with pytest.raises(ValueError, match="hoisted"):
-        jaxpr_bytes.expected(Plan(), 512, 2, 4, deltas=Blocks())
+        jaxpr_bytes.expected(ZeroConfig(), 512, 2, 4, deltas=Blocks())
 
 
 def test_the_table_of_volumes_holds():

@@ -11,11 +11,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_eff.parallel import jaxpr_bytes
-from jaxrl_eff.parallel.zero.levels import Plan, Rung
-from jaxrl_eff.parallel.zero.weights import Cut, Held, Shard
+from jaxrl_eff.parallel.zero.levels import ZeroConfig, ZeroLevel
+from jaxrl_eff.parallel.zero.weights import NodeWeight, ShardedWeight, ShardLayout
 
 NODES, DEVICES, LAYERS = 2, 4, 3
-PLAN = Plan(Rung("exact", 32, 32, secondary=True), slow="dcn", fast="fsdp")
+PLAN = ZeroConfig(ZeroLevel("exact", 32, 32, secondary=True), slow="dcn", fast="fsdp")
 # Of a whole weight of one layer, its split axis, and axes that are kept apart.
 WEIGHTS = [((16, 3, 5), 0, ()), ((3, 5, 16), 2, ()), ((6, 16), 1, (0,)), ((4, 16, 2), 1, (0, 2))]
 
@@ -23,7 +23,7 @@ WEIGHTS = [((16, 3, 5), 0, ()), ((3, 5, 16), 2, ()), ((6, 16), 1, (0,)), ((4, 16
 def cut(shape, axis, apart, **changes):
     own = list(shape)
     own[axis] //= NODES * DEVICES
-    return Cut(tuple(own), axis, PLAN, apart, **changes)
+    return ShardLayout(tuple(own), axis, PLAN, apart, **changes)
 
 
 def on_devices(fn, *specs, out):
@@ -65,7 +65,7 @@ def test_what_is_left_over_lies_beside_the_axis_that_is_split(shape, axis, apart
 
 @pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
 def test_what_a_node_holds_is_the_weight_once_differences_were_sent(shape, axis, apart):
-    rung = Rung("differences", 32, 32, delta_bits=32)
+    rung = ZeroLevel("differences", 32, 32, delta_bits=32)
     one = dataclasses.replace(cut(shape, axis, apart), plan=dataclasses.replace(PLAN, rung=rung))
     w, old = numbers(LAYERS, *shape), numbers(LAYERS, *shape, seed=1)
     sizes = (LAYERS, *shape[:axis], NODES, shape[axis] // NODES, *shape[axis + 1 :])
@@ -74,7 +74,7 @@ def test_what_a_node_holds_is_the_weight_once_differences_were_sent(shape, axis,
 
     def run(x, held):
         new = one.renewed(x, held)
-        late = [Held(stage, None, one).whole() for stage in one.near(x, new)]
+        late = [NodeWeight(stage, None, one).whole() for stage in one.near(x, new)]
         return new, one.gathered(x, new), jnp.stack(late)
 
     held, *got = on_devices(run, spec(shape, axis), P(*part), out=(P(*part), P(), P()))(
@@ -91,8 +91,8 @@ def test_every_way_to_gather_gives_the_whole(shape, axis, apart, raw):
     one, w = cut(shape, axis, apart, raw=raw), numbers(LAYERS, *shape)
 
     def run(x):
-        late = [Shard(layer, None, one, trained=False).whole() for layer in x]
-        held = [Held(stage, None, one).whole() for stage in one.near(x)]
+        late = [ShardedWeight(layer, None, one, trained=False).whole() for layer in x]
+        held = [NodeWeight(stage, None, one).whole() for stage in one.near(x)]
         return one.gathered(x), jnp.stack(late), jnp.stack(held)
 
     for got in on_devices(run, spec(shape, axis), out=P())(w):
@@ -104,13 +104,13 @@ def test_every_way_to_gather_gives_the_whole(shape, axis, apart, raw):
 def test_what_every_node_has_is_gathered_within_it(shape, axis, apart, raw):
     own = list(shape)
     own[axis] //= DEVICES
-    one, w = Cut(tuple(own), axis, PLAN, apart, raw, local=True), numbers(LAYERS, *shape)
+    one, w = ShardLayout(tuple(own), axis, PLAN, apart, raw, local=True), numbers(LAYERS, *shape)
     part = [None] * (1 + len(shape))
     part[1 + axis] = "fsdp"
 
     def run(x):
-        late = [Shard(layer, None, one, trained=False).whole() for layer in x]
-        held = [Held(stage, None, one).whole() for stage in one.near(x)]
+        late = [ShardedWeight(layer, None, one, trained=False).whole() for layer in x]
+        held = [NodeWeight(stage, None, one).whole() for stage in one.near(x)]
         return one.gathered(x), jnp.stack(late), jnp.stack(held)
 
     program = on_devices(run, P(*part), out=P())
@@ -126,9 +126,11 @@ def test_gradients_are_sums_over_devices_wherever_they_are_reduced(shape, axis, 
     one, w, x = cut(shape, axis, apart), numbers(*shape), numbers(8, *shape, seed=1)
 
     def run(shard, x):
-        late = jax.grad(lambda s: jnp.sum(Shard(s, None, one, trained=True).whole() * x[0]))(shard)
+        late = jax.grad(
+            lambda s: jnp.sum(ShardedWeight(s, None, one, trained=True).whole() * x[0])
+        )(shard)
         slot = jnp.zeros((*(one.shape[i] for i in apart), NODES, one.m))
-        held = functools.partial(Held, one.near(shard), cut=one)
+        held = functools.partial(NodeWeight, one.near(shard), cut=one)
         slot = jax.grad(lambda slot: jnp.sum(held(slot=slot).whole() * x[0]))(slot)
         return late, one.reduced(x[0], None)[0], one.reduced_slow(slot, None)[0]
 
