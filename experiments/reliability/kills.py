@@ -144,8 +144,8 @@ def imported() -> None:
         "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     )
     for name in (
-        "main", "stages", "train", "export", "report", "summary", "stored", "workdir", "console",
-        "models.peft",
+        "main", "cli.report", "checkpoints.stored", "checkpoints.peft_files", "train.assembly",
+        "train.loop", "train.export", "train.summary", "train.workdir", "train.console",
     ):  # fmt: skip
         importlib.import_module(f"jaxrl_eff.{name}")
     for name in ("orbax.checkpoint", "tensorboardX", "tensorboardX.summary", "grain.python"):
