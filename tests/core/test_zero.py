@@ -210,7 +210,10 @@ of_whole_mlps = functools.cache(traffic)
 
 
 @pytest.mark.parametrize("remat", ["none", "outputs"])
-@pytest.mark.parametrize(("name", "k"), [("exact", 1), ("int4", 1), ("int4_delta", 2)])
+@pytest.mark.parametrize(
+    ("name", "k"),
+    [("exact", 1), ("int4", 1), pytest.param("int4_delta", 2, marks=pytest.mark.slow)],
+)
 def test_mlps_in_pieces_gather_no_weight_more_often(name, k, remat):
     place, lm = dataclasses.replace(NODES, microbatches=k), LM.replace(remat=remat, mlp_chunk=3)
     found = traffic(place, sends(name), lm)

@@ -22,9 +22,10 @@ def collage(algorithm, variant, *more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algorithm", "variant"),
-    [("sft", "flash8"), pytest.param("grpo", "plus", marks=pytest.mark.slow)],
+    [("sft", "flash8"), ("grpo", "plus")],
 )
 def test_a_run_stopped_and_started_again_ends_bitwise_the_same(
     algorithm, variant, tmp_path, monkeypatch

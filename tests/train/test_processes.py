@@ -275,6 +275,7 @@ def test_schedules_of_two_processes_are_one(algorithm, cache, tmp_path):  # noqa
         np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_processes_may_share_rows(cache, tmp_path, sft):  # noqa: F811
     """One device each and tensor=2 over both: each process brings whole batches."""
     shared = "--config.sft.plan={'default': {'tensor': 2}}"

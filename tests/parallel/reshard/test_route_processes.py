@@ -11,7 +11,8 @@ from test_processes import free_port
 WORKER = launch.ROOT / "tests" / "parallel" / "reshard" / "processes.py"
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
 def test_values_survive_between_processes(count, cache):  # noqa: F811
     port = free_port()
     workers = [
