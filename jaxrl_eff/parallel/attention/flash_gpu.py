@@ -159,8 +159,8 @@ def _how(tile: Tile, interpret: bool) -> dict[str, Any]:
 class _Queries:
     """Grid with a program per tile of queries: (tile, row, head), last tiles first.
 
-    Later queries see more keys, so the longest programs start first. Blocks of the arrays that a
-    program loops over are complete: Triton loads only what is read.
+    Later queries see more keys, so the longest programs start first. The block of an array that a
+    program loops over spans all its tiles: Triton loads only what is read.
     """
 
     def __init__(self, q, kv, q_where, k_where, window: Window, tile: Tile):
