@@ -24,7 +24,8 @@ class Blocks:
     Attributes:
         bits: bits per code, 8 or 4; or bits per unquantized number, 16 (bfloat16) or 32 (float32).
         size: maximum number of elements that share a scale. A vector that is not a multiple of it
-            is cut into equal blocks of at most this size and padded with zeros.
+            is cut into equal blocks of at most this size and padded with zeros; with Hadamard,
+            blocks have this size, and a vector that fits in one has a block of a power of two.
         hadamard: multiply each block by a Hadamard matrix first, which spreads an outlier over all
             elements of the block.
         shrink: candidate factors of the full-range scale; each block uses the one with the least

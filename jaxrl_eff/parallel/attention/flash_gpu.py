@@ -286,7 +286,7 @@ def _to_keys(span, window, q_where, k_where, q, kv, dout, lse, delta, dkv, *, so
 
     def head(g, both):
         def step(masked, t, both):
-            # Transposed: the weights are then the left operand of the products that follow.
+            # Transposed, so that the weights are the left operand below without a transpose.
             seen = flash.sees(*_row(q_where, t), *at, window[0]) if masked else None
             i, part = _place(t, met, q.shape[-2])
             queries, pull = q[i, g, part], dout[i, g, part]

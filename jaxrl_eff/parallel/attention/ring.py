@@ -142,7 +142,7 @@ def _spread(
 
 
 def _zero_of(q: Array) -> Int[Array, ""]:
-    """Zero that depends on q, to keep loop-invariant code motion from hoisting the masks.
+    """Zero that JAX treats as depending on q, so that masks are not hoisted out of the layer loop.
 
     Masks depend on positions only and are the same for all layers, so JAX would compute those of
     all chunks before the loop over layers and keep them.

@@ -58,7 +58,7 @@ def striped(length: int, parts: int) -> Order:
 
 
 def zigzag(length: int, parts: int) -> Order:
-    """Order with chunks i and 2P-1-i of 2P on rank i: balanced for one document, in long runs."""
+    """Order with contiguous chunks i and 2P-1-i of 2P on rank i: balanced for one document."""
 
     def tokens(n: int) -> np.ndarray:
         pieces = np.arange(n).reshape(2 * parts, -1)

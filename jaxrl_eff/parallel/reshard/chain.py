@@ -3,9 +3,9 @@
 Both meshes are refined to common axes, of prime size if these are few. A state assigns axes to the
 dimensions that they shard, slowest first. Its neighbors: *slice* along an unused axis (free), and
 *all-to-all* of a dimension's fastest axes to another dimension, which preserves the shard size. A
-path ends with *all-gathers* of dimensions' fastest axes, preceded by one *permute* of entire shards
-if these alone do not lead to the target. Renaming axes commutes with all other steps, so one
-permute suffices, and it is cheapest there, where shards are smallest. The bytes that a path
+path ends with *all-gathers* of dimensions' fastest axes. If all-gathers alone do not lead to the
+target, one *permute* of entire shards precedes them. Renaming axes commutes with all other steps,
+so one permute suffices, and it is cheapest there, where shards are smallest. The bytes that a path
 receives are known exactly, and no shard on it is larger than the larger of source and target.
 
 Primitives: Rink et al. 2021, arXiv:2112.01075, memory-efficient array redistribution.
