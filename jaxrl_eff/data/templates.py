@@ -66,7 +66,7 @@ def render(
 
 
 _SHOWN = 300  # characters of an error's message
-_TIME, _ENDED = b"T", b"E"  # kinds of answers that the worker cannot give itself
+_TIME, _ENDED = b"T", b"E"  # kinds of answers for a worker that was ended
 
 
 def _ask(request: bytes) -> tuple[bytes, str]:

@@ -154,7 +154,7 @@ def corrupt(answer: str, rng: np.random.Generator, *, keep_length: bool = True) 
             digits.insert(at, digits[at])
         if "".join(digits) != answer:
             return "".join(digits)
-        if len(set(answer)) == 1:  # only another digit can differ from 7777
+        if len(set(answer)) == 1:  # e.g. 7777, where only a changed digit makes a difference
             ways = ["change"]
 
 

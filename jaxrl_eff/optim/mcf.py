@@ -63,7 +63,7 @@ def wide(tree: Any) -> Any:
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """float32, or float64 for float64."""
+    """float64 for float64, else float32."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 

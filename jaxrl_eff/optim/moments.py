@@ -101,7 +101,7 @@ def finite_moments(mu: Any, nu: Any) -> tuple[Any, Any]:
 def encode_moment(
     name: str, which: str, tree: Any, count: jax.Array, seed: int | jax.Array
 ) -> dict[str, Any]:
-    """A tree of float32 as the codec's parts, each a tree."""
+    """Encodes a float32 tree as the codec's parts, each a tree."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     encoded = []
     for path, x in paths:
@@ -115,7 +115,7 @@ def encode_moment(
 
 
 def decode_moment(name: str, which: str, stored: dict[str, Any], like: Any) -> Any:
-    """The float32 tree of a stored moment; `like` has its structure and shapes."""
+    """Decodes a stored moment to a float32 tree; `like` has its structure and shapes."""
     leaves, treedef = jax.tree.flatten(like)
     columns = {k: treedef.flatten_up_to(tree) for k, tree in stored.items()}
     out = []

@@ -25,7 +25,7 @@ State = tuple[tuple[int, int], ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choices:
-    """The choices that a search has.
+    """The choices of a search: candidates and meshes of every call.
 
     Attributes:
         problem, cluster, corrections: what is planned, where, and how costs are corrected.

@@ -14,7 +14,7 @@ from jaxrl_eff.parallel import devices as machine
 from jaxrl_eff.parallel import processes
 
 GIB = 2.0**30
-USABLE = 0.92  # of a device's memory: the rest is the runtime's, and lost between arrays
+USABLE = 0.92  # of a device's memory: the rest goes to the runtime and to fragmentation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,9 @@ def _grid(devices: range | tuple[int, ...], shape: tuple[int, ...], domain: int)
     out, stride = [], 1
     domains = np.array(devices) // domain
     for size in reversed(shape):
-        groups = domains.reshape(-1, size, stride)[:, :, 0]  # those of a block are alike
+        groups = domains.reshape(-1, size, stride)[
+            :, :, 0
+        ]  # all groups of a block span equally many
         most = max(len(set(g)) for g in groups.tolist()) if size > 1 else 1
         out.append(Axis(size, most))
         stride *= size

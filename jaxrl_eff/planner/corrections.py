@@ -17,8 +17,8 @@ from jaxrl_eff.planner.cost import NONE, Corrections, call_cost, measured_name
 from jaxrl_eff.planner.problem import Plan, Problem
 from jaxrl_eff.planner.simulate import Simulation, Simulator
 
-LEAST_WEIGHT = 0.3  # of a new measurement, however many came before
-MOST_CHANGE = 64.0  # of a factor in one refit
+LEAST_WEIGHT = 0.3  # of a new measurement, after any number of earlier ones
+MOST_CHANGE = 64.0  # largest change of a factor in one refit
 
 Seconds = float | int | Sequence[float | int]
 
@@ -113,7 +113,7 @@ def refit(
         if r.measured <= 0 or r.predicted <= 0:
             continue
         edge, names = r.kind in ("realloc", "move"), [r.name]
-        if r.name in plan:  # local calls run where others do
+        if r.name in plan:  # local calls have no placement
             used = corrections.call(r.name, plan[r.name])
             names.append(measured_name(r.name, plan[r.name]))
         else:

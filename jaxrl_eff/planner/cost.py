@@ -140,7 +140,7 @@ class Pass(NamedTuple):
     """Seconds of one microbatch through one stage, forward only."""
 
     compute: float
-    memory: float  # by which reading the weights exceeds computing
+    memory: float  # by how much reading the weights exceeds computing
     tensor: float
     seq: float
     overhead: float

@@ -18,7 +18,7 @@ from jaxrl_eff.rollout.sampling import Sampling
 
 _ONE = Shape(
     1, 1, 1, 1, 1, 1, 1, value=True
-)  # a model of a few numbers, as an adaptive coefficient
+)  # a model with few parameters, e.g. an adaptive coefficient
 
 
 def shape(cfg: LMConfig) -> Shape:

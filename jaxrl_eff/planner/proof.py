@@ -132,7 +132,7 @@ class _Node:
         seconds = self._seconds
         seconds[self._new] = took
         ranked = sorted(range(len(seconds)), key=seconds.__getitem__, reverse=True)
-        for first in ranked:  # calls of which no two overlap, the longest first
+        for first in ranked:  # sums calls that pairwise cannot overlap, longest first
             total, allowed = seconds[first], self._exclude[first]
             for k in ranked:
                 if allowed >> k & 1:

@@ -1,4 +1,4 @@
-"""ReaL's published table, and how well `cost` and `simulate` reproduce it.
+"""ReaL's published table, and the accuracy with which `cost` and `simulate` reproduce it.
 
 36 PPO workloads on LLaMA-2 (33 distinct), each in seconds of one iteration: of a symmetric
 Megatron-style plan ("heuristic") and of the plan that ReaL found, among others (arXiv:2406.14088
@@ -234,7 +234,7 @@ def _pareto(options: Iterable[_Option]) -> list[_Option]:
 
 
 def searched(cell: Cell, cluster: Cluster, *, rule: str = "real") -> tuple[float, Plan]:
-    """Finds the best plan of a reduced ReaL space, by this package's prices; (seconds, plan).
+    """Returns (seconds, plan) of the best plan of a reduced ReaL space, by this package's prices.
 
     Generation takes all GPUs in any (stage, data, tensor). The trainers take all of them one after
     the other, or two runs of whole hosts (of 4 GPUs if there is one host) at once. Inference takes
@@ -308,7 +308,7 @@ def searched(cell: Cell, cluster: Cluster, *, rule: str = "real") -> tuple[float
 
 
 def uniform(cell: Cell, cluster: Cluster, *, rule: str = "real") -> tuple[float, Plan]:
-    """Finds the best plan with one layout of all GPUs for every call; (seconds, plan).
+    """Returns (seconds, plan) of the best plan with one layout of all GPUs for every call.
 
     Args:
         rule: as for `searched`. "real" counts a copy for generation here too, although nothing is

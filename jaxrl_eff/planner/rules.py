@@ -250,7 +250,7 @@ def _together(t: Choices) -> list[list[int]]:
 
 
 def _split(t: Choices) -> Iterator[list[Slice]]:
-    """Calls that do not wait for each other side by side, in shares of their work."""
+    """Yields meshes with independent calls side by side, in shares of their work."""
     groups = _together(t)
     for whole in ((), ("generate",), ("generate", "infer"), ("generate", "train")):
         slices = [_whole(t)] * len(t.works)
@@ -298,7 +298,7 @@ def tilings(t: Choices, parts: int, where: Slice, most: int = 512) -> list[list[
 
 
 def _partitions(t: Choices) -> Iterator[list[Slice]]:
-    """Set partitions of the models, each set on its own devices."""
+    """Yields meshes for set partitions of the models, each set on its own devices."""
     models = list(dict.fromkeys(w.model for w in t.works))
     for partition in sorted(_set_partitions(models), key=len):
         if len(partition) == 1:
@@ -318,8 +318,8 @@ def _partitions(t: Choices) -> Iterator[list[Slice]]:
 
 
 def _levelled(t: Choices) -> Iterator[list[Slice]]:
-    """Set partitions of at most `_CALLS` calls into two to four groups, each on its own devices;
-    yields the `_LEVEL` whose most loaded device has the least work."""
+    """Yields meshes for set partitions of at most `_CALLS` calls into two to four groups, each on
+    its own devices: the `_LEVEL` ones whose most loaded device has the least work."""
     calls = range(len(t.works))
     if len(calls) > _CALLS or t.cluster.devices == 1:
         return

@@ -30,7 +30,7 @@ def cost_on(cluster: Cluster, model: Model, *, seq: int, tensor: int, itemsize: 
     return cost_of(
         model,
         flops_per_s=tensor * cluster.train_efficiency * cluster.peak(itemsize),
-        bytes_per_s=tensor * rate,  # each has its share of the heads to send
+        bytes_per_s=tensor * rate,  # each tensor rank sends its share of the heads
         hop_seconds=start,
         attention_half=cluster.attention_half,
         overlap=1.0,

@@ -2,7 +2,7 @@
 
 A plan's time is what `simulate` predicts; the search minimizes it over `choices.State`s:
 
-    rules       the common plans of `rules`; the best ones are continued
+    rules       the common plans of `rules`; the best ones are improved further
     descent     every change of one call among the meshes in use, until none helps
     tempering   Metropolis chains at several temperatures, E = seconds: a change is accepted with
                 probability min(1, exp(-(E' - E) / T)), and neighboring chains swap states with
@@ -35,7 +35,7 @@ from jaxrl_eff.planner.simulate import Simulation
 from jaxrl_eff.planner.space import Slice
 
 CHAINS = 5
-CLOSE = 1e-4  # a gap at which the search is done
+CLOSE = 1e-4  # gap at which the search ends
 COLDEST, HOTTEST = 0.002, 0.08  # temperatures, as shares of the best seed's seconds
 
 
@@ -104,7 +104,7 @@ def search(
     corrections: Corrections = NONE,
     start: Plan | None = None,
 ) -> Found:
-    """Finds the best plan that it can for a problem on a cluster.
+    """Searches for the best plan for a problem on a cluster.
 
     Args:
         problem: the step.
@@ -301,7 +301,7 @@ def _anneal(
     until_it_fits: bool = False,
 ) -> None:
     """Runs parallel tempering from the given states, until this share of the budget is used up, the
-    floor is reached, or no new state has been found for long."""
+    floor is reached, or no new state has been found for a while."""
     starts = list(dict.fromkeys(starts))
     states = [starts[i % len(starts)] for i in range(CHAINS)]
     scores = [judge(s) for s in states]

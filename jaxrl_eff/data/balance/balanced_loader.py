@@ -218,7 +218,7 @@ class BalancedLoader:
         """Does nothing: every process has whole batches."""
 
     def state(self) -> dict[str, Any]:
-        """State as of `Loader.state` after the batches returned, with the cost added."""
+        """`Loader.state` after the batches returned, with the cost added."""
         if self._state is None:
             self._state = self._loader.state()
         return {**self._state, "cost": dataclasses.asdict(self._cost)}
@@ -245,7 +245,7 @@ class BalancedLoader:
         }
 
     def stats(self) -> dict[str, float]:
-        """Statistics as of `Loader.stats` for batches returned; padding is of the last batch."""
+        """`Loader.stats` of the batches returned; padding is of the last one."""
         padding = quality(self.schedule).padding if self.schedule is not None else 0.0
         return {**self._loader.stats(self.state()), "padding": padding}
 

@@ -142,8 +142,8 @@ def unpacked(
 def by_length(
     lengths: Sequence[int] | np.ndarray, *, groups: int, parts: int, room: int, cost: Cost
 ) -> Assignment:
-    """As `unpacked`, but sorted by length, so that groups wait less for each other (LongAlign,
-    arXiv:2401.18058)."""
+    """One sequence per group and micro-step, sorted by length, so that groups wait less for each
+    other (LongAlign, arXiv:2401.18058)."""
     batch = Batch(lengths, groups, parts, room, cost)
     return _one_by_one(batch, list(range(len(batch.lengths))), "sorted")
 

@@ -110,7 +110,7 @@ def candidates(scores: jax.Array, t: Tiling) -> jax.Array:
     Rows and columns count units within the tile. As floats they are exact below 2^24 each, which
     a single number for both would not be.
     """
-    scores = jnp.where(jnp.isfinite(scores), scores, 0.0)  # such a step is withheld anyway
+    scores = jnp.where(jnp.isfinite(scores), scores, 0.0)  # an update with these is skipped anyway
     best, index = top(by_unit(scores, t), t.count)
     row, column = index // t.units[1], index % t.units[1]
     return jnp.stack([row.astype(jnp.float32), column.astype(jnp.float32), best], axis=-2)

@@ -52,7 +52,7 @@ class SM3:
     def update(
         self, gradient: jax.Array, state: SM3State, index: jax.Array, t: Tiling
     ) -> tuple[jax.Array, SM3State]:
-        """(changes to add, state) from the gradients of the active entries, float32 as `index`."""
+        """(changes to add, state) from the active entries' float32 gradients, shaped as `index`."""
         u, *after = per_shard(partial(_updated, t), t, "tttt", "ttt")(gradient, *state, index)
         return u, SM3State(*after)
 
