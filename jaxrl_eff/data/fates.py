@@ -136,7 +136,7 @@ def _find_usable(read: Callable[[int], Item], size: int, length: int) -> None:
 def _spread(size: int, count: int) -> list[int]:
     """Indices of about `count` examples in a fixed random order: all, or evenly spaced runs.
 
-    Runs of neighbors, because a parquet file reads these together.
+    Runs of consecutive examples, because a parquet file reads these together.
     """
     order = np.random.default_rng(0)
     if size <= count:

@@ -26,7 +26,7 @@ Example = dict[str, Any]
 
 @runtime_checkable
 class Source(Protocol):
-    """Interface of the loader's data: any sized, indexable object; it is not a base class."""
+    """Interface of the loader's data: any sized, indexable object, without subclassing."""
 
     def __len__(self) -> int: ...
 
@@ -251,8 +251,8 @@ def _with_dicts(value: Any, kind: Any) -> Any:
 
 
 def file(path: str | os.PathLike) -> Examples:
-    """Makes a source over a parquet or JSON file: parquet by its suffix (.parquet, .pq), or by its
-    first bytes if the suffix is none of JSON's (.jsonl, .json, .ndjson) either.
+    """Makes a source over a parquet or JSON file, as its suffix says (.parquet, .pq; .jsonl, .json,
+    .ndjson), or its first bytes if it has another suffix.
 
     Raises:
         OSError, ValueError, ImportError: as `parquet` and `jsonl`.
@@ -268,7 +268,7 @@ def file(path: str | os.PathLike) -> Examples:
 
 
 def require(source: Source, fields: str | Sequence[str]) -> Examples:
-    """Checks each example's fields on access; the first example's immediately.
+    """Makes a source that checks each example's fields on access, the first example's immediately.
 
     Args:
         source: any source.

@@ -14,8 +14,8 @@ _CONTEXT = 16  # preceding tokens that can change the next one's text
 def said(tokenizer: Tokenizer, ids: Iterable[int], *, stop: Iterable[int] | None = None) -> str:
     """The text of a response (or prompt), special tokens included.
 
-    Hidden are leading bos and padding, and trailing padding and stop tokens. The same tokens in the
-    middle are shown: without them "5<eos>7" would read as 57.
+    Leading bos and padding, and trailing padding and stop tokens, are hidden. The same tokens in
+    the middle are shown: without them "5<eos>7" would read as 57.
 
     Args:
         tokenizer: of the model that wrote the ids.

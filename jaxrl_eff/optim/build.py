@@ -1,4 +1,4 @@
-"""Optimizers by name, with clipping, frozen parameters, and lossless changes of 16-bit weights."""
+"""Optimizers by name, with clipping, frozen parameters, and stores of 16-bit weights."""
 
 import inspect
 import re

@@ -41,7 +41,7 @@ def full_precision_params(params: Any, opt_state: Any) -> Any:
         opt_state: of `lowp_chain` or `collage_adamw`, alone or inside other optax transforms.
 
     Raises:
-        ValueError: the state stores weights never, or more than once.
+        ValueError: the state stores no weights, or stores them more than once.
     """
     return joined(params, _store(opt_state).low)
 

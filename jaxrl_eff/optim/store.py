@@ -40,7 +40,7 @@ inject_hyperparams = functools.partial(optax.inject_hyperparams, hyperparam_dtyp
 def apply_if_finite(
     tx: optax.GradientTransformation, max_consecutive_errors: int
 ) -> optax.GradientTransformation:
-    """Wraps as optax.apply_if_finite, for transforms whose updates have another dtype."""
+    """optax.apply_if_finite for transforms whose updates differ in dtype from the gradients."""
 
     def update(updates, state, params=None, **extra):
         updates, state = inner.update(updates, state, params, **extra)

@@ -235,7 +235,7 @@ class Judge:
     def _simulate(self, state: State) -> Verdict:
         self.evaluated += 1
         seconds, over, _ = self._simulator.score(self.table.plan(state))
-        # ReaL's factor of 3 for plans that do not fit, plus a slope back towards those that do.
+        # ReaL's factor of 3 for plans that do not fit, plus a slope toward those that do.
         energy = seconds * (3 + over / self.table.cluster.memory_bytes) if over else seconds
         if not over and (self.best is None or seconds < self.best[1].seconds):
             self.best = (state, Verdict(energy, seconds, over))

@@ -1,4 +1,4 @@
-"""Division of a batch into micro-batches, and combination of all groups' micro-batches into steps.
+"""Division of a batch into micro-batches, and their combination into micro-steps of all groups.
 
 Indices in this module refer to the lengths sorted, longest first.
 """

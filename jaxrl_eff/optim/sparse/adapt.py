@@ -8,8 +8,8 @@ int16 holds the difference of the number's bits from it. So training is in exact
 bytes per active entry and without a float32 copy.
 
 Gradients are values of the active entries only, from a tap in the model's backward pass. For a loop
-with dense gradients, `from_dense` makes an ordinary optax transform of it, which saves optimizer
-state but not gradients.
+with dense gradients, `from_dense` makes it an ordinary optax transform, which saves optimizer state
+but not gradients.
 """
 
 from collections.abc import Callable, Mapping
@@ -281,7 +281,7 @@ def dense_to_sparse(grads: Any, state: SparseState, layout: Layout) -> dict[str,
 
 
 def from_dense(adapt: SparseAdapt) -> optax.GradientTransformation:
-    """Wraps it as an ordinary optax transform from dense gradients to dense updates.
+    """Wraps `adapt` as an ordinary optax transform from dense gradients to dense updates.
 
     It saves the memory of optimizer state, not of gradients; other entries get updates of 0. The
     updates are float32 differences to the new value. `optax.apply_updates` gives exactly that

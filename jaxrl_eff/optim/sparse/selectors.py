@@ -76,7 +76,7 @@ def _principal(t: Tiling, key: jax.Array, w: jax.Array) -> jax.Array:
     """|W_r| of every tile, by a randomized range finder with two power iterations.
 
     Halko, Martinsson and Tropp 2011, Algorithms 4.4 and 5.1: a basis of r + 8 columns, then the
-    best approximation of rank r within it. Matrix products alone, except for an SVD of r + 8 rows.
+    best approximation of rank r within it. Only matrix products, except for an SVD of r + 8 rows.
     """
     (rows, columns), (r, c) = w.shape, t.tile
     tiles = jnp.moveaxis(w.reshape(rows // r, r, columns // c, c), 2, 1)

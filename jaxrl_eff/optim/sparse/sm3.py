@@ -10,7 +10,7 @@ entry
 inactive entry is row_i column_j, so growth needs no gradients except those of active entries
 (SpIEL-MA, arXiv:2401.16405). Accumulators never shrink. They belong to rows and columns, whichever
 of their entries are active, and one whose entries were never active is 0, so nothing grows there:
-the limit of using active gradients only.
+the price of using the gradients of active entries only.
 
 In a grid of tiles every tile has separate accumulators.
 """
