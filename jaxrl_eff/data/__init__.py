@@ -1,1 +1,1 @@
-"""Examples in, arrays of static shape out: sources, chat templates, packing, resumable batches."""
+"""Data pipeline: sources, chat templates, packing, and resumable batches of static shape."""

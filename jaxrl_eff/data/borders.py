@@ -1,8 +1,8 @@
-"""The border between prompts and training text: one must continue the other, token by token.
+"""Checks of the border between prompt and response: training and generation must tokenize it alike.
 
-A tokenizer reads text in pieces that may span the place where a prompt ends and a response begins.
-If training text has " O" as one token there, and a prompt ends in the space alone, then the model
-answers from tokens that no training text had.
+A tokenizer can merge characters across the place where a prompt ends and a response begins. If
+training text has " O" as one token there, and a prompt ends in the space alone, then the model
+answers from tokens that it never saw in training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ _AROUND = 3  # tokens shown on either side of a difference
 
 
 def of_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """The difference between a conversation and the prompts of its assistant turns; "" if none.
+    """Difference between a conversation and the prompts of its assistant turns; "" if none.
 
     Raises:
         ValueError: as `chat.render_chat`.
@@ -42,9 +42,7 @@ def of_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
 
 
 def of_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> str:
-    """The difference between tokens of prompt and completion, made apart, and those of both as one
-    text; "" if there is none.
-    """
+    """Difference between prompt and completion tokenized apart and as one text; "" if none."""
     apart = tokenizer.encode(prompt) + tokenizer.encode(completion)
     joined = tokenizer.encode(prompt + completion)
     if apart == joined:
@@ -56,7 +54,7 @@ def of_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> str:
 
 
 def holds_completion(example: Mapping[str, Any], prompt: str, completion: str) -> bool:
-    """True if the prompt of an example ends with its completion.
+    """Returns True if the prompt of an example ends with its completion.
 
     Args:
         prompt, completion: names of fields.
@@ -71,7 +69,7 @@ def _lists(
     trained: Sequence[int],
     names: tuple[str, str] = ("prompt", "training"),
 ) -> str:
-    """Both lists of tokens around the first that differs."""
+    """Formats both lists of tokens around the first difference."""
     at = _same(given, trained)
     here = slice(max(at - _AROUND + 1, 0), at + _AROUND)
     return ", ".join(
@@ -81,11 +79,11 @@ def _lists(
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """The number of leading items that are equal."""
+    """Number of leading items that are equal."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _shown(tokenizer: Tokenizer, token: int) -> str:
-    """A token as the vocabulary has it, where a leading space can be seen."""
+    """A token as in the vocabulary, where a leading space is visible."""
     inner = getattr(tokenizer, "inner", None)
     return inner.id_to_token(token) if inner else tokenizer.decode([token], special=True)

@@ -1,10 +1,10 @@
-"""Conversations -> text, token ids, and a mask of what the assistant said.
+"""Conversations -> text, token ids, and a mask of the assistant's tokens.
 
-A checkpoint's chat template is a Jinja program; `templates` runs it. Which tokens the assistant
-said comes from the template's own `{% generation %}` blocks where it has them. Other templates are
-rendered turn by turn: what turn n adds to the conversation before it (with the assistant's opening)
-is what the assistant said. That only works if a template never changes what it has already written,
-so this is checked.
+A checkpoint's chat template is a Jinja program; `templates` runs it. The template's own
+`{% generation %}` blocks, where it has them, mark the assistant's text. Other templates are
+rendered turn by turn: what turn n adds to the conversation before it (including the assistant's
+opening) is the assistant's. This requires that a template never changes what it has already
+written, which is checked.
 
 Left out: tools and documents as arguments of the template.
 """
@@ -26,16 +26,16 @@ _MARKS = re.compile(r"\{%[-+]?\s*generation\b")
 def render_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> str:
-    """The conversation as the model reads it.
+    """Renders a conversation as the model reads it.
 
     Args:
-        messages: dicts with `role` (one of `ROLES`) and `content`. Other keys are for the template;
-            those that are None are left out, in nested values as well.
+        messages: dicts with `role` (one of `ROLES`) and `content`. Other keys are passed to the
+            template, without those that are None, in nested values as well.
         add_generation_prompt: end with the opening of an assistant turn.
 
     Raises:
-        ValueError: no template, a message of the wrong form, a refusal by the template, or one that
-            goes beyond the bounds of `templates`.
+        ValueError: there is no template, a message has the wrong form, or the template refuses the
+            conversation or exceeds the limits of `templates`.
         ImportError: Jinja is missing.
     """
     return render_chats(tokenizer, [(messages, add_generation_prompt)])[0]
@@ -44,7 +44,7 @@ def render_chat(
 def render_chats(
     tokenizer: Tokenizer, wanted: Sequence[tuple[Sequence[Message], bool]]
 ) -> list[str]:
-    """As `render_chat`, for several pairs of (messages, add_generation_prompt)."""
+    """Renders several pairs of (messages, add_generation_prompt), each as `render_chat`."""
     plain = [(_plain(messages), opening) for messages, opening in wanted]
     return [_unmark(text)[0] for text in _render(tokenizer, plain)]
 
@@ -52,13 +52,13 @@ def render_chats(
 def encode_chat(
     tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
 ) -> tuple[list[int], list[int]]:
-    """Token ids of the conversation, and 1 for each that the assistant said.
+    """Token ids of the conversation, and a mask that is 1 for the assistant's tokens.
 
-    The token that ends an assistant's turn counts as said; a newline that the template puts after
-    it does not. A token that spans a boundary counts as said.
+    The token that ends an assistant's turn is included; a newline that the template adds after it
+    is not. A token that spans a boundary is included.
 
     Raises:
-        ValueError: as `render_chat`; or a turn that is rendered otherwise once others follow.
+        ValueError: as `render_chat`; or a turn is rendered differently once others follow.
     """
     messages = _plain(messages)
     whole, turns = [(messages, add_generation_prompt)], _by_turn(messages)
@@ -81,11 +81,10 @@ def encode_chat(
 
 
 def to_answer(messages: Sequence[Message]) -> Sequence[Message]:
-    """The conversation that the assistant should answer next: without its last answer, if it has
-    that.
+    """The messages that the assistant should answer next, without its last answer if present.
 
-    The last turn of a user or a tool asks; from the first turn of the assistant behind it, nothing
-    is kept. A conversation in which nobody asks ends before the first turn of the assistant.
+    The last user or tool turn is the question; everything from the first assistant turn after it
+    on is dropped. A conversation without a question ends before the first assistant turn.
 
     Raises:
         ValueError: nothing is left.
@@ -100,7 +99,7 @@ def to_answer(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _by_turn(messages: Sequence[Message]) -> list[tuple[Sequence[Message], bool]]:
-    """What to render for `_turn_spans`: each assistant turn's conversation without and with it."""
+    """Inputs for `_turn_spans`: each assistant turn's conversation without and with that turn."""
     return [
         part
         for n, message in enumerate(messages)
@@ -127,7 +126,7 @@ def _turn_spans(
 
 
 def _until_end_of_turn(tokenizer: Tokenizer, ids: list[int], turn: list[int]) -> list[int]:
-    """Drops the blank tokens that a template puts after the token that ends a turn."""
+    """Drops the blank tokens that a template adds after the token that ends a turn."""
     keep = len(turn)
     while keep and not tokenizer.decode([ids[turn[keep - 1]]], special=True).strip():
         keep -= 1
@@ -140,7 +139,7 @@ def _until_end_of_turn(tokenizer: Tokenizer, ids: list[int], turn: list[int]) ->
 
 
 def _render(tokenizer: Tokenizer, wanted: Sequence[tuple[Sequence[Message], bool]]) -> list[str]:
-    """The marked texts of conversations that `_plain` has checked."""
+    """Renders conversations that `_plain` has checked, with marks in the text."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{tokenizer.origin} has no chat template (chat_template.jinja, or chat_template in "
@@ -156,11 +155,11 @@ def _render(tokenizer: Tokenizer, wanted: Sequence[tuple[Sequence[Message], bool
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages as plain dicts, checked, without keys that are None.
+    """Checks the messages and returns them as plain dicts, without keys that are None.
 
-    A parquet file gives every message the keys of all messages, and None where one has none; a
-    template that asks `'tool_calls' in message` must not see these. `content` of a message with
-    tool calls and no text is None, as templates expect, however the file says that.
+    A parquet file gives every message the keys of all messages, with None where one has none; a
+    template that tests `'tool_calls' in message` must not see these. The `content` of a message
+    with tool calls and no text is None, as templates expect, however the file stores that.
     """
     return [_checked(n, message) for n, message in enumerate(messages)]
 
@@ -182,7 +181,7 @@ def _checked(n: int, message: Message) -> dict[str, Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Dicts and lists without keys that are None, at any depth."""
+    """Copies dicts and lists without keys that are None, at any depth."""
     if isinstance(value, Mapping):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):

@@ -1,9 +1,9 @@
-"""From an example to token ids and a mask: what the loader's `encode` may be.
+"""Functions from an example to token ids and a mask, for the loader's `encode`.
 
 Each function here takes a tokenizer and field names and returns a pure function of an example.
 Nothing is added silently: `bos` has no default, since a prompt must begin the same way in
 fine-tuning, in generation and in evaluation, and checkpoints differ. Prompt and response are
-tokenized apart and joined, as they are when the response is generated.
+tokenized separately and joined, as they are when the response is generated.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Example = dict[str, Any]
 def encode_text(
     tokenizer: Tokenizer, *, bos: bool, eos: bool = True, field: str = "text"
 ) -> Callable[[Example], Segment]:
-    """[bos] text [eos]; everything is learned but the first token, which nothing precedes."""
+    """Encodes [bos] text [eos]; all is learned except the first token, which has no context."""
     begin, end = _specials(tokenizer, bos, eos)
 
     def encode(example: Example) -> Segment:
@@ -39,7 +39,7 @@ def encode_prompt_completion(
     prompt: str = "prompt",
     completion: str = "completion",
 ) -> Callable[[Example], Segment]:
-    """[bos] prompt completion [eos]; completion and eos are learned."""
+    """Encodes [bos] prompt completion [eos]; completion and eos are learned."""
     begin, end = _specials(tokenizer, bos, eos)
 
     def encode(example: Example) -> Segment:
@@ -54,14 +54,14 @@ def encode_prompt_completion(
 def encode_messages(
     tokenizer: Tokenizer, *, field: str = "messages"
 ) -> Callable[[Example], Segment]:
-    """A conversation by the tokenizer's chat template, which writes bos and ends of turns itself.
+    """Encodes a conversation by the tokenizer's chat template, which adds bos and ends of turns.
 
-    Learned is what the assistant said, the token that ends its turn included.
+    The assistant's tokens are learned, including the token that ends its turn.
     """
 
     def encode(example: Example) -> Segment:
         ids, mask = encode_chat(tokenizer, read(example, field, list))
-        mask[:1] = [0] * len(mask[:1])  # nothing precedes the first token
+        mask[:1] = [0] * len(mask[:1])  # the first token has no context
         return np.array(ids, np.int32), np.array(mask, np.float32)
 
     return encode
@@ -76,7 +76,7 @@ def encode_preference(
     chosen: str = "chosen",
     rejected: str = "rejected",
 ) -> Callable[[Example], Pair]:
-    """The chosen and the rejected response to a prompt, each as `encode_prompt_completion`."""
+    """Encodes the chosen and rejected responses, each as `encode_prompt_completion`."""
     good, bad = (
         encode_prompt_completion(tokenizer, bos=bos, eos=eos, prompt=prompt, completion=side)
         for side in (chosen, rejected)
@@ -87,7 +87,7 @@ def encode_preference(
 def encode_prompt(
     tokenizer: Tokenizer, *, bos: bool, field: str = "prompt"
 ) -> Callable[[Example], np.ndarray]:
-    """[bos] prompt, as ids int32 [n]."""
+    """Encodes [bos] prompt, as ids int32 [n]."""
     begin, _ = _specials(tokenizer, bos, False)
     return lambda example: np.array(begin + tokenizer.encode(read(example, field)), np.int32)
 
@@ -95,10 +95,10 @@ def encode_prompt(
 def encode_chat_prompt(
     tokenizer: Tokenizer, *, field: str = "messages"
 ) -> Callable[[Example], np.ndarray]:
-    """A conversation up to the opening of the assistant's next turn, as ids int32 [n].
+    """Encodes a conversation up to the opening of the assistant's next turn, as ids int32 [n].
 
     A string in the field counts as one message of the user. An answer that ends the conversation is
-    what should be found, and no part of the prompt; see `chat.to_answer`.
+    the target, and not part of the prompt; see `chat.to_answer`.
     """
 
     def encode(example: Example) -> np.ndarray:
@@ -112,10 +112,10 @@ def encode_chat_prompt(
 
 
 def read(example: Example, field: str, kind: type | tuple[type, ...] = str) -> Any:
-    """The field of an example.
+    """Returns a field of an example.
 
     Raises:
-        ValueError: it is missing or of another type; says what is there.
+        ValueError: the field is missing or has another type; the message shows what was found.
     """
     if field not in example:
         raise ValueError(f"there is no field {field!r}; there is {sorted(map(str, example))}.")
@@ -137,7 +137,7 @@ def _specials(tokenizer: Tokenizer, bos: bool, eos: bool) -> tuple[list[int], li
 
 
 def _segment(given: list[int], learned: list[int]) -> Segment:
-    """Ids and mask. Without anything given, the first token has nothing to be predicted from."""
+    """Ids and mask. The first token is never learned, as nothing precedes it."""
     mask = np.zeros(len(given) + len(learned), np.float32)
     mask[max(len(given), 1) :] = 1
     return np.array(given + learned, np.int32), mask

@@ -1,7 +1,7 @@
-"""The fate of an example (used, cut to a row's length, or dropped), and of a whole source.
+"""The fate of an example (used, truncated, or dropped), and statistics of a whole source.
 
-Whatever is not used as it came is counted: by the loader while it draws, and by a survey before
-anything is trained.
+All that is not used unchanged is counted: by the loader while it draws, and by a survey before
+training.
 """
 
 import time
@@ -14,38 +14,38 @@ import numpy as np
 
 from jaxrl_eff.data import packing
 
-SURVEYED = 1024  # examples that a survey looks at
-_RUN = 16  # neighbours among those
-_SECONDS = 2.0  # after which a survey looks at no other
+SURVEYED = 1024  # examples that a survey reads
+_RUN = 16  # consecutive examples per run
+_SECONDS = 2.0  # time limit of a survey
 
 
 @dataclass(frozen=True)
 class Item:
-    """An example drawn and encoded."""
+    """An example that was drawn and encoded."""
 
     index: int  # in the source
     segments: tuple[packing.Segment, ...]  # one, or chosen and rejected
     tokens: int  # of all segments
     fate: str  # "kept", "truncated", "overlong" or "empty"; the last two are dropped
     full: int = 0  # tokens before it was truncated
-    at: int = -1  # how many examples were drawn before it
+    at: int = -1  # number of examples drawn before it
 
 
 @dataclass(frozen=True)
 class Survey:
-    """Counts of the examples of a source by their fate. Made by `survey`."""
+    """Counts of a source's examples by fate. Made by `survey`."""
 
     size: int  # of the source
-    seen: int  # examples that were looked at
-    fates: dict[str, int]  # fate of an `Item` -> how many of those
-    longest: int  # tokens of the longest of those
-    length: int  # that a row holds
+    seen: int  # examples read
+    fates: dict[str, int]  # fate of an `Item` -> number of examples
+    longest: int  # tokens of the longest of them
+    length: int  # tokens that a row holds
 
     def notes(self, field: str, kind: str) -> list[str]:
-        """The dropped and the cut, in words; nothing if everything is used as it came.
+        """Describes dropped and truncated examples; empty if all are used unchanged.
 
         Args:
-            field: name of the setting that says the length.
+            field: name of the setting for the length.
             kind: of batch, see `loader.batches`.
         """
         of = f"of {self.seen:,} examples"
@@ -62,16 +62,16 @@ class Survey:
 
 
 def item(index: int, encoded: Any, layout: dict[str, Any], length: int) -> Item:
-    """Checks what `encode` gave for an example, and decides on its fate.
+    """Checks the output of `encode` for an example, and decides its fate.
 
     Args:
         index: of the example.
-        encoded: as `loader.batches` has it for the kind.
+        encoded: the output, as `loader.batches` specifies it for the kind.
         layout: `kind` and `overlong` of the loader.
         length: tokens of a row.
 
     Raises:
-        ValueError: not a pair where one is needed, a first token that is learned, or too many
+        ValueError: a preference is not a pair, a first token is learned, or there are too many
             tokens while `overlong` is "error".
     """
     kind, overlong = layout["kind"], layout["overlong"]
@@ -96,17 +96,17 @@ def item(index: int, encoded: Any, layout: dict[str, Any], length: int) -> Item:
 
 
 def survey(read: Callable[[int], Item], size: int, *, length: int, count: int = SURVEYED) -> Survey:
-    """Looks at some examples, spread over the whole source, for at most two seconds.
+    """Reads some examples, spread over the whole source, for at most two seconds.
 
     Args:
-        read: the example of an index, encoded.
-        size: how many there are.
+        read: returns the encoded example of an index.
+        size: number of examples in the source.
         length: tokens of a row.
-        count: how many to look at; all of a source that has no more. If none of them is usable,
+        count: how many to read; all of a source that has no more. If none of them is usable,
             others follow until one is.
 
     Raises:
-        ValueError: `read` fails, or none of the whole source is usable.
+        ValueError: `read` fails, or no example of the source is usable.
     """
     fates, longest, until = Counter[str](), 0, time.monotonic() + _SECONDS
     for index in _spread(size, count):
@@ -121,7 +121,7 @@ def survey(read: Callable[[int], Item], size: int, *, length: int, count: int = 
 
 
 def _find_usable(read: Callable[[int], Item], size: int, length: int) -> None:
-    """Raises unless some example is usable."""
+    """Raises ValueError unless some example is usable."""
     fates: Counter[str] = Counter()
     for index in range(size):
         fates[read(index).fate] += 1
@@ -134,9 +134,9 @@ def _find_usable(read: Callable[[int], Item], size: int, length: int) -> None:
 
 
 def _spread(size: int, count: int) -> list[int]:
-    """Indices of about `count` examples in a fixed random order: all, or runs from everywhere.
+    """Indices of about `count` examples in a fixed random order: all, or evenly spaced runs.
 
-    Runs of neighbours, because a parquet file gives these together.
+    Runs of consecutive examples, because a parquet file reads these together.
     """
     order = np.random.default_rng(0)
     if size <= count:

@@ -1,13 +1,13 @@
-"""Batches of static shape, in an order that a seed fixes and a few integers resume.
+"""Batches of static shape in an order fixed by a seed, resumable from a few integers.
 
-Grain shuffles the indices of a source anew in each epoch and encodes examples ahead in a thread;
-the rest is a pool. Each batch draws examples until the pool would fill its rows, packs the pool,
-and leaves behind what did not fit, which goes first next time. So a loader's whole state is how
-many examples it has drawn and which of them wait in the pool.
+Grain shuffles the indices of a source in each epoch and encodes examples ahead in a thread; the
+rest is a pool. Each batch draws examples until the pool would fill its rows, packs the pool, and
+keeps what did not fit, which is placed first next time. So a loader's whole state is the number of
+examples drawn and which of them are still in the pool.
 
 Every process draws and encodes every example, and takes its own block of rows: packing needs all
-lengths, and in return the batches do not depend on the number of processes. Left out: worker
-processes (tokenizing text is far cheaper than learning from it), and mixing several sources.
+lengths, and batches do not depend on the number of processes. Left out: worker processes
+(tokenizing text is far cheaper than training on it), and mixing several sources.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,16 +47,16 @@ def batches(
     threads: int = 1,
     prefetch: int = 256,
 ) -> "Loader":
-    """An iterator over batches.
+    """Makes an iterator over batches.
 
-    | kind | `encode(example)` gives | a batch holds |
+    | kind | `encode(example)` returns | a batch holds |
     |---|---|---|
     | sft | (ids, mask) | tokens segment position mask, each [B, T] |
     | preference | (ids, mask) chosen, (ids, mask) rejected | the same, pairs whole |
     | prompts | ids | prompt [P, Tp], prompt_length [P], prompt_example [P] |
 
-    All are int32 but mask, float32. An example with nothing to learn (an empty mask, in either
-    response of a pair; a prompt without tokens) is dropped and counted.
+    All are int32 except mask, which is float32. An example with nothing to learn (an empty mask, in
+    either response of a pair; a prompt without tokens) is dropped and counted.
 
     Args:
         source: examples by index.
@@ -67,8 +67,8 @@ def batches(
         length: T of sft and preference.
         prompt_length: Tp of prompts.
         shuffle: draws in a new order each epoch; otherwise in the source's.
-        epochs: passes over the source; without end by default.
-        process: (index, count). All processes must pass equal arguments otherwise; process i gets
+        epochs: passes over the source; unlimited by default.
+        process: (index, count). All other arguments must be equal on all processes; process i gets
             the i-th of `count` equal blocks of rows.
         overlong: "drop", "truncate" (the end of a sequence; not for prompts) or "error", for
             examples longer than a row. Dropped and truncated ones are counted in `stats`.
@@ -77,12 +77,12 @@ def batches(
             empty, and fills up prompts with repeats whose `prompt_example` is -1; "drop" ends
             before it. By default prompts are dropped and the others padded.
         pad: token id at padding.
-        threads: that encode; 0 encodes when a batch is asked for.
+        threads: number of encoding threads; 0 encodes when a batch is requested.
         prefetch: examples encoded ahead.
 
     Raises:
         ValueError: an argument is out of range; or, from `next`, an example cannot be encoded, is
-            too long while `overlong` is "error", or none of the source is usable.
+            too long while `overlong` is "error", or no example of the source is usable.
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}.")
@@ -105,8 +105,8 @@ def batches(
         raise ValueError(f"epochs is {epochs}; it must be at least 1, or None for no end.")
     if len(source) < 1:
         raise ValueError("the source has no examples.")
-    # A second that is spent here, by the thread that makes loaders: while grain is imported,
-    # `builtins.__import__` is another for all threads, and imports in those fail.
+    # Takes about a second. Imported here, by the thread that makes loaders: while grain is being
+    # imported, `builtins.__import__` is replaced for all threads, and their imports fail.
     import grain  # noqa: F401
 
     return Loader(
@@ -129,7 +129,7 @@ def batches(
 
 
 class Loader:
-    """What `batches` returns. `next` gives a dict of numpy arrays; `state` and `restore` resume."""
+    """Iterator that `batches` returns: dicts of numpy arrays; `state` and `restore` resume it."""
 
     def __init__(self, *, source, encode, layout, order, epochs, process, reading):
         self._source, self._encode = source, encode
@@ -151,7 +151,7 @@ class Loader:
         return self._arrays(rows, slice(index * share, (index + 1) * share))
 
     def items(self) -> list[Item]:
-        """The examples of the next batch, of all processes, before they are laid out in rows."""
+        """Returns the next batch's examples, of all processes, before they are laid out in rows."""
         return [item for row in self._next_rows() for item in row]
 
     def _next_rows(self) -> list[list[Item]]:
@@ -169,7 +169,7 @@ class Loader:
         return rows
 
     def share(self, process: tuple[int, int]) -> None:
-        """From now on gives the block of process (index, count); (0, 1) is everything."""
+        """Selects the block of process (index, count) for the next batches; (0, 1) is all rows."""
         self._process = process
 
     def prepare(self) -> None:
@@ -177,14 +177,14 @@ class Loader:
         self._indices()
 
     def survey(self, count: int = fates.SURVEYED) -> fates.Survey:
-        """What becomes of some examples, spread over the whole source; see `fates.survey`."""
+        """Counts the fates of some examples over the whole source; see `fates.survey`."""
         return fates.survey(self._read, len(self._source), length=self._length, count=count)
 
     def state(self) -> dict[str, Any]:
-        """Where the loader stands after the batches it has given: JSON-able, and small.
+        """Position of the loader after the batches so far: small and JSON-serializable.
 
-        It holds numbers of examples, not tokens, so it may be kept wherever the step is kept.
-        Any process's state serves all of them, and any number of them.
+        It holds numbers of examples, not tokens. The state of any process restores every process,
+        for any number of processes.
         """
         return {
             "drawn": self._drawn,
@@ -198,7 +198,7 @@ class Loader:
         """Continues after the batch that `state` followed; the next batches are bit-identical.
 
         Raises:
-            ValueError: the state is of a loader over other data, in another order or layout.
+            ValueError: the state is from a loader with other data, another order or layout.
         """
         here = self.state()
         for part in ("order", "layout"):
@@ -213,12 +213,12 @@ class Loader:
         self._pool = [replace(self._read(self._indices()[at]), at=at) for at in state["waiting"]]
 
     def stats(self, state: dict[str, Any] | None = None) -> dict[str, float]:
-        """Of all batches so far, over all processes; or of those before an earlier `state`.
+        """Statistics of all batches so far, over all processes; or up to an earlier `state`.
 
         Returns:
-            `padding`, share of positions that hold no token; `learned`, share of tokens whose
-            mask is 1; `epochs`, passes over the source, with a fraction; and counts: `batches`,
-            `examples` used, `dropped` (= `overlong` + `empty` + `remainder`), `truncated`.
+            `padding`, share of positions without a token; `learned`, share of tokens whose mask is
+            1; `epochs`, passes over the source, with a fraction; and counts: `batches`, `examples`
+            used, `dropped` (= `overlong` + `empty` + `remainder`), `truncated`.
         """
         c, drawn = self._counts, self._drawn
         if state is not None:
@@ -259,7 +259,7 @@ class Loader:
             have, wasted = have + (item.tokens if self._layout["packed"] else 1), 0
 
     def _choose_rows(self, carried: int) -> tuple[list[list[Item]], list[int]]:
-        """The items of each row of the global batch, and the places in the pool that remain."""
+        """The items of each row of the global batch, and the pool indices that remain."""
         batch = self._layout["batch"]
         if self._layout["packed"]:
             lengths = [item.tokens for item in self._pool]
@@ -273,7 +273,7 @@ class Loader:
         if self._layout["kind"] != "prompts":
             segments = [[s for item in row for s in item.segments] for row in rows[block]]
             return packing.lay_out(segments, length=self._length, pad=self._layout["pad"])
-        # A prompt of no tokens could not be generated from, so an empty row repeats the first.
+        # Generation needs at least one prompt token, so an empty row repeats the first.
         items = [row[0] if row else rows[0][0] for row in rows[block]]
         laid = packing.lay_out(
             [item.segments for item in items], length=self._length, pad=self._layout["pad"]
@@ -312,7 +312,7 @@ class Loader:
         return item
 
     def _read(self, index: int) -> Item:
-        """Encodes one example. Runs in grain's threads, so it changes nothing."""
+        """Encodes one example. Runs in grain's threads, so it changes no state."""
         try:
             encoded = self._encode(self._source[int(index)])
             return fates.item(int(index), encoded, self._layout, self._length)
@@ -332,5 +332,5 @@ class Loader:
         return self._dataset
 
     def _first_indices(self) -> list[int]:
-        """The start of the order, kept in the state to notice if grain's shuffle ever changes."""
+        """First indices of the order, stored in the state to detect a change of grain's shuffle."""
         return [int(self._indices()[at]) for at in range(min(4, self._order["examples"]))]

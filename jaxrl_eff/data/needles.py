@@ -1,10 +1,9 @@
-"""A digit hidden in a row of letters, to be found again however long the row is.
+"""A retrieval task: a digit hidden in a row of letters, to be found at any row length.
 
     dbcahj=7gfc...aeb?  ->  7
 
-Most rows are short and a few are long, as in real mixtures: their lengths are log-uniform in two
-ranges. Whether a model finds the digit at every depth of every length is the plainest test of a
-long context.
+Most rows are short and a few are long, as in real mixtures: lengths are log-uniform in two ranges.
+Finding the digit at every depth of every length is the simplest test of a long context.
 """
 
 import math
@@ -18,7 +17,7 @@ ALPHABET = LETTERS + "0123456789=?"
 
 
 def hidden(length: int, depth: float | int, digit: int, rng: np.random.Generator) -> Example:
-    """One row of `length` characters with its question; `depth` 0 hides at its begin, 1 at its end.
+    """One row of `length` characters, ending in "?"; depth 0 is its beginning, 1 its end.
 
     Returns:
         prompt, truth and completion (both the digit), depth, length.
@@ -44,17 +43,17 @@ def examples(
     long_share: float | int = 0.1,
     seed: int = 0,
 ) -> Examples:
-    """Rows by index, the same ones for equal arguments.
+    """A source of rows by index, the same for equal arguments.
 
     Args:
-        count: how many.
-        split: "train" or "held_out": other rows.
-        shortest, longest: characters of a row. The geometric mean of both divides short from long.
-        long_share: of rows that are long.
-        seed: of everything.
+        count: number of rows.
+        split: "train" or "held_out": different rows.
+        shortest, longest: characters of a row. Their geometric mean separates short from long.
+        long_share: share of rows that are long.
+        seed: of all random choices.
 
     Raises:
-        ValueError: sizes that make no rows.
+        ValueError: an argument is out of range.
     """
     if not 4 <= shortest <= longest:
         raise ValueError(f"shortest is {shortest}, longest {longest}; 4 <= shortest <= longest.")

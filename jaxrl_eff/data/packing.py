@@ -1,9 +1,9 @@
-"""Several short sequences in one row of static length, so that few positions are padding.
+"""Packing of several short sequences into one row of static length, to reduce padding.
 
-Rows are filled by best fit decreasing: longest first, each into the fullest row that still holds
-it; that takes at most 11/9 of the fewest possible rows, plus four (Johnson 1974). It is
-deterministic, and loses and doubles nothing. Segments and positions keep the sequences of a row
-apart. Left out: cutting a sequence in two to fill a row, since attention across the cut is lost.
+Rows are filled by best fit decreasing: longest first, each into the fullest row that still has
+space for it. That takes at most 11/9 of the fewest possible rows, plus four (Johnson 1974). It is
+deterministic and places every sequence once. Segments and positions keep the sequences of a row
+apart. Left out: cutting a sequence in two to fill a row, which would lose attention across the cut.
 """
 
 import heapq
@@ -20,14 +20,14 @@ Pair = tuple[Segment, Segment]  # chosen, rejected
 def fit(
     lengths: Sequence[int], *, length: int, rows: int | None = None, first: int = 0
 ) -> tuple[list[list[int]], list[int]]:
-    """Which sequence goes into which row.
+    """Assigns sequences to rows.
 
     Args:
         lengths: tokens of each sequence, 1..length.
         length: tokens of a row.
         rows: number of rows; as many as needed by default.
-        first: that many leading sequences are placed before all others, in their order. A
-            caller who offers leftovers again puts them there, so that none waits for ever.
+        first: number of leading sequences that are placed before all others, in their order. A
+            caller puts leftovers there, so that each is placed eventually.
 
     Returns:
         For each row the indices of its sequences, ascending, and the indices left over, which
@@ -35,7 +35,7 @@ def fit(
     """
     order = sorted(range(len(lengths)), key=lambda i: (i >= first, -lengths[i] * (i >= first), i))
     filled: list[list[int]] = []
-    free: dict[int, list[int]] = {}  # free tokens -> heap of the rows that have so many
+    free: dict[int, list[int]] = {}  # free tokens -> heap of the rows with that many
     sizes: list[int] = []  # the keys of `free`, sorted
     left = []
     for i in order:
@@ -63,9 +63,9 @@ def fit(
 
 
 def shorten(segments: Sequence[Segment], *, length: int) -> tuple[Segment, ...]:
-    """Cuts the end of one segment, or the ends of a pair, until they have `length` tokens together.
+    """Cuts the end of one segment, or the ends of a pair, until their tokens total `length`.
 
-    Of a pair the longer gives way until both are equally long.
+    In a pair the longer one is cut until both are equally long.
     """
     if len(segments) == 1:
         keep: tuple[int, ...] = (length,)
@@ -110,7 +110,7 @@ def pack_pairs(
 
 
 def pair_length(pair: Pair) -> int:
-    """Tokens of both sides; both must have some."""
+    """Tokens of both sides; raises ValueError if one is empty."""
     (chosen, _), (rejected, _) = pair
     if not len(chosen) or not len(rejected):
         raise ValueError(f"a pair has {len(chosen)} chosen and {len(rejected)} rejected tokens.")
@@ -120,7 +120,7 @@ def pair_length(pair: Pair) -> int:
 def lay_out(
     rows: Sequence[Sequence[Segment]], *, length: int, pad: int = 0
 ) -> dict[str, np.ndarray]:
-    """The arrays of rows whose sequences have been chosen; see `pack` for what they hold."""
+    """Arrays of rows whose sequences have been chosen, with the contents that `pack` describes."""
     shape = (len(rows), length)
     tokens = np.full(shape, pad, np.int32)
     segment, position = np.zeros(shape, np.int32), np.zeros(shape, np.int32)

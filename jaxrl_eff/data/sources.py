@@ -1,8 +1,8 @@
-"""Sequences of examples: a source has a length, and `source[i]` is a dict.
+"""Sources of examples: a source has a length, and `source[i]` is a dict.
 
-Everything here is one frozen pair, how many and how to read the i-th, so sources nest: a split, a
-field check or a mapping is again a source. Files are read lazily, by index, which is what makes
-the loader's order exactly resumable. A plain list of dicts is a source too. Left out: streams
+Every source here is a frozen pair of a size and a function that reads the i-th example, so sources
+nest: a split, a field check or a mapping is again a source. Files are read lazily, by index, which
+makes the loader's order exactly resumable. A plain list of dicts is a source too. Left out: streams
 without random access, and files on remote storage, which belong on a mounted path.
 """
 
@@ -26,7 +26,7 @@ Example = dict[str, Any]
 
 @runtime_checkable
 class Source(Protocol):
-    """What the loader asks of its data. Not a base class: any sized, indexable object will do."""
+    """Interface of the loader's data: any sized, indexable object, without subclassing."""
 
     def __len__(self) -> int: ...
 
@@ -35,9 +35,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Examples:
-    """`size` examples; `read(i)` returns the i-th, 0 <= i < size.
+    """A source of `size` examples; `read(i)` returns the i-th, 0 <= i < size.
 
-    `name` is for messages, and so is `place(i)`: where the i-th stands in its file.
+    `name` is for messages, and so is `place(i)`: the position of the i-th in its file.
     """
 
     size: int
@@ -50,34 +50,35 @@ class Examples:
 
     def __getitem__(self, index: SupportsIndex, /) -> Example:
         index = operator.index(index)
-        # A negative index is refused: it would turn a filler's -1 into the last example.
+        # Negative indices raise: a filler's -1 would otherwise read the last example.
         if not 0 <= index < self.size:
             raise IndexError(f"{self.name} has {self.size} examples, so there is no {index}.")
         return self.read(index)
 
 
 def python_source(examples: Sequence[Example] | Callable[[], Iterable[Example]]) -> Examples:
-    """A source over examples in memory.
+    """Makes a source over examples in memory.
 
     Args:
         examples: a sequence of dicts, or a function without arguments that returns an iterable
-            of them; the function runs once, now.
+            of them; the function is called once, immediately.
     """
     rows = list(examples()) if callable(examples) else examples
     return Examples(len(rows), rows.__getitem__, "the Python source", "example {}".format)
 
 
 def jsonl(path: str | os.PathLike) -> Examples:
-    """A source over a file with one JSON object a line, or with one JSON array of objects.
+    """Makes a source over a file with one JSON object per line, or with one JSON array of objects.
 
     Empty lines are skipped. The file is scanned once for the byte offsets of its lines (16 bytes of
-    memory a line), which are parsed when they are read; an array is read whole.
+    memory per line), which are parsed on access; an array is read whole.
 
     Raises:
-        OSError: the file cannot be opened, or is a directory, a pipe or the like; names it.
-        ValueError: the file is compressed, a parquet file or not in UTF-8; or, on reading, a line
-            is not a JSON object (as RFC 8259 has it: no NaN) or holds a lone surrogate; names file
-            and line, from 1.
+        OSError: the file cannot be opened, or is a directory, a pipe or the like; the message names
+            it.
+        ValueError: the file is compressed, a parquet file or not in UTF-8; or, on access, a line is
+            not a JSON object (as in RFC 8259: no NaN) or holds a lone surrogate; the message names
+            file and line, from 1.
     """
     name = os.fspath(path)
     offsets, lines = [], []
@@ -98,7 +99,7 @@ def jsonl(path: str | os.PathLike) -> Examples:
         return f"{name}, line {numbers[index]}"
 
     def read(index: int) -> Example:
-        # Opening the file for each read costs some 20 microseconds, and is safe in any thread.
+        # Opening the file for each read costs about 20 microseconds, and is thread-safe.
         with _open(path) as file:
             file.seek(starts[index])
             text = file.readline()
@@ -108,7 +109,7 @@ def jsonl(path: str | os.PathLike) -> Examples:
 
 
 def _begin(file: BinaryIO, name: str) -> int:
-    """The byte at which text begins, behind a mark of UTF-8.
+    """Byte offset at which text begins, after a UTF-8 byte order mark.
 
     Raises:
         ValueError: the file is of another kind.
@@ -127,10 +128,10 @@ def _begin(file: BinaryIO, name: str) -> int:
 
 
 def _array(file: BinaryIO, start: int, name: str) -> list[Any] | None:
-    """The items of a file that is one JSON array; None if it is lines.
+    """The items of a file that is one JSON array; None if it holds lines.
 
     Raises:
-        ValueError: it begins as an array does and is neither.
+        ValueError: it begins like an array but is neither.
     """
     file.seek(start)
     first = file.readline()
@@ -147,10 +148,10 @@ def _array(file: BinaryIO, start: int, name: str) -> list[Any] | None:
 
 
 def _parsed(text: bytes, where: str) -> Any:
-    """The value of a JSON text, in which every string can be written as UTF-8."""
+    """Parses JSON; raises ValueError if a string cannot be written as UTF-8."""
     try:
         value = json.loads(text.decode(), parse_constant=_refuse)
-        if b"\\ud" in text.lower():  # half of a pair, which no tokenizer takes
+        if b"\\ud" in text.lower():  # possibly a lone surrogate, which no tokenizer accepts
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         half = error.object[error.start]
@@ -177,7 +178,7 @@ def _object(value: Any, where: str) -> Example:
 def parquet(
     path: str | os.PathLike, *, columns: Sequence[str] | None = None, groups_in_memory: int = 8
 ) -> Examples:
-    """A source over the rows of a parquet file. Maps become dicts.
+    """Makes a source over the rows of a parquet file. Maps become dicts.
 
     Args:
         path: the file.
@@ -187,9 +188,10 @@ def parquet(
 
     Raises:
         ImportError: pyarrow is missing.
-        OSError: the file cannot be opened, or is a directory, a pipe or the like; names it.
-        ValueError: the file is not parquet, or has no such column; names both. Or, on reading, a
-            row group cannot be read.
+        OSError: the file cannot be opened, or is a directory, a pipe or the like; the message names
+            it.
+        ValueError: the file is not parquet, or lacks a column; the message names both. Or, on
+            access, a row group cannot be read.
     """
     try:
         import pyarrow
@@ -211,7 +213,7 @@ def parquet(
             raise ValueError(f"{name} has no column {column!r}; it has {schema.names}.")
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     starts, maps = [0, *np.cumsum(sizes).tolist()], "map<" in str(schema)
-    lock = threading.Lock()  # neither the file nor a half-read group may be shared by threads
+    lock = threading.Lock()  # threads cannot share the file or a half-read group
 
     @functools.lru_cache(maxsize=groups_in_memory)
     def group(g: int):
@@ -233,7 +235,7 @@ def parquet(
 
 
 def _with_dicts(value: Any, kind: Any) -> Any:
-    """A value from an Arrow array, with a dict in place of the pairs of a map."""
+    """A value from an Arrow array, with dicts in place of a map's pairs."""
     import pyarrow.types as of
 
     if value is None or not of.is_nested(kind):
@@ -249,8 +251,8 @@ def _with_dicts(value: Any, kind: Any) -> Any:
 
 
 def file(path: str | os.PathLike) -> Examples:
-    """A source over a file of either kind: parquet by its suffix (.parquet, .pq), or by its first
-    bytes if it has neither that nor one of JSON (.jsonl, .json, .ndjson).
+    """Makes a source over a parquet or JSON file, as its suffix says (.parquet, .pq; .jsonl, .json,
+    .ndjson), or its first bytes if it has another suffix.
 
     Raises:
         OSError, ValueError, ImportError: as `parquet` and `jsonl`.
@@ -266,14 +268,15 @@ def file(path: str | os.PathLike) -> Examples:
 
 
 def require(source: Source, fields: str | Sequence[str]) -> Examples:
-    """The same examples, each checked for its fields when it is read; the first one now.
+    """Makes a source that checks each example's fields on access, the first example's immediately.
 
     Args:
         source: any source.
         fields: names, as a sequence or separated by spaces.
 
     Raises:
-        ValueError: an example lacks a field, or is no dict; names the index and what is there.
+        ValueError: an example lacks a field, or is not a dict; the message names its index and
+            shows what was found.
     """
     names = fields.split() if isinstance(fields, str) else tuple(fields)
 
@@ -295,12 +298,12 @@ def require(source: Source, fields: str | Sequence[str]) -> Examples:
 
 
 def mapped(source: Source, fn: Callable[[Example], Example]) -> Examples:
-    """`fn` of every example, computed when it is read: to rename or join fields."""
+    """Applies `fn` to every example on access, e.g. to rename or join fields."""
     return Examples(len(source), lambda index: fn(source[index]), _name(source), _placed(source))
 
 
 def subset(source: Source, indices: Sequence[int] | np.ndarray) -> Examples:
-    """The examples at `indices`, in that order."""
+    """A source of the examples at `indices`, in that order."""
     chosen = np.asarray(indices, np.int64)
     if chosen.size and (chosen.min() < 0 or chosen.max() >= len(source)):
         raise ValueError(
@@ -328,9 +331,9 @@ def holdout(source: Source, n: int, *, seed: int) -> tuple[Examples, Examples]:
 
 
 def place(source: Source, index: int) -> str:
-    """The place of an example, for messages: file and line (from 1), or row or item (from 0).
+    """Position of an example, for messages: file and line (from 1), or row or item (from 0).
 
-    Of a subset it is the place in the file, which may hold other examples too.
+    For a subset it is the position in the file, which can hold other examples too.
     """
     if isinstance(source, Examples) and source.place is not None:
         return source.place(index)
@@ -339,7 +342,7 @@ def place(source: Source, index: int) -> str:
 
 
 def said_of(source: Source, index: int, error: BaseException) -> str:
-    """What an error says of an example, after the example's place if it does not begin with it."""
+    """Message of an error about an example, prefixed with the example's position if it lacks it."""
     where = place(source, index)
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     return text if text.startswith(where) else f"{where}: {text}"
@@ -354,9 +357,9 @@ def _name(source: Source) -> str:
 
 
 def _open(path: str | os.PathLike) -> BinaryIO:
-    """Opens for reading bytes; the error says what was meant by the path."""
+    """Opens a file for reading bytes; the error message names the path as a data file."""
     try:
-        # To open a pipe would wait for somebody who writes into it.
+        # Opening a pipe would block until another program writes to it.
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise OSError(errno.EINVAL, "it is a pipe or a device, not a regular file")

@@ -1,12 +1,12 @@
-"""Renders chat templates in a process of its own, within bounds that the operating system keeps.
+"""Renders chat templates in a separate process, within limits that the operating system enforces.
 
-`templates` starts this file as a script and talks to it through its standard streams. A template
-is a program by whoever made the checkpoint: Jinja's sandbox keeps it from Python's internals, but
-one expression can run for ever or fill the memory inside the interpreter, where no check of ours
-would run. Here the kernel ends it, and only this process.
+`templates` starts this file as a script and communicates through its standard streams. A template
+is a program from the checkpoint's author: Jinja's sandbox keeps it from Python's internals, but one
+expression can run forever or exhaust memory inside the interpreter, where no Python check would
+run. The kernel then ends this process, and only this one.
 
-Protocol: each request is a length (8 bytes) and a pickled tuple; each answer one byte of `Answer`,
-a length and text in UTF-8. Little of the package is imported, so that a start takes 0.1 s.
+Protocol: each request is a length (8 bytes) and a pickled tuple; each answer is one byte for its
+kind, a length, and text in UTF-8. Little of the package is imported, so that a start takes 0.1 s.
 """
 
 import json
@@ -23,11 +23,11 @@ LENGTH = struct.Struct("<Q")
 
 
 def compiled(source: str, marks: tuple[str, str]) -> Any:
-    """The template in an immutable sandbox, with what transformers gives to templates.
+    """Compiles a template in an immutable sandbox, with the functions that transformers provides.
 
     Args:
         source: Jinja.
-        marks: written before and after what `{% generation %}` blocks render.
+        marks: written before and after the output of `{% generation %}` blocks.
 
     Raises:
         ImportError: Jinja is missing.
@@ -89,13 +89,13 @@ def answer(
     special: Mapping[str, str],
     most: int,
 ) -> tuple[bytes, str]:
-    """The kind of an answer, and its text: a JSON list of what was rendered, or what went wrong.
+    """Renders texts; returns the kind of answer, and a JSON list of the texts or an error message.
 
     Args:
-        source, marks: as of `compiled`.
-        wanted: for each text the messages, and whether the opening of a turn ends it.
+        source, marks: as in `compiled`.
+        wanted: for each text the messages, and True if an assistant opening ends it.
         special: text of the special tokens by role.
-        most: characters of a text.
+        most: maximum characters of a text.
     """
     try:
         template = _compiled(source, marks)
@@ -128,7 +128,7 @@ def answer(
 
 
 def _said(error: Exception) -> str:
-    """The message of an error; its type as well, unless the template itself or Jinja raised it."""
+    """Message of an error, with its type unless the template itself or Jinja raised it."""
     import jinja2
 
     if isinstance(error, jinja2.TemplateError):
@@ -137,7 +137,7 @@ def _said(error: Exception) -> str:
 
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Answers until the other side closes the stream.
+    """Answers requests until the other side closes the stream.
 
     The first request is (path of modules, bytes of memory); each later one (seconds, arguments of
     `answer`).

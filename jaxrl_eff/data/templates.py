@@ -1,7 +1,7 @@
-"""Chat templates -> text, within bounds of time, memory and length.
+"""Chat templates -> text, within limits on time, memory and length.
 
-Templates are rendered by `template_worker` in one process beside this one. A round trip costs one
-or two tenths of a millisecond, so texts that belong together are asked for together.
+Templates are rendered by `template_worker` in one separate process. A round trip costs 0.1 to 0.2
+milliseconds, so related texts are requested together.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from jaxrl_eff.beside import Beside, Ended
 from jaxrl_eff.data import template_worker as worker
 
-SECONDS = 5.0  # of computing, for all texts that are asked for together
+SECONDS = 5.0  # of compute, for all texts of one request
 MEMORY = 2**30  # bytes of the whole process that renders
 CHARACTERS = 2**24  # of a text
 
@@ -28,18 +28,18 @@ def render(
     special: Mapping[str, str],
     marks: tuple[str, str] = ("", ""),
 ) -> list[str]:
-    """The texts of conversations by a template.
+    """Renders conversations with a template.
 
     Args:
         source: the template.
-        origin: where it came from, for messages.
-        wanted: for each text the messages, and whether the opening of an assistant's turn ends it.
+        origin: where it was loaded from, for messages.
+        wanted: for each text the messages, and True if an assistant opening ends it.
         special: text of the special tokens by role (`bos_token`, ...).
-        marks: written before and after what `{% generation %}` blocks render.
+        marks: written before and after the output of `{% generation %}` blocks.
 
     Raises:
-        ValueError: the template is not Jinja, refuses a conversation, fails, or goes beyond
-            `SECONDS`, `MEMORY` or `CHARACTERS`; one line that names the origin.
+        ValueError: the template is not Jinja, refuses a conversation, fails, or exceeds `SECONDS`,
+            `MEMORY` or `CHARACTERS`; the message is one line that names the origin.
         ImportError: Jinja is missing.
     """
     try:
@@ -66,11 +66,11 @@ def render(
 
 
 _SHOWN = 300  # characters of an error's message
-_TIME, _ENDED = b"T", b"E"  # kinds of answers that the worker cannot give itself
+_TIME, _ENDED = b"T", b"E"  # kinds of answers for a worker that was ended
 
 
 def _ask(request: bytes) -> tuple[bytes, str]:
-    """Kind and text of the answer; see `template_worker.answer`."""
+    """Sends a request; returns kind and text of the answer, see `template_worker.answer`."""
     try:
         return _renderer.ask(worker.LENGTH.pack(len(request)) + request, _read)
     except Ended as end:

@@ -1,24 +1,24 @@
-"""Text of what a model said: token ids -> text, whole or as it is written.
+"""Text of a model's responses: token ids -> text, at once or streamed.
 
-Evaluation, rewards and everything that is shown read responses through this module, so that they
-see the same text. Special tokens that a model writes, such as `<think>`, are part of it.
+Evaluation, rewards and everything that is displayed decode responses through this module, so that
+they see the same text. Special tokens that a model writes, such as `<think>`, are part of it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from jaxrl_eff.data.tokenizer import Tokenizer
 
-_CONTEXT = 16  # tokens of the past that may change how the next one looks
+_CONTEXT = 16  # preceding tokens that can change the next one's text
 
 
 def said(tokenizer: Tokenizer, ids: Iterable[int], *, stop: Iterable[int] | None = None) -> str:
     """The text of a response (or prompt), special tokens included.
 
-    Hidden are bos and padding in front, and the tokens that end a response and padding behind.
-    The same tokens in the middle are shown: without them "5<eos>7" would read as 57.
+    Leading bos and padding, and trailing padding and stop tokens, are hidden. The same tokens in
+    the middle are shown: without them "5<eos>7" would read as 57.
 
     Args:
-        tokenizer: that wrote the ids.
+        tokenizer: of the model that wrote the ids.
         ids: of the response, in order.
         stop: ids that end a response; the tokenizer's `stop` by default.
     """
@@ -28,11 +28,11 @@ def said(tokenizer: Tokenizer, ids: Iterable[int], *, stop: Iterable[int] | None
 def decode_stream(
     tokenizer: Tokenizer, ids: Iterable[int], *, after: Sequence[int] = ()
 ) -> Iterator[str]:
-    """Pieces of text as ids arrive; joined, they are what `said` adds to the text of `after`.
+    """Yields text as ids arrive; the pieces joined are what `said` adds to the text of `after`.
 
-    A piece is held back while it ends inside a character: its bytes may be spread over several
-    tokens. Each step decodes a window of a few tokens, since what a token looks like depends on
-    the one before it (a leading space), so that the cost does not grow with the length.
+    A piece is held back while it ends inside a character, whose bytes can span several tokens. Each
+    step decodes a window of a few tokens, since a token's text depends on the one before it (a
+    leading space); the cost does not grow with the length.
     """
 
     def text(part: Sequence[int]) -> str:
@@ -54,7 +54,7 @@ def decode_stream(
 def _spoken(
     tokenizer: Tokenizer, ids: Iterable[int], stop: Iterable[int] | None = None
 ) -> Iterator[int]:
-    """The ids without bos and padding in front, ends and padding behind, as they arrive."""
+    """Yields ids as they arrive, without leading bos and padding, trailing stops and padding."""
     front = {tokenizer.bos, tokenizer.pad}
     behind = {tokenizer.pad, *(tokenizer.stop if stop is None else stop)}
     held: list[int] = []

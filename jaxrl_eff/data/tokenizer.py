@@ -1,12 +1,12 @@
-"""Text <-> token ids.
+"""Tokenizers: text <-> token ids.
 
-Two tokenizers with the same attributes: `CharTokenizer`, one id a character, for toys; and
+There are two, with the same attributes: `CharTokenizer`, one id per character, for toy tasks; and
 `FileTokenizer`, a checkpoint's own `tokenizer.json` run by the `tokenizers` library. Both save
 themselves as files that transformers reads, and `load_tokenizer` reads both back, the first without
 that library.
 
 Left out: sentencepiece's `tokenizer.model` and the old `vocab.json` + `merges.txt`; transformers
-turns either into a `tokenizer.json`.
+converts either into a `tokenizer.json`.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ _SPECIAL = ("<pad>", "<bos>", "<eos>")
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the rest of the package asks of a tokenizer.
+    """The interface of a tokenizer that the rest of the package uses.
 
     Attributes:
         vocab: number of ids, special ones included.
         bos, eos, pad: special ids, None where the tokenizer has none.
-        stop: every id that ends a response; holds `eos`.
+        stop: every id that ends a response, including `eos`.
         chat_template: Jinja source, or None.
         special: text of the special tokens by role (`bos_token`, `eos_token`, ...).
-        origin: where it came from, for messages.
+        origin: where it was loaded from, for messages.
     """
 
     vocab: int
@@ -48,7 +48,7 @@ class Tokenizer(Protocol):
     origin: str
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of the text; `special` adds what the model expects around it, such as bos."""
+        """Ids of the text; `special` adds the tokens that the model expects around it, e.g. bos."""
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids without additions, and the characters [start, end) that each covers."""
@@ -62,10 +62,10 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class CharTokenizer:
-    """Ids 0, 1, 2 are <pad>, <bos>, <eos>; then one for each character of the alphabet.
+    """Character tokenizer: ids 0, 1, 2 are <pad>, <bos>, <eos>, then one per alphabet character.
 
     Raises:
-        ValueError: a character stands twice in the alphabet.
+        ValueError: a character appears twice in the alphabet.
     """
 
     alphabet: str
@@ -100,7 +100,7 @@ class CharTokenizer:
         return [self.bos] * special + self.encode_spans(text)[0]
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids, and the characters [start, end) each covers; `<eos>` and its like are one id."""
+        """Ids, and the characters [start, end) that each covers; `<eos>` and its like are one."""
         ids, spans = [], []
         for found in re.finditer(r"<(?:pad|bos|eos)>|.", text, re.DOTALL):
             if found.group() not in self._ids:
@@ -113,7 +113,7 @@ class CharTokenizer:
         return ids, spans
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """The characters; ids outside the vocabulary are an error."""
+        """The characters of the ids; ids outside the vocabulary raise ValueError."""
         text = []
         for i in map(int, ids):
             if not 0 <= i < self.vocab:
@@ -149,7 +149,7 @@ class CharTokenizer:
                 },
             },
             "decoder": {"type": "Fuse"},
-            # Byte-pair encoding without merges is one token a character.
+            # Byte-pair encoding without merges gives one token per character.
             "model": {"type": "BPE", "vocab": self._ids, "merges": []},
         }
         settings = {
@@ -166,7 +166,7 @@ class CharTokenizer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FileTokenizer:
-    """A `tokenizer.json` and the settings beside it. Made by `load_tokenizer`.
+    """A tokenizer from `tokenizer.json` and the settings files next to it; see `load_tokenizer`.
 
     Attributes:
         inner: the `tokenizers.Tokenizer`.
@@ -188,7 +188,7 @@ class FileTokenizer:
         return self.inner.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of the text, with bos and what else the model expects if `special`."""
+        """Ids of the text, with bos and other tokens that the model expects if `special`."""
         return self.inner.encode(text, add_special_tokens=special).ids
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -197,7 +197,7 @@ class FileTokenizer:
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """Text of the ids; bytes that are not yet a character come out as U+FFFD."""
+        """Text of the ids; incomplete characters decode to U+FFFD."""
         return self.inner.decode([int(i) for i in ids], skip_special_tokens=not special)
 
     def save(self, directory: str | PathLike[str]) -> None:
@@ -214,18 +214,18 @@ class FileTokenizer:
 def load_tokenizer(
     directory: str | PathLike[str], *, ignore: Collection[str] = ()
 ) -> CharTokenizer | FileTokenizer:
-    """The tokenizer of a Hugging Face directory.
+    """Loads the tokenizer of a Hugging Face directory.
 
-    `tokenizer_config.json` names the special tokens, `config.json` stands in where it does not;
-    `stop` also holds what `generation_config.json` (or else `config.json`) ends on.
+    `tokenizer_config.json` names the special tokens, and `config.json` those that it does not.
+    `stop` also includes the end tokens of `generation_config.json` (or else `config.json`).
 
     Args:
-        ignore: names of fields of these files that are read as if they did not hold them.
+        ignore: names of fields of these files that are treated as absent.
 
     Raises:
         FileNotFoundError: there is no `tokenizer.json`.
-        ValueError: a file that cannot be read; a special token that is not in the vocabulary; a
-            field that is not known and says something, or that another file contradicts.
+        ValueError: a file cannot be read; a special token is not in the vocabulary; an unknown
+            field has a value that matters; or two files contradict each other.
         ImportError: the `tokenizers` library is missing and needed.
     """
     directory = Path(directory)

@@ -1,8 +1,8 @@
-"""Files beside `tokenizer.json` that change tokens, read as by transformers or refused by name.
+"""Files next to `tokenizer.json` that affect tokens, read as by transformers or refused by name.
 
-`tokenizer.json` says how text is split, and wins wherever it and the settings speak of the same;
-the settings add tokens and mark them as special. Where two files contradict each other, and
-transformers' versions do not agree on who is right, both are named and nothing is loaded.
+`tokenizer.json` defines how text is split, and overrides the settings wherever both define the
+same. The settings add tokens and mark them as special. Where two files contradict each other and
+transformers' versions disagree on which one counts, an error names both and nothing is loaded.
 """
 
 import json
@@ -14,18 +14,18 @@ from jaxrl_eff import fields
 from jaxrl_eff.data import known_fields
 
 CONFIG = "tokenizer_config.json"
-_LARGEST = 2**31 - 1  # of an id
+_LARGEST = 2**31 - 1  # largest id
 
 
 def settings_of(directory: Path, ignore: Collection[str] = ()) -> dict[str, Any]:
-    """The fields of `tokenizer_config.json`, with those of `special_tokens_map.json` where
+    """Fields of `tokenizer_config.json`, with those of `special_tokens_map.json` where
     transformers reads it: where no tokens are listed by their ids.
 
     Args:
-        ignore: names of fields that are read as if the files did not hold them.
+        ignore: names of fields that are treated as absent.
 
     Raises:
-        ValueError: a file that cannot be read, a field that is not known and says something.
+        ValueError: a file cannot be read, or an unknown field has a value that matters.
     """
     settings = fields.without(optional(directory / CONFIG), ignore)
     if "added_tokens_decoder" not in settings:
@@ -42,7 +42,7 @@ def settings_of(directory: Path, ignore: Collection[str] = ()) -> dict[str, Any]
 
 
 def optional(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, an empty one where there is no such file."""
+    """The object in a JSON file; an empty one if the file does not exist."""
     return fields.read_json(path) if path.exists() else {}
 
 
@@ -54,7 +54,7 @@ def special_tokens(where: str, settings: Mapping[str, Any]) -> dict[str, str]:
     """Text of the special tokens by role ("eos_token").
 
     Raises:
-        ValueError: one is neither a text nor an object with one.
+        ValueError: a token is neither a text nor an object with one.
     """
     found = {}
     for name, value in settings.items():
@@ -80,10 +80,10 @@ def _text(where: str, name: str, value: Any) -> str:
 
 
 def backend(path: Path, settings: Mapping[str, Any]) -> Any:
-    """The `tokenizers.Tokenizer` of a `tokenizer.json` with what the settings add.
+    """The `tokenizers.Tokenizer` of a `tokenizer.json`, with the tokens that the settings add.
 
     Raises:
-        ValueError: the file cannot be read, or says something else than the settings.
+        ValueError: the file cannot be read, or contradicts the settings.
         ImportError: the `tokenizers` library is missing.
     """
     try:
@@ -94,15 +94,15 @@ def backend(path: Path, settings: Mapping[str, Any]) -> Any:
         ) from error
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
-        # Settings of a training run; they would cut or pad what is encoded here.
+        # The file can store a training run's truncation and padding, which must not apply here.
         inner.no_truncation()
         inner.no_padding()
         _add(tokenizers.AddedToken, path.parent, inner, settings)
-        # Some options fail only once there is text.
+        # Some options fail only on text.
         inner.decode(inner.encode("a b").ids)
     except (ValueError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library raises bare Exception, and panics besides
+    except BaseException as error:  # the library raises bare Exception, and Rust panics
         raise ValueError(f"{path} cannot be read: {error}") from error
     if getattr(inner.model, "dropout", None):
         raise ValueError(f"{path}: model.dropout={inner.model.dropout} draws tokens at random.")
@@ -145,7 +145,7 @@ def _add(kind: Any, directory: Path, inner: Any, settings: Mapping[str, Any]) ->
 
 
 def _extra(where: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Special tokens without a role."""
+    """Yields special tokens without a role, as (field, text)."""
     name = "extra_special_tokens"
     if not settings.get(name):
         name = "additional_special_tokens"
@@ -159,7 +159,7 @@ def _extra(where: str, settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]
 
 
 def _listed(directory: Path, inner: Any, settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Tokens that the files list by id: id -> flags; old files list them apart."""
+    """Tokens that the files list by id, as id -> flags; older files list them separately."""
     where, name = str(directory / CONFIG), "added_tokens_decoder"
     if name in settings:
         given = fields.mapping(where, name, settings[name])
@@ -194,7 +194,7 @@ def _flags(where: str, name: str, value: Any) -> dict[str, Any]:
 
 
 def _check_prefix(where: str, inner: Any, settings: Mapping[str, Any]) -> None:
-    """Refuses a space before the text that one file adds and the other does not."""
+    """Raises ValueError if only one of the two files adds a space before the text."""
     asked = settings.get("add_prefix_space")
     if asked is None:
         return
@@ -217,7 +217,7 @@ def _check_prefix(where: str, inner: Any, settings: Mapping[str, Any]) -> None:
 
 
 def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, those of sequences one by one."""
+    """Yields the steps of a normalizer or pre-tokenizer, including those inside sequences."""
     waiting = [json.loads(part.__getstate__())] if part is not None else []
     while waiting:
         step = waiting.pop()
@@ -227,7 +227,7 @@ def _steps(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_ends(where: str, inner: Any, settings: Mapping[str, Any]) -> None:
-    """Refuses a bos or eos around the text that one file adds and the other does not."""
+    """Raises ValueError if only one of the two files adds bos or eos around the text."""
     special = special_tokens(where, settings)
     around = inner.encode("a", add_special_tokens=True)
     for end, at in (("bos", 0), ("eos", -1)):
@@ -246,8 +246,8 @@ def _check_ends(where: str, inner: Any, settings: Mapping[str, Any]) -> None:
 
 
 def saved(settings: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, Any]:
-    """The settings as transformers reads them back: tokens by their text alone, since what else
-    is known of them is in `tokenizer.json`.
+    """The settings in a form that transformers reads back: tokens by their text alone, since their
+    flags are in `tokenizer.json`.
     """
     out = {k: special.get(k, v) for k, v in settings.items()}
     for name in ("extra_special_tokens", "additional_special_tokens"):
@@ -257,10 +257,10 @@ def saved(settings: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, 
 
 
 def chat_template(directory: Path, settings: Mapping[str, Any]) -> str | None:
-    """The template: files of their own first, then the settings; of named ones, "default".
+    """The chat template: from separate files first, then the settings; of named ones, "default".
 
     Raises:
-        ValueError: there are only others, or a template that is no text.
+        ValueError: there are only other names, or a template is not a text.
     """
     named: dict[str, Any] = {}
     if (path := directory / "chat_template.jinja").is_file():
@@ -301,7 +301,7 @@ def _named(where: str, template: Any) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Reads a text file.
 
     Raises:
         ValueError: it is not UTF-8.
@@ -316,7 +316,7 @@ def ids_of(path: Path, raw: Mapping[str, Any], name: str) -> list[int]:
     """Token ids of a field that holds one, several or none (null, or -1).
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the field holds something else.
     """
     value = raw.get(name)
     if value is None:

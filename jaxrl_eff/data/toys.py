@@ -1,9 +1,9 @@
-"""Tasks on digits whose truth can be computed, to watch every algorithm learn in minutes.
+"""Toy tasks on digits with computable answers, for watching every algorithm learn in minutes.
 
-A task shows some digits and ">" and wants them reversed, or sorted: "1234>" -> "4321". Its numbers
-are split once into train and held-out, so that what is measured was never seen. Supervised
-examples may be wrong in a given share, which leaves something for reinforcement to find;
-preferences set the truth against a corrupted answer.
+A task shows some digits and ">" and asks for them reversed, or sorted: "1234>" -> "4321". Its
+numbers are split once into train and held-out, so that evaluation uses unseen numbers. A given
+share of supervised examples can be wrong, which leaves something for reinforcement learning to
+improve; preferences pair the truth with a corrupted answer.
 """
 
 import functools
@@ -19,10 +19,10 @@ TASKS = {"reverse": lambda digits: digits[::-1], "sort": lambda digits: "".join(
 
 @dataclass(frozen=True)
 class Task:
-    """A task, and which numbers it uses. Made by `reverse_digits` or `sort_digits`.
+    """A task, and the numbers that it uses. Made by `reverse_digits` or `sort_digits`.
 
     Raises:
-        ValueError: an unknown name, or more numbers than there are.
+        ValueError: the name is unknown, or there are not enough numbers.
     """
 
     name: str
@@ -42,19 +42,19 @@ class Task:
             )
 
     def truth(self, digits: str) -> str:
-        """The right answer."""
+        """Returns the right answer."""
         return TASKS[self.name](digits)
 
 
 def reverse_digits(
     digits: int = 4, *, train: int | None = None, held_out: int | None = None, seed: int = 0
 ) -> Task:
-    """Write the digits backwards: "1234>" -> "4321".
+    """The task of writing the digits backwards: "1234>" -> "4321".
 
     Args:
         digits: of each number, leading zeros included.
         train: numbers to train on; by default 4096, or all that are not held out if fewer.
-        held_out: numbers to measure on; by default 512, or an eighth of all if fewer.
+        held_out: numbers to evaluate on; by default 512, or an eighth of all if fewer.
         seed: of the choice of numbers.
     """
     return _task("reverse", digits, train, held_out, seed)
@@ -63,12 +63,12 @@ def reverse_digits(
 def sort_digits(
     digits: int = 4, *, train: int | None = None, held_out: int | None = None, seed: int = 0
 ) -> Task:
-    """Write the digits in ascending order: "3142>" -> "1234". Arguments as `reverse_digits`."""
+    """The task of sorting the digits: "3142>" -> "1234". Arguments as `reverse_digits`."""
     return _task("sort", digits, train, held_out, seed)
 
 
 def prompts(task: Task, split: str = "train") -> Examples:
-    """{"prompt": "1234>", "truth": "4321"} for every number of the split.
+    """A source of {"prompt": "1234>", "truth": "4321"} for every number of the split.
 
     Args:
         task: the task.
@@ -86,14 +86,14 @@ def prompts(task: Task, split: str = "train") -> Examples:
 def completions(
     task: Task, split: str = "train", *, wrong: float | int = 0.0, seed: int = 0
 ) -> Examples:
-    """Adds {"completion": answer} for supervised learning.
+    """Adds {"completion": answer} to `prompts`, for supervised learning.
 
     Args:
         task: the task.
         split: "train" or "held_out".
         wrong: share of examples, rounded to a whole number of them, whose completion is
             corrupted. The same ones are wrong in every epoch.
-        seed: of which are wrong, and how.
+        seed: of the choice of wrong examples and their corruptions.
     """
     if not 0 <= wrong <= 1:
         raise ValueError(f"wrong is {wrong}; a share lies between 0 and 1.")
@@ -112,12 +112,12 @@ def completions(
 def preferences(
     task: Task, split: str = "train", *, keep_length: bool = True, seed: int = 0
 ) -> Examples:
-    """Adds {"chosen": the truth, "rejected": a corrupted answer}.
+    """Adds {"chosen": the truth, "rejected": a corrupted answer} to `prompts`.
 
     Args:
         task: the task.
         split: "train" or "held_out".
-        keep_length: False lets rejected answers lack a digit or repeat one too.
+        keep_length: if False, rejected answers can also lack a digit or repeat one.
         seed: of the corruptions.
     """
     base = prompts(task, split)
@@ -133,10 +133,10 @@ def preferences(
 
 
 def corrupt(answer: str, rng: np.random.Generator, *, keep_length: bool = True) -> str:
-    """Another answer than the given one.
+    """Returns an answer other than the given one.
 
-    Some digits are changed, to any digit or to others of the answer (which look right at a
-    glance), or all are shuffled; without `keep_length` one may be lost or doubled instead.
+    Some digits are changed, to any digit or to others of the answer (a less obvious error), or all
+    are shuffled; without `keep_length` one can be dropped or doubled instead.
     """
     ways = ["change", "mix", "shuffle"] + ([] if keep_length else ["lose", "double"])
     while True:
@@ -154,19 +154,19 @@ def corrupt(answer: str, rng: np.random.Generator, *, keep_length: bool = True) 
             digits.insert(at, digits[at])
         if "".join(digits) != answer:
             return "".join(digits)
-        if len(set(answer)) == 1:  # only another digit can differ from 7777
+        if len(set(answer)) == 1:  # e.g. 7777, where only a changed digit makes a difference
             ways = ["change"]
 
 
 def gold(example: Example, response: str) -> bool:
-    """Whether the response is exactly the truth."""
+    """Returns True if the response is exactly the truth."""
     return response == _truth(example)
 
 
 def digit_share(example: Example, response: str) -> float:
-    """Share of positions that are right, 0..1; what is too much counts as wrong positions.
+    """Share of positions that are right, 0..1; surplus characters count as wrong positions.
 
-    A smoother reward than `gold`: 1 exactly where that is true.
+    A smoother reward than `gold`: 1 exactly where `gold` is True.
     """
     truth = _truth(example)
     right = sum(a == b for a, b in zip(truth, response, strict=False))

@@ -1,7 +1,7 @@
-"""Optax transforms and schedules that any JAX code can import: needs jax, optax and chex alone.
+"""Optax transforms and schedules for any JAX code; they depend on jax, optax and chex only.
 
-`optimizer` finds one by name. Low precision: `collage_adamw`, or any optax links before a store of
-the weights (`lowp_chain`).
+`optimizer` builds one by name. For low precision use `collage_adamw`, or any optax transforms
+followed by a store of the weights (`lowp_chain`).
 """
 
 from jaxrl_eff.optim.build import OWN, in_float32, optimizer, optimizer_names, upcast

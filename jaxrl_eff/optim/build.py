@@ -1,4 +1,4 @@
-"""Any optimizer by name, with clipping, frozen parts, and small changes of 16-bit weights kept."""
+"""Optimizers by name, with clipping, frozen parameters, and stores of 16-bit weights."""
 
 import inspect
 import re
@@ -19,7 +19,7 @@ OWN = {"collage_adamw": collage_adamw}
 
 
 def optimizer_names() -> list[str]:
-    """Names of the optimizers here and in optax that take a learning rate and need nothing else."""
+    """Names of the optimizers here and in optax that need no argument except a learning rate."""
     names = [*OWN]
     for name in sorted(set(dir(optax))):
         fn = getattr(optax, name)
@@ -44,25 +44,25 @@ def optimizer(
     descent: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformation:
-    """An optimizer by name, with what fine-tuning usually wants around it.
+    """Builds an optimizer by name, with the usual additions for fine-tuning.
 
     Args:
         name: of a function in optax, e.g. "adamw", "lion", "sgd"; or "collage_adamw".
         learning_rate: a number or a schedule.
-        clip_norm: gradients are scaled down to this global norm; 0 leaves them.
+        clip_norm: gradients are scaled down to this global norm; 0 does not clip.
         weight_decay: decoupled decay, for optimizers that have it.
         frozen: regular expressions of parameter names (`layers/attn/q/kernel`) that never change;
             they have no optimizer state.
         no_decay: regular expressions of parameter names that are not decayed.
-        store: how weights of 16 bits keep changes below their rounding, as in `store_weights`:
+        store: how 16-bit weights keep changes below their rounding, as in `store_weights`:
             "bf16x2", "int16", "int8", "sr"; "" rounds each change to the nearest. For
-            collage_adamw its variant says it.
-        descent: whether to keep the `Descent` of each update, for `precision_metrics`.
+            collage_adamw it is set by the variant.
+        descent: True keeps the `Descent` of each update, for `precision_metrics`.
         options: further arguments of the function.
 
     Returns:
-        A transform whose state is float32 whatever the parameters' dtype; of collage_adamw, what
-        its variant says.
+        A transform with float32 state for every dtype of the parameters; for collage_adamw the
+        variant decides.
 
     Raises:
         ValueError: an unknown optimizer, option or store.
@@ -102,14 +102,14 @@ def optimizer(
 
 
 def _stay() -> optax.GradientTransformation:
-    """No change of a single bit: -0.0 + 0.0 would be 0.0."""
+    """Updates that change no bit of a parameter: -0.0, since -0.0 + 0.0 would be 0.0."""
     return optax.stateless(
         lambda updates, _: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
     )
 
 
 def upcast() -> optax.GradientTransformation:
-    """Gradients as float32. First in a chain, since optax's links sum norms in their dtype."""
+    """Casts gradients to float32. First in a chain, since optax sums norms in their dtype."""
     return optax.stateless(lambda updates, _: mcf.wide(updates))
 
 
@@ -133,7 +133,7 @@ def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def _named(tree: Any, patterns: Sequence[str]) -> Any:
-    """True where the leaf's whole name matches one of the patterns."""
+    """A tree that is True where the leaf's whole name matches one of the patterns."""
     return jax.tree_util.tree_map_with_path(_matcher(patterns), tree)
 
 

@@ -1,14 +1,14 @@
-"""How the moments of Adam and the weights are stored: a table of codecs for each.
+"""Codecs that store Adam's moments and the weights, in one table for each.
 
-Arithmetic is float32 in registers and costs no memory traffic; what counts is what is read and
-written. So an optimizer's precision is a choice of codecs, and bytes a parameter add up:
+Arithmetic is float32 in registers and costs no memory traffic; the cost is in what is read and
+written. So an optimizer's precision is a choice of codecs, and the bytes per parameter add up:
 
     moments  float32 4, bf16 2, bf16_sr 2, bf16x2 4, int8 1 + 2/group
-    weights  (beside the 2 of the visible ones)  bf16x2 2, int16 2, int8 1, sr 0, none 0
+    weights  (in addition to 2 of the visible ones)  bf16x2 2, int16 2, int8 1, sr 0, none 0
 
 A codec turns one float32 array into one or more stored arrays ("parts") and back. Parts have the
 shape of the parameter, or for the scales of groups its shape with the last axis divided, so that
-the parameter's layout on a mesh fits them too.
+the parameter's sharding applies to them too.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class MomentCodec:
         parts: names of the stored arrays.
         encode: (float32 x, noise or None) -> parts.
         decode: parts -> float32.
-        noisy: whether `encode` wants uniform uint32 noise of x's shape.
+        noisy: True if `encode` needs uniform uint32 noise of x's shape.
     """
 
     parts: tuple[str, ...]
@@ -82,17 +82,17 @@ def _spread(scale: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _int8(signed: bool) -> MomentCodec:
-    """8 bits an entry and a bfloat16 scale for every 32 along the last axis.
+    """8 bits per entry and a bfloat16 scale for every 32 along the last axis.
 
-    A first moment t in [-1, 1] of its scale is stored as 2t / (1 + |t|), which gives small ones
-    finer steps. Of a second moment the root is stored, and a code is at least 1: were it 0 beside
-    a first moment that is not, the quotient would explode. (The maps are FlashOptim's,
-    arXiv:2602.23349.) Its codes are rounded stochastically: with b2 = 0.999 a step changes the
-    root by less than a fifth of a code, and to the nearest it would never change.
+    A first moment is divided by its scale to t in [-1, 1] and stored as 2t / (1 + |t|), which gives
+    small values finer steps. Of a second moment the root is stored, and a code is at least 1: a
+    zero with a nonzero first moment would make the quotient explode. (The maps are FlashOptim's,
+    arXiv:2602.23349.) Its codes are rounded stochastically: with b2 = 0.999 a step changes the root
+    by less than a fifth of a code, so rounding to nearest would never change it.
 
     An entry thousands of times as large as the other 31 of its group hides them: their first
-    moments are 0 and their second ones at least its 255th, so they stand still until it has
-    decayed (with b2 = 0.999 a tenth in 2,300 updates). Other groups do not notice.
+    moments are 0 and their second ones at least its 255th, so they do not move until it has decayed
+    (with b2 = 0.999 to a tenth in 2,300 updates). Other groups are not affected.
     """
 
     def ratio(x: Array, scale: Array) -> Array:
@@ -106,7 +106,7 @@ def _int8(signed: bool) -> MomentCodec:
         if signed:
             code = jnp.round(127 * (2 * t / (1 + jnp.abs(t)))).astype(jnp.int8)
         else:
-            # 24 bits, as many as a float32 below 1 has
+            # 24 bits, the significand of a float32
             dither = (noise >> 8).astype(jnp.float32) * 2.0**-24
             code = jnp.clip(jnp.floor(255 * t + dither), 1, 255).astype(jnp.uint8)
         return {"value": code, "scale": scale}
@@ -150,15 +150,16 @@ def moment(name: str, which: str, shape: tuple[int, ...]) -> MomentCodec:
 
 @dataclasses.dataclass(frozen=True)
 class WeightCodec:
-    """A way to store a weight whose 16-bit part is visible to the model.
+    """A way to store a weight with a 16-bit part that is visible to the model.
 
     Attributes:
-        dtype: of the part that is kept beside the visible weight; None if there is none.
-        dtypes: of the visible weights that it is for.
+        dtype: of the part that is kept in addition to the visible weight; None if there is none.
+        dtypes: supported dtypes of the visible weights.
         join: (visible p, kept lo) -> float32 weight.
-        step: (p, lo, float32 change, noise) -> (update, new lo): the update as
-            `optax.apply_updates` must get it, and what is kept once it was applied.
+        step: (p, lo, float32 change, noise) -> (update, new lo): the update to pass to
+            `optax.apply_updates`, and what is kept after it was applied.
         start: float32 weight -> (p's float32 value, lo).
+        noisy: True if `step` needs uniform uint32 noise of p's shape.
     """
 
     dtype: jnp.dtype | None
@@ -170,12 +171,12 @@ class WeightCodec:
 
 
 def applied(p: Array, update: Array) -> Array:
-    """What `optax.apply_updates` makes of p, in float32: one addition, one rounding."""
+    """Result of `optax.apply_updates` on p, in float32: one addition, one rounding."""
     return mcf.round_to(mcf.load(p) + mcf.load(update), p.dtype)
 
 
 def still(update: Array) -> Array:
-    """An update whose zeros are -0.0: x + -0.0 is x bit for bit, also where x is -0.0."""
+    """An update with its zeros as -0.0: x + -0.0 is x bit for bit, also where x is -0.0."""
     return jnp.where(update == 0, -0.0, update)
 
 
@@ -218,7 +219,7 @@ def _remainder16() -> WeightCodec:
     p is w rounded to bfloat16 with ties away from zero (one weight in 65,536), see `split_bits`.
 
     Subnormal weights are 0, as on devices that flush them. The two zeros are 2^31 apart as
-    integers, and p may be either, so nothing is kept beside them.
+    integers, and p can be either, so nothing is kept for them.
     """
 
     def zero(bits: Array) -> Array:
@@ -233,7 +234,7 @@ def _remainder16() -> WeightCodec:
 
     def step(p, lo, change, _):
         w = mcf.join_bits(p, lo) + change
-        # float32, since a bfloat16 update could not always bring p where it must be.
+        # float32, since a bfloat16 update cannot always move p to the required value.
         u = still(near(w) - mcf.load(p))
         return u, rest(_bits(w), applied(p, u))
 
@@ -246,9 +247,9 @@ def _remainder16() -> WeightCodec:
 
 
 def _remainder8() -> WeightCodec:
-    """What rounding lost in steps of 1/256 ulp, as int8: a weight of 24 bits in 3 bytes.
+    """The rounding error in steps of 1/256 ulp, as int8: a weight of 24 bits in 3 bytes.
 
-    For float16 too, whose own lo would fall below its smallest number.
+    For float16 too, where a float16 lo would be below its smallest number.
     """
 
     def ulp(h: Array, dtype) -> Array:
@@ -278,7 +279,7 @@ def _remainder8() -> WeightCodec:
 
 
 def _random() -> WeightCodec:
-    """Stochastic rounding: nothing is kept, the weight is right on average."""
+    """Stochastic rounding: nothing is kept, and the weight is right on average."""
 
     def step(p, lo, change, noise):
         wide = mcf.load(p)
@@ -291,7 +292,7 @@ def _random() -> WeightCodec:
 
 
 def _nothing() -> WeightCodec:
-    """Rounding to nearest: what is lost is lost."""
+    """Rounding to nearest: the rounding error is lost."""
 
     def step(p, lo, change, _):
         return mcf.store(still(change), p.dtype), lo
@@ -312,7 +313,7 @@ WEIGHTS: Mapping[str, WeightCodec] = {
 
 
 def weight(name: str) -> WeightCodec:
-    """The codec of that name.
+    """Returns the codec of this name.
 
     Raises:
         ValueError: an unknown name.
@@ -323,5 +324,5 @@ def weight(name: str) -> WeightCodec:
 
 
 def kept_as(dtype: jnp.dtype) -> str:
-    """The codec whose kept part has this dtype."""
+    """Name of the codec whose kept part has this dtype."""
     return next(name for name, codec in WEIGHTS.items() if codec.dtype == dtype)

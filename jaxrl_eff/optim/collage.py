@@ -1,6 +1,6 @@
 """Collage: AdamW with 16-bit weights, gradients and moments (Yu et al. 2024, arXiv:2405.03637).
 
-Bytes a parameter, gradient included, against 16 for float32 moments and a float32 master:
+Bytes per parameter, gradient included, against 16 for float32 moments and a float32 master:
 
     variant     weights  mu       nu       bytes
     light       bf16x2   bf16     bf16     10     as float32 for b2 <= 0.98
@@ -10,10 +10,10 @@ Bytes a parameter, gradient included, against 16 for float32 moments and a float
     flash8      int8     int8     int8     7.1    the layout of FlashOptim (arXiv:2602.23349)
     int16_8bit  int16    int8     int8     8.1    exact weights, 8-bit moments
 
-Why light fails at b2 = 0.999: a step changes nu by at most a thousandth, below half a unit in the
-last place of bfloat16, so nu never decays. Compensating the weights cannot repair that.
+Light fails at b2 = 0.999 because a step changes nu by at most a thousandth, below half a unit in
+the last place of bfloat16, so nu never decays. Compensating the weights cannot repair that.
 
-Arithmetic is float32: it happens in registers, and a step is bound by memory traffic. The paper's
+Arithmetic is float32: it stays in registers, and a step is bound by memory traffic. The paper's
 own, bfloat16 after every operation, is `faithful=True`; it is no faster and slightly less exact.
 """
 
@@ -57,17 +57,17 @@ def collage_adamw(
     """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) for 16-bit weights.
 
     Args:
-        learning_rate, b1, b2, eps, weight_decay: as `optax.adamw`.
-        mask: tree of booleans, or a function of the parameters that gives one: what is decayed.
+        learning_rate, b1, b2, eps, weight_decay: as in `optax.adamw`.
+        mask: tree of booleans, or a function from the parameters to one: the parameters to decay.
         variant: one of the table above.
         faithful: the paper's arithmetic, rounded to the parameters' dtype after every operation;
             for "light" and "plus".
-        metrics: whether to keep `Descent` of each update; not with faithful.
+        metrics: True keeps the `Descent` of each update; not with faithful.
         seed: of stochastic rounding.
 
     Raises:
-        ValueError: an unknown variant; faithful with another one or with metrics; in `init`: a
-            dtype of the parameters that the variant is not for.
+        ValueError: the variant is unknown; faithful is combined with another variant or with
+            metrics; in `init`: the variant does not support the parameters' dtype.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; it must be one of {list(VARIANTS)}.")
@@ -88,10 +88,12 @@ def collage_adamw(
 
 
 class FaithfulState(NamedTuple):
-    """Attributes:
-    count: updates so far, int32.
-    mu, nu, low: trees in the parameters' dtype; low is the weights' second component.
-    nu_low: nu's second component (plus).
+    """State of the faithful optimizer.
+
+    Attributes:
+        count: updates so far, int32.
+        mu, nu, low: trees in the parameters' dtype; low is the weights' second component.
+        nu_low: nu's second component (plus).
     """
 
     count: jax.Array
@@ -111,7 +113,7 @@ def _faithful(
     *,
     plus: bool,
 ) -> LowPrecisionTransformation:
-    """The paper's AdamW, every operation rounded to the parameters' dtype.
+    """The paper's AdamW, with every operation rounded to the parameters' dtype.
 
         m = b1 m + (1 - b1) g
         light:  v = b2 v + (1 - b2) g^2
@@ -119,8 +121,8 @@ def _faithful(
         d = -(lr / (1 - b1^t)) m / (sqrt(v) / sqrt(1 - b2^t) + eps) - lr wd p
         (p, p') = Grow((p, p'), d)
 
-    b2 is an expansion of two numbers, the quotient is made from the first components alone, and
-    decay is part of d, where it is not lost.
+    b2 is an expansion of two numbers, the quotient uses the first components alone, and decay is
+    part of d, where it is not lost.
     """
 
     def init(params: Any) -> FaithfulState:
@@ -165,7 +167,7 @@ def _faithful(
                 change = rn(change - rn(lr * weight_decay * wide))
             h, new_low = mcf.grow(wide, low, change, p.dtype)
             u = codecs.still(h - wide)
-            # Exact but for a weight that shrinks by 2^16 at once; then the rest is kept as well.
+            # Exact unless a weight shrinks by 2^16 at once; this keeps the error of that case too.
             new_low = rn(new_low + (h - codecs.applied(p, u)))
             kept = [x.astype(p.dtype) for x in (m, v, v_low, new_low)]
             return (u, *kept)

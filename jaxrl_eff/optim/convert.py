@@ -1,7 +1,7 @@
-"""Between float32 weights and moments and their stored forms; optimizer states on meshes.
+"""Conversion of float32 weights and moments to and from stored forms; sharded optimizer states.
 
-An export, an evaluation or an average of weights wants what is stored, not what is visible; a run
-in bfloat16 may start from a float32 master, and go back to one.
+An export, an evaluation or an average of weights needs what is stored, not what is visible; a
+bfloat16 run can start from a float32 master, and return to one.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from jaxrl_eff.optim.store import StoreState, apart, found, joined
 
 
 class Master(NamedTuple):
-    """An optimizer in float32: weights, Adam's moments, and how many updates were made."""
+    """An optimizer in float32: weights, Adam's moments, and the number of updates."""
 
     params: Any
     mu: Any
@@ -34,14 +34,14 @@ class Master(NamedTuple):
 
 
 def full_precision_params(params: Any, opt_state: Any) -> Any:
-    """float32 weights from the visible ones and what the optimizer's state keeps beside them.
+    """float32 weights, from the visible ones and the parts that the optimizer's state keeps.
 
     Args:
         params: as the model sees them.
         opt_state: of `lowp_chain` or `collage_adamw`, alone or inside other optax transforms.
 
     Raises:
-        ValueError: no weights are stored in the state, or several times.
+        ValueError: the state stores no weights, or stores them more than once.
     """
     return joined(params, _store(opt_state).low)
 
@@ -49,14 +49,14 @@ def full_precision_params(params: Any, opt_state: Any) -> Any:
 def set_full_precision_params(
     params: Any, opt_state: Any, dtype: Any = jnp.bfloat16, *, like: Any = None
 ) -> tuple[Any, Any]:
-    """The converse: float32 weights as `(visible ones, the state with the rest in it)`.
+    """Converts float32 weights to `(visible weights, state with the kept parts)`.
 
     Args:
         params: float32.
         opt_state: a state whose kept parts are replaced.
         dtype: of the visible weights that have a kept part.
-        like: tree whose leaves' dtypes the visible weights get instead; without it, weights that
-            have no kept part stay as they are.
+        like: tree with the dtypes of the visible weights, used instead of `dtype`; without it,
+            weights that have no kept part are unchanged.
     """
     state = _store(opt_state)
     leaves, treedef = jax.tree.flatten(params)
@@ -90,7 +90,7 @@ def from_master(
 ) -> tuple[Any, Any]:
     """A float32 training state as `(params, opt_state)` of `tx`, a `collage_adamw` of this variant.
 
-    Every number is as near to the master's as its codec allows; with "exact" equal.
+    Every number is as close to the master's as its codec allows; with "exact" equal.
     """
     _, mu, nu = VARIANTS[variant]
     params = jax.tree.map(lambda w: mcf.store(w, dtype), master.params)
@@ -117,7 +117,7 @@ def from_master(
 
 
 def to_master(params: Any, opt_state: Any, *, variant: str) -> Master:
-    """The float32 training state that a `collage_adamw` state of this variant stands for."""
+    """The float32 training state that a `collage_adamw` state of this variant represents."""
     _, mu, nu = VARIANTS[variant]
     full = full_precision_params(params, opt_state)
     states = found(opt_state, LowPrecisionAdamState)
@@ -131,18 +131,18 @@ def to_master(params: Any, opt_state: Any, *, variant: str) -> Master:
 
 
 def visible_change_mask(params: Any, updates: Any) -> Any:
-    """Where `optax.apply_updates(params, updates)` will change a bit: tree of booleans.
+    """Tree of booleans: True where `optax.apply_updates(params, updates)` will change a bit.
 
-    The optimizer knows exactly which weights a sampler elsewhere must be sent.
+    These are exactly the weights to send to a remote sampler.
     """
     return jax.tree.map(lambda p, u: codecs.applied(p, u) != mcf.load(p), params, updates)
 
 
 def state_shardings(state: Any, params: Any, *, otherwise: Any) -> Any:
-    """A sharding for every array of an optimizer's state: that of the parameter it belongs to.
+    """Shardings for every array of an optimizer's state: that of the parameter it belongs to.
 
-    The parameter is found by its path, at the end of the state's. Scales of groups have its layout
-    as well, if their shape divides by it.
+    The parameter's path is the end of the array's path in the state. Scales of groups have its
+    sharding as well, if their shape divides.
 
     Args:
         state: tree of arrays or of `jax.ShapeDtypeStruct`.
@@ -164,7 +164,7 @@ def state_shardings(state: Any, params: Any, *, otherwise: Any) -> Any:
 
 
 def init_sharded(tx: optax.GradientTransformation, params: Any) -> Any:
-    """`tx.init(params)` as one program, with the state where its parameters are.
+    """Computes `tx.init(params)` as one program, with the state sharded like its parameters.
 
     `jax.jit(tx.init)(params)` would put all zeros on one device.
     """

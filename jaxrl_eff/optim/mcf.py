@@ -1,19 +1,19 @@
-"""Multi-component floats: one number as the unevaluated sum of two narrow ones, exactly.
+"""Multi-component floats: a number as the exact unevaluated sum of two narrow ones.
 
 Collage (Yu et al. 2024, arXiv:2405.03637) stores a weight as hi + lo, both bfloat16, where hi is
-the sum rounded to bfloat16 and lo what rounding lost. The operations are those of Dekker (1971) and
-Knuth: they return a rounded result and, exactly, its error.
+the sum rounded to bfloat16 and lo the rounding error. The operations are those of Dekker (1971) and
+Knuth: they return a rounded result and its exact error.
 
-How to keep them exact under a compiler that may leave out rounding (XLA computes bfloat16 in
-float32, and drops a rounding whose result is widened again):
+They stay exact under a compiler that can omit rounding (XLA computes bfloat16 in float32, and
+drops a rounding whose result is widened again) because
 
-    A value is rounded once, explicitly, in float32, by `lax.reduce_precision`; it is cast only when
-    it lies on the narrow grid already. No rewriting of casts can then change a result.
+    a value is rounded once, explicitly, in float32, by `lax.reduce_precision`, and is cast only
+    when it is already a narrow value. No rewriting of casts can then change a result.
 
-Numbers below 2^-126, which devices may flush to 0, are lost to them.
+Numbers below 2^-126, which devices can flush to 0, are lost.
 
-So all functions here take and return float32 arrays whose values lie on a narrow grid ("narrow
-values"), and only `round_to` rounds. They are elementwise and pure.
+So all functions here take and return float32 arrays whose values are representable in a narrow
+dtype ("narrow values"), and only `round_to` rounds. They are elementwise and pure.
 """
 
 import math
@@ -26,11 +26,11 @@ import numpy as np
 Array = jax.Array
 Scalar = float | int | jax.Array
 _TINY16 = 2.0**-14  # below it float16 is subnormal
-LARGEST = 2.0**63  # its square is float32, and what is averaged over such squares
+LARGEST = 2.0**63  # its square is finite in float32, and so are averages of such squares
 
 
 def round_to(x: Array, dtype: Any) -> Array:
-    """The nearest value of a narrow dtype, ties to even, still as float32.
+    """Rounds to the nearest value of a narrow dtype, ties to even, still as float32.
 
     Args:
         x: float32.
@@ -48,31 +48,31 @@ def round_to(x: Array, dtype: Any) -> Array:
 
 
 def store(x: Array, dtype: Any) -> Array:
-    """x rounded and cast: the only way from float32 into a narrow array."""
+    """Rounds x and casts it: the only way from float32 to a narrow array."""
     return round_to(x, dtype).astype(dtype)
 
 
 def load(x: Array) -> Array:
-    """A stored array as float32."""
+    """Casts a stored array to float32."""
     return x.astype(jnp.float32)
 
 
 def wide(tree: Any) -> Any:
-    """A tree's arrays in float32, or in float64 if they are."""
+    """Casts a tree's arrays to float32; float64 ones stay."""
     return jax.tree.map(lambda x: x.astype(wide_dtype(x.dtype)), tree)
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """float32, or float64 for float64."""
+    """float64 for float64, else float32."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def gradients(tree: Any) -> Any:
-    """Gradients in float32 (float64 if they are), within +-2^63, where their squares are finite.
+    """Casts gradients to float32 (float64 ones stay), clipped to +-2^63 for finite squares.
 
-    Beyond 1.8e19 a square overflows, and a second moment would be infinite for ever. Adam does not
-    depend on the scale of an entry's gradients: a single one cut to 2^63 moves its weight as it
-    would in float64. Infinite entries are cut as well (checks of finiteness go before the
+    Beyond 1.8e19 a square overflows, and the second moment would stay infinite. Adam does not
+    depend on the scale of an entry's gradients: a single one clipped to 2^63 moves its weight as it
+    would in float64. Infinite entries are clipped as well (checks of finiteness go before the
     optimizer); NaNs stay NaN.
     """
     return jax.tree.map(lambda x: jnp.clip(x, -LARGEST, LARGEST), wide(tree))
@@ -81,8 +81,8 @@ def gradients(tree: Any) -> Any:
 def fast_two_sum(a: Array, b: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
     """(s, e) with s = RN(a + b) and s + e = a + b exactly, if |a| >= |b| (Dekker).
 
-    The middle steps stay in float32, where they are exact if the exponents of the narrow a and b
-    differ by at most 16; up to that difference the order of a and b does not matter.
+    The intermediate steps stay in float32, where they are exact if the exponents of the narrow a
+    and b differ by at most 16; up to that difference the order of a and b does not matter.
     """
     s = round_to(a + b, dtype)
     return s, round_to(b - (s - a), dtype)
@@ -97,8 +97,8 @@ def two_sum(a: Array, b: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array
 def two_prod(a: Array, b: Array, dtype: Any = jnp.bfloat16) -> tuple[Array, Array]:
     """(x, e) with x = RN(a b) and x + e = a b exactly, unless e underflows.
 
-    The product of two significands of 8 or of 11 bits fits into float32's 24, so that neither
-    Veltkamp's split nor a fused multiply-add is needed.
+    The product of two significands of 8 or of 11 bits fits into float32's 24, so neither Veltkamp's
+    split nor a fused multiply-add is needed.
     """
     product = a * b
     x = round_to(product, dtype)
@@ -143,8 +143,8 @@ def join(hi: Array, lo: Array) -> Array:
 def split_bits(x: Array) -> tuple[Array, Array]:
     """float32 as (hi, rest), bfloat16 and int16, with bits(x) = bits(hi) + rest as integers.
 
-    hi is the nearest, with halves rounded away from 0, so that rest fits: -32768 to 32767 units of
-    the last place of float32. Integers all the way, so that nothing is flushed or rounded.
+    hi is the nearest bfloat16, with halves rounded away from 0, so that rest fits: -32768 to 32767
+    units in the last place of float32. All steps are on integers, so nothing is flushed or rounded.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     high = (bits + 0x8000) >> 16
@@ -153,17 +153,17 @@ def split_bits(x: Array) -> tuple[Array, Array]:
 
 
 def join_bits(hi: Array, rest: Array) -> Array:
-    """The float32 that `split_bits` took apart."""
+    """The float32 that `split_bits` decomposed."""
     high = jax.lax.bitcast_convert_type(hi, jnp.uint16).astype(jnp.int32) << 16
     return jax.lax.bitcast_convert_type(high + rest.astype(jnp.int32), jnp.float32)
 
 
 def stochastic(x: Array, noise: Array) -> Array:
-    """x rounded to one of its two bfloat16 neighbours, so that it is x on average; still float32.
+    """x rounded to one of its two bfloat16 neighbors, with mean x; still float32.
 
     Args:
         x: float32.
-        noise: uint32 of which the upper 16 bits are uniform.
+        noise: uint32 with uniform upper 16 bits.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     up = (bits + (noise >> 16)) & jnp.uint32(0xFFFF0000)
@@ -171,10 +171,10 @@ def stochastic(x: Array, noise: Array) -> Array:
 
 
 def noise(shape: tuple[int, ...], *words: int | Array) -> Array:
-    """Uniform uint32 that depends on the words and on an entry's index in the whole array alone.
+    """Uniform uint32 that depends only on the words and on an entry's index in the global array.
 
-    A hash instead of `jax.random`, since it fuses into what reads it: nothing is stored, and how
-    the array is sharded cannot change a bit. The finaliser is that of murmur3.
+    A hash instead of `jax.random`, since it fuses into its consumer: nothing is stored, and the
+    sharding of the array cannot change a bit. The finalizer is that of murmur3.
     """
     h = jnp.uint32(0x9E3779B9)
     for word in words:
@@ -199,7 +199,7 @@ def one_minus_power(b: Scalar, t: Array) -> Array:
 
     Args:
         b: a Python number, whose logarithm is then taken in double precision, or an array.
-        t: how many updates, int32.
+        t: number of updates, int32.
     """
     log = math.log(b) if isinstance(b, float | int) and b > 0 else None
     if log is None:

@@ -1,4 +1,4 @@
-"""Adam whose moments are stored by codecs; the arithmetic is float32."""
+"""Adam with moments stored by codecs and float32 arithmetic."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -13,10 +13,12 @@ from jaxrl_eff.optim.paths import path_name
 
 
 class LowPrecisionAdamState(NamedTuple):
-    """Attributes:
-    count: updates so far, int32.
-    mu, nu: part of the codec -> tree of the parameters' structure; leaves without the part are
-        `optax.MaskedNode`.
+    """State of `scale_by_adam`.
+
+    Attributes:
+        count: updates so far, int32.
+        mu, nu: part of the codec -> tree of the parameters' structure; leaves without the part are
+            `optax.MaskedNode`.
     """
 
     count: jax.Array
@@ -35,6 +37,9 @@ def scale_by_adam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adam (Kingma and Ba 2014, arXiv:1412.6980, Algorithm 1) with a codec for each moment.
 
+    optax.scale_by_adam keeps the second moment in the parameters' dtype. In bfloat16 with
+    b2 = 0.999 it does not decay: a step changes it by less than half a unit in the last place.
+
     Args:
         b1, b2, eps: as in the paper.
         mu, nu: "float32", "bf16", "bf16_sr" (stochastic rounding), "bf16x2" (two bfloat16, as in
@@ -43,11 +48,8 @@ def scale_by_adam(
         seed: of the stochastic rounding.
 
     Returns:
-        A transform that takes gradients of any float dtype and gives float32 updates. Entries
-        beyond 2^63 count as 2^63, see `mcf.gradients`: moments stay finite in every codec.
-
-    optax.scale_by_adam keeps the second moment in the parameters' dtype. In bfloat16 with
-    b2 = 0.999 it does not decay: a step changes it by less than half a unit in the last place.
+        A transform from gradients of any float dtype to float32 updates. Entries beyond 2^63 are
+        clipped, see `mcf.gradients`: moments stay finite in every codec.
 
     Raises:
         ValueError: an unknown codec.
@@ -56,7 +58,7 @@ def scale_by_adam(
         codecs.moment(name, which, ())
 
     def init(params: Any) -> LowPrecisionAdamState:
-        def zeros() -> Any:  # each moment's own, so that the state can be donated
+        def zeros() -> Any:  # new arrays for each moment, so that the state can be donated
             return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
 
         count = jnp.zeros((), jnp.int32)
@@ -75,7 +77,7 @@ def scale_by_adam(
         m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, g)
         v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, v, g)
         first, second = mcf.one_minus_power(b1, count), mcf.one_minus_power(b2, count)
-        # Not to be computed again for every entry.
+        # The barrier keeps XLA from recomputing these for every entry.
         first, second = jax.lax.optimization_barrier((first, second))
         out = jax.tree.map(lambda m, v: m / first / (jnp.sqrt(v / second) + eps), m, v)
         state = LowPrecisionAdamState(
@@ -89,7 +91,7 @@ def scale_by_adam(
 
 
 def finite_moments(mu: Any, nu: Any) -> tuple[Any, Any]:
-    """Trees of float32 moments within what `scale_by_adam` itself can reach; NaNs stay NaN."""
+    """Clips trees of float32 moments to what `scale_by_adam` itself can reach; NaNs stay NaN."""
     return (
         jax.tree.map(lambda m: jnp.clip(m, -mcf.LARGEST, mcf.LARGEST), mu),
         jax.tree.map(lambda v: jnp.minimum(v, mcf.LARGEST**2), nu),
@@ -99,7 +101,7 @@ def finite_moments(mu: Any, nu: Any) -> tuple[Any, Any]:
 def encode_moment(
     name: str, which: str, tree: Any, count: jax.Array, seed: int | jax.Array
 ) -> dict[str, Any]:
-    """A tree of float32 as the codec's parts, each a tree."""
+    """Encodes a float32 tree as the codec's parts, each a tree."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
     encoded = []
     for path, x in paths:
@@ -113,7 +115,7 @@ def encode_moment(
 
 
 def decode_moment(name: str, which: str, stored: dict[str, Any], like: Any) -> Any:
-    """The float32 tree of a stored moment; `like` has its structure and shapes."""
+    """Decodes a stored moment to a float32 tree; `like` has its structure and shapes."""
     leaves, treedef = jax.tree.flatten(like)
     columns = {k: treedef.flatten_up_to(tree) for k, tree in stored.items()}
     out = []
@@ -124,5 +126,5 @@ def decode_moment(name: str, which: str, stored: dict[str, Any], like: Any) -> A
 
 
 def leaf_id(path: tuple, salt: str) -> int:
-    """A number of the leaf's name alone, so that other leaves do not change its noise."""
+    """A hash of the leaf's name alone, so that other leaves do not change its noise."""
     return zlib.crc32(f"{salt}/{path_name(path)}".encode())

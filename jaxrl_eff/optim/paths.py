@@ -1,4 +1,4 @@
-"""Names of parameters, as `jaxrl_eff.tree` has them: this room needs nothing of the package."""
+"""Names of parameters, equal to those of `jaxrl_eff.tree`, which `optim` does not depend on."""
 
 from typing import Any
 

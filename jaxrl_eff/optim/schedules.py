@@ -8,20 +8,20 @@ SHAPES = ("constant", "linear", "cosine")
 def warmup_then(
     shape: str, *, peak: float, updates: int, warmup: int = 0, final: float = 0.0
 ) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak`, then a constant, linear or cosine way to `final * peak`.
+    """Linear warm-up from 0 to `peak`, then constant, or linear or cosine decay to `final * peak`.
 
     Args:
         shape: "constant", "linear" or "cosine".
         peak: the learning rate after warm-up.
         updates: optimizer updates in all, warm-up included; the last value is reached there.
-        warmup: updates of warm-up; the first update already moves.
-        final: the last value as a share of the peak; a constant schedule has no use for it.
+        warmup: updates of warm-up; the first one already has a learning rate above 0.
+        final: the last value as a share of the peak; unused by a constant schedule.
 
     Returns:
         update count -> learning rate.
 
     Raises:
-        ValueError: an unknown shape, or a warm-up longer than the whole.
+        ValueError: the shape is unknown, or the warm-up is longer than the whole.
     """
     if shape not in SHAPES:
         raise ValueError(f"schedule is {shape!r}; it must be one of {list(SHAPES)}.")

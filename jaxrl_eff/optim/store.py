@@ -1,23 +1,23 @@
-"""The last link: how weights of 16 bits take up a change that is smaller than their own rounding.
+"""Stores of 16-bit weights: the last link of an optimizer keeps changes below their rounding.
 
-Any optimizer becomes one for low precision by what stands behind it:
+Any optimizer becomes one for low precision by the link after it:
 
     tx = optim.lowp_chain(optax.adamw(1e-5), store="int16")     # float32 inside, exact weights
     tx = optim.lowp_chain(optax.lion(1e-5), store="bf16x2")
 
-`optax.apply_updates` computes `(p + u).astype(p.dtype)`; a change below half a unit in the last
-place of p is lost there, which at a learning rate of 1e-6 is 98 % of them. The link sees to it that
-what is lost is kept: it emits an update whose effect it knows bit for bit, and stores the rest.
-So it must be last. A link behind it (a clip, a mask, a second optimizer) would make what is stored
-a fiction; `lowp_chain` puts it there and can be given no further links.
+`optax.apply_updates` computes `(p + u).astype(p.dtype)`, which loses a change below half a unit in
+the last place of p: at a learning rate of 1e-6, 98 % of the changes. The store emits an update
+whose effect it knows bit for bit, and keeps the rounding error in its state. So it must be last:
+after a further link (a clip, a mask, a second optimizer) its state would no longer match the
+weights. `lowp_chain` puts it last and accepts no links after it.
 
-Traps of optax with 16-bit parameters, and what to do instead:
+Pitfalls of optax with 16-bit parameters, and alternatives:
 
 - moments take the parameters' dtype, and the second one stops moving: `lowp_chain` runs all links
   on float32 weights and gradients, so their state is float32;
 - `optax.inject_hyperparams` casts numbers to the parameters' dtype: b2 = 0.999 becomes 1.0, and the
   first update NaN. Use `optim.inject_hyperparams`;
-- `optax.apply_if_finite` wants updates of the gradients' dtype, while some stores need float32
+- `optax.apply_if_finite` requires updates of the gradients' dtype, while some stores need float32
   ones: use `optim.apply_if_finite`;
 - `jax.jit(tx.init)(params)` puts all state on one device. Use `optim.init_sharded`.
 """
@@ -33,14 +33,14 @@ import optax
 from jaxrl_eff.optim import codecs, mcf
 from jaxrl_eff.optim.moments import leaf_id
 
-_MEASURED = 2.0**40  # changes beyond it count as this much: sums of their squares are finite
+_MEASURED = 2.0**40  # changes are clipped to this for metrics, so that sums of squares are finite
 inject_hyperparams = functools.partial(optax.inject_hyperparams, hyperparam_dtype=jnp.float32)
 
 
 def apply_if_finite(
     tx: optax.GradientTransformation, max_consecutive_errors: int
 ) -> optax.GradientTransformation:
-    """optax.apply_if_finite for transforms whose updates are not of the gradients' dtype."""
+    """optax.apply_if_finite for transforms whose updates differ in dtype from the gradients."""
 
     def update(updates, state, params=None, **extra):
         updates, state = inner.update(updates, state, params, **extra)
@@ -58,13 +58,13 @@ def apply_if_finite(
 
 
 class Descent(NamedTuple):
-    """How much of the wanted update reached the weights: Collage's effective descent quality.
+    """Collage's effective descent quality: the share of the wanted update that reached the weights.
 
-    With d what the optimizer wants and d^ what became of it, over all parameters:
+    With d the optimizer's wanted change and d^ the actual one, over all parameters:
 
     Attributes:
-        visible: <d, d^> / <d, d>, d^ the change of the visible weights. 1 on average.
-        stored: the same of the stored weights, kept parts included. 1 if nothing is lost.
+        visible: <d, d^> / <d, d>, with d^ the change of the visible weights. 1 on average.
+        stored: the same for the stored weights, kept parts included. 1 if nothing is lost.
         lost: share of the entries with d != 0 whose stored weight did not change.
     """
 
@@ -74,10 +74,12 @@ class Descent(NamedTuple):
 
 
 class StoreState(NamedTuple):
-    """Attributes:
-    count: updates so far, int32.
-    low: tree of what is kept beside the visible weights; `optax.MaskedNode` where nothing is.
-    descent: of the last update, if asked for.
+    """State of `store_weights`.
+
+    Attributes:
+        count: updates so far, int32.
+        low: tree of the parts kept in addition to visible weights; `optax.MaskedNode` where none.
+        descent: of the last update, if requested.
     """
 
     count: jax.Array
@@ -86,14 +88,14 @@ class StoreState(NamedTuple):
 
 
 class LowPrecisionState(NamedTuple):
-    """State of `lowp_chain`: of its links, and of the store behind them."""
+    """State of `lowp_chain`: of its links, and of the store after them."""
 
     inner: Any
     store: StoreState
 
 
 class LowPrecisionTransformation(optax.GradientTransformationExtraArgs):
-    """A transform that ends in a store, which nothing may follow."""
+    """A transform that ends in a store; no further link can follow it."""
 
 
 class _Sums(NamedTuple):
@@ -107,19 +109,20 @@ class _Sums(NamedTuple):
 def store_weights(
     codec: str = "bf16x2", *, seed: int | jax.Array = 0, metrics: bool = False
 ) -> LowPrecisionTransformation:
-    """Turns wanted changes into updates of 16-bit weights that lose nothing. Must be last.
+    """Turns wanted changes into updates of 16-bit weights without loss. Must be last.
+
+    Leaves that are not 16-bit floats pass through. The state matches the result of
+    `optax.apply_updates` bit for bit, compiled together or not.
 
     Args:
         codec: "bf16x2" (Collage, Kahan: 16 bits), "int16" (a float32 master, bit for bit), "int8"
             (24 bits; float16 too), "sr" (stochastic rounding, nothing kept), "none".
         seed: of the stochastic rounding.
-        metrics: whether to keep `Descent` of each update; costs a few sums.
-
-    Leaves that are not 16-bit floats pass through. What `optax.apply_updates` makes of the update
-    is what the state assumes, bit for bit, compiled together or not.
+        metrics: True keeps the `Descent` of each update; costs a few sums.
 
     Raises:
-        ValueError: an unknown codec; in `update`: no params; in `init`: a dtype not of the codec.
+        ValueError: an unknown codec; in `update`: no params; in `init`: a dtype that the codec does
+            not support.
     """
     how = codecs.weight(codec)
 
@@ -178,7 +181,7 @@ def lowp_chain(
     seed: int | jax.Array = 0,
     metrics: bool = False,
 ) -> LowPrecisionTransformation:
-    """The links in float32, on weights of full precision, and `store_weights` behind them.
+    """Chains the links in float32, on full-precision weights, followed by `store_weights`.
 
     Args:
         links: any optax transforms or optimizers.
@@ -209,7 +212,7 @@ def lowp_chain(
 
 
 def joined(params: Any, low: Any) -> Any:
-    """Weights of full precision, at least float32, from the visible and the kept parts."""
+    """Full-precision weights, at least float32, from the visible and the kept parts."""
 
     def one(p: jax.Array, low: Any) -> jax.Array:
         if isinstance(low, optax.MaskedNode):
@@ -223,11 +226,11 @@ def joined(params: Any, low: Any) -> Any:
 def watch_descent(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Any transform, with the `Descent` that its updates have under `optax.apply_updates`.
+    """Adds to any transform the `Descent` of its updates under `optax.apply_updates`.
 
-    For transforms that do not store weights: what bfloat16 parameters lose with them. It computes
-    what is stored by explicit rounding: `p_new.astype(float32) - p` in the same program would read
-    the sum before it was rounded, and say that nothing is lost.
+    For transforms that do not store weights: it shows what bfloat16 parameters lose. The new
+    weights are computed by explicit rounding: `p_new.astype(float32) - p` in the same program would
+    use the sum before rounding, and show no loss.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -248,7 +251,7 @@ def watch_descent(
 
 
 def _undescended() -> Descent:
-    """Zeros before the first update, each a buffer of its own."""
+    """Zeros before the first update, each in a separate buffer."""
     return Descent(*(jnp.zeros((), jnp.float32) for _ in Descent._fields))
 
 
@@ -258,22 +261,22 @@ class _Watched(NamedTuple):
 
 
 def precision_metrics(opt_state: Any) -> Mapping[str, jax.Array]:
-    """The `Descent` in an optimizer's state as `{visible, stored, lost}`; else empty."""
+    """The `Descent` in an optimizer's state as `{visible, stored, lost}`; empty if none."""
     kept = found(opt_state, Descent)
     return dict(kept[0]._asdict()) if kept else {}
 
 
 def found(opt_state: Any, kind: Any) -> list[Any]:
-    """The parts of an optimizer's state that are of a type, wherever optax put them."""
+    """Finds all parts of a type in an optimizer's state, at any depth."""
     every = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     return [x for x in every if isinstance(x, kind)]
 
 
 def apart(state: Any, params: Any) -> Any:
-    """The same state with every array in a buffer of its own, none of them a parameter's.
+    """The same state with every array in a separate buffer, none shared with a parameter.
 
     Some optax transforms start with one array in two places, or with the parameters themselves; a
-    step that donates state and parameters would then give one buffer away twice.
+    step that donates state and parameters would then donate one buffer twice.
     """
     taken = {id(x) for x in jax.tree.leaves(params)}
 

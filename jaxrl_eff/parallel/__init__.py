@@ -1,4 +1,4 @@
-"""Meshes, shardings and the movement of arrays between them. Knows no model."""
+"""Meshes, shardings and transfers of arrays between them; independent of any model."""
 
 from jaxrl_eff import public
 

@@ -1,9 +1,9 @@
-"""Numbers in blocks that share a scale, and the one buffer of bytes they travel as.
+"""Block quantization of vectors, encoded into a single buffer of bytes.
 
-A vector is cut into blocks; a block is rotated if wanted, divided by its scale and rounded to codes
-of 8 or 4 bits. Codes and scales lie in one `uint8` array, so a collective moves both, and no
-backend widens them on their way. Vectors that stay exact travel as the bytes of their numbers, so
-that whoever sends need not know which they are.
+A vector is cut into blocks; each block is optionally rotated by a Hadamard matrix, divided by its
+scale and rounded to codes of 8 or 4 bits. Codes and scales share one `uint8` array, so a single
+collective moves both, and no backend widens them in transit. Unquantized vectors are encoded as
+their raw bytes, so collectives handle both kinds alike.
 """
 
 import dataclasses
@@ -19,22 +19,22 @@ SCALE_BYTES = 2  # bfloat16
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How a vector is written as bytes.
+    """Encoding of a vector as bytes.
 
     Attributes:
-        bits: of a code, 8 or 4; or of a number that stays one: 16 (bfloat16) or 32 (float32).
-        size: elements that share a scale, at most. A vector that does not divide is cut into blocks
-            of equal size below it; what little is missing is filled with zeros.
-        hadamard: whether a block is multiplied by a Hadamard matrix first, which spreads an outlier
-            over all its elements.
-        shrink: factors of the largest scale to choose from, by the least squared error of each
-            block. (1.0,) clips nothing.
-        stochastic: whether codes are rounded up with the probability that makes them right on
-            average; otherwise to the nearest.
+        bits: bits per code, 8 or 4; or bits per unquantized number, 16 (bfloat16) or 32 (float32).
+        size: maximum number of elements that share a scale. A vector that is not a multiple of it
+            is cut into equal blocks of at most this size and padded with zeros; with Hadamard,
+            blocks have this size, and a vector that fits in one has a block of a power of two.
+        hadamard: multiply each block by a Hadamard matrix first, which spreads an outlier over all
+            elements of the block.
+        shrink: candidate factors of the full-range scale; each block uses the one with the least
+            squared error. (1.0,) clips nothing.
+        stochastic: round stochastically, so that codes are unbiased; otherwise to nearest.
 
     Raises:
-        ValueError: unknown bits, a size that is odd (or no power of two, for Hadamard), or factors
-            outside (0, 1].
+        ValueError: unknown bits, an odd size (or, with Hadamard, one that is not a power of two),
+            or factors outside (0, 1].
     """
 
     bits: int = 8
@@ -55,11 +55,11 @@ class Blocks:
 
     @property
     def exact(self) -> bool:
-        """Whether numbers travel rather than codes."""
+        """True if numbers are sent unquantized."""
         return self.bits in EXACT
 
     def layout(self, n: int) -> tuple[int, int]:
-        """(blocks, elements of a block) of a vector of n.
+        """(number of blocks, elements per block) for a vector of n elements.
 
         Raises:
             ValueError: the vector is empty.
@@ -73,7 +73,7 @@ class Blocks:
         return count, width + width % 2
 
     def nbytes(self, n: int) -> int:
-        """Bytes of a vector of n elements, scales included."""
+        """Encoded bytes of a vector of n elements, including scales."""
         if self.exact:
             return n * self.bits // 8
         count, width = self.layout(n)
@@ -81,14 +81,14 @@ class Blocks:
 
 
 def encode(x: jax.Array, blocks: Blocks, salt: int | jax.Array = 0) -> jax.Array:
-    """The bytes of vectors.
+    """Encodes vectors as bytes.
 
-    A block with a NaN or an infinity has the scale NaN, and decodes to NaN everywhere.
+    A block that contains a NaN or an infinity gets a NaN scale and decodes to NaN everywhere.
 
     Args:
         x: [..., n] floats.
-        blocks: how.
-        salt: of stochastic rounding; another one rounds the same numbers another way.
+        blocks: the encoding.
+        salt: seed of stochastic rounding; a different salt rounds the same numbers differently.
 
     Returns:
         [..., blocks.nbytes(n)] uint8.
@@ -110,7 +110,7 @@ def encode(x: jax.Array, blocks: Blocks, salt: int | jax.Array = 0) -> jax.Array
 
 
 def decode(payload: jax.Array, n: int, blocks: Blocks, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The vectors of n elements that these bytes are.
+    """Decodes the bytes of vectors of n elements.
 
     Args:
         payload: [..., blocks.nbytes(n)] uint8.
@@ -119,7 +119,7 @@ def decode(payload: jax.Array, n: int, blocks: Blocks, dtype: jax.typing.DTypeLi
         [..., n] of dtype.
 
     Raises:
-        ValueError: the bytes are not those of n elements.
+        ValueError: the number of bytes does not match n elements.
     """
     if payload.shape[-1] != blocks.nbytes(n):
         raise ValueError(
@@ -140,15 +140,16 @@ def decode(payload: jax.Array, n: int, blocks: Blocks, dtype: jax.typing.DTypeLi
 
 
 def rotate(x: jax.Array) -> jax.Array:
-    """The last axis, a power of two, times H/sqrt(n): orthogonal, and its own inverse.
+    """Multiplies the last axis, of length n = 2^k, by H/sqrt(n), which is its own inverse.
 
-    H of n = a b is the Kronecker product of H of a and H of b, so two small products do.
+    H of size n = a b is the Kronecker product of those of sizes a and b, so two small matrix
+    products suffice.
     """
     n = x.shape[-1]
     a = 1 << (n.bit_length() // 2)
     left, right = (jnp.asarray(_hadamard(k)) for k in (a, n // a))
     y = x.reshape(*x.shape[:-1], a, n // a)
-    # A device's default precision would round the numbers to ten bits or fewer.
+    # The default precision of accelerators rounds operands to ten mantissa bits or fewer.
     y = jnp.einsum("ij,...jk,kl->...il", left, y, right, precision=lax.Precision.HIGHEST)
     return y.reshape(x.shape)
 
@@ -163,12 +164,12 @@ def _hadamard(n: int) -> np.ndarray:
 
 
 def _top(blocks: Blocks) -> int:
-    """The largest code; the smallest is its negative."""
+    """Largest code; the smallest is its negative."""
     return 2 ** (blocks.bits - 1) - 1
 
 
 def _scale(x: jax.Array, blocks: Blocks) -> jax.Array:
-    """[..., blocks] bfloat16: what code 1 is worth, rounded up so that nothing clips unasked."""
+    """[..., blocks] bfloat16 scales, rounded up so that a factor of 1 never clips."""
     largest = jnp.max(jnp.abs(x), axis=-1) / _top(blocks)
     largest = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), largest, jnp.nan)
     best = error = None
@@ -187,7 +188,7 @@ def _scale(x: jax.Array, blocks: Blocks) -> jax.Array:
 
 
 def _up(x: jax.Array) -> jax.Array:
-    """The least bfloat16 that is not below a float32 of at least zero."""
+    """Rounds a nonnegative float32 up to bfloat16."""
     kept = (lax.bitcast_convert_type(x, jnp.uint32) + jnp.uint32(0xFFFF)) >> jnp.uint32(16)
     up = lax.bitcast_convert_type(kept.astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), up)
@@ -196,7 +197,7 @@ def _up(x: jax.Array) -> jax.Array:
 def _codes(
     x: jax.Array, scale: jax.Array, blocks: Blocks, draw: jax.Array | None = None
 ) -> jax.Array:
-    """[..., blocks, width] int8; zeros where the scale is zero or NaN."""
+    """[..., blocks, width] int8 codes; zeros where the scale is zero or NaN."""
     good = (scale > 0)[..., None]
     x = x / jnp.where(good, scale[..., None], 1)
     x = jnp.round(x) if draw is None else jnp.floor(x + draw)
@@ -205,7 +206,7 @@ def _codes(
 
 
 def _uniform(x: jax.Array, salt: int | jax.Array) -> jax.Array:
-    """Numbers in [0, 1) from the bits of x, their places and the salt (murmur3's last steps)."""
+    """Hashes the bits of x, their indices and the salt to [0, 1) (murmur3's finalizer)."""
     h = lax.bitcast_convert_type(x, jnp.uint32)
     place = lax.iota(jnp.uint32, x.size).reshape(x.shape)
     h = h ^ (place * jnp.uint32(0x9E3779B9)) ^ (jnp.asarray(salt, jnp.uint32) * jnp.uint32(0x85EB))
@@ -215,7 +216,7 @@ def _uniform(x: jax.Array, salt: int | jax.Array) -> jax.Array:
 
 
 def _pack(codes: jax.Array) -> jax.Array:
-    """Two codes a byte: the first half of a block in the low bits, the second in the high."""
+    """Packs two codes per byte: a block's first half in the low bits, its second in the high."""
     low, high = jnp.split(lax.bitcast_convert_type(codes, jnp.uint8), 2, axis=-1)
     return (low & jnp.uint8(15)) | (high << jnp.uint8(4))
 

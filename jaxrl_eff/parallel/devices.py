@@ -1,7 +1,7 @@
-"""What the devices can do: published peaks, measured rates, memory.
+"""Capabilities of devices: published peak FLOP/s, measured rates, memory.
 
-A share of the peak ("MFU") needs a denominator. Vendors print one for accelerators; for anything
-else, and to see what this machine really gives, the matrix-product and copy rates are measured.
+MFU is relative to a peak. For accelerators it is the published one; for other devices, and to see
+what a machine achieves, matrix-product and copy rates are measured.
 """
 
 import functools
@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Dense (without sparsity) tera-FLOP/s by a part of `device.device_kind`; the first match counts.
-# float32 is what JAX multiplies float32 in by default: TF32 on these GPUs, one bf16 pass on TPUs.
-#   A100: NVIDIA A100 datasheet, 2021. H100, H200: NVIDIA H100/H200 datasheets (printed with
-#   sparsity there, halved here). B200: NVIDIA DGX B200 datasheet, an eighth of the system, halved.
+# Dense (without sparsity) TFLOP/s by a substring of `device.device_kind`; the first match counts.
+# "float32" is JAX's default precision for float32: TF32 on these GPUs, one bf16 pass on TPUs.
+#   A100: NVIDIA A100 datasheet, 2021. H100, H200: NVIDIA H100/H200 datasheets (given with
+#   sparsity, halved here). B200: NVIDIA DGX B200 datasheet, an eighth of the system, halved.
 #   TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "peak compute per chip". JAX shows one device
 #   per chip from v4 on, and calls v5e "TPU v5 lite", v5p "TPU v5" and v6e "TPU v6 lite".
 _PEAK_TFLOPS = {
@@ -33,7 +33,7 @@ _PEAK_TFLOPS = {
     "TPU v5": {"bfloat16": 459, "float32": 459},
     "TPU v6": {"bfloat16": 918, "float32": 918},
 }
-CORE_FLOPS_PER_S = 5e10  # usual for a core of a CPU, where nothing is measured
+CORE_FLOPS_PER_S = 5e10  # typical of a CPU core; used where nothing is measured
 
 
 def peak_flops_per_s(device_kind: str, dtype: Any) -> float | None:
@@ -46,9 +46,9 @@ def peak_flops_per_s(device_kind: str, dtype: Any) -> float | None:
 
 
 def cache_directory() -> Path | None:
-    """Where runs keep compiled programs: JAX_COMPILATION_CACHE_DIR, or in the user's cache.
+    """Directory of the compilation cache: JAX_COMPILATION_CACHE_DIR, or in the user's cache.
 
-    None where nothing can be written there or the user's home is unknown: there is no cache then.
+    None (no cache) if the directory is not writable or the user's home is unknown.
     """
     where = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     try:
@@ -64,18 +64,18 @@ def cache_directory() -> Path | None:
 
 
 def memory_bytes(device: jax.Device) -> int | None:
-    """Memory that programs may use on a device; of a CPU, the host's, shared by its devices."""
+    """Bytes that programs can use on a device; on a CPU, host memory, shared by its devices."""
     limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
     return limit if limit or device.platform != "cpu" else host_memory_bytes()
 
 
 def host_memory_bytes() -> int | None:
-    """Memory of this machine, or of the container; None if it cannot be told."""
+    """Memory of this machine, or the container's limit if lower, in bytes; None if unknown."""
     try:
         physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return None
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's share (cgroup 2, 1)
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # container limit (cgroup 2, 1)
         file = Path("/sys/fs/cgroup") / name
         if file.is_file() and (text := file.read_text().strip()).isdigit():
             return min(physical, int(text))
@@ -89,18 +89,18 @@ def measure_matmul(
     seconds: float | int = 0.25,
     device: jax.Device | None = None,
 ) -> float:
-    """Best FLOP/s of a square matrix product on one device.
+    """Best measured FLOP/s of a square matrix product on one device.
 
     Args:
         dtype: of both factors and of the product.
-        size: rows; 1,024 on a CPU, 8,192 elsewhere.
-        seconds: about how long to try, compilation apart.
+        size: rows; None: 1,024 on a CPU, 8,192 elsewhere.
+        seconds: approximate duration, excluding compilation.
     """
     device = device or jax.local_devices()[0]
     size = size or (1024 if device.platform == "cpu" else 8192)
-    inner = 1 if device.platform == "cpu" else 8  # many per dispatch, which would dominate
-    # Random signs: equal numbers draw less power, and on some GPUs multiply an eighth faster. The
-    # scale keeps the product of many such matrices near 1.
+    inner = 1 if device.platform == "cpu" else 8  # amortizes dispatch
+    # Random, because constant matrices draw less power and on some GPUs multiply an eighth faster.
+    # The scale keeps repeated products near 1.
     scale = jnp.asarray(size**-0.5, dtype)
     x, y = (
         jax.device_put(jax.random.normal(jax.random.key(i), (size, size), dtype) * s, device)
@@ -117,11 +117,11 @@ def measure_matmul(
 def measure_copy(
     *, nbytes: int | None = None, seconds: float | int = 0.25, device: jax.Device | None = None
 ) -> float:
-    """Best bytes/s of a device's memory, read and written bytes both counted.
+    """Best measured memory bandwidth of a device in bytes/s, reads plus writes.
 
     Args:
-        nbytes: size of the array; 256 MiB on a CPU (beyond its caches), 1 GiB elsewhere.
-        seconds: about how long to try, compilation apart.
+        nbytes: size of the array; None: 256 MiB on a CPU (beyond its caches), 1 GiB elsewhere.
+        seconds: approximate duration, excluding compilation.
     """
     device = device or jax.local_devices()[0]
     nbytes = nbytes or (1 << 28 if device.platform == "cpu" else 1 << 30)

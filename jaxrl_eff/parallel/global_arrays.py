@@ -1,8 +1,8 @@
-"""Global arrays from rows on hosts, and rows on hosts from global arrays.
+"""Conversion between global arrays and the rows that each process holds on its host.
 
-With several processes an array may lie on devices of which a process owns all, some or none. A
-process without any part still names the array, by shape, dtype and sharding, so that all processes
-run the same program text.
+With several processes, all, some or none of an array's devices belong to a given process. A process
+without a shard still refers to the array by shape, dtype and sharding, so that all processes run
+the same program.
 """
 
 from typing import Any
@@ -12,21 +12,21 @@ import numpy as np
 
 
 def placeholder(like: Any) -> jax.Array:
-    """An array of which this process holds no part.
+    """Global array with no shard on this process.
 
     Args:
-        like: anything with shape, dtype and a sharding without a device of this process.
+        like: anything with a shape, a dtype and a sharding over devices of other processes.
     """
     return jax.make_array_from_single_device_arrays(like.shape, like.sharding, [], dtype=like.dtype)
 
 
 def here(sharding: jax.sharding.Sharding) -> bool:
-    """Whether this process has one of the devices."""
+    """True if the sharding includes a device of this process."""
     return bool(sharding.addressable_devices)
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """This process's rows of an array, in order, each once."""
+    """This process's rows of an array, in order, without duplicates."""
     if array.is_fully_addressable:
         return np.asarray(jax.device_get(array))
     parts = {_start(s.index): s.data for s in array.addressable_shards}
@@ -36,21 +36,21 @@ def local_rows(array: jax.Array) -> np.ndarray:
 
 
 def fetch_replicated(array: jax.Array) -> np.ndarray:
-    """An array that is whole on each of its devices, of which this process has one."""
+    """Fetches a replicated array from the first of its devices on this process."""
     return np.asarray(jax.device_get(array.addressable_data(0)))
 
 
 def from_local(sharding: jax.sharding.Sharding, rows: np.ndarray) -> jax.Array:
-    """The array of which every process brings an equal number of rows, its own.
+    """Global array from an equal number of rows of each process.
 
-    Meant, so that no guard against accidental transfers sees it.
+    The transfer is intended, so the host-to-device transfer guard is lifted for it.
     """
     with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_process_local_data(sharding, rows)
 
 
 def from_whole(sharding: jax.sharding.Sharding, whole: np.ndarray) -> jax.Array:
-    """The array that every process brings whole, and of which it keeps its part."""
+    """Global array from a host array that every process has whole; each keeps its shards."""
     with jax.transfer_guard_host_to_device("allow"):
         if sharding.is_fully_addressable:
             return jax.device_put(whole, sharding)
@@ -60,10 +60,13 @@ def from_whole(sharding: jax.sharding.Sharding, whole: np.ndarray) -> jax.Array:
 
 
 def from_parts(like: Any, rows: np.ndarray) -> jax.Array:
-    """The array whose rows are spread as `like`'s, from those that `local_rows` would give.
+    """Global array from this process's rows, as `local_rows` returns them.
 
     Args:
-        like: shape, dtype and sharding of the whole.
+        like: shape, dtype and sharding of the global array.
+
+    Raises:
+        ValueError: the number of rows is not that of this process's shards.
     """
     if like.sharding.is_fully_addressable:
         return from_whole(like.sharding, rows)

@@ -1,7 +1,7 @@
-"""What a compiled program moves between devices, read from its text.
+"""Collectives of a compiled program and their bytes, parsed from its HLO text.
 
-The planner of a reallocation says what it will receive; this counts what XLA will really send,
-after all its passes. Also for any other program whose collectives are to be priced or tested.
+A resharding plan predicts its traffic; this counts what XLA emits after all of its passes. It works
+for any program whose collectives are to be priced or tested.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ class Collective:
 
     Attributes:
         kind: as in `KINDS`.
-        dtype: of its elements, as XLA writes it.
-        group: devices that take part together.
-        received: bytes that all devices receive in one execution of the program.
-        times: executions in one of the program (trips of the loops around it).
+        dtype: element type, as XLA writes it.
+        group: devices per replica group.
+        received: bytes that all devices together receive in one execution of the program.
+        times: executions per execution of the program (trip counts of the enclosing loops).
     """
 
     kind: str
@@ -46,14 +46,15 @@ class Collective:
 
 
 def collectives(program: Any) -> list[Collective]:
-    """The collectives of a compiled program, or of its text.
+    """Collectives of a compiled program, or of its text.
 
-    Bytes of n devices in groups of g, with B bytes of output a device: all-gather and all-to-all
-    n B (g-1)/g; all-reduce twice that; reduce-scatter n B (g-1); permute B for every pair of two
-    devices. Of a conditional every branch is counted.
+    Bytes received by n devices in groups of g, with B bytes of output per device: all-gather,
+    all-to-all and collective-broadcast n B (g-1)/g; all-reduce twice that; reduce-scatter n B
+    (g-1); collective-permute B for every pair of distinct devices. Every branch of a conditional
+    is counted.
 
     Raises:
-        ValueError: a loop around a collective has no known number of trips.
+        ValueError: a loop around a collective has no known trip count.
     """
     text = program if isinstance(program, str) else program.as_text()
     header = re.search(r"num_partitions=(\d+)", text)
@@ -83,7 +84,7 @@ def received(program: Any) -> float:
 
 
 def count(programs: Iterable[Any]) -> dict[str, int]:
-    """Executed collectives by kind."""
+    """Number of executed collectives by kind."""
     out: dict[str, int] = {}
     for program in programs:
         for c in collectives(program):
@@ -92,13 +93,13 @@ def count(programs: Iterable[Any]) -> dict[str, int]:
 
 
 def largest(program: Any) -> int:
-    """Bytes of the largest array in a compiled program, on one device."""
+    """Per-device bytes of the largest array in a compiled program."""
     text = program if isinstance(program, str) else program.as_text()
     return max((int(_bytes(m)) for m in _SHAPE.finditer(text)), default=0)
 
 
 def _called(line: str) -> list[tuple[str, int | None]]:
-    """(computation, trips) that an instruction runs."""
+    """(computation, trip count) pairs that an instruction runs."""
     body = re.search(r"\bwhile\(.*body=%?([\w.\-]+)", line)
     if body:
         trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
@@ -132,7 +133,7 @@ def _bytes(shape: re.Match[str]) -> float:
 def _collective(op: re.Match[str], line: str, n: int) -> Collective:
     kind = op["kind"]
     shapes = list(_SHAPE.finditer(op["type"]))
-    if op["start"]:  # (operands, results, ...): the results of a synchronous one
+    if op["start"]:  # type is (operands, results, ...); keep the results
         half = [s for s in shapes if s[1] not in ("token",)]
         if kind in ("all-reduce", "all-to-all"):
             shapes = half
@@ -156,7 +157,7 @@ def _collective(op: re.Match[str], line: str, n: int) -> Collective:
 
 
 def _group(line: str, n: int) -> int:
-    """Size of the groups: `{{0,1},{2,3}}`, `[groups,size]<=[...]`, of mesh axes, or everyone."""
+    """Group size from `{{0,1},{2,3}}`, `[groups,size]<=[...]` or mesh axes; n if unspecified."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     if listed:
         return len(listed[1].split(","))

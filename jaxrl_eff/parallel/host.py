@@ -1,17 +1,17 @@
-"""What the host must be told before JAX starts."""
+"""Settings of the host process that must be made before JAX starts."""
 
 import os
 import sys
 from typing import Any
 
-# XLA's CPU runtime starts collectives that do not depend on each other side by side. It tells them
-# apart by a channel, and JAX gives all that are written in a `shard_map` the same: parts of one get
-# into another, numbers are wrong or all wait for ever. With this scheduler they go one by one.
+# XLA's CPU runtime runs independent collectives concurrently and distinguishes them by channel, but
+# JAX gives all collectives written in a `shard_map` the same channel: data of one can end up in
+# another, which gives wrong numbers or deadlocks. With this scheduler they run one at a time.
 IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
 def simulate(devices: int) -> None:
-    """Makes the CPU look like several devices. Works only before JAX is imported."""
+    """Simulates several devices on the CPU. Must be called before JAX is imported."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     # JAX 0.10.2 sizes its thread pool by the cores, and collectives over more simulated devices
     # than cores then deadlock; NPROC, read when jax is imported, sizes the pool instead.
@@ -23,17 +23,17 @@ def simulate(devices: int) -> None:
 
 
 def in_order() -> bool:
-    """Whether simulated devices send one message at a time."""
+    """True if simulated devices run collectives one at a time."""
     return IN_ORDER in os.environ.get("XLA_FLAGS", "")
 
 
 def use_huge_pages() -> None:
-    """Restarts this command so that its memory comes in huge pages. Call it before anything else.
+    """Restarts this command with huge pages for its heap. Call it before anything else.
 
-    XLA on a CPU frees its temporary buffers after every program, hundreds of megabytes at once, and
-    the GNU C library gives them back to the kernel. In pages of 4 KiB getting as many again takes a
-    fifth of a training step. What helps is read once, when a process starts. Does nothing with
-    another C library, or where GLIBC_TUNABLES is set already.
+    XLA on a CPU frees its temporary buffers, hundreds of megabytes, after every program, and glibc
+    returns them to the kernel. Allocating them again in pages of 4 KiB takes a fifth of a training
+    step. glibc reads the setting only when a process starts, hence the restart. Does nothing with
+    glibc before 2.35 or another C library, or if GLIBC_TUNABLES is already set.
     """
     version = os.confstr("CS_GNU_LIBC_VERSION") if sys.platform.startswith("linux") else None
     if version is None or "GLIBC_TUNABLES" in os.environ:
@@ -46,14 +46,14 @@ def use_huge_pages() -> None:
 
 
 class PlatformError(ValueError):
-    """JAX_PLATFORMS asks for a platform that does not start here."""
+    """Error for a platform in JAX_PLATFORMS that does not start on this machine."""
 
 
 def devices() -> list[Any]:
     """JAX's devices; starts JAX.
 
     Raises:
-        PlatformError: JAX does not start, and the environment says what it must run on.
+        PlatformError: JAX does not start and JAX_PLATFORMS is set.
     """
     import jax
 

@@ -1,12 +1,12 @@
-"""Bytes that a program puts on each mesh axis, counted on its jaxpr, and what they should be.
+"""Bytes that a program sends over each mesh axis, counted on its jaxpr, and their expected values.
 
-Compiled programs do not tell: the CPU's compiler widens narrow numbers in collectives and merges
-equal ones. A jaxpr says what was asked for, with the lengths of loops. See `wire` for the bytes of
-compiled programs.
+Compiled programs are unsuitable for this: the CPU compiler widens narrow dtypes in collectives and
+merges equal ones. A jaxpr contains the collectives as written, with trip counts of loops. See
+`hlo_bytes` for the bytes of compiled programs.
 
-All counts are bytes that one device receives in one run. A collective over several axes is taken to
-be sent directly: of what comes from another device, every byte counts on the slowest axis in which
-the two differ.
+All counts are bytes that one device receives in one execution. A collective over several axes is
+assumed to send directly from device to device: every byte counts on the slowest axis in which
+sender and receiver differ.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from jaxrl_eff.parallel.codec import Blocks
 from jaxrl_eff.parallel.zero.levels import ZeroConfig
 
-# Bytes from each other device of the group, in operands: given the size of the group.
+# Bytes received from each other device of the group, in units of the operand, by group size.
 _SHARES = {
     "all_gather": lambda g: 1.0,
     "all_gather_invariant": lambda g: 1.0,
@@ -41,8 +41,8 @@ class Traffic:
     Attributes:
         primitive: its name in the jaxpr.
         dtype: of its operand.
-        received: mesh axis -> bytes that a device receives in one execution.
-        times: executions in one run of the program.
+        received: mesh axis -> bytes that a device receives in one execution of the collective.
+        times: executions in one execution of the program.
     """
 
     primitive: str
@@ -52,12 +52,12 @@ class Traffic:
 
 
 def collectives(program: ClosedJaxpr | Jaxpr, sizes: Mapping[str, int]) -> list[Traffic]:
-    """The collectives of a jaxpr, those in loops, calls and differentiated functions included.
+    """Collectives of a jaxpr, including those in loops, calls and differentiated functions.
 
-    Of the branches of a condition the one with the most bytes is taken.
+    For a conditional, the branch with the most bytes is counted.
 
     Args:
-        program: as `jax.make_jaxpr` gives.
+        program: as returned by `jax.make_jaxpr`.
         sizes: mesh axis -> size, the slowest first.
 
     Raises:
@@ -68,7 +68,7 @@ def collectives(program: ClosedJaxpr | Jaxpr, sizes: Mapping[str, int]) -> list[
 
 
 def count(program: ClosedJaxpr | Jaxpr, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Mesh axis -> bytes that a device receives over it in one run. As `collectives`."""
+    """Mesh axis -> bytes that a device receives over it in one execution; see `collectives`."""
     return _sum(collectives(program, sizes), sizes)
 
 
@@ -83,20 +83,22 @@ def expected(
     hoisted: bool = False,
     deltas: Blocks | None = None,
 ) -> dict[str, float]:
-    """What a training step must send: as `count`, by closed form.
+    """Traffic of a training step, as `count` returns it, in closed form.
 
-    With N nodes of A devices, w and g the bytes of m weights and gradients, scales included, a
-    weight takes (N-1)(2w + g) on the slow axis: gathered twice, reduced once. A secondary copy
-    makes it (N-1)(w + g). On the fast axis it takes (A-1) N (2w + h), h of gradients there.
+    With N nodes of A devices, and w and g the bytes of m weights and gradients including scales, a
+    weight needs (N-1)(2w + g) bytes on the slow axis: gathered twice, reduced once. A secondary
+    copy makes it (N-1)(w + g). On the fast axis it needs (A-1) N (2w + h), where h is the bytes of
+    m gradients there.
 
     Args:
-        plan: of `sharded_apply` or `held_apply`.
+        plan: as for `sharded_apply` or `held_apply`.
         m: elements of a shard of one weight.
         nodes, devices: N, A.
-        weights: how many such weights.
-        batches: micro-batches in a step.
-        hoisted: whether slow traffic is once a step rather than once a micro-batch.
-        deltas: how weight differences travel, if instead of weights; only if hoisted.
+        weights: number of such weights.
+        batches: microbatches per step.
+        hoisted: slow traffic occurs once per step, not once per microbatch.
+        deltas: encoding of weight differences if they are sent in place of weights; requires
+            `hoisted`.
 
     Raises:
         ValueError: deltas without hoisted.
@@ -112,7 +114,7 @@ def expected(
 
 
 def summed(nbytes: float | int, sizes: Mapping[str, int]) -> dict[str, float]:
-    """What a sum over all these axes sends, the slowest first: as `count`."""
+    """Traffic of an all-reduce over all these axes, slowest first; as `count` returns it."""
     ways = list(sizes.values())
     share = 2.0 / math.prod(ways) * nbytes
     return {a: share * (n - 1) * math.prod(ways[i + 1 :]) for i, (a, n) in enumerate(sizes.items())}
@@ -121,10 +123,10 @@ def summed(nbytes: float | int, sizes: Mapping[str, int]) -> dict[str, float]:
 def contract(
     counted: Mapping[str, float], promised: Mapping[str, float], tolerance: float = 0.02
 ) -> dict[str, float]:
-    """Mesh axis -> counted / promised.
+    """Ratios of counted to expected bytes, by mesh axis.
 
     Raises:
-        ValueError: an axis carries more than it should, by more than the tolerance.
+        ValueError: an axis exceeds its expected bytes by more than the tolerance.
     """
     ratios = {}
     for axis, bytes_ in counted.items():
@@ -180,7 +182,7 @@ def _jaxprs(value: Any) -> Iterator[Any]:
 
 
 def _axes(params: Mapping[str, Any], sizes: dict[str, int]) -> list[str]:
-    """The axes a collective runs over, the slowest first."""
+    """Mesh axes that a collective runs over, slowest first."""
     names = params.get("axis_name", params.get("axes", ()))
     names = names if isinstance(names, tuple | list) else (names,)
     names = [n for n in names if isinstance(n, str)]
@@ -206,7 +208,7 @@ def _received(eqn: Any, operand: Any, sizes: dict[str, int]) -> dict[str, float]
 def _permuted(
     pairs: Any, written: list[tuple[str, int]], axes: list[str], nbytes: float
 ) -> dict[str, float]:
-    """Every device receives at most once; an axis counts if any pair crosses it."""
+    """Bytes of a permute by axis crossed; every device receives at most once."""
     crossed = set()
     for source, target in pairs:
         apart = set()

@@ -1,11 +1,10 @@
-"""Placement: which devices a call uses and how they are meshed, as plain data.
+"""Placement: the devices of a call and their mesh, as plain data.
 
-A placement prints, hashes and serializes without touching a device; `mesh` makes it real. The
-axes are those of the paper's plans and more: `stage` (pipelining: priced by the planner, not
-executed), `dcn` (nodes or slices, with slow links between them), `data`, `fsdp` (parameters
-sharded, gathered on use), `seq` (sequence positions) and `tensor` (heads and feed-forward width).
-Parameters are sharded over `dcn` and `fsdp` together, or over `fsdp` alone if every node shall have
-them whole.
+A placement prints, hashes and serializes without touching a device; `mesh` builds its mesh. The
+axes extend those of the paper's plans: `stage` (pipelining: priced by the planner, not executed),
+`dcn` (nodes or slices, with slow links between them), `data`, `fsdp` (parameters sharded, gathered
+on use), `seq` (sequence positions) and `tensor` (heads and feed-forward width). Parameters are
+sharded over `dcn` and `fsdp` together, or over `fsdp` alone if they are replicated across nodes.
 """
 
 import dataclasses
@@ -22,20 +21,20 @@ OFFLOADS = ("", "params", "opt")
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where one call runs.
+    """Devices and mesh of one call.
 
     Attributes:
         devices: indices into `jax.devices()`, in mesh order (last axis fastest).
         stage, dcn, data, fsdp, seq, tensor: sizes of the mesh axes; their product is the number of
-            devices. `data=0` takes whatever the other axes leave over.
-        microbatches: into how many parts the call splits its rows, one after the other, to save
-            memory. Never changes a result beyond rounding.
-        offload: what waits in the host's pinned memory: "params", the parameters of a call that
-            does not train, read layer by layer while it runs; "opt", the optimizer state of a
-            train call between its updates; "": nothing.
+            devices. `data=0` uses the devices that the other axes leave.
+        microbatches: number of parts that the call's rows are split into and processed one after
+            the other, to save memory. Never changes a result beyond rounding.
+        offload: what is kept in pinned host memory: "params", the parameters of a call that does
+            not train, read layer by layer while it runs; "opt", the optimizer state of a train call
+            between its updates; "": nothing.
 
     Raises:
-        ValueError: the axes do not fit the devices, or a device is named twice.
+        ValueError: the axes do not fit the devices, a device is named twice, or an unknown offload.
     """
 
     devices: tuple[int, ...]
@@ -75,17 +74,17 @@ class Placement:
 
     @property
     def bare(self) -> "Placement":
-        """The same mesh, with rows in one part and nothing in host memory."""
+        """The same mesh with one microbatch and no offload."""
         return dataclasses.replace(self, microbatches=1, offload="")
 
     @property
     def row_shards(self) -> int:
-        """Into how many shards the rows of a batch are split."""
+        """Number of shards of a batch's rows."""
         return self.dcn * self.data * self.fsdp
 
     @property
     def weight_shards(self) -> int:
-        """Into how many shards a weight is split along `embed`."""
+        """Number of shards of a weight along `embed`."""
         return self.dcn * self.fsdp
 
     def __str__(self) -> str:
@@ -105,7 +104,7 @@ class Placement:
 
 
 def span(devices: tuple[int, ...]) -> str:
-    """`0-3` for consecutive devices, `0,2` otherwise."""
+    """Formats device indices: `0-3` if consecutive, `0,2` otherwise."""
     first, last = devices[0], devices[-1]
     if len(devices) > 1 and devices == tuple(range(first, last + 1)):
         return f"{first}-{last}"
@@ -114,10 +113,10 @@ def span(devices: tuple[int, ...]) -> str:
 
 @functools.cache
 def mesh(placement: Placement) -> Mesh:
-    """The placement's mesh over this job's devices.
+    """Mesh of a placement over this job's devices.
 
     Raises:
-        ValueError: the placement names a device that does not exist, or pipelines.
+        ValueError: the placement names a device that does not exist, or uses pipelining.
     """
     devices = jax.devices()
     if placement.stage != 1:

@@ -1,9 +1,9 @@
-"""Logical axes to mesh axes: one table for every model and every placement.
+"""Rules from logical axes to mesh axes, shared by all models and placements.
 
 A model names the axes of its parameters and activations (`embed`, `heads`, `batch`, ...); the table
-below says which mesh axis each is split over. An axis whose size does not divide is left whole,
-with a note, rather than refused: four key/value heads on eight-way tensor parallelism stay whole on
-each device, as every framework does.
+below maps each to the mesh axes that shard it. An axis whose size does not divide is replicated,
+with a note, instead of raising an error: four key/value heads under eight-way tensor parallelism
+are replicated on each device, as is common practice.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_eff.parallel.mesh import Placement, mesh
 
-# Batch rows are split over fsdp too: every device works on its own rows with gathered parameters.
-# Where there are nodes (dcn), they come first wherever fsdp stands.
+# Batch rows are sharded over fsdp too: every device computes its own rows with gathered parameters.
+# With several nodes, `rules` puts dcn in front of fsdp for embed, and in front of data for batch.
 TABLE: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
-    "node_embed": ("fsdp",),  # of weights that every node has whole
+    "node_embed": ("fsdp",),  # of weights replicated across nodes
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "ffn": ("tensor",),
@@ -39,12 +39,12 @@ TABLE: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The table for one model on one placement.
+    """Sharding rules of one model on one placement.
 
     Attributes:
-        placement: where.
-        table: logical axis -> mesh axes, without those that do not divide.
-        notes: one sentence for each axis that was left whole.
+        placement: the devices and their mesh.
+        table: logical axis -> mesh axes; None if replicated.
+        notes: one sentence for each axis replicated because its size does not divide.
     """
 
     placement: Placement
@@ -52,10 +52,10 @@ class Rules:
     notes: tuple[str, ...]
 
     def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
-        """The spec of an array with these logical axes.
+        """Partition spec of an array with these logical axes.
 
         Raises:
-            ValueError: an axis is unknown, or two axes land on one mesh axis.
+            ValueError: an axis is unknown, or two axes map to the same mesh axis.
         """
         table, used, out = dict(self.table), set(), []
         for axis in axes:
@@ -70,16 +70,17 @@ class Rules:
         return PartitionSpec(*out)
 
     def sharding(self, axes: tuple[str | None, ...]) -> NamedSharding:
-        """As `spec`, on the placement's mesh; in host memory if parameters wait there."""
+        """`spec` on the placement's mesh; in host memory if parameters are offloaded."""
         place = NamedSharding(mesh(self.placement), self.spec(axes))
         return in_host(place) if self.placement.offload == "params" else place
 
     def fitting(self, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-        """As `sharding` in device memory, of an array whose sizes are not the model's.
+        """Sharding, in device memory, of an array whose sizes differ from the model's.
 
         Args:
-            axes: of the first axes of the array; the others are whole, as are those of a size that
-                does not divide.
+            axes: logical axes of the array's leading dimensions; other dimensions, and those whose
+                size does not divide, are replicated.
+            shape: of the array.
         """
         grid, table = mesh(self.placement), dict(self.table)
         ways = {axis: math.prod(grid.shape[a] for a in table.get(axis) or ()) for axis in axes}
@@ -87,7 +88,7 @@ class Rules:
         return NamedSharding(grid, self.spec(tuple(fit)))
 
     def tree(self, axes: Any) -> Any:
-        """Shardings of a tree whose leaves are tuples of logical axes."""
+        """Shardings for a tree whose leaves are tuples of logical axes."""
         return jax.tree.map(self.sharding, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
@@ -98,14 +99,14 @@ def rules(
     lengths: bool = True,
     mixed: bool = False,
 ) -> Rules:
-    """The table for a model whose logical axes have these sizes.
+    """Sharding rules of a model whose logical axes have these sizes.
 
     Args:
-        placement: where the call runs.
+        placement: devices and mesh of the call.
         sizes: logical parameter axis -> the sizes it takes in the model.
-        lengths: whether the call's arrays have whole rows of T positions. Generation adds one
-            position at a time, so its rows are not split over `seq`.
-        mixed: whether rows are split over `seq` as well, and their positions are not.
+        lengths: True if the call's arrays have complete rows of T positions. Generation adds one
+            position at a time, so its positions are not sharded over `seq`.
+        mixed: shard rows, and not their positions, over `seq`.
     """
     table, notes = dict(TABLE), []
     if placement.dcn > 1:
@@ -128,14 +129,14 @@ def rules(
 
 
 def row_axes(placement: Placement) -> tuple[str, ...]:
-    """The mesh axes that split the rows of a batch."""
+    """Mesh axes that shard the rows of a batch."""
     return ("dcn", "data", "fsdp") if placement.dcn > 1 else ("data", "fsdp")
 
 
 def rows(placement: Placement, shape: tuple[int, ...], *, lengths: bool = True) -> NamedSharding:
-    """The sharding of a batch array: rows over dcn, data and fsdp, positions over seq.
+    """Sharding of a batch array: rows over dcn, data and fsdp, positions over seq.
 
-    A dimension that does not divide stays whole.
+    A dimension whose size does not divide is replicated.
     """
     spec: list[Any] = []
     if shape and shape[0] % placement.row_shards == 0:
@@ -148,16 +149,16 @@ def rows(placement: Placement, shape: tuple[int, ...], *, lengths: bool = True) 
 
 
 def mixed_rows(placement: Placement, shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of a batch array with a row, or several, on every device along seq too."""
+    """Sharding of a batch array whose rows are sharded over seq too."""
     spec = PartitionSpec((*row_axes(placement), "seq")) if shape else PartitionSpec()
     return NamedSharding(mesh(placement), spec)
 
 
 def in_host(sharding: NamedSharding) -> NamedSharding:
-    """The same parts on the same devices' hosts, in pinned memory."""
+    """The same sharding in pinned host memory."""
     return sharding.with_memory_kind("pinned_host")
 
 
 def replicated(placement: Placement) -> NamedSharding:
-    """Whole on every device of the placement."""
+    """Sharding that replicates an array on every device of the placement."""
     return NamedSharding(mesh(placement), PartitionSpec())

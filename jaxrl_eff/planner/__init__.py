@@ -1,6 +1,6 @@
-"""Plans from a cost model: what a step costs where, and which placement of its calls is best.
+"""Plans from a cost model: predicts the time of a step and finds the best placement of its calls.
 
-`works` turns a graph into a `Problem`, `hardware` names clusters, `cost` prices calls and edges,
-`simulate` schedules a plan, `search` finds one, `profile` corrects prices by measurements. None of
-it touches a device, but for `hardware.local`, which measures.
+`from_graph` turns a graph into a `Problem`, `clusters` describes hardware, `cost` prices calls and
+edges, `simulate` schedules a plan, `search` finds one, and `corrections` adjusts prices to
+measurements. Only `clusters.local` uses a device: it measures.
 """

@@ -1,22 +1,22 @@
 """A lower bound on the step time of every plan: the planner's certificate.
 
-Two things no plan can avoid. Work: call i on n devices for t seconds takes n t device-seconds, and
-G devices give G T of them a step,
+It combines two constraints. Work: call i on n devices for t seconds takes n t device-seconds, and G
+devices provide G T of them per step,
 
     T >= sum_i min(n t)_i / G.
 
 Order: calls that wait for each other, in this step or through the weights into the next, never
-overlap. Of a set A of such calls, and calls B that also never overlap with any of A (but maybe
-with each other),
+overlap. For a set A of such calls, and a set B of calls that never overlap with any call of A (but
+may overlap with each other),
 
     T >= sum_{i in A} min t_i + sum_{j in B} min(n t)_j / G,
 
-and along a cycle of dependencies that spans d steps, T >= sum t_i / d. Each candidate of a call is
-either fast or frugal, so the best bound weighs the two: for every 0 <= w <= 1
+and along a cycle of dependencies that spans d steps, T >= sum t_i / d. A candidate with few seconds
+often takes many device-seconds, so the best bound weighs the two: for every 0 <= w <= 1
 
     T >= sum_i min over candidates of  w [i in A] t + (w [i in B] + 1 - w) n t / G.
 
-Reallocation, transfers and fragmentation are left out, so the bound is not reached in general.
+Reallocation, transfers and fragmentation are left out, so in general no plan reaches the bound.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from jaxrl_eff.planner.problem import Problem
 
 
 class Edge(NamedTuple):
-    """`after` in a step waits for `before` of `steps` steps earlier."""
+    """A dependency: `after` in a step waits for `before` of `steps` steps earlier."""
 
     before: str
     after: str
@@ -35,18 +35,18 @@ class Edge(NamedTuple):
 
 
 class Option(NamedTuple):
-    """A way to run a call: its seconds, and the share of the cluster that it takes."""
+    """A way to run a call: its seconds, and the share of the cluster's devices that it takes."""
 
     seconds: float
     share: float
 
 
 class Bound(NamedTuple):
-    """A lower bound.
+    """A lower bound on the step time.
 
     Attributes:
-        seconds: of a step, whatever the plan.
-        reason: what holds it there, in words.
+        seconds: of a step, for every plan.
+        reason: what limits it, in words.
     """
 
     seconds: float
@@ -54,7 +54,7 @@ class Bound(NamedTuple):
 
 
 def dependencies(problem: Problem) -> tuple[Edge, ...]:
-    """Who waits for whom: arrays, weights read before they are replaced, and new weights."""
+    """Dependencies between calls: arrays, weights read before an update, and updated weights."""
     writer = {k: w.name for w in problem.works for k in w.writes}
     out = [Edge(writer[k], w.name, 0) for w in problem.works for k in w.reads if k in writer]
     for model in problem.roles:
@@ -70,10 +70,10 @@ def dependencies(problem: Problem) -> tuple[Edge, ...]:
 
 
 def lower_bound(problem: Problem, options: Mapping[str, Sequence[Option]]) -> Bound:
-    """The best bound for plans that choose one option a call.
+    """Computes the best lower bound for plans that choose one option per call.
 
     Args:
-        problem: the step. Calls without options (local ones) take their own seconds, no device.
+        problem: the step. A call without options (a local one) takes its own seconds and no device.
         options: call -> the ways to run it.
     """
     names = [w.name for w in problem.works]
@@ -105,10 +105,10 @@ def _best_mix(
     beside: frozenset[str],
     steps: int,
 ) -> float:
-    """The maximum over w; concave and piecewise linear in w, so its slope's sign finds it."""
+    """Maximum over w, by bisection on the slope: the bound is concave and piecewise linear in w."""
 
     def at(w: float) -> tuple[float, float]:
-        """Value and slope."""
+        """Value and slope at w."""
         value = slope = 0.0
         for name, pairs in table.items():
             time = 1.0 / steps if name in chain else 0.0
@@ -129,7 +129,7 @@ def _best_mix(
 
 
 def _chains(problem: Problem) -> list[tuple[frozenset[str], frozenset[str], int]]:
-    """(calls that never overlap, calls that never overlap with any of those, steps they span)."""
+    """Lists (calls that never overlap, calls that never overlap with any of those, steps)."""
     names = [w.name for w in problem.works]
     far = distances(problem)
     apart = {(a, b): far[a, b] + far[b, a] <= 1 for a, b in itertools.permutations(names, 2)}
@@ -151,7 +151,7 @@ def _chains(problem: Problem) -> list[tuple[frozenset[str], frozenset[str], int]
 
 
 def distances(problem: Problem) -> dict[tuple[str, str], float]:
-    """Fewest steps from a call to one that waits for it, directly or not; infinite if none does."""
+    """Fewest steps from a call to one that depends on it, even indirectly; infinite if none."""
     names = [w.name for w in problem.works]
     far = {(a, b): float("inf") for a in names for b in names}
     for e in dependencies(problem):

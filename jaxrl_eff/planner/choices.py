@@ -1,8 +1,8 @@
-"""A plan as a point in a table: which candidate of every call, on which mesh.
+"""A plan as a point in a table: one candidate and one mesh for every call.
 
-`Choices` is the table: every call's candidates, priced once, pruned, and the meshes they may stand
-on. A *state* picks from it; states are small tuples of numbers, so a search can copy, change and
-remember them by the thousand. `Judge` simulates a state, once.
+`Choices` is the table: every call's candidates, priced once and pruned, and the meshes that they
+can run on. A *state* picks from it; states are small tuples of integers, so a search can copy,
+change and remember thousands of them. `Judge` simulates each state once.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ State = tuple[tuple[int, int], ...]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choices:
-    """What a search may choose from.
+    """The choices of a search: candidates and meshes of every call.
 
     Attributes:
         problem, cluster, corrections: what is planned, where, and how costs are corrected.
-        works: the calls that are placed; local ones follow a train call.
-        all: by call, every candidate; states index it.
+        works: the calls that are placed; local calls run where a train call does.
+        all: every candidate, by call; states index it.
         kept: by call, mesh size -> indices that are worth trying, fastest first.
-        starts: mesh size -> where such meshes may start.
+        starts: mesh size -> first devices of such meshes.
     """
 
     problem: Problem
@@ -44,19 +44,19 @@ class Choices:
     starts: Mapping[int, tuple[int, ...]]
 
     def slice(self, call: int, state: State) -> Slice:
-        """The mesh of a call."""
+        """The mesh of a call in a state."""
         start, index = state[call]
         return Slice(start, self.all[call][index].count)
 
     def plan(self, state: State) -> dict[str, Placement]:
-        """The placements that a state stands for."""
+        """The placements that a state represents."""
         return {
             w.name: self.all[i][index].at(start)
             for i, (w, (start, index)) in enumerate(zip(self.works, state, strict=True))
         }
 
     def options(self) -> dict[str, list[Option]]:
-        """For the lower bound: every candidate, kept or not, that fits by itself."""
+        """Options for the lower bound: every candidate, kept or not, that fits by itself."""
         room, out = self.cluster.memory_bytes, {}
         for w in self.problem.works:
             if w.model is None:
@@ -67,7 +67,7 @@ class Choices:
         return out
 
     def state(self, plan: Mapping[str, Placement]) -> State | None:
-        """The state of a plan; None if it is not among the choices."""
+        """The state of a plan; None if the plan is not among the choices."""
         out = []
         for i, w in enumerate(self.works):
             p = plan.get(w.name)
@@ -81,19 +81,19 @@ class Choices:
         return tuple(out)
 
     def local_seconds(self, work: Work) -> float:
-        """Of a call without a model, wherever it runs."""
+        """Seconds of a call without a model, the same on every device."""
         return call_cost(
             self.problem, work, Placement((0,)), self.cluster, self.corrections
         ).seconds
 
     def _share(self, c: Candidate) -> float:
-        """Of the cluster, that a call takes while it runs alone."""
+        """Share of the cluster that a call takes while it runs alone."""
         if self.cluster.shared_compute and self.cluster.hosts == 1:
             return demand(self.cluster, c.count)
         return c.count / self.cluster.devices
 
     def size(self) -> float:
-        """How many states there are, of kept candidates."""
+        """Number of states made of kept candidates."""
         return math.prod(
             sum(len(self.starts[n]) * len(indices) for n, indices in kept.items())
             for kept in self.kept
@@ -118,7 +118,7 @@ def choices(
     """Prices and prunes the candidates of every call.
 
     Raises:
-        ValueError: the rows of a call divide on no mesh.
+        ValueError: no call has a model, or the rows of a call divide evenly on no mesh.
     """
     works = tuple(w for w in problem.works if w.model is not None)
     if not works:
@@ -172,7 +172,7 @@ def choices(
 
 
 def _moved(problem: Problem, work: Work, count: int, cluster: Cluster) -> float:
-    """What choosing another layout for a call may cost in reallocation, at most (about)."""
+    """Most seconds of reallocation that another layout of a call can cost, approximately."""
     if sum(w.model == work.model for w in problem.works) < 2:
         return 0.0
     here, all_of_it = Slice(0, count), Slice(0, cluster.devices)
@@ -190,12 +190,12 @@ def _moved(problem: Problem, work: Work, count: int, cluster: Cluster) -> float:
 
 
 class Verdict(NamedTuple):
-    """What the simulator says of a state.
+    """The simulator's result for a state.
 
     Attributes:
-        energy: what the search lowers: the seconds, raised where memory is short.
+        energy: what the search minimizes: the seconds, raised where memory is short.
         seconds: of a step.
-        over_bytes: that the fullest device is short of; 0 if the plan fits.
+        over_bytes: by how much the fullest device exceeds its memory; 0 if the plan fits.
     """
 
     energy: float
@@ -211,11 +211,11 @@ class Judge:
     """Simulates states, each once.
 
     Attributes:
-        table: what states pick from.
-        evaluated: how many simulations there were.
-        best: the best state that fits, and what was said of it; None before there is one.
-        trace: (simulations, seconds of the best plan) whenever it became better.
-        known: what was said of every state so far.
+        table: the choices that states index.
+        evaluated: number of simulations so far.
+        best: the best state that fits, and its verdict; None until one fits.
+        trace: (simulations, seconds of the best plan), added to whenever a better plan is found.
+        known: the verdict of every state so far.
     """
 
     def __init__(self, table: Choices):
@@ -235,7 +235,7 @@ class Judge:
     def _simulate(self, state: State) -> Verdict:
         self.evaluated += 1
         seconds, over, _ = self._simulator.score(self.table.plan(state))
-        # ReaL's factor of 3 for plans that do not fit, and a slope that leads back.
+        # ReaL's factor of 3 for plans that do not fit, plus a slope toward those that do.
         energy = seconds * (3 + over / self.table.cluster.memory_bytes) if over else seconds
         if not over and (self.best is None or seconds < self.best[1].seconds):
             self.best = (state, Verdict(energy, seconds, over))
@@ -243,5 +243,5 @@ class Judge:
         return Verdict(energy, seconds, over)
 
     def schedule(self, state: State) -> Simulation:
-        """The whole schedule of a state."""
+        """The full schedule of a state."""
         return self._simulator.run(self.table.plan(state))

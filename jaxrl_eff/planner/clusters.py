@@ -1,7 +1,7 @@
-"""Clusters as numbers: what a device computes, holds and moves, and what that costs to start.
+"""Clusters as numbers: rates, memory, latencies and efficiencies of their devices and links.
 
-Peaks are datasheet values; what programs reach of them is in the efficiencies, which are guesses
-until `planner.profile` has seen a run. `local` measures instead.
+Peaks are datasheet values. The share of them that programs reach is in the efficiencies, which are
+guesses until `planner.corrections` adjusts them to a run. `local` measures CPUs instead.
 """
 
 import dataclasses
@@ -14,39 +14,42 @@ from jaxrl_eff.parallel import devices as machine
 from jaxrl_eff.parallel import processes
 
 GIB = 2.0**30
-USABLE = 0.92  # of a device's memory: the rest is the runtime's, and lost between arrays
+USABLE = 0.92  # of a device's memory: the rest goes to the runtime and to fragmentation
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Equal devices in equal hosts.
+    """A cluster of equal devices in equal hosts.
 
-    Seconds, bytes, FLOP; rates are of one device.
+    Units are seconds, bytes and FLOP; rates are per device.
 
     Attributes:
         name: as given to `parse`.
-        devices, per_host: how many, and how many of them a host has.
+        devices, per_host: number of devices in all, and per host.
         flops_per_s: dense peak for 2-byte numbers; `flops32_per_s` for 4-byte ones.
-        memory_bytes, memory_bytes_per_s: of a device's own memory, what programs may use.
+        memory_bytes, memory_bytes_per_s: of a device's own memory, the part that programs can use.
         link_bytes_per_s: to devices of the same domain, in one direction.
         nic_bytes_per_s: to devices of other domains, in one direction.
         host_bytes_per_s: to the host's memory, in one direction.
-        link_latency, nic_latency: a collective's start, per doubling of its devices.
-        domain: devices that links join: a host, a slice of a torus. 0: those of a host.
-        launch: of one call, before the device begins.
-        move_seconds: of one reallocation or transfer, on top of its bytes.
+        link_latency, nic_latency: startup time of a collective, per doubling of its devices.
+        domain: number of devices connected by links: a host, or a slice of a torus. 0: those of a
+            host.
+        launch: seconds of one call before the device begins.
+        move_seconds: of one reallocation or transfer, in addition to its bytes.
         layer_seconds: to start the kernels of one layer in one pass; `tensor_seconds` more for a
-            layer's tensor-parallel sums, per doubling of `tensor`.
-        stage_seconds: of handing on from a pipeline stage to the next, on top of the bytes.
-        train_efficiency, forward_efficiency, decode_efficiency: share of the peak that products
-            reach in a train call, in one forward pass, and in decoding.
-        memory_efficiency, link_efficiency, nic_efficiency, host_efficiency: of the byte rates.
-        overlap: share of a pass's time on the device behind which data and fsdp traffic hides;
+            layer's tensor-parallel all-reduces, per doubling of `tensor`.
+        stage_seconds: of a send from one pipeline stage to the next, in addition to its bytes.
+        train_efficiency, forward_efficiency, decode_efficiency: share of the peak that matrix
+            products reach in a train call, in one forward pass, and in decoding.
+        memory_efficiency, link_efficiency, nic_efficiency, host_efficiency: share of the byte rates
+            that is reached.
+        overlap: share of a pass's device time that can hide data and fsdp traffic;
             `tensor_overlap` the same for tensor-parallel traffic.
-        fused: attention scores never reach memory.
-        attention_half: tokens of a sequence whose attention reaches half the rate of long ones'.
+        fused: attention scores are never written to memory.
+        attention_half: sequence length in tokens at which attention reaches half the rate that it
+            has for long sequences.
         shared_compute: 0: every device computes by itself. Otherwise devices share their host's
-            cores, and this is the share of the whole that a program on one device gets alone.
+            cores, and this is the share of all cores that a program on one device gets alone.
     """
 
     name: str
@@ -93,18 +96,18 @@ class Cluster:
         return self.devices // self.per_host
 
     def peak(self, compute_bytes: int) -> float:
-        """FLOP/s of one device for products of numbers of that many bytes."""
+        """FLOP/s of one device for products of numbers of `compute_bytes` bytes."""
         return self.flops_per_s if compute_bytes <= 2 else self.flops32_per_s
 
     def with_(self, **changes) -> "Cluster":
-        """The same with other numbers."""
+        """Returns a copy with other numbers."""
         return dataclasses.replace(self, **changes)
 
 
 # Memory GiB, memory TB/s, link GB/s, NIC GB/s, host GB/s (PCIe 4 or 5, x16).
-#   A100, H100, H200: NVIDIA datasheets (A100 80GB SXM 2021; H100 SXM 2023; H200 SXM 2024). NVLink
-#   600 and 900 GB/s count both directions. NICs are those of DGX: one a GPU of 200 Gb/s (A100) or
-#   400 Gb/s. B200: DGX B200 datasheet, an eighth.
+#   A100, H100, H200: NVIDIA datasheets (A100 80GB SXM 2021; H100 SXM 2023; H200 SXM 2024). The
+#   datasheets' NVLink rates, 600 and 900 GB/s, count both directions. NICs are those of DGX: one
+#   per GPU, of 200 Gb/s (A100) or 400 Gb/s. B200: DGX B200 datasheet, an eighth.
 _GPUS = {
     "a100": (80, 2.04, 300, 25, 25),
     "h100": (80, 3.35, 450, 50, 50),
@@ -112,7 +115,7 @@ _GPUS = {
     "b200": (180, 8.0, 900, 50, 50),
 }
 # Memory GiB, memory TB/s, ICI GB/s of one mesh axis (a ring's two directions), data-center
-# network GB/s, PCIe GB/s, chips a host, most chips of a slice.
+# network GB/s, PCIe GB/s, chips per host, most chips of a slice.
 #   Memory, slices: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. ICI, network and PCIe:
 #   jax-ml.github.io/scaling-book/tpus ("How to Scale Your Model", 2025), table of TPU specs.
 _TPUS = {
@@ -132,7 +135,7 @@ def _rates(
     nic: float | int,
     pcie: float | int,
 ) -> dict[str, float]:
-    """A device's numbers in bytes and seconds; its peaks are those that MFU is measured by."""
+    """A device's numbers in bytes and seconds; MFU is measured against the same peaks."""
     return {
         "flops_per_s": machine.peak_flops_per_s(kind, "bfloat16"),
         "flops32_per_s": machine.peak_flops_per_s(kind, "float32"),
@@ -145,7 +148,7 @@ def _rates(
 
 
 def gpus(name: str, hosts: int = 1, per_host: int = 8) -> Cluster:
-    """A cluster of GPU hosts, as `a100`, `h100`, `h200` or `b200`."""
+    """A cluster of GPU hosts: `a100`, `h100`, `h200` or `b200`."""
     return Cluster(
         name=f"{name}:{hosts}x{per_host}" if hosts > 1 else f"{name}:{per_host}",
         devices=hosts * per_host,
@@ -156,7 +159,7 @@ def gpus(name: str, hosts: int = 1, per_host: int = 8) -> Cluster:
 
 
 def tpus(name: str, chips: int, slices: int = 1) -> Cluster:
-    """Slices of `chips` chips each, as `v4`, `v5e`, `v5p` or `v6e`.
+    """A cluster of TPU slices of `chips` chips each: `v4`, `v5e`, `v5p` or `v6e`.
 
     A slice is priced as one domain: a mesh axis is a ring of its torus.
     """
@@ -175,13 +178,13 @@ def tpus(name: str, chips: int, slices: int = 1) -> Cluster:
 
 
 def parse(text: str) -> Cluster:
-    """A cluster from its name.
+    """Parses a cluster's name.
 
-    `h100:8` is one host of 8, `h100:16x8` 16 of them. Of TPUs `v5p:4x4x4` and `v5e:16` are slices
-    of 64 and 16 chips, and `v5e:2*4x4` two slices of 16. `local` is this process's devices.
+    `h100:8` is one host of 8 GPUs, `h100:16x8` 16 of them. For TPUs, `v5p:4x4x4` and `v5e:16` are
+    slices of 64 and 16 chips, and `v5e:2*4x4` two slices of 16. `local` is this process's devices.
 
     Raises:
-        ValueError: an unknown name, or sizes that there are not.
+        ValueError: the name is unknown, or such sizes do not exist.
     """
     name, _, sizes = text.strip().lower().partition(":")
     if name == "local":
@@ -220,16 +223,16 @@ def parse(text: str) -> Cluster:
 
 
 def local(*, measured: bool = True) -> Cluster:
-    """This process's devices. CPUs are measured (about 2 s); others are looked up and counted.
+    """This process's devices. CPUs are measured (about 2 s); other devices are looked up by name.
 
-    Processes that met (`peers.group`) must all call it, in the same order: what the first one
-    measured counts for all of them, with the least memory that any has.
+    In a process group (`processes.group`) all processes must call it, in the same order. All get
+    what the first process measured, with the least memory of any.
 
     Args:
-        measured: False gives CPUs rates that are usual for a core.
+        measured: False gives CPUs the usual rates of a core.
 
     Raises:
-        ValueError: an accelerator that the tables do not know.
+        ValueError: the tables do not have this accelerator.
     """
     return _local(measured, processes.group())
 

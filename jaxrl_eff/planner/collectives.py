@@ -1,7 +1,7 @@
-"""What sums, gathers and hand-overs over a mesh axis cost: alpha + bytes / beta.
+"""Cost of all-reduces, all-gathers and sends over a mesh axis: alpha + bytes / beta.
 
-A ring over n devices moves (n-1)/n of the bytes a device. Across hosts each device of a host takes
-its share of the bytes through its own network card, as hierarchical collectives do.
+A ring over n devices moves (n-1)/n of the bytes per device. Across hosts, each device of a host
+sends its share of the bytes through its own network card, as hierarchical collectives do.
 """
 
 import functools
@@ -15,14 +15,14 @@ from jaxrl_eff.planner.clusters import Cluster
 
 
 class Axis(NamedTuple):
-    """One group of a mesh axis: its size, and the domains (hosts) that it spans."""
+    """One group of a mesh axis: its size, and the number of domains (hosts) that it spans."""
 
     size: int
     domains: int
 
 
 class Grid(NamedTuple):
-    """A placement's axes as groups."""
+    """The groups of a placement's axes."""
 
     stage: Axis
     data: Axis
@@ -32,7 +32,7 @@ class Grid(NamedTuple):
 
 
 def run(devices: tuple[int, ...], origin: int) -> range | tuple[int, ...]:
-    """The devices counted from `origin`; as a range, which is quick to compare, if they are one."""
+    """Device numbers from `origin`: a range if consecutive, since ranges compare quickly."""
     first, last = devices[0] - origin, devices[-1] - origin
     if last - first == len(devices) - 1 and (last == first or devices[1] == devices[0] + 1):
         return range(first, last + 1)
@@ -44,7 +44,9 @@ def _grid(devices: range | tuple[int, ...], shape: tuple[int, ...], domain: int)
     out, stride = [], 1
     domains = np.array(devices) // domain
     for size in reversed(shape):
-        groups = domains.reshape(-1, size, stride)[:, :, 0]  # those of a block are alike
+        groups = domains.reshape(-1, size, stride)[
+            :, :, 0
+        ]  # all groups of a block span equally many
         most = max(len(set(g)) for g in groups.tolist()) if size > 1 else 1
         out.append(Axis(size, most))
         stride *= size
@@ -58,12 +60,12 @@ def grid(p: Placement, cluster: Cluster) -> Grid:
 
 
 def sizes(p: Placement) -> tuple[int, ...]:
-    """Of the mesh axes, in their order. Nodes (dcn) are priced as the outer part of fsdp."""
+    """Sizes of the mesh axes, in order. Nodes (dcn) are priced as the outer part of fsdp."""
     return (p.stage, p.data, p.weight_shards, p.seq, p.tensor)
 
 
 def _ring(bytes_: float | int, axis: Axis, c: Cluster, trips: int) -> float:
-    """Seconds in which every device passes (n-1)/n of the bytes around, `trips` times."""
+    """Seconds for every device to pass (n-1)/n of the bytes around the ring `trips` times."""
     n, hosts = axis
     if n == 1:
         return 0.0
@@ -82,17 +84,17 @@ def _ring(bytes_: float | int, axis: Axis, c: Cluster, trips: int) -> float:
 
 
 def all_reduce(bytes_: float | int, axis: Axis, cluster: Cluster) -> float:
-    """Seconds to sum `bytes_` of every device over an axis."""
+    """Seconds to all-reduce `bytes_` per device over an axis."""
     return _ring(bytes_, axis, cluster, 2)
 
 
 def gather(bytes_: float | int, axis: Axis, cluster: Cluster) -> float:
-    """Seconds to gather (or to sum and scatter) `bytes_`, whole size, over an axis."""
+    """Seconds to all-gather (or reduce-scatter) `bytes_`, the full size, over an axis."""
     return _ring(bytes_, axis, cluster, 1)
 
 
 def hand_on(bytes_: float | int, axis: Axis, c: Cluster) -> float:
-    """Seconds to hand `bytes_` to the next device of an axis."""
+    """Seconds to send `bytes_` to the next device of an axis."""
     if axis.domains > 1:
         return bytes_ / (c.nic_bytes_per_s * c.nic_efficiency) + c.nic_latency
     return bytes_ / (c.link_bytes_per_s * c.link_efficiency) + c.link_latency

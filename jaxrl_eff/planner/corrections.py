@@ -1,9 +1,9 @@
-"""Predicted against measured seconds, and what to correct.
+"""Comparison of predicted with measured seconds, and the corrections that follow from it.
 
-A correction is one factor a call or edge: it takes in whatever the arithmetic leaves out. A call
-has one for every form of mesh that it was measured on, and one for all others. The first
-measurement is believed whole; later ones move the factor less and less, so that noise averages out
-but drift is still followed.
+A correction is one factor per call or edge, which absorbs all that the arithmetic leaves out. A
+call has one factor for every mesh shape that it was measured on, and one for all others. The first
+measurement sets the factor; later ones move it less and less, so that noise averages out but drift
+is still followed.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ from jaxrl_eff.planner.cost import NONE, Corrections, call_cost, measured_name
 from jaxrl_eff.planner.problem import Plan, Problem
 from jaxrl_eff.planner.simulate import Simulation, Simulator
 
-LEAST_WEIGHT = 0.3  # of a new measurement, however many came before
-MOST_CHANGE = 64.0  # of a factor in one refit
+LEAST_WEIGHT = 0.3  # of a new measurement, after any number of earlier ones
+MOST_CHANGE = 64.0  # largest change of a factor in one refit
 
 Seconds = float | int | Sequence[float | int]
 
 
 class Row(NamedTuple):
-    """One call or edge; seconds."""
+    """Predicted and measured seconds of one call or edge."""
 
     name: str
     kind: str
@@ -50,7 +50,7 @@ def _predicted(schedule: Simulation) -> dict[str, tuple[str, float]]:
 def timed(
     problem: Problem, plan: Plan, cluster: Cluster, measured: Mapping[str, Seconds]
 ) -> dict[str, Seconds]:
-    """Of what was measured, the calls and edges that the simulator prices."""
+    """Keeps the measured calls and edges that the simulator prices."""
     known = _predicted(Simulator(problem, cluster).run(plan))
     return {k: v for k, v in measured.items() if k in known and v}
 
@@ -62,10 +62,10 @@ def compare(
     measured: Mapping[str, Seconds],
     corrections: Corrections = NONE,
 ) -> tuple[Row, ...]:
-    """The calls and edges that were measured, as predicted and as measured (medians).
+    """Pairs the predicted with the measured (median) seconds of every measured call and edge.
 
     Raises:
-        ValueError: a name that is neither a call nor an edge of the plan that takes time.
+        ValueError: a name is neither a call nor an edge of the plan that takes time.
     """
     predicted = _predicted(Simulator(problem, cluster, corrections).run(plan))
     if unknown := sorted(set(measured) - set(predicted)):
@@ -84,7 +84,7 @@ def error(rows: Sequence[Row]) -> float:
 
 
 def text(rows: Sequence[Row]) -> str:
-    """The rows as a table for the console."""
+    """Formats the rows as a table for the console."""
     width = max([len(r.name) for r in rows] + [4])
     lines = [f"{'call':<{width}}  {'predicted':>10}  {'measured':>10}  {'ratio':>6}"]
     for r in rows:
@@ -101,11 +101,11 @@ def refit(
     measured: Mapping[str, Seconds],
     corrections: Corrections = NONE,
 ) -> Corrections:
-    """New corrections after some steps of a plan.
+    """Computes new corrections after some steps of a plan.
 
     Args:
-        measured: call or edge (see `simulate.realloc_name`, `move_name`) -> seconds, or several,
-            of which the median counts. What has no seconds above 0 is left as it is.
+        measured: call or edge (see `simulate.realloc_name`, `move_name`) -> seconds, or several
+            values, whose median is used. A name without seconds above 0 keeps its correction.
     """
     seconds, counts = dict(corrections.seconds), dict(corrections.counts)
     edges: dict[str, list[float]] = {}
@@ -113,7 +113,7 @@ def refit(
         if r.measured <= 0 or r.predicted <= 0:
             continue
         edge, names = r.kind in ("realloc", "move"), [r.name]
-        if r.name in plan:  # local calls run where others do
+        if r.name in plan:  # local calls have no placement
             used = corrections.call(r.name, plan[r.name])
             names.append(measured_name(r.name, plan[r.name]))
         else:
@@ -138,11 +138,11 @@ def from_analysis(
     analysis: Mapping[str, Mapping[str, float | int]],
     corrections: Corrections = NONE,
 ) -> Corrections:
-    """Corrections of memory, and of FLOPs, from compiled programs.
+    """Computes corrections of memory and FLOPs from compiled programs.
 
     Args:
-        analysis: call -> "bytes" that a device needs in all and, if counted whole (XLA counts the
-            body of a loop once), "flops" that it executes.
+        analysis: call -> "bytes", all that a device needs, and "flops" that it executes, only where
+            they are counted in full (XLA counts the body of a loop once).
     """
     active, flops = dict(corrections.active_bytes), dict(corrections.flops)
     plain = cluster.with_(

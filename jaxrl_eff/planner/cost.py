@@ -1,4 +1,4 @@
-"""What a call, a reallocation and a transfer cost: seconds and bytes from shapes alone.
+"""Cost of a call, a reallocation and a transfer: seconds and bytes, computed from shapes alone.
 
 A roofline per pass, corrected by measurements. With T tokens on a device, w matrix entries of a
 layer, t = tensor, s = stage, m microbatches, a pass over one microbatch and one stage takes
@@ -10,12 +10,12 @@ layer, t = tensor, s = stage, m microbatches, a pass over one microbatch and one
 
     layer(b, c) = max(2 w b / (t F), w / (t B)) + KV(b, c) / (t B) + 2 all-reduces + layer_seconds
 
-A loop over tokens ends with its longest row: `steps` is the expectation of that over the lengths.
-Sums and gathers are priced in `collectives`, reallocations and transfers in `transfer`; what the
-micro-batches of a packed call take, in `packing`.
+A decoding loop ends with its longest row: `steps` is the expected maximum of the lengths.
+Collectives are priced in `collectives`, reallocations and transfers in `transfer`, and the
+microbatches of a packed call in `packed_rows`.
 
-ReaL (Mei et al. 2024, arXiv:2406.14088) profiles calls and leaves gradient traffic out; here all is
-arithmetic, and `Corrections` bring in what was measured. Weights sharded over fsdp are gathered for
+ReaL (Mei et al. 2024, arXiv:2406.14088) profiles calls and leaves gradient traffic out. Here all is
+arithmetic, and `Corrections` apply what was measured. Weights sharded over fsdp are gathered for
 every pass, but only once for all tokens of a generate call. Left out: stages of unequal length.
 """
 
@@ -49,9 +49,9 @@ __all__ = [
     "move_cost", "moved", "realloc_bytes", "realloc_cost", "same_rows",
 ]  # fmt: skip
 
-# Logits that exist at once, as in models.heads.
+# Most logits that exist at once, as in models.heads.
 CHUNK_LOGITS, CHUNK_LOGITS_CPU = 2**27, 2**25
-RING_CHUNK = 512  # tokens, of attention over a sequence axis; as `parallel.ring.CHUNK`
+RING_CHUNK = 512  # tokens, of attention over a sequence axis; as `attention.kernels.CHUNK`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +59,12 @@ class Corrections:
     """Measured over predicted, by name of a call, a reallocation or a transfer; 1 where unknown.
 
     Attributes:
-        seconds: factor on the whole time. A call has one by its name, for placements that were
-            not measured, and one by `measured_name` for each that was. The keys "*realloc" and
-            "*move" serve edges that were not measured themselves.
+        seconds: factor on the whole time. A call has one under its name, for placements that were
+            not measured, and one under `measured_name` for each that was. The keys "*realloc" and
+            "*move" apply to edges that were not measured themselves.
         flops: factor on a call's FLOPs, e.g. from `compiled.cost_analysis()`.
         active_bytes: factor on a call's transient memory, e.g. from `compiled.memory_analysis()`.
-        counts: how many measurements a factor of `seconds` rests on.
+        counts: number of measurements behind a factor of `seconds`.
     """
 
     seconds: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
@@ -73,23 +73,23 @@ class Corrections:
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def call(self, name: str, placement: Placement) -> float | int:
-        """The factor of a call: measured there or on as many devices meshed alike, or anywhere."""
+        """Factor of a call: the one measured with this mesh shape, else the call's general one."""
         return self.seconds.get(measured_name(name, placement), self.seconds.get(name, 1.0))
 
     def edge(self, name: str, kind: str) -> float | int:
-        """The factor of a reallocation ("realloc") or transfer ("move")."""
+        """Factor of a reallocation ("realloc") or transfer ("move")."""
         return self.seconds.get(name, self.seconds.get(f"*{kind}", 1.0))
 
     def to_json(self) -> dict[str, dict[str, float | int]]:
-        """Plain data."""
+        """Returns the factors as plain data."""
         return {f.name: dict(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_json(cls, data: str | Mapping[str, Mapping[str, float | int]]) -> "Corrections":
-        """From `to_json`'s data, or that as text.
+        """Builds corrections from `to_json`'s data, or from that data as JSON text.
 
         Raises:
-            ValueError: an unknown field, or a factor that is not a positive number.
+            ValueError: a field is unknown, or a factor is not a positive number.
         """
         data = json.loads(data) if isinstance(data, str) else data
         known = {f.name for f in dataclasses.fields(cls)}
@@ -108,22 +108,23 @@ NONE = Corrections()
 
 
 def measured_name(call: str, p: Placement) -> str:
-    """How corrections call a call on a mesh of this form, wherever it lies."""
+    """Key in `Corrections` of a call on a mesh of this shape, on any devices."""
     form = "x".join(str(p.axes[axis]) for axis in p.axes)
     return f"{call}@{form}/{p.microbatches}{p.offload and '/' + p.offload}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one call on one placement.
+    """Cost of one call on one placement.
 
     Attributes:
         seconds: the sum of `parts`.
-        parts: "compute" (products), "memory" (what reading weights and caches adds), "bubble",
-            "tensor", "seq", "data" (gradients and gathered parameters), "optimizer", "pipeline"
-            (handing on), "overhead" (starting), "offload", "correction".
-        static_bytes: a device's share of what stays: parameters, and a trainer's optimizer state.
-        active_bytes: what a device needs besides while the call runs.
+        parts: "compute" (matrix products), "memory" (time that reading weights and caches adds),
+            "bubble", "tensor", "seq", "data" (gradients and gathered parameters), "optimizer",
+            "pipeline" (sends between stages), "overhead" (startup), "offload", "correction".
+        static_bytes: bytes that a device holds all the time: its share of the parameters and, for a
+            trainer, of the optimizer state.
+        active_bytes: bytes that a device needs in addition while the call runs.
     """
 
     seconds: float | int
@@ -136,17 +137,17 @@ class Cost:
 
 
 class Pass(NamedTuple):
-    """One microbatch through one stage, forward only; seconds."""
+    """Seconds of one microbatch through one stage, forward only."""
 
     compute: float
-    memory: float  # by which reading the weights exceeds computing
+    memory: float  # by how much reading the weights exceeds computing
     tensor: float
     seq: float
     overhead: float
 
     @property
     def device(self) -> float:
-        """What traffic may hide behind."""
+        """Seconds on the device, which can hide traffic."""
         return self.compute + self.memory
 
     @property
@@ -164,7 +165,7 @@ def _forward(
     efficiency: float | int,
     flops_factor: float | int,
 ) -> Pass:
-    """Seconds of one forward pass of `rows` rows of a device, by stage.
+    """Seconds of a forward pass of `rows` rows per device through one stage.
 
     Args:
         head_rows: positions of a device that reach the output head.
@@ -189,7 +190,7 @@ def _forward(
 def _beside(
     shape: Shape, p: Placement, c: Cluster, compute: float | int, tokens: float | int
 ) -> Pass:
-    """A pass of so many seconds of computing, with what a device's tokens add; `seq` is 0."""
+    """A pass with `compute` seconds, plus the costs of a device's tokens; `seq` is 0."""
     g, cut, layers = grid(p, c), split(shape, p), shape.layers / p.stage
     weights = layer_share(shape, cut) * layers * shape.compute_bytes
     reading = weights / (c.memory_bytes_per_s * c.memory_efficiency)
@@ -200,12 +201,12 @@ def _beside(
 
 
 class Part(NamedTuple):
-    """What a call does at once: one of its microbatches, or micro-batches of a schedule.
+    """The unit that a call computes at once: one of its microbatches, scheduled ones if packed.
 
     Attributes:
-        count: how many there are in an update or pass.
+        count: number of them in an update or pass.
         one: seconds of one, on average.
-        tokens: of a device in the largest, padding included.
+        tokens: of a device in the largest one, padding included.
         scores_bytes: of attention scores that exist at once.
     """
 
@@ -223,7 +224,7 @@ def _parts(
     efficiency: float | int,
     factor: float | int,
 ) -> Part:
-    """The parts of an infer or train call, forward only."""
+    """The microbatches of an infer or train call, forward only."""
     cut = split(shape, p)
     if work.packed is None:
         rows = work.rows / (work.minibatches * p.row_shards * p.microbatches)
@@ -239,7 +240,7 @@ def _parts(
 
 
 def _starting(layers: float | int, p: Placement, c: Cluster) -> float:
-    """Seconds to start the kernels of so many layers."""
+    """Seconds to start the kernels of `layers` layers."""
     return layers * (c.layer_seconds + c.tensor_seconds * math.log2(p.tensor))
 
 
@@ -250,10 +251,10 @@ def call_cost(
     cluster: Cluster,
     corrections: Corrections = NONE,
 ) -> Cost:
-    """Seconds and bytes of one call, whatever else runs.
+    """Seconds and bytes of one call, independent of other calls.
 
     Args:
-        placement: where; `stage > 1` is priced as a pipeline.
+        placement: where it runs; `stage > 1` is priced as a pipeline.
     """
     if work.kind == "local":
         parts = {"compute": work.seconds, "overhead": cluster.launch}
@@ -265,7 +266,7 @@ def call_cost(
 
 
 def shared(c: Cluster, used: int) -> Cluster:
-    """The cluster's rates for a program on `used` devices that has the host to itself."""
+    """The cluster's rates for a program that runs alone on `used` devices of a host."""
     if not c.shared_compute or used >= c.per_host:
         return c
     return _shared(c, used)
@@ -312,7 +313,7 @@ def _logits_bytes(shape: Shape, tokens: float | int, cut: Split, c: Cluster) -> 
 
 
 def _layer_activations(shape: Shape, tokens: float | int, cut: Split) -> float:
-    """Bytes that one layer's forward pass leaves for its backward pass, scores apart."""
+    """Bytes of one layer's residuals for the backward pass, without attention scores."""
     inner = (2 * shape.heads / cut.heads + 2 * shape.kv_heads / cut.kv) * shape.head_dim
     inner += (4 if shape.gated else 2) * shape.ffn / cut.ffn
     return tokens * shape.compute_bytes * (4 * shape.width + inner)
@@ -323,7 +324,7 @@ def _scores_bytes(
 ) -> float:
     if c.fused and shape.compute_bytes <= 2:
         return 0.0
-    if p.seq > 1:  # attention over a sequence axis has a piece of them at a time
+    if p.seq > 1:  # attention over a sequence axis holds one chunk of them at a time
         return rows * shape.heads / cut.heads * min(length, RING_CHUNK) ** 2 * 8.0
     return rows * shape.heads / cut.heads * length * length / p.seq * (4 + shape.compute_bytes)
 
@@ -338,7 +339,7 @@ def _train(role: Role, work: Work, p: Placement, c: Cluster, corrections: Correc
     collectives = (3 if shape.remat else 2) * one.tensor + passes * one.seq
     n = params_share(shape, p)
     hidden = c.overlap * passes * one.device * m
-    reduces = 1 if s > 1 else m  # a microbatch's gradients are summed as it ends, but in a pipeline
+    reduces = 1 if s > 1 else m  # gradients are summed per microbatch, in a pipeline once
     data = reduces * all_reduce(n * role.grad_bytes, Axis(*g.data), c)
     data += reduces * all_reduce(n * role.grad_bytes, Axis(*g.seq), c)
     if cut.fsdp > 1:
@@ -391,7 +392,7 @@ def _train(role: Role, work: Work, p: Placement, c: Cluster, corrections: Correc
 def _stream(
     param: float | int, layers: float | int, compute: float | int, c: Cluster
 ) -> tuple[float, float]:
-    """Seconds not hidden, and bytes, of bringing weights in from the host layer by layer."""
+    """Seconds not hidden, and bytes, of streaming weights in from the host layer by layer."""
     way = param / (c.host_bytes_per_s * c.host_efficiency)
     return way / layers + max(0.0, way * (1 - 1 / layers) - compute), 2 * param / layers
 
@@ -446,7 +447,7 @@ def longest(lengths: Lengths, rows: int) -> float:
 
 
 def quantile(lengths: Lengths, q: float | int) -> float:
-    """The least length that a share q of the rows does not exceed."""
+    """Smallest length that a share `q` of the rows does not exceed."""
     below = 0.0
     for tokens, share in zip(lengths.tokens, lengths.share, strict=True):
         below += share
@@ -456,10 +457,10 @@ def quantile(lengths: Lengths, q: float | int) -> float:
 
 
 def phases(work: Work, rows: int) -> list[tuple[float, float, float]]:
-    """(share of the rows, first step, last step) of a loop over tokens, by compaction.
+    """Phases (share of the rows, first step, last step) of a decoding loop between compactions.
 
-    After the k-th compaction a batch of a share 2^-k is left, once no more rows than that are
-    unfinished; the loop ends with its longest row.
+    The k-th compaction leaves a batch of a share 2^-k, as soon as no more rows than that are
+    unfinished. The loop ends with its longest row.
     """
     lengths = work.responses or Lengths.all(work.max_new)
     end = longest(lengths, rows)
@@ -475,10 +476,10 @@ def phases(work: Work, rows: int) -> list[tuple[float, float, float]]:
 
 
 def _slots(work: Work, start: float | int, stop: float | int) -> float:
-    """Cache slots that a step reads, on average over steps start to stop.
+    """Cache slots that a step reads, on average over steps `start` to `stop`.
 
-    With `growths` = g the cache has room for max_new / g tokens at first and grows by as much when
-    that is used up; with 0 a step reads what has been written.
+    With `growths` = g the cache first has capacity for max_new / g tokens and grows by as much when
+    that is used up; with 0 a step reads only what has been written.
     """
     if not work.growths:
         return work.prompt + (start + stop) / 2
@@ -494,7 +495,7 @@ def _slots(work: Work, start: float | int, stop: float | int) -> float:
 def _generate(role: Role, work: Work, p: Placement, c: Cluster, corrections: Corrections) -> Cost:
     shape, g, cut = role.shape, grid(p, c), split(role.shape, p)
     s = p.stage
-    parts_ = max(p.microbatches, s)  # the parts of a group chase each other through the stages
+    parts_ = max(p.microbatches, s)  # microbatches follow each other through the stages
     groups = max(1, parts_ // s)
     rows = work.rows / (p.row_shards * parts_)
     prompts = (work.prompts or work.rows) / (p.row_shards * parts_)
@@ -534,7 +535,7 @@ def _generate(role: Role, work: Work, p: Placement, c: Cluster, corrections: Cor
     total["memory"] += groups * s * one.memory
     total["tensor"] += groups * s * one.tensor
     total["bubble"] += groups * (s - 1) * one.total
-    total["data"] += gathered  # once: XLA takes it out of the loop over tokens
+    total["data"] += gathered  # once: XLA hoists the gather out of the loop over tokens
     total["overhead"] += groups * s * one.overhead + c.launch
     slots = work.prompt + work.max_new
     here = rows * s
@@ -542,7 +543,7 @@ def _generate(role: Role, work: Work, p: Placement, c: Cluster, corrections: Cor
     active = cache + 2 * 4.0 * rows * shape.vocab / cut.vocab
     active += _layer_activations(shape, prompts * work.prompt, cut)
     active += whole if cut.fsdp > 1 else 0.0
-    if p.offload == "params":  # every step reads every layer, so they come in once, whole
+    if p.offload == "params":  # every step reads every layer, so all are brought in once
         total["offload"] = param / (c.host_bytes_per_s * c.host_efficiency)
         active, param = active + param, 0.0
     return _finish(total, param, active, work, p, corrections)

@@ -1,4 +1,4 @@
-"""A problem for the planner from a graph, its models and a batch's shapes; nothing is traced."""
+"""Builds the planner's problem from a graph, its models and a batch's shapes, without tracing."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ from jaxrl_eff.rollout.sampling import Sampling
 
 _ONE = Shape(
     1, 1, 1, 1, 1, 1, 1, value=True
-)  # a model of a few numbers, as an adaptive coefficient
+)  # a model with few parameters, e.g. an adaptive coefficient
 
 
 def shape(cfg: LMConfig) -> Shape:
-    """What a plan's price depends on of a model."""
+    """The sizes of a model that a plan's price depends on."""
     return Shape(
         layers=cfg.layers,
         width=cfg.width,
@@ -42,7 +42,7 @@ def shape(cfg: LMConfig) -> Shape:
 
 
 def role(cfg: LMConfig | None, spec: Spec | None, trained: bool) -> Role:
-    """A model and, if a call trains it, its optimizer state by the bytes that optax would hold."""
+    """A model and, if a call trains it, the bytes of optimizer state that optax would hold."""
     sizes = _ONE if cfg is None else shape(cfg)
     if cfg is not None and spec is not None and quantized.inside(spec.shapes):
         held = tree.nbytes(lora.base(spec.shapes)) / tree.size(abstract(cfg))
@@ -72,21 +72,21 @@ def works(
     seconds: Mapping[str, float | int] | None = None,
     packed: Mapping[str, ExpectedRows] | None = None,
 ) -> Problem:
-    """The graph's calls as amounts of work.
+    """Describes the graph's calls as amounts of work.
 
     Args:
-        lms: model -> its sizes; a model that is left out counts as a few numbers.
+        lms: model -> its config; a model that is left out counts as a few numbers.
         batch: name -> anything with `shape`: the graph's inputs, rows of all processes.
-        sampling: of the generate calls; one that writes `greedy_...` takes one sample a prompt.
-        specs: model -> its spec, for the bytes of optimizer state; without, 8 a parameter.
-        responses: how long responses are; None: all of them `sampling.max_tokens`.
-        staleness: generate call -> how many updates old its weights may be, if not what the graph
-            says.
+        sampling: of the generate calls; one that writes `greedy_...` takes one sample per prompt.
+        specs: model -> its spec, for the bytes of optimizer state; without one, 8 per parameter.
+        responses: distribution of response lengths; None: all have `sampling.max_tokens`.
+        staleness: generate call -> how many updates old its weights are allowed to be; default:
+            the graph's value.
         seconds: local call -> seconds, for those that take any.
-        packed: call -> what is known of its rows, for those that compute them packed.
+        packed: call -> expected rows, for calls that compute their rows packed.
 
     Raises:
-        ValueError: a generate call without `sampling` or prompts, or a name that is no call's.
+        ValueError: a generate call has no `sampling` or no prompts, or a name is not a call's.
     """
     staleness, seconds = dict(staleness or {}), dict(seconds or {})
     names = {c.name: c.kind for c in graph.calls}
@@ -120,13 +120,13 @@ def works(
 
 
 def expecting(packed: Mapping[str, ExpectedRows]) -> dict[str, Any]:
-    """Options of `works` for a stage with packed calls; its sampling is expected to match."""
+    """Options of `works` for a stage with packed calls; sampled lengths are assumed to match."""
     first = next(iter(packed.values()), None)
     return {} if first is None else {"packed": packed, "responses": first.responses}
 
 
 def of_stage(stage: Any, **options: Any) -> Problem:
-    """`works` of an assembled stage (`stages.Stage`); options as there."""
+    """`works` of an assembled stage (`train.assembly.Stage`), with the same options."""
     step = stage.step
     return works(
         step.graph, stage.lms, stage.batch, sampling=stage.sampling, specs=step.specs, **options

@@ -1,7 +1,7 @@
-"""Two list schedulers over unrolled iterations: devices to oneself, and devices that share cores.
+"""Two list schedulers over unrolled iterations: for exclusive devices, and for shared cores.
 
-Whatever was ready first begins first, as soon as its devices are free. A node takes its place in
-the queue when its inputs are there, and holds it.
+The node that was ready first begins first, as soon as its devices are free. A node enters the queue
+when its inputs are ready, and keeps its position.
 """
 
 import heapq
@@ -23,7 +23,7 @@ class Node(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """`reader` waits for `writer` of `lag` iterations before, and `delay` seconds more."""
+    """`reader` waits for `writer` of `lag` iterations earlier, plus `delay` seconds."""
 
     writer: int
     reader: int
@@ -37,7 +37,7 @@ def exclusive(
     count: int,
     overlapping: Callable[[tuple[int, ...]], list[list[int]]],
 ) -> tuple[list[float], list[float]]:
-    """Starts and ends in seconds: node k of iteration i at i * len(nodes) + k.
+    """Start and end seconds: node k of iteration i at i * len(nodes) + k.
 
     Args:
         count: iterations.
@@ -53,7 +53,7 @@ def exclusive(
     pending = [0] * (size * count)
     first = [0] * size
     for writer, reader, lag, delay in edges:
-        # By how many nodes the reader comes after its writer in the unrolled order.
+        # Distance from writer to reader in the unrolled order.
         children[writer].append((reader - writer + lag * size, lag, delay))
         first[reader] += 1
         for i in range(lag):
@@ -95,9 +95,9 @@ def exclusive(
 def sharing(
     nodes: list[Node], edges: list[Edge], count: int, cluster: Cluster
 ) -> tuple[list[float], list[float]]:
-    """As `exclusive`, for devices that share the cores of one host.
+    """Start and end seconds, as from `exclusive`, for devices that share the cores of one host.
 
-    What runs at once shares the cores in proportion to what each would take alone.
+    Nodes that run at once share the cores in proportion to what each would take alone.
     """
     size = len(nodes)
     total = size * count

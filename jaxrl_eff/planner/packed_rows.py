@@ -1,8 +1,8 @@
-"""Calls whose rows a schedule packs (`core.packed`): how they lie in micro-batches, priced.
+"""Prices calls whose rows are packed by a schedule (`core.packed`).
 
-A batch of the expected lengths is scheduled as a step would do it, by the same cost. A placement's
-microbatches stand for the room here: with m of them a device holds an m-th of its fair share of
-tokens, and never less than its part of the longest row.
+A batch with the expected lengths is scheduled as a step would do it, with the same cost. Here a
+placement's microbatch count sets the capacity of a device: with m microbatches it holds one m-th of
+its fair share of tokens, but at least its part of the longest row.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.problem import ExpectedRows, Lengths, Shape, Work
 from jaxrl_eff.planner.schedule_cost import cost_on, model_of
 
-SPARE = 1.25  # room over a device's fair share of tokens
-MOST = 64  # sequences that are scheduled; of more, a part over a part of the groups or the time
-PASSES = 3  # that a schedule's seconds are of
+SPARE = 1.25  # capacity over a device's fair share of tokens
+MOST = 64  # sequences to schedule; a larger batch is scaled down in groups or in microbatches
+PASSES = 3  # forward passes that a schedule's seconds cover
 
 
 class Laid(NamedTuple):
-    """The micro-batches of one update or pass.
+    """The microbatches of one update or pass of a packed call.
 
     Attributes:
         steps: how many.
-        columns: of a device in one of them, padding included, on average; `largest`: at most.
-        seconds: of training, without starting micro-steps: of the slowest devices, all added up.
-        exchange: seconds more for keys and values that no computing hides.
+        columns: per device in one of them, padding included, on average; `largest`: at most.
+        seconds: of training, without starting microbatches: those of the slowest devices, summed.
+        exchange: seconds more for keys and values that no computation hides.
     """
 
     steps: int
@@ -42,10 +42,10 @@ class Laid(NamedTuple):
 
 
 def laid(work: Work, shape: Shape, p: Placement, c: Cluster) -> Laid:
-    """How a packed call lies on a placement.
+    """Packs a call's rows for a placement.
 
     Raises:
-        ValueError: its longest row does not fit, see `fits`.
+        ValueError: the longest row does not fit, see `fits`.
     """
     cost = cost_on(
         c, model_of(shape), seq=p.seq, tensor=p.tensor, itemsize=int(shape.compute_bytes)
@@ -57,12 +57,12 @@ def laid(work: Work, shape: Shape, p: Placement, c: Cluster) -> Laid:
 
 
 def fits(work: Work, seq: int) -> bool:
-    """Whether the longest row of a packed call fits on so many devices of a `seq` axis."""
+    """Returns True if the longest row of a packed call fits on a `seq` axis of this size."""
     return not work.packed.room or work.packed.room * seq >= work.length
 
 
 def batch(packed: ExpectedRows, rows: int) -> np.ndarray:
-    """Lengths of so many rows, int64: quantiles of what is expected."""
+    """Lengths of `rows` rows, int64: quantiles of the expected distribution."""
     at = (np.arange(rows) + 0.5) / rows
     ends = np.cumsum(packed.responses.share)
     found = np.asarray(packed.responses.tokens)[
@@ -108,14 +108,14 @@ def _laid(
 
 
 def tokens(work: Work) -> float:
-    """Of all rows of a call: expected of packed ones, padding included of others."""
+    """Tokens of all rows of a call: expected tokens if packed, else with padding."""
     if work.packed is None:
         return float(work.rows * work.length)
     return work.rows * min(work.packed.mean, float(work.length))
 
 
 def told(work: Work) -> str:
-    """A packed call in words."""
+    """Describes a packed call in words."""
     return (
         f"{work.name}: packed, {tokens(work):,.0f} tokens expected of {work.rows * work.length:,} "
         "padded ones"
@@ -123,7 +123,7 @@ def told(work: Work) -> str:
 
 
 def guessed(responses: np.ndarray, levels: int = 32) -> Lengths:
-    """Lengths of as few values, each of an equal share of these and their mean, rounded up."""
+    """Lengths with at most `levels` values: means, rounded up, of equal shares of `responses`."""
     parts = np.array_split(np.sort(responses), levels)
     found = [math.ceil(part.mean()) for part in parts if len(part)]
     values, counts = np.unique(found, return_counts=True)

@@ -1,7 +1,7 @@
-"""What the planner is asked: the calls of a step as amounts of work.
+"""The planner's input: the calls of a step as amounts of work.
 
-Plain data, made from a graph and its models (`planner.works`) or by hand, so that a plan can be
-priced and searched where neither the model nor the machine exists.
+Plain data, made from a graph and its models (`from_graph.works`) or by hand, so that a plan can be
+priced and searched without the model or the machine.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ class Shape:
         layers, width, ffn, heads, kv_heads, head_dim, vocab: as in `models.LMConfig`.
         gated: three feed-forward matrices (SwiGLU) rather than two.
         tied: the output head is the embedding.
-        value: the head gives one number instead of logits.
-        param_bytes, compute_bytes: of one stored parameter, of one number in a product.
-        remat: the backward pass computes the forward pass again.
+        value: the head returns one number instead of logits.
+        param_bytes, compute_bytes: of one stored parameter, and of one number in a product.
+        remat: the backward pass recomputes the forward pass.
         window: positions that local layers see; None: all. `windowed`: how many layers are local.
     """
 
@@ -43,7 +43,7 @@ class Shape:
 
     @property
     def sight(self) -> int | None:
-        """As `models.LMConfig.sight`."""
+        """Positions that a query sees in any layer, as `models.LMConfig.sight`; None: all."""
         return self.window if self.windowed == self.layers else None
 
     @property
@@ -59,16 +59,16 @@ class Shape:
 
     @property
     def params(self) -> int:
-        """Parameters that are stored; norms and biases, a few per thousand, are left out."""
+        """Number of stored parameters, without norms and biases (a few per thousand)."""
         head = 0 if self.tied and not self.value else self.head_params
         return self.layers * self.layer_params + self.vocab * self.width + head
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """How long responses are: `tokens[i]` with probability `share[i]`, ascending.
+    """Distribution of response lengths: `tokens[i]` with probability `share[i]`, ascending.
 
-    A loop over tokens ends with its longest row, and rows that ended do no useful work.
+    A decoding loop ends with its longest row, and rows that have ended do no useful work.
     """
 
     tokens: tuple[int, ...]
@@ -84,7 +84,7 @@ class Lengths:
 
     @classmethod
     def all(cls, tokens: int) -> "Lengths":
-        """Every response has this many tokens."""
+        """A distribution in which every response has `tokens` tokens."""
         return cls((tokens,), (1.0,))
 
 
@@ -94,8 +94,8 @@ class ExpectedRows:
 
     Attributes:
         prompt: tokens before each response, on average.
-        responses: how long they are expected to be.
-        room: tokens that a device holds at once; 0: as many as there is memory for.
+        responses: expected distribution of response lengths.
+        room: tokens that a device holds at once; 0: as many as fit into memory.
     """
 
     prompt: int
@@ -104,7 +104,7 @@ class ExpectedRows:
 
     @property
     def mean(self) -> float:
-        """Tokens of a row."""
+        """Expected tokens of a row."""
         pairs = zip(self.responses.tokens, self.responses.share, strict=True)
         return self.prompt + sum(n * share for n, share in pairs)
 
@@ -114,21 +114,21 @@ class Work:
     """One call of the graph as an amount of work.
 
     Attributes:
-        name, kind, model: as of `graph.Call` (`of` is `model`; None for local calls).
+        name, kind, model: as in `graph.Call` (its `of` is `model`; None for local calls).
         rows: sequences that the call reads or, for a generate call, writes.
         prompts: distinct prompts of a generate call, each prefilled once.
         prompt: tokens of a prompt, padding included.
         length: tokens of a row, padding included (infer, train).
-        max_new: most tokens of a response (generate), and `responses` how long they really are.
-        growths, compactions: of the sampler, see `rollout.Sampling`. With growths 0 the cache is
-            read as far as it is written.
+        max_new: most tokens of a response (generate); `responses` is their actual distribution.
+        growths, compactions: of the sampler, see `rollout.Sampling`. With growths 0 only the
+            written part of the cache is read.
         epochs, minibatches: of a train call.
         reads, writes: names of arrays.
         host: runs in Python on the host.
-        staleness: of a generate call: how many updates old its weights may be.
+        staleness: of a generate call: how many updates old its weights are allowed to be.
         seconds: of a local call, measured or guessed; calls with a model are priced.
-        packed: of a call (infer, train) that computes its rows packed, what is known of them;
-            None: `length` tokens each.
+        packed: expected rows of an infer or train call that computes its rows packed; None: rows
+            have `length` tokens each.
     """
 
     name: str
@@ -158,11 +158,11 @@ class Role:
 
     Attributes:
         shape: its sizes.
-        opt_bytes: optimizer state a parameter, in bytes (AdamW in float32: 8); 0 if not trained.
+        opt_bytes: bytes of optimizer state per parameter (AdamW in float32: 8); 0 if not trained.
         grad_bytes: of one gradient entry; 0 if not trained.
-        zero: the optimizer state is split over `data` too (ZeRO-1, arXiv:1910.02054).
-        passes: products of a training pass, in forward passes: the forward, gradients of the
-            activations and those of the weights, 3; fewer if not all weights have gradients.
+        zero: the optimizer state is sharded over `data` too (ZeRO-1, arXiv:1910.02054).
+        passes: cost of a training pass in forward passes: 3 for the forward pass, the gradients of
+            the activations and those of the weights; less if not all weights have gradients.
     """
 
     shape: Shape
@@ -174,10 +174,10 @@ class Role:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A step to be planned.
+    """A step to plan.
 
     Attributes:
-        works: the calls, in an order in which they may run.
+        works: the calls, in a valid order of execution.
         roles: model -> its sizes and state.
         edge_bytes: array -> bytes of all its rows, for arrays that cross edges.
     """
@@ -187,11 +187,11 @@ class Problem:
     edge_bytes: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
 
     def work(self, name: str) -> Work:
-        """The call of this name."""
+        """Returns the call of this name."""
         return next(w for w in self.works if w.name == name)
 
     def home(self, model: str) -> Work:
-        """The call where a model lives: the one that trains it, else its first."""
+        """Call whose placement stores a model: the one that trains it, else its first."""
         mine = [w for w in self.works if w.model == model]
         return next((w for w in mine if w.kind == "train"), mine[0])
 

@@ -1,9 +1,10 @@
-"""Branch and bound over a table of choices: the best plan of all, where that is feasible.
+"""Branch and bound over a table of choices: finds the best plan where that is feasible.
 
-Calls are placed one by one, long ones first. A branch ends when the calls that are placed, with the
-others at their best, take as long as the best plan known: by all devices' work, by the load of one
-device, or by calls of which no two can overlap, because they wait for each other or share devices.
-Plans that differ only by swapping equal parts of the cluster are tried once.
+Calls are placed one by one, long ones first. A branch ends when a lower bound reaches the best
+known plan's time. The bound takes the calls placed so far and the others at their best, and is the
+largest of: the work of all devices, the load of one device, and the sum of calls that cannot
+overlap because they depend on each other or share devices. Plans that differ only by swapping equal
+parts of the cluster are tried once.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,15 +18,15 @@ Spot = tuple[int, int]  # first device and number of devices
 def prove(
     judge: Judge, *, over: Callable[[], bool] = lambda: False, most: int | None = None
 ) -> bool:
-    """Tries or excludes every plan of kept candidates; `judge.best` is the best one then.
+    """Tries or excludes every plan of kept candidates, so that `judge.best` becomes the best plan.
 
     Args:
         judge: simulates; the better its best plan, the faster the proof.
-        over: asked now and then whether to give up.
-        most: gives up after so many steps.
+        over: polled occasionally; True means give up.
+        most: gives up after this many steps.
 
     Returns:
-        Whether it came to its end.
+        True if the search completed.
     """
     t = judge.table
     order = sorted(range(len(t.works)), key=lambda call: -_least(t, call)[0])
@@ -50,14 +51,14 @@ def prove(
                     took = t.all[call][i].seconds
                     least = node.least(took)
                     if hopeless(least):
-                        break  # slower ones are as well
+                        break  # the remaining candidates are slower
                     ways.append((least, took, start, count, i))
         for least, took, start, count, i in sorted(ways):
             steps += 1
             if (most is not None and steps > most) or (steps % 16 == 0 and over()):
                 return False
             if hopeless(least):
-                return True  # and so are all that follow
+                return True  # the remaining ways are no better
             path.append((start, i))
             grown = [x + took * (start <= d < start + count) for d, x in enumerate(load)]
             done = branch((*spots, (start, count)), [*seconds, took], grown)
@@ -76,7 +77,7 @@ def _least(t: Choices, call: int) -> tuple[float, float]:
 
 
 class _Relaxation:
-    """Lower bounds for plans of which the first calls of an order are placed."""
+    """Lower bounds for partial plans, in which the first calls of an order are placed."""
 
     def __init__(self, t: Choices, order: Sequence[int]):
         far = distances(t.problem)
@@ -94,11 +95,11 @@ class _Relaxation:
     def node(
         self, spots: Sequence[Spot], seconds: Sequence[float], load: Sequence[float]
     ) -> "_Node":
-        """A path whose newest call has its mesh, but not its seconds yet.
+        """A path whose newest call has a mesh, but no seconds yet.
 
         Args:
             spots: meshes of the calls that are placed, the newest last.
-            seconds: of those before it; `load` by device their sum.
+            seconds: of those before it; `load`: their sum on each device.
         """
         return _Node(self, spots, seconds, load)
 
@@ -125,13 +126,13 @@ class _Node:
                     self._exclude[b] |= 1 << a
 
     def least(self, took: float) -> float:
-        """Seconds that no plan of this path goes below if the newest call takes so long."""
+        """Lower bound on the seconds of a plan on this path if the newest call takes `took`."""
         area = self._area + took * self._count + self._rest
         bound = max(area / self._devices, self._here + took, self._most)
         seconds = self._seconds
         seconds[self._new] = took
         ranked = sorted(range(len(seconds)), key=seconds.__getitem__, reverse=True)
-        for first in ranked:  # calls of which no two overlap, the longest first
+        for first in ranked:  # sums calls that pairwise cannot overlap, longest first
             total, allowed = seconds[first], self._exclude[first]
             for k in ranked:
                 if allowed >> k & 1:
@@ -142,7 +143,7 @@ class _Node:
 
 
 def _different(t: Choices, count: int, spots: tuple[Spot, ...]) -> list[int]:
-    """Where a mesh of this size may start, one of those that only swap equal parts."""
+    """First devices for a mesh of this size, one of each set that only swaps equal parts."""
     out, known = [], set()
     for start in t.starts.get(count, ()):
         form = _form(t, (*spots, (start, count)))
@@ -153,8 +154,8 @@ def _different(t: Choices, count: int, spots: tuple[Spot, ...]) -> list[int]:
 
 
 def _form(t: Choices, spots: tuple[Spot, ...]) -> str:
-    """Meshes by call, the same for all that differ by swapping halves of a host's halves, or by
-    counting the hosts from the other end."""
+    """Canonical form of the meshes by call: equal for plans that differ only by swapping halves
+    (of halves) of a host, or by numbering the hosts in reverse."""
     per_host, hosts = t.cluster.per_host, t.cluster.hosts
     inside = []
     for h in range(hosts):
@@ -171,10 +172,10 @@ def _form(t: Choices, spots: tuple[Spot, ...]) -> str:
 
 
 def _halves(mine: list[tuple[int, int, int]], start: int, size: int) -> list:
-    """The meshes inside a block of devices: those that fill it, then its halves', in any order."""
+    """Meshes inside a block of devices: those that fill it, then those of its halves, sorted."""
     if not mine:
         return []
-    if size == 1 or size & (size - 1):  # not to be halved evenly: as it is
+    if size == 1 or size & (size - 1):  # cannot be halved evenly
         return [(k, s - start, n) for k, s, n in mine]
     half = size // 2
     parts = [

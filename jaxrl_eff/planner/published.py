@@ -1,12 +1,12 @@
-"""ReaL's published table, and how well `cost` and `simulate` give it back.
+"""ReaL's published table, and the accuracy with which `cost` and `simulate` reproduce it.
 
-36 workloads of PPO on LLaMA-2 (33 distinct), each in seconds of one iteration: of a symmetric
-Megatron-style plan ("heuristic") and of the plan that ReaL searched, among others (arXiv:2406.14088
+36 PPO workloads on LLaMA-2 (33 distinct), each in seconds of one iteration: of a symmetric
+Megatron-style plan ("heuristic") and of the plan that ReaL found, among others (arXiv:2406.14088
 v1; source in `real_v1.json`). Both are priced here by the same functions as any other plan, on a
-cluster of A100s whose kernels are started one by one from Python, as that version's were.
+cluster of A100s whose kernels are launched one by one from Python, as in that version.
 
-What is fitted, to these times and nothing else: `Fitted`. Everything else is a datasheet's or a
-round number, see `a100`.
+Only the constants in `Fitted` are fitted, and only to these times. Everything else is from a
+datasheet or a round number, see `a100`.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from jaxrl_eff.planner.problem import Plan, Problem, Role, Shape, Work
 from jaxrl_eff.planner.simulate import Simulator
 
 PROMPT, TOKENS, MINIBATCHES = 128, 2**17, 4
-TRIED = 8  # plans of the reduced space that are simulated, the quickest by the sum of their calls
+TRIED = 8  # plans of the reduced space to simulate, the fastest by the sum of their calls
 
 # LLaMA-2, and CodeLlama's 34B.
 SIZES = {
@@ -52,7 +52,7 @@ class Cell(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """How much faster ReaL's plan is than the heuristic, as published."""
+        """Published speedup of ReaL's plan over the heuristic."""
         return self.seconds["heuristic"] / self.seconds["ReaL"]
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ class Cell(NamedTuple):
 
 @functools.cache
 def cells() -> tuple[Cell, ...]:
-    """The table's distinct workloads; three stand in it twice."""
+    """The table's distinct workloads; three appear in it twice."""
     data = json.loads((Path(__file__).parent / "real_v1.json").read_text())
     systems = data["columns"][6:]
     out = {}
@@ -73,12 +73,12 @@ def cells() -> tuple[Cell, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """The constants that are chosen so that the published times come out.
+    """Constants that are fitted to the published times.
 
     Attributes:
-        efficiency: share of the peak that products reach, in training and in forward passes.
-        layer_seconds, tensor_seconds: to start a layer's kernels, and its tensor-parallel sums, per
-            doubling of the degree.
+        efficiency: share of the peak that matrix products reach, in training and forward passes.
+        layer_seconds, tensor_seconds: to start a layer's kernels, and its tensor-parallel
+            all-reduces, per doubling of the degree.
         move_seconds: of one change of layout, beyond its bytes: ReaL's plans have some, the
             symmetric plan none.
     """
@@ -90,10 +90,10 @@ class Fitted:
 
 
 def a100(gpus: int, fitted: Fitted) -> Cluster:
-    """The paper's cluster: A100s in hosts of 8, decoding started kernel by kernel from Python.
+    """The paper's cluster: A100s in hosts of 8, with decoding kernels launched from Python.
 
     Not fitted: memory at 0.6 of 2.04 TB/s and products at 0.35 of the peak in decoding, NVLink at
-    0.7 of 300 GB/s, 2 ms a pipeline stage, no overlap of collectives with computing.
+    0.7 of 300 GB/s, 2 ms per pipeline stage, no overlap of collectives with computation.
     """
     return hardware.gpus("a100", gpus // 8, 8).with_(
         train_efficiency=fitted.efficiency,
@@ -111,7 +111,7 @@ def a100(gpus: int, fitted: Fitted) -> Cluster:
 
 
 def shape(billions: int, *, value: bool = False) -> Shape:
-    """LLaMA-2 in bfloat16, recomputing layers in the backward pass."""
+    """A LLaMA-2 model in bfloat16 that recomputes layers in the backward pass."""
     layers, width, ffn, heads, kv_heads = SIZES[billions]
     return Shape(
         layers=layers,
@@ -129,7 +129,7 @@ def shape(billions: int, *, value: bool = False) -> Shape:
 
 
 def problem(cell: Cell) -> Problem:
-    """The cell's PPO step. Optimizer states are 20 bytes a parameter, split over data (ZeRO-1)."""
+    """The cell's PPO step. Optimizer states take 20 bytes per parameter, sharded by ZeRO-1."""
     n, length = cell.sequences, PROMPT + cell.response
     trained = {"opt_bytes": 20.0, "grad_bytes": 2.0, "zero": True}
     actor, critic = shape(cell.actor), shape(cell.critic, value=True)
@@ -185,7 +185,7 @@ def _placement(
 
 
 def _degrees(n: int) -> Iterator[tuple[int, int, int]]:
-    """ReaL's (stage, data, tensor) of n GPUs."""
+    """Yields ReaL's (stage, data, tensor) for n GPUs."""
     for tensor in (1, 2, 4, 8):
         rest = n // tensor
         for stage in (d for d in range(1, rest + 1) if rest % d == 0):
@@ -197,8 +197,8 @@ def _degrees(n: int) -> Iterator[tuple[int, int, int]]:
 def _real_bytes(cell: Cell, work: Work, p: Placement) -> tuple[float, float]:
     """Static and transient bytes of a device by ReaL's own estimate, which its plans had to meet.
 
-    It counts every model as if it had as many key/value heads as query heads, and a copy for
-    generation or inference twice, for the time of its reallocation.
+    It counts every model as if it had as many key/value heads as query heads, and counts a copy
+    for generation or inference twice, since both exist during reallocation.
     """
     layers, width, ffn, *_ = SIZES[cell.actor if work.model in ("actor", "ref") else cell.critic]
     n = 3 * 32000 * width + (3 * width * ffn + 4 * width**2) * layers
@@ -212,7 +212,7 @@ def _real_bytes(cell: Cell, work: Work, p: Placement) -> tuple[float, float]:
 
 
 def _trainable(cell: Cell, rule: str, stage: int, data: int, tensor: int) -> bool:
-    """Whether a trainer may have these degrees: ReaL's limits, or those of the number of rows."""
+    """Returns True if a trainer can have these degrees: ReaL's limits, or at least one row each."""
     if rule == "real":
         return tensor * data <= 8 and 2 * data * stage <= cell.sequences
     return data * stage * (2 if stage > 1 else 1) * MINIBATCHES <= cell.sequences
@@ -234,16 +234,17 @@ def _pareto(options: Iterable[_Option]) -> list[_Option]:
 
 
 def searched(cell: Cell, cluster: Cluster, *, rule: str = "real") -> tuple[float, Plan]:
-    """The best plan of a reduced ReaL space, by this package's own prices, and its seconds.
+    """Returns (seconds, plan) of the best plan of a reduced ReaL space, by this package's prices.
 
-    Generation takes all GPUs in any (stage, data, tensor); the trainers take all of them one after
-    the other, or two runs of whole hosts (of 4 GPUs if there is one host) at once; inference takes
-    all, frozen models wait in the hosts' memory. The best plan with one layout is a candidate too.
+    Generation takes all GPUs in any (stage, data, tensor). The trainers take all of them one after
+    the other, or two runs of whole hosts (of 4 GPUs if there is one host) at once. Inference takes
+    all, with frozen models offloaded to the hosts' memory. The best plan with one layout is a
+    candidate too.
 
     Args:
-        rule: "real": what must fit into a GPU is ReaL's own estimate, and trainers keep to its
-            limits tensor * data <= 8 and 2 * data * stage <= sequences; "own": this package's
-            estimate, and every degree that leaves a row for each part.
+        rule: "real": ReaL's own estimate must fit into a GPU, and trainers keep to its limits
+            tensor * data <= 8 and 2 * data * stage <= sequences. "own": this package's estimate,
+            and every degree that leaves at least one row per microbatch.
     """
     p, n = problem(cell), cell.sequences
     sim = Simulator(p, cluster)
@@ -307,10 +308,10 @@ def searched(cell: Cell, cluster: Cluster, *, rule: str = "real") -> tuple[float
 
 
 def uniform(cell: Cell, cluster: Cluster, *, rule: str = "real") -> tuple[float, Plan]:
-    """The best plan with one layout of all GPUs for every call, and its seconds.
+    """Returns (seconds, plan) of the best plan with one layout of all GPUs for every call.
 
     Args:
-        rule: as for `searched`. ReaL's counts a copy for generation here too, though nothing is
+        rule: as for `searched`. "real" counts a copy for generation here too, although nothing is
             reallocated.
     """
     p = problem(cell)
@@ -339,13 +340,13 @@ def uniform(cell: Cell, cluster: Cluster, *, rule: str = "real") -> tuple[float,
 
 
 class Errors(NamedTuple):
-    """How far predictions are from the published times; shares, and differences of gains.
+    """Errors of the predictions against the published times.
 
     Attributes:
-        heuristic, real: mean |error| of the seconds; `worst` the largest of either.
-        bias: mean error of ReaL's seconds.
+        heuristic, real: mean relative |error| of the seconds; `worst`: the largest of either.
+        bias: mean relative error of ReaL's seconds.
         gain: mean |predicted - published| of the gain.
-        rank: Spearman's correlation of the gains.
+        rank: Spearman's rank correlation of the gains.
         mean_gain, published_gain: means.
     """
 
@@ -360,7 +361,7 @@ class Errors(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """Seconds of the two plans of a cell."""
+    """Predicted seconds of the two plans of a cell, and the plan searched for it."""
 
     heuristic: float
     real: float
@@ -372,7 +373,7 @@ class Predicted(NamedTuple):
 
 
 def predict(cell: Cell, cluster: Cluster) -> Predicted:
-    """Both plans of a cell, priced."""
+    """Prices both plans of a cell."""
     seconds, plan = searched(cell, cluster)
     return Predicted(
         Simulator(problem(cell), cluster).score(heuristic(cell)).seconds, seconds, plan
@@ -380,7 +381,7 @@ def predict(cell: Cell, cluster: Cluster) -> Predicted:
 
 
 def spearman(a: Sequence[float | int], b: Sequence[float | int]) -> float:
-    """Rank correlation; ties share their mean rank."""
+    """Spearman's rank correlation; ties share their mean rank."""
 
     def ranks(x: Sequence[float | int]) -> np.ndarray:
         x = np.asarray(x, np.float64)
@@ -407,8 +408,8 @@ def errors(table: Sequence[Cell], predicted: Sequence[Predicted]) -> Errors:
     )
 
 
-# Fitting. A coarse grid, so that what is fitted can be read off, and so that a fit to other cells
-# meets prices already worked out.
+# Fitting. The grid is coarse so that the fitted values are round, and so that fits to other cells
+# reuse prices.
 LEVELS: dict[str, tuple[float, ...]] = {
     "efficiency": (0.425, 0.45, 0.475, 0.5, 0.525, 0.55, 0.575),
     "layer_seconds": (1.0e-4, 1.5e-4, 2.0e-4, 2.5e-4, 3.0e-4, 4.0e-4),
@@ -418,29 +419,29 @@ LEVELS: dict[str, tuple[float, ...]] = {
 
 
 class Fits:
-    """Fits to parts of the table, with every prediction worked out once."""
+    """Fits to parts of the table; every prediction is computed once."""
 
     def __init__(self, table: Sequence[Cell] | None = None):
         self.table = tuple(table or cells())
         self._known: dict[Fitted, tuple[Predicted, ...]] = {}
 
     def predict(self, fitted: Fitted) -> tuple[Predicted, ...]:
-        """Both plans of every cell."""
+        """Predicts both plans of every cell."""
         if fitted not in self._known:
             clusters = {c.gpus: a100(c.gpus, fitted) for c in self.table}
             self._known[fitted] = tuple(predict(c, clusters[c.gpus]) for c in self.table)
         return self._known[fitted]
 
     def errors(self, fitted: Fitted, which: Sequence[int] | None = None) -> Errors:
-        """Of the cells with these indices, or of all."""
+        """Errors over the cells with these indices, or over all."""
         which = range(len(self.table)) if which is None else which
         predicted = self.predict(fitted)
         return errors([self.table[i] for i in which], [predicted[i] for i in which])
 
     def fit(self, which: Sequence[int] | None = None, start: Fitted = Fitted()) -> Fitted:
-        """The constants that fit these cells best, one at a time until none changes.
+        """Finds the constants that fit these cells best, one at a time until none changes.
 
-        What is least is the mean |error| of the heuristic's seconds plus that of ReaL's.
+        The loss is the mean |error| of the heuristic's seconds plus that of ReaL's.
         """
 
         def loss(f: Fitted) -> float:

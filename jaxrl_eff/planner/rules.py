@@ -1,17 +1,17 @@
-"""Plans that people choose by rule: what a search starts from, and what it is measured against.
+"""Plans made by common rules: starting points of a search, and baselines for its result.
 
-Each rule says where calls run; how each is parallelized there is then chosen for it: its fastest
-candidate, and while memory is short, the cheapest step (seconds a byte) towards less.
+Each rule decides where calls run. How each is parallelized there follows: by its fastest candidate,
+then, while memory is short, by the change that costs the fewest seconds per byte saved.
 
-    all       every call on all devices, models whole on each
+    all       every call on all devices, models replicated
     fsdp      every call on all devices, models sharded over all of them
     symmetric every call on all devices, one strategy for all calls: the best one
     colocated every call on all devices, each with its own strategy (HybridFlow's hybrid engine)
-    split     generation on all devices; calls that may run at once share them
+    split     generation on all devices; calls that can run at once share them
     halves    the actor's calls on one half, the others' on the other
     disaggregated  generation on some devices, everything else on the rest: the best ratio
-    by model  models in groups with devices of their own: the best partition (HybridFlow, Alg. 1)
-    by call   calls in groups with devices of their own, most level loads first
+    by model  models in groups with separate devices: the best partition (HybridFlow, Alg. 1)
+    by call   calls in groups with separate devices, the most balanced loads first
     greedy    every call where it is fastest by itself (ReaL's first state)
 
 Mei et al. 2024, arXiv:2406.14088; Sheng et al. 2024, arXiv:2409.19256.
@@ -28,12 +28,12 @@ _CALLS, _LEVEL = 8, 64
 
 
 def heuristics(judge: Judge, over: Callable[[float], bool]) -> dict[str, State | str]:
-    """The best state of every rule, or why there is none.
+    """Finds the best state of every rule, or a message why it has none.
 
     Args:
         judge: simulates.
-        over: whether a share (0 to 1) of what all rules together may take is used up; every rule
-            tries at least one state.
+        over: returns True if this share (0 to 1) of the budget of all rules together is used up;
+            every rule tries at least one state.
     """
     t = judge.table
     rules: dict[str, Callable[[Choices], Iterator[State]]] = {
@@ -71,7 +71,7 @@ def heuristics(judge: Judge, over: Callable[[float], bool]) -> dict[str, State |
 
 
 def repaired(judge: Judge, state: State, *, same_strategy: bool = False) -> State:
-    """The state, changed while memory is short: each time what costs least a byte saved."""
+    """Changes a state while memory is short, each time by what costs least per byte saved."""
     t = judge.table
     for _ in range(_REPAIRS):
         score = judge(state)
@@ -96,7 +96,7 @@ def repaired(judge: Judge, state: State, *, same_strategy: bool = False) -> Stat
         call, start, i = change
         tried = (*state[:call], (start, i), *state[call + 1 :])
         if judge(tried).over_bytes >= score.over_bytes * (1 - 1e-6):
-            # Elsewhere lies what is short: take everything that this call could save, then others.
+            # Other calls hold what is short: take all that this call can save, then change those.
             smaller = smallest(t, tried)
             return smaller if judge(smaller).fits and not same_strategy else tried
         state = tried
@@ -104,7 +104,7 @@ def repaired(judge: Judge, state: State, *, same_strategy: bool = False) -> Stat
 
 
 def smallest(t: Choices, state: State) -> State:
-    """On the same meshes, every call's candidate that holds least."""
+    """The state with the same meshes in which every call has its candidate with fewest bytes."""
     out = []
     for call, (start, _) in enumerate(state):
         count = t.slice(call, state).count
@@ -116,7 +116,7 @@ def smallest(t: Choices, state: State) -> State:
 
 
 def frugal(t: Choices) -> State:
-    """The state that holds least: every call on as many devices as there are, sharded most."""
+    """The state with the fewest bytes: every call on its candidate that needs least memory."""
     out = []
     for call in range(len(t.works)):
         best = min(
@@ -132,7 +132,7 @@ def frugal(t: Choices) -> State:
 
 
 def colocated(t: Choices) -> State | None:
-    """Every call on all devices (or as many as it divides on), each as fast as it can be."""
+    """Every call on all devices (or as many as its rows divide on), with its fastest candidate."""
     return arrange(t, [_whole(t)] * len(t.works))
 
 
@@ -141,7 +141,7 @@ def _whole(t: Choices) -> Slice:
 
 
 def _uniform(t: Choices, allowed: Sequence[Strategy] | None) -> Iterator[State]:
-    """Every call on all devices with one strategy; models of a few numbers have none to choose."""
+    """Yields states with all devices and one strategy; models of a few numbers keep their own."""
     n, small = t.cluster.devices, 1000
     first: list[dict[Strategy, int]] = []
     for found, w in zip(t.all, t.works, strict=True):
@@ -171,7 +171,7 @@ def _greedy(t: Choices) -> Iterator[State]:
 
 
 def _arranged(t: Choices, arrangements: Sequence[Sequence[Slice]] | Iterator) -> Iterator[State]:
-    """States of meshes by call: the fastest candidate on each; without one, none."""
+    """Yields the state of each arrangement (a mesh per call) in which every call can run."""
     for slices in arrangements:
         state = arrange(t, slices)
         if state is not None:
@@ -179,8 +179,8 @@ def _arranged(t: Choices, arrangements: Sequence[Sequence[Slice]] | Iterator) ->
 
 
 def arrange(t: Choices, slices: Sequence[Slice]) -> State | None:
-    """The fastest candidate of every call on its mesh; a call that does not divide so takes the
-    largest mesh inside on which it does."""
+    """The fastest candidate of every call on its mesh, or on the largest mesh inside it that the
+    call's rows divide on; None if a call can run on none."""
     out = []
     for call, where in enumerate(slices):
         inside = [
@@ -199,7 +199,7 @@ def arrange(t: Choices, slices: Sequence[Slice]) -> State | None:
 
 
 def cuts(t: Choices) -> list[int]:
-    """Where the cluster may be cut in two, near halves first."""
+    """Device numbers at which the cluster can be cut in two, those near the middle first."""
     c = t.cluster
     found = set(range(c.per_host, c.devices, c.per_host))
     size = 1
@@ -210,7 +210,7 @@ def cuts(t: Choices) -> list[int]:
 
 
 def _disaggregated(t: Choices) -> Iterator[list[Slice]]:
-    """Generation on [0, k), all else on [k, G): each on all of that, or side by side."""
+    """Generation on [0, k), the rest on [k, G): each call on all of that, or side by side."""
     generates = [w.kind == "generate" for w in t.works]
     if not any(generates) or all(generates) or t.cluster.devices == 1:
         return
@@ -234,7 +234,7 @@ def _halves(t: Choices) -> Iterator[list[Slice]]:
 
 
 def _together(t: Choices) -> list[list[int]]:
-    """Calls by groups of one kind that do not wait for each other in a step."""
+    """Groups calls of one kind that do not wait for each other within a step."""
     far = distances(t.problem)
     groups: list[list[int]] = []
     for i, w in enumerate(t.works):
@@ -250,7 +250,7 @@ def _together(t: Choices) -> list[list[int]]:
 
 
 def _split(t: Choices) -> Iterator[list[Slice]]:
-    """Calls that do not wait for each other side by side, in shares of their work."""
+    """Yields meshes with independent calls side by side, in shares of their work."""
     groups = _together(t)
     for whole in ((), ("generate",), ("generate", "infer"), ("generate", "train")):
         slices = [_whole(t)] * len(t.works)
@@ -262,8 +262,8 @@ def _split(t: Choices) -> Iterator[list[Slice]]:
 
 
 def shares(t: Choices, calls: Sequence[int], where: Slice) -> list[Slice]:
-    """A run of devices cut into legal meshes, one a call, about in proportion to their work; all
-    of it for each call if it cannot be cut so."""
+    """Cuts a run of devices into legal meshes, one per call, about in proportion to their work; if
+    it cannot be cut so, every call gets all of it."""
     best, out = float("inf"), [where] * len(calls)
     work = [min(c.seconds * c.count for c in t.all[i]) or 1e-12 for i in calls]
     order = sorted(range(len(calls)), key=lambda j: -work[j])
@@ -277,7 +277,7 @@ def shares(t: Choices, calls: Sequence[int], where: Slice) -> list[Slice]:
 
 
 def tilings(t: Choices, parts: int, where: Slice, most: int = 512) -> list[list[Slice]]:
-    """Ways to cut a run of devices into so many legal meshes, none larger than those before."""
+    """Ways to cut a run of devices into `parts` legal meshes, in order of decreasing size."""
     starts = {n: set(s) for n, s in t.starts.items()}
     out: list[list[Slice]] = []
 
@@ -298,7 +298,7 @@ def tilings(t: Choices, parts: int, where: Slice, most: int = 512) -> list[list[
 
 
 def _partitions(t: Choices) -> Iterator[list[Slice]]:
-    """Set partitions of the models; each set on devices of its own."""
+    """Yields meshes for set partitions of the models, each set on its own devices."""
     models = list(dict.fromkeys(w.model for w in t.works))
     for partition in sorted(_set_partitions(models), key=len):
         if len(partition) == 1:
@@ -318,8 +318,8 @@ def _partitions(t: Choices) -> Iterator[list[Slice]]:
 
 
 def _levelled(t: Choices) -> Iterator[list[Slice]]:
-    """Set partitions of at most `_CALLS` calls into two to four groups, each on devices of its own,
-    the `_LEVEL` whose most loaded device has least to do."""
+    """Yields meshes for set partitions of at most `_CALLS` calls into two to four groups, each on
+    its own devices: the `_LEVEL` ones whose most loaded device has the least work."""
     calls = range(len(t.works))
     if len(calls) > _CALLS or t.cluster.devices == 1:
         return

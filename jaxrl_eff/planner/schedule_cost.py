@@ -1,4 +1,4 @@
-"""A schedule's cost from what is known of a model and of a cluster."""
+"""Cost of a packing schedule, from a model's sizes and a cluster's rates."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from jaxrl_eff.planner.clusters import Cluster
 
 
 def model_of(lm: Any) -> Model:
-    """The sizes of an `LMConfig`, or of a `problem.Shape`, that count."""
+    """The sizes of an `LMConfig`, or of a `problem.Shape`, that the cost depends on."""
     sizes = lm.layers, lm.width, lm.heads, lm.kv_heads, lm.head_dim, lm.ffn, lm.vocab
     return Model(*sizes, window=lm.window or 0, windowed=int(np.sum(lm.windowed)))
 
 
 def cost_on(cluster: Cluster, model: Model, *, seq: int, tensor: int, itemsize: int) -> Cost:
-    """Seconds of training micro-steps, neighbours on the `seq` axis next to each other.
+    """Cost of training microbatches, with neighbors on the `seq` axis next to each other.
 
-    The ring sends while it computes, so that attention of distributed sequences hides the exchange.
+    The ring sends while it computes, so attention of distributed sequences hides the exchange.
 
     Args:
         seq, tensor: sizes of these axes.
@@ -30,7 +30,7 @@ def cost_on(cluster: Cluster, model: Model, *, seq: int, tensor: int, itemsize: 
     return cost_of(
         model,
         flops_per_s=tensor * cluster.train_efficiency * cluster.peak(itemsize),
-        bytes_per_s=tensor * rate,  # each has its share of the heads to send
+        bytes_per_s=tensor * rate,  # each tensor rank sends its share of the heads
         hop_seconds=start,
         attention_half=cluster.attention_half,
         overlap=1.0,

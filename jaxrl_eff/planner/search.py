@@ -1,19 +1,19 @@
-"""Finds a plan, and says how far from the best it can be.
+"""Searches for a plan, and bounds its distance from the best one.
 
-A plan's time is what `simulate` says; the search lowers it over `choices.State`s:
+A plan's time is what `simulate` predicts; the search minimizes it over `choices.State`s:
 
-    seeds       the rules of `seeds`, which people use by hand; the best ones go on
+    rules       the common plans of `rules`; the best ones are improved further
     descent     every change of one call among the meshes in use, until none helps
-    tempering   Metropolis chains at several temperatures, E = seconds: a change is taken with
-                probability min(1, exp(-(E' - E) / T)), and neighbouring chains swap states with
+    tempering   Metropolis chains at several temperatures, E = seconds: a change is accepted with
+                probability min(1, exp(-(E' - E) / T)), and neighboring chains swap states with
                 min(1, exp((1/T_i - 1/T_j) (E_i - E_j)))
     proof       where the space is small, branch and bound: every plan is tried or excluded
 
 The moves are ReaL's (one call, any candidate; Mei et al. 2024, arXiv:2406.14088, Sec. 4.3) and some
-that change calls together, because plans that are good for one call at a time are seldom good.
+that change several calls at once, since choosing each call alone seldom gives a good plan.
 Proposals are not symmetric: the chains search, they do not sample.
 
-The certificate is `bound.lower_bound`, or the plan's own time once a proof is done.
+The certificate is `bound.lower_bound`, or the plan's own time once a proof is complete.
 """
 
 import dataclasses
@@ -35,24 +35,24 @@ from jaxrl_eff.planner.simulate import Simulation
 from jaxrl_eff.planner.space import Slice
 
 CHAINS = 5
-CLOSE = 1e-4  # a gap at which the search is done
+CLOSE = 1e-4  # gap at which the search ends
 COLDEST, HOTTEST = 0.002, 0.08  # temperatures, as shares of the best seed's seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         plan: a placement for every call with a model.
-        schedule: what the simulator says of it.
+        schedule: its simulation.
         bound: a lower bound on the time of every plan of the space.
         evaluated: plans simulated.
         proven: every plan of the (pruned) space was tried or excluded.
-        heuristics: rule -> its schedule, or the reason why there is none.
+        heuristics: rule -> its schedule, or the reason why it has none.
         plans: rule -> its plan, for those that have one.
-        trace: (plans simulated, seconds of the best) whenever the best changed.
-        seconds: that the search took.
+        trace: (plans simulated, seconds of the best), added to whenever the best changed.
+        seconds: duration of the search.
     """
 
     plan: dict[str, Placement]
@@ -67,13 +67,13 @@ class Found:
 
     @property
     def gap(self) -> float:
-        """By what share of the bound the plan's time exceeds it."""
+        """Relative excess of the plan's time over the bound."""
         return max(0.0, self.schedule.seconds / self.bound.seconds - 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Budget:
-    """When to stop: after so many simulations, or so many seconds from `began` on."""
+    """A limit on simulations, or on seconds since `began`."""
 
     judge: Judge
     began: float
@@ -81,13 +81,13 @@ class _Budget:
     evaluations: int | None
 
     def over(self, share: float = 1.0) -> bool:
-        """Whether this share of the budget is used up."""
+        """Returns True if this share of the budget is used up."""
         if self.evaluations is not None:
             return self.judge.evaluated >= share * self.evaluations
         return time.perf_counter() - self.began >= share * self.seconds
 
     def steps(self, each: int) -> int:
-        """How many cheap steps to take at most, for so many a simulation of the budget."""
+        """Most cheap steps to take, at `each` per simulation of the budget."""
         return each * self.evaluations if self.evaluations is not None else each * 10_000
 
 
@@ -104,7 +104,7 @@ def search(
     corrections: Corrections = NONE,
     start: Plan | None = None,
 ) -> Found:
-    """The best plan found for a problem on a cluster.
+    """Searches for the best plan for a problem on a cluster.
 
     Args:
         problem: the step.
@@ -112,16 +112,16 @@ def search(
         seconds: how long to search.
         evaluations: how many plans to simulate instead; the result then depends on the seed alone.
         seed: of the random moves.
-        executable: only plans that `dataflow` runs (no pipelining).
+        executable: only plans that this package runs (no pipelining).
         smallest: devices of the smallest mesh of a call.
-        offloads: what calls may keep in the host's memory: "params" of frozen roles, "opt"imizer
+        offloads: what calls can keep in the host's memory: "params" of frozen roles, "opt"imizer
             states. None: nothing, unless no plan fits without.
         corrections: measured factors of the costs.
-        start: a plan to start from besides the rules', e.g. the one that is running.
+        start: a plan to start from in addition to the rules', e.g. the current one.
 
     Raises:
-        ValueError: no plan fits into memory (with what is short, where, and what would fit), or
-            the rows of a call divide on no mesh.
+        ValueError: no plan fits into memory (the message says what is short, where, and what would
+            fit), or the rows of a call divide evenly on no mesh.
     """
     began = time.perf_counter()
     judge, rules, thriftiest = None, {}, None
@@ -178,13 +178,13 @@ def exhaustive(
     corrections: Corrections = NONE,
     most: int | None = None,
 ) -> tuple[dict[str, Placement], Simulation]:
-    """The best plan of all, by branch and bound; for small clusters.
+    """Finds the best plan of all by branch and bound; for small clusters.
 
     Args:
-        most: gives up after so many steps.
+        most: gives up after this many steps.
 
     Raises:
-        ValueError: no plan fits, or there are too many.
+        ValueError: no plan fits, or `most` steps do not suffice.
     """
     table = choices(
         problem,
@@ -208,8 +208,8 @@ def exhaustive(
 def _improve(
     judge: Judge, starts: Sequence[State], rng: random.Random, budget: _Budget, floor: float
 ) -> bool:
-    """Lowers the best seconds until the budget is used up or `floor` is reached; whether it proved
-    that there is nothing better."""
+    """Lowers the best seconds until the budget is used up or `floor` is reached; returns True if it
+    proved that no plan is better."""
     ordered = sorted(dict.fromkeys(starts), key=lambda s: judge(s).energy)
     for state in ordered[:2]:
         _descend(judge, state, budget, 0.3)
@@ -231,7 +231,7 @@ def _improve(
 
 
 def _descend(judge: Judge, state: State, budget: _Budget, share: float) -> State:
-    """Takes the first better neighbour until there is none."""
+    """Moves to the first better neighbor until none is better."""
     score, better = judge(state), True
     while better and not budget.over(share):
         better = False
@@ -277,8 +277,8 @@ def _neighbours(t: Choices, state: State) -> Iterator[State]:
 def _on(
     t: Choices, state: State | None, call: int, where: Slice, rng: random.Random | None = None
 ) -> State | None:
-    """The state with a call on another mesh: with the strategy it had if possible, else the fastest
-    (or a random) one; None if it cannot run there."""
+    """The state with a call moved to another mesh: with its present strategy if possible, else the
+    fastest (or a random) one; None if it cannot run there."""
     if state is None:
         return None
     found = t.kept[call].get(where.count, ())
@@ -300,8 +300,8 @@ def _anneal(
     *,
     until_it_fits: bool = False,
 ) -> None:
-    """Parallel tempering from the given states, until this share of the budget is used up, the
-    floor is reached, or nothing new is met."""
+    """Runs parallel tempering from the given states, until this share of the budget is used up, the
+    floor is reached, or no new state has been found for a while."""
     starts = list(dict.fromkeys(starts))
     states = [starts[i % len(starts)] for i in range(CHAINS)]
     scores = [judge(s) for s in states]
@@ -329,7 +329,7 @@ def _anneal(
 
 
 def _move(t: Choices, state: State, rng: random.Random) -> State | None:
-    """A random change; None if the drawn one is not possible."""
+    """A random change of a state; None if the one drawn is not possible."""
     kind = rng.random()
     call = rng.randrange(len(state))
     start, index = state[call]
@@ -340,7 +340,7 @@ def _move(t: Choices, state: State, rng: random.Random) -> State | None:
     if kind < 0.4:  # another strategy on the same mesh
         i = rng.choice(t.kept[call][t.all[call][index].count])
         return (*state[:call], (start, i), *state[call + 1 :])
-    if kind < 0.55:  # a mesh twice or half as large, or beside
+    if kind < 0.55:  # a mesh twice or half as large, or an adjacent one
         here = t.slice(call, state)
         near = [Slice(here.start - here.start % (2 * here.count), 2 * here.count)]
         near += [Slice(here.start, here.count // 2)] if here.count > 1 else []
@@ -354,9 +354,9 @@ def _move(t: Choices, state: State, rng: random.Random) -> State | None:
     if kind < 0.65:  # two calls swap meshes
         a, b = t.slice(call, state), t.slice(other, state)
         return _on(t, _on(t, state, call, b, rng), other, a, rng)
-    if kind < 0.8:  # one call goes where another is
+    if kind < 0.8:  # one call moves to another's mesh
         return _on(t, state, call, t.slice(other, state), rng)
-    if kind < 0.9:  # follow: another call of the model takes this one's layout, so nothing moves
+    if kind < 0.9:  # another call of the model takes this one's layout, so nothing is reallocated
         return _follow(t, state, call, rng)
     return _shift(t, state, rng)
 
@@ -376,7 +376,7 @@ def _follow(t: Choices, state: State, call: int, rng: random.Random) -> State | 
 
 
 def _shift(t: Choices, state: State, rng: random.Random) -> State | None:
-    """Moves a border between devices: all calls that begin or end there follow."""
+    """Moves a boundary between devices; all calls that begin or end there follow."""
     slices = [t.slice(i, state) for i in range(len(state))]
     borders = sorted({s.start for s in slices} | {s.stop for s in slices})
     borders = [b for b in borders if 0 < b < t.cluster.devices]
@@ -384,7 +384,7 @@ def _shift(t: Choices, state: State, rng: random.Random) -> State | None:
     new = rng.choice(seeds.cuts(t)) if t.cluster.devices > 1 else None
     if new is None:
         return None
-    if old is None:  # everything is everywhere: one side for each call
+    if old is None:  # every call is on all devices: choose a side for each
         sides = [rng.randrange(3) for _ in slices]
         parts = (Slice(0, new), Slice(new, t.cluster.devices - new), Slice(0, t.cluster.devices))
         moved = [parts[s] for s in sides]
@@ -404,7 +404,7 @@ def _shift(t: Choices, state: State, rng: random.Random) -> State | None:
 
 
 def _short(judge: Judge, *, executable: bool, smallest: int, offloads: Sequence[str]) -> str:
-    """What is short, where, by how much, and the nearest thing that would fit."""
+    """Message that says what is short, where, by how much, and the nearest setup that would fit."""
     t, state = judge.table, min(judge.known, key=lambda s: judge(s).over_bytes)
     done = judge.schedule(state)
     group = max(done.groups, key=lambda g: g.bytes)
@@ -437,7 +437,7 @@ def _short(judge: Judge, *, executable: bool, smallest: int, offloads: Sequence[
 
 
 def _some_plan(problem: Problem, cluster: Cluster, **options) -> dict[str, Placement] | None:
-    """A plan that fits, found quickly or not at all."""
+    """A plan that fits, from two quick attempts; None if both fail."""
     try:
         table = choices(problem, cluster, **options)
     except ValueError:
@@ -450,7 +450,7 @@ def _some_plan(problem: Problem, cluster: Cluster, **options) -> dict[str, Place
 
 
 def _larger(c: Cluster) -> list[Cluster]:
-    """Clusters of the same devices, a little larger each."""
+    """Clusters of the same devices, each a little larger than the one before."""
     out, kind = [], c.name.partition(":")[0]
     torus = c.domain > c.per_host  # a slice, priced as one domain
     per_host, hosts = c.per_host, c.hosts

@@ -7,7 +7,7 @@ from jaxrl_eff.planner.problem import Role, Shape
 
 
 class Split(NamedTuple):
-    """How a model's dimensions are cut: whatever does not divide stays whole, as in `Rules`."""
+    """Ways that each dimension is sharded; 1 where the size does not divide, as in `Rules`."""
 
     heads: int
     kv: int
@@ -17,7 +17,7 @@ class Split(NamedTuple):
 
 
 def split(shape: Shape, p: Placement) -> Split:
-    """The ways in which a placement cuts a model."""
+    """The ways in which a placement shards a model."""
     cut = lambda n: p.tensor if n % p.tensor == 0 else 1  # noqa: E731
     ways = p.weight_shards
     fsdp = ways if shape.width % ways == 0 else 1
@@ -25,14 +25,14 @@ def split(shape: Shape, p: Placement) -> Split:
 
 
 def layer_share(shape: Shape, cut: Split) -> float:
-    """Matrix entries of one layer on a device, fsdp apart."""
+    """Matrix entries of one layer on a device, before sharding over fsdp."""
     queries = 2 * shape.width * shape.head_dim * shape.heads / cut.heads
     keys = 2 * shape.width * shape.head_dim * shape.kv_heads / cut.kv
     return queries + keys + (3 if shape.gated else 2) * shape.width * shape.ffn / cut.ffn
 
 
 def params_share(shape: Shape, p: Placement) -> float:
-    """Parameters on a device."""
+    """Number of parameters on a device."""
     cut = split(shape, p)
     head = 0.0 if shape.tied and not shape.value else shape.head_params
     ends = shape.vocab * shape.width / cut.vocab + head / (1 if shape.value else cut.vocab)
@@ -40,7 +40,7 @@ def params_share(shape: Shape, p: Placement) -> float:
 
 
 def seen(shape: Shape, context: float | int) -> float:
-    """Keys that a token sees, summed over layers."""
+    """Number of keys that a token attends to, summed over layers."""
     local = min(context, shape.window) if shape.window else context
     return (shape.layers - shape.windowed) * context + shape.windowed * local
 

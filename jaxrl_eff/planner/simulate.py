@@ -1,17 +1,17 @@
 """The schedule of a plan: when each call, reallocation and transfer runs, step after step.
 
-List scheduling over unrolled iterations, as ReaL's simulator (Mei et al. 2024, arXiv:2406.14088):
-of what is ready, what was ready first begins as soon as its devices are free. Beyond it:
+List scheduling over unrolled iterations, as in ReaL's simulator (Mei et al. 2024,
+arXiv:2406.14088): the node that was ready first begins as soon as its devices are free. Extensions:
 
 - a reallocation takes the devices of both placements, and is priced for that pair;
 - a transfer delays its reader, and one over the network takes the network cards of both sides, so
   that transfers through one card wait for each other;
-- a call of staleness s may use the weights of s updates ago: the version edge begins at iteration
+- a call of staleness s can use the weights of s updates ago: the version edge begins at iteration
   i - 1 - s, and s = 0 is synchronous training;
 - the time of a step is the slope of the ends of iterations, not an end divided by their number;
 - simulated devices that share cores slow each other down (`Cluster.shared_compute`).
 
-`Simulator` keeps every price it has worked out, so that a search can ask for many plans.
+`Simulator` caches prices, so that a search can evaluate many plans.
 """
 
 import dataclasses
@@ -26,17 +26,17 @@ from jaxrl_eff.planner.list_schedule import Edge, Node
 from jaxrl_eff.planner.problem import Plan, Problem
 
 WARMUP = 2
-# Schedules may settle into a pattern of 2 iterations, with stale weights of up to 4.
+# Schedules can settle into a pattern of 2 iterations, with stale weights of up to 4.
 ITERATIONS, STALE_ITERATIONS = 6, 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """One node of the schedule; seconds.
+    """One node of the schedule; times in seconds.
 
     Attributes:
         name: a call, "model->call" (reallocation) or "call->call" (transfer).
-        kind: as of the call, or "realloc" or "move".
+        kind: that of the call, or "realloc" or "move".
     """
 
     name: str
@@ -48,7 +48,7 @@ class Span:
 
 
 class Group(NamedTuple):
-    """Devices that hold and run the same; bytes of one of them."""
+    """Devices that hold and run the same, with the bytes of one of them."""
 
     devices: tuple[int, ...]
     static_bytes: float
@@ -61,7 +61,7 @@ class Group(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What a search compares.
+    """The values that a search compares.
 
     Attributes:
         seconds: of a step in the steady state.
@@ -81,9 +81,9 @@ class Simulation:
     Attributes:
         seconds, over_bytes, peak_bytes: see `Score`.
         spans: of all simulated iterations, by start.
-        groups: memory by devices that are alike.
+        groups: memory, by groups of devices with equal contents.
         costs: call -> its price.
-        edges: reallocation or transfer -> seconds, those that take any.
+        edges: reallocation or transfer -> seconds, for those that take any.
     """
 
     seconds: float | int
@@ -104,17 +104,17 @@ class Simulation:
 
 
 def realloc_name(model: str, call: str) -> str:
-    """How corrections and spans call the reallocation of a model for a call."""
+    """Name of the reallocation of a model for a call, in corrections and spans."""
     return f"{model}->{call}"
 
 
 def move_name(writer: str, reader: str) -> str:
-    """How corrections and spans call the transfer of all arrays from one call to another."""
+    """Name of the transfer of all arrays from one call to another, in corrections and spans."""
     return f"{writer}->{reader}"
 
 
 class _Site(NamedTuple):
-    """A placement as the simulator knows it."""
+    """A placement with the keys and bit masks that the simulator needs."""
 
     index: int
     placement: Placement
@@ -127,8 +127,8 @@ class Simulator:
     """Prices and schedules plans of one problem on one cluster.
 
     Args:
-        iterations: over how many the slope is taken, after warm-up; 0: 6, or 12 if a call may use
-            stale weights.
+        iterations: number over which the slope is taken, after warm-up; 0: 6, or 12 if a call can
+            use stale weights.
     """
 
     def __init__(
@@ -162,10 +162,10 @@ class Simulator:
         stale = max((w.staleness for w in works), default=0)
         self._warm, self._stale = WARMUP + stale, stale
         iterations = iterations or (STALE_ITERATIONS if stale else ITERATIONS)
-        # With staleness s the order of calls may repeat only every s + 1 iterations.
+        # With staleness s the order of calls can repeat only every s + 1 iterations.
         steps = iterations or (STALE_ITERATIONS if stale else ITERATIONS)
         self._slope = -(-steps // (stale + 1)) * (stale + 1)
-        # More than are measured, so that the last have followers that compete for devices.
+        # More than are measured, so that later iterations compete with the last for devices.
         self._count = self._warm + self._slope + 1 + stale
         self._host_bit = 1 << (cluster.devices + cluster.devices // cluster.domain)
         self._sites: dict[int, _Site] = {}
@@ -179,7 +179,7 @@ class Simulator:
     # Prices
 
     def cost(self, call: str, placement: Placement) -> Cost:
-        """The call's price there; see `cost.call_cost`."""
+        """The call's price on a placement; see `cost.call_cost`."""
         return self._cost(self._names.index(call), self._site(placement))
 
     def _site(self, p: Placement) -> _Site:
@@ -203,7 +203,7 @@ class Simulator:
             if len(self._alive) > 1_000_000:
                 self._sites.clear()
                 self._alive.clear()
-            self._alive.append(p)  # an id means something only while its object lives
+            self._alive.append(p)  # an id is valid only while its object exists
         self._sites[id(p)] = site
         return site
 
@@ -218,7 +218,7 @@ class Simulator:
         return found
 
     def _realloc(self, i: int, source: _Site, target: _Site) -> float:
-        """Seconds to bring the model of call i from `source`, its home, to `target`."""
+        """Seconds to move the model of call i from `source`, its home, to `target`."""
         key = (i, source.layout, target.layout)
         found = self._prices.get(key)
         if found is None:
@@ -231,7 +231,7 @@ class Simulator:
         return found[0]
 
     def _move(self, j: int, i: int, bytes_: float | int, source: _Site, target: _Site):
-        """Seconds to bring what call j wrote to call i, and whether that takes network cards."""
+        """Seconds to move what call j wrote to call i, and True if that takes network cards."""
         key = (j, i, source.index, target.index)
         found = self._prices.get(key)
         if found is None:
@@ -290,7 +290,7 @@ class Simulator:
                 k = trains.index(i)
                 edges.append(Edge(trains[k - 1], i, 0 if k else 1, 0.0))
                 continue
-            edges.append(Edge(i, trains[0], 0, 0.0))  # the update may reuse the weights' memory
+            edges.append(Edge(i, trains[0], 0, 0.0))  # the update can donate the weights
             source, lag = sites[self._home[w.model]], 1 + w.staleness
             if source.layout == site.layout:
                 edges.append(Edge(trains[-1], i, lag, 0.0))
@@ -332,8 +332,8 @@ class Simulator:
         slope = (b - a) / self._slope
         if not self._stale:
             return slope
-        # Asynchronous schedules may repeat more slowly than the window is long; but no device can
-        # do in a step more than a step's seconds.
+        # An asynchronous schedule's period can exceed the window, so the slope is bounded below by
+        # the load of the busiest device.
         parts: list[tuple[int, float]] = [(-1, 0.0)]
         for n in nodes:
             cut = [(p & n.mask, load + n.seconds) for p, load in parts if p & n.mask]
@@ -341,7 +341,7 @@ class Simulator:
         return max(slope, *(load for _, load in parts))
 
     def _memory(self, sites: list[_Site]) -> list[tuple[int, float, float, str]]:
-        """(mask, static, active, busiest call) of every group of devices that are alike."""
+        """(mask, static, active, busiest call) of every group of devices with equal contents."""
         held: dict[tuple, tuple[int, float]] = {}
         active: list[tuple[int, float, str]] = []
         for i, w in enumerate(self.problem.works):
@@ -374,8 +374,8 @@ class Simulator:
     def _best(self, nodes: list[Node], edges: list[Edge]):
         """Seconds of a step, starts and ends.
 
-        A call that may use stale weights may also use fresher ones, and a list schedule can lose
-        by having more to choose from: every staleness up to the one allowed is tried.
+        A call that can use stale weights can also use newer ones, and more freedom can make a list
+        schedule worse, so every staleness up to the limit is tried.
         """
         found = []
         for stale in range(self._stale, -1, -1):
@@ -387,14 +387,14 @@ class Simulator:
         return min(found, key=lambda x: x[0]) if len(found) > 1 else found[0]
 
     def score(self, plan: Plan) -> Score:
-        """The plan's time and memory, and nothing else: for searching."""
+        """Computes only the plan's time and memory, for a search."""
         sites = self._placed(plan)
         seconds, _, _ = self._best(*self._graph(sites))
         peak = max(static + active for _, static, active, _ in self._memory(sites))
         return Score(seconds, max(0.0, peak - self.cluster.memory_bytes), peak)
 
     def run(self, plan: Plan) -> Simulation:
-        """The plan's schedule.
+        """Computes the plan's schedule.
 
         Raises:
             ValueError: a call has no placement, or a device does not exist.
@@ -435,7 +435,7 @@ def simulate(
     *,
     iterations: int = 0,
 ) -> Simulation:
-    """One plan's schedule; `Simulator` is quicker for many.
+    """Simulates one plan's schedule; `Simulator` is faster for many.
 
     Raises:
         ValueError: a call has no placement, or a device does not exist.

@@ -1,9 +1,9 @@
-"""Which plans there are: legal meshes, strategies on a mesh, and what is worth keeping of both.
+"""The space of plans: legal meshes, strategies on a mesh, and pruning of both.
 
-A *mesh* is a run of devices that never leaves holes: whole consecutive hosts, or 2^k devices of one
-host at a multiple of their number. A *strategy* says how a call is parallelized on a mesh: ReaL's
-(data, tensor, stage), or (data, fsdp, tensor) for plans that this package executes. Meshes of one
-size are alike, so a strategy is priced once a size (`candidates`), not once a mesh.
+A *mesh* is a run of consecutive devices: whole hosts, or 2^k devices of one host that start at a
+multiple of their number. A *strategy* says how a call is parallelized on a mesh: ReaL's (data,
+tensor, stage), or (data, fsdp, tensor) for plans that this package executes. Meshes of one size are
+alike, so a strategy is priced once per size (`candidates`), not once per mesh.
 
 Mei et al. 2024, arXiv:2406.14088, Sec. 4. Left out: meshes of a torus that are not runs of devices.
 """
@@ -53,7 +53,7 @@ class Strategy(NamedTuple):
     seq: int = 1
 
 
-LONG = 2048  # tokens of a row from which its tokens may be spread over devices
+LONG = 2048  # fewest tokens of a row that can be sharded over a sequence axis
 
 
 def meshes(cluster: Cluster, smallest: int = 1) -> tuple[Slice, ...]:
@@ -74,12 +74,12 @@ def meshes(cluster: Cluster, smallest: int = 1) -> tuple[Slice, ...]:
 
 
 def divisors(n: int) -> list[int]:
-    """Ascending."""
+    """Divisors of n, ascending."""
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def pipelined(count: int, per_host: int = 8) -> Iterator[Strategy]:
-    """ReaL's legal strategies of `count` devices: data, tensor and pipeline parallelism.
+    """Yields ReaL's legal strategies of `count` devices: data, tensor and pipeline parallelism.
 
     A pipeline stage is a power of two of devices in one host, or whole hosts.
     """
@@ -93,7 +93,7 @@ def pipelined(count: int, per_host: int = 8) -> Iterator[Strategy]:
 
 
 def sharded(count: int, per_host: int = 8) -> Iterator[Strategy]:
-    """The strategies that are executed: data, fsdp and tensor parallelism, tensor in one host."""
+    """Yields executable strategies: data, fsdp and tensor parallelism, tensor within one host."""
     for tensor in TENSOR:
         if tensor <= per_host and count % tensor == 0:
             for fsdp in divisors(count // tensor):
@@ -101,10 +101,10 @@ def sharded(count: int, per_host: int = 8) -> Iterator[Strategy]:
 
 
 def spread(found: Iterable[Strategy], length: int) -> Iterator[Strategy]:
-    """Strategies with some of the data-parallel devices sharing rows of this length instead.
+    """Yields strategies in which some data-parallel devices become a sequence axis instead.
 
     Args:
-        length: that must divide; 0: any is cut as it comes.
+        length: row length that `seq` must divide; 0: every size is allowed.
     """
     for s in found:
         for seq in divisors(s.data)[1:]:
@@ -121,15 +121,15 @@ def strategies(
     length: int = 0,
     packed: bool = False,
 ) -> tuple[Strategy, ...]:
-    """Ways to parallelize a call on `count` devices.
+    """Lists ways to parallelize a call on `count` devices.
 
     Args:
         count: devices of the mesh.
-        executable: only what `dataflow` runs; otherwise ReaL's strategies too.
+        executable: only what this package runs; otherwise ReaL's strategies too.
         per_host: devices of a host; tensor parallelism stays inside one.
         shape: leaves out what does not divide this model's heads, widths or layers.
-        length: of rows whose tokens may be spread over devices; 0: none may.
-        packed: a schedule lays these rows out, in parts of any length, and they are not pipelined.
+        length: of rows whose tokens can be sharded over devices; 0: none can.
+        packed: a schedule packs these rows, in parts of any length, and they are not pipelined.
     """
     found: Iterable[Strategy] = sharded(count, per_host)
     if length >= LONG:
@@ -150,10 +150,10 @@ def _divides(shape: Shape, s: Strategy) -> bool:
 
 
 def microbatches(work: Work, s: Strategy, most: int = 12) -> tuple[int, ...]:
-    """Into how many parts the call may split its rows; empty if they do not divide at all.
+    """Microbatch counts that the call's rows allow; empty if the rows do not divide at all.
 
-    A generate call splits the prompts that it reads. Of many divisors powers of two are kept. Of a
-    packed call they stand for the room, see `packing`; rows need not divide by devices.
+    A generate call splits the prompts that it reads. Of many divisors, powers of two are kept. For
+    a packed call the count sets the capacity, see `packed_rows`; rows need not divide by devices.
     """
     if work.packed is not None:
         if work.rows % work.minibatches or not packed_rows.fits(work, s.seq):
@@ -171,12 +171,12 @@ def microbatches(work: Work, s: Strategy, most: int = 12) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A strategy of one call on any mesh of `count` devices, priced.
+    """A priced strategy of one call on any mesh of `count` devices.
 
     Attributes:
-        count, strategy, microbatches, offload: what makes a placement of a mesh.
+        count, strategy, microbatches, offload: what makes a mesh a placement.
         seconds: of the call.
-        static_bytes: of a device, held all the time; `active_bytes` while the call runs.
+        static_bytes: per device, held all the time; `active_bytes`: while the call runs.
     """
 
     count: int
@@ -194,11 +194,11 @@ class Candidate:
 
     @property
     def layout(self) -> tuple:
-        """What decides where the model's parameters lie on the mesh."""
+        """Key of where the model's parameters are stored on the mesh."""
         return (self.count, *self.strategy, self.offload)
 
     def at(self, start: int) -> Placement:
-        """The placement on the mesh that starts there."""
+        """The placement on the mesh that begins at device `start`."""
         return _placement(self, start)
 
 
@@ -208,7 +208,7 @@ def _placement(c: Candidate, start: int) -> Placement:
 
 
 def placement(where: Slice, s: Strategy, microbatches: int = 1, offload: str = "") -> Placement:
-    """A placement from its parts."""
+    """Builds a placement from its parts."""
     return Placement(
         where.devices,
         stage=s.stage,
@@ -231,16 +231,16 @@ def candidates(
     executable: bool = True,
     offloads: Sequence[str] = ("",),
 ) -> dict[int, tuple[Candidate, ...]]:
-    """Every strategy of a call, priced: mesh size -> candidates, nothing pruned.
+    """Prices every strategy of a call: mesh size -> candidates, nothing pruned.
 
-    More microbatches are tried only while they save memory.
+    Larger microbatch counts are tried only while they save memory.
 
     Args:
-        problem, work, cluster: whose calls, which call, where.
+        problem, work, cluster: the step, the call and the devices.
         price: the `cost.Cost` of a call on a placement.
         smallest: devices of the smallest mesh.
-        executable: only what `dataflow` runs.
-        offloads: what may wait in the host's memory: "", "params" (frozen roles), "opt" (trained).
+        executable: only what this package runs.
+        offloads: what can stay in the host's memory: "", "params" (frozen roles), "opt" (trained).
     """
     shape = problem.roles[work.model].shape
     out: dict[int, tuple[Candidate, ...]] = {}
@@ -275,18 +275,18 @@ def candidates(
 
 
 def _offloads(problem: Problem, work: Work, allowed: Sequence[str]) -> tuple[str, ...]:
-    """What of a call's model may wait in the host's memory: frozen weights, optimizer states."""
+    """Offloads that apply to a call's model: frozen weights, or optimizer states."""
     trained = any(w.kind == "train" and w.model == work.model for w in problem.works)
     fit = {""} | ({"opt"} if work.kind == "train" else set() if trained else {"params"})
     return tuple(o for o in allowed if o in fit)
 
 
 def pareto(found: Iterable[Candidate], *, moved: float | int = 0.0) -> tuple[Candidate, ...]:
-    """What is not beaten in seconds and in memory by another candidate of the same mesh size.
+    """Keeps candidates that no other of the same mesh size beats in both seconds and memory.
 
     Args:
         found: of one call and one mesh size.
-        moved: the most seconds that another layout of the model may cost other calls, through
+        moved: most seconds that another layout of the model can cost other calls, through
             reallocation. A candidate of another layout must win by that much; infinity keeps the
             best of every layout.
     """
@@ -306,6 +306,6 @@ def pareto(found: Iterable[Candidate], *, moved: float | int = 0.0) -> tuple[Can
 def fitting(
     found: Mapping[int, Sequence[Candidate]], memory_bytes: float | int
 ) -> dict[int, tuple[Candidate, ...]]:
-    """Those that fit into a device's memory on their own; sizes without any are left out."""
+    """Candidates that fit into a device's memory by themselves; sizes without any are left out."""
     out = {n: tuple(c for c in cs if c.bytes <= memory_bytes) for n, cs in found.items()}
     return {n: cs for n, cs in out.items() if cs}

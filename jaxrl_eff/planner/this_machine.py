@@ -1,7 +1,7 @@
-"""What the CPU at hand does as a cluster: simulated devices that share its cores. About 2 s.
+"""Measures this machine's CPU as a cluster of simulated devices that share its cores; about 2 s.
 
-Peaks are of float32, and efficiencies are what a small model's layers reach of them; `profile`
-refits the rest call by call.
+Peaks are of float32, and efficiencies are the share of them that a small model's layers reach.
+`corrections` refits the rest call by call.
 """
 
 import math
@@ -21,7 +21,7 @@ ROWS, WIDTH, LAYERS = 512, 256, 16
 
 
 def best(fn: Callable[..., Any], *args: Any, seconds: float | int = 0.1) -> float:
-    """Least seconds of a call, compiled before."""
+    """Fewest seconds of a call, without compilation."""
     jax.block_until_ready(fn(*args))
     least, stop = float("inf"), time.perf_counter() + seconds
     while least == float("inf") or time.perf_counter() < stop:
@@ -32,14 +32,14 @@ def best(fn: Callable[..., Any], *args: Any, seconds: float | int = 0.1) -> floa
 
 
 def _block(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A product each way with a softmax between: a layer's mixture of products and the rest."""
+    """Two products with a softmax between, a mixture of work as in a layer."""
     return jax.nn.softmax(x @ w, axis=-1) @ w.T
 
 
 def cpu() -> Cluster:
-    """This process's simulated devices as a host, and as many hosts as there are processes.
+    """This process's simulated devices as one host, with as many hosts as there are processes.
 
-    Nothing is measured between processes, which would have to agree on how often.
+    Nothing is measured between processes, since they would have to agree on the repetitions.
     """
     devices = jax.local_devices()
     n = len(devices)
@@ -49,7 +49,7 @@ def cpu() -> Cluster:
 
     step = jax.jit(jax.grad(lambda w, x: (_block(x, w) ** 2).sum()))
     alone, spread = float("inf"), float("inf")
-    for _ in range(5 if n > 1 else 1):  # in turns, so that others' load falls on both
+    for _ in range(5 if n > 1 else 1):  # alternating, so that other load affects both
         on_one = jax.device_put(w, devices[0]), jax.device_put(x, devices[0])
         alone = min(alone, best(step, *on_one, seconds=0.05))
         if n > 1:
@@ -70,7 +70,7 @@ def cpu() -> Cluster:
 
     link, latency, move = copied / 2, 0.0, launch
     if n > 1:
-        big = jax.device_put(np.ones((n << 15, 8), np.float32), rows)  # stays in caches
+        big = jax.device_put(np.ones((n << 15, 8), np.float32), rows)  # small enough for caches
         collect = jax.jit(lambda a: a * 1.0, out_shardings=whole)
         link = big.nbytes * (n - 1) / n / best(collect, big)
         send = lambda a: jax.device_put(a, devices[1])  # noqa: E731

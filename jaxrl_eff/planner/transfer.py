@@ -1,12 +1,12 @@
-"""What it costs to bring parameters or rows from one placement to another, by pair of placements.
+"""Cost of moving parameters or rows from one placement to another, by pair of placements.
 
-Parameters lie in boxes of (layers, fsdp dimension, tensor dimension). With I(d) and J(d) what
-device d has and needs, and h its domain (a host, or a slice of a torus), a reallocation takes at
-least
+Parameters are stored in boxes of (layers, fsdp dimension, tensor dimension). With I(d) and J(d)
+what device d has and needs, and h its domain (a host, or a slice of a torus), a reallocation takes
+at least
 
     max( max_d |J(d) - I(d)| / link,  max_h |J(h) - I(h)| / cards(h),  outside / cards(source) )
 
-which is what is charged, at the wires' efficiencies, with a fixed part for being one at all.
+which is the price here, at the efficiencies of the links, plus a fixed cost per reallocation.
 """
 
 import functools
@@ -20,13 +20,13 @@ from jaxrl_eff.planner.collectives import run, sizes
 from jaxrl_eff.planner.problem import Problem
 from jaxrl_eff.planner.shares import params_share
 
-BUCKET_BYTES = 2.0**28  # of a reallocation in flight, a device
+BUCKET_BYTES = 2.0**28  # per device, of a reallocation in flight
 
 
 def layout(p: Placement) -> tuple:
-    """What decides where parameters lie: equal layouts share them, and nothing is moved.
+    """Key of where parameters are stored: with equal layouts, nothing is moved.
 
-    Data and seq both repeat them, so only their product between other axes counts.
+    Parameters are replicated over both data and seq, so adjacent ones count by their product.
     """
     axes: list[tuple[str, int]] = []
     names = ("stage", "copy", "fsdp", "copy", "tensor")
@@ -40,13 +40,13 @@ def layout(p: Placement) -> tuple:
 
 
 class Moved(NamedTuple):
-    """A reallocation as shares of the model.
+    """A reallocation, as shares of the model.
 
     Attributes:
-        received: the most that one device receives; `imported` the most that one domain does, of
-            distinct parameters; `exported` all that must leave the source's domains.
+        received: the most that one device receives; `imported`: the most that one domain receives,
+            of distinct parameters; `exported`: all that must leave the source's domains.
         source, target: a device's share before and after.
-        domains: of the source.
+        domains: number of domains of the source.
     """
 
     received: float
@@ -58,13 +58,13 @@ class Moved(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """What the devices of a mesh hold: boxes of (stage, fsdp, tensor), and those of each domain."""
+    """The boxes of (stage, fsdp, tensor) that a mesh's devices hold, and those of each domain."""
 
     boxes: np.ndarray  # [n, 3, 2] lower and upper ends
     number: np.ndarray  # [n] equal for equal boxes
     domains: np.ndarray  # [h] ascending
     distinct: np.ndarray  # [h, k, 3, 2] padded with empty boxes
-    counts: np.ndarray  # [h] how many of them are none
+    counts: np.ndarray  # [h] number of nonempty boxes
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -91,10 +91,10 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def moved(source: Placement, target: Placement, domain: int) -> Moved:
-    """What must move between two placements of one model, however it is done.
+    """Computes what must move between two placements of one model, whatever the method.
 
     With I(d) and J(d) what device d has and needs, it receives |J(d)| - |J(d) & I(d)|; a domain
-    imports the union of its J less the union of its I.
+    imports the union of its J minus the union of its I.
     """
     origin = min(source.devices[0], target.devices[0]) // domain * domain
     a, b = run(source.devices, origin), run(target.devices, origin)
@@ -136,7 +136,7 @@ def _moved(
 def realloc_cost(
     problem: Problem, model: str, source: Placement, target: Placement, cluster: Cluster
 ) -> float:
-    """Seconds to bring a model's parameters from one placement to another; 0 if they lie there.
+    """Seconds to move a model's parameters from one placement to another; 0 if the layout is equal.
 
     The slowest of: a device's links, a domain's network cards on the way in, and those of the
     source's domains on the way out.
@@ -157,7 +157,7 @@ def realloc_cost(
 
 
 def realloc_bytes(problem: Problem, model: str, source: Placement, target: Placement) -> float:
-    """Bytes that a device of the target needs during a reallocation besides both layouts."""
+    """Extra bytes that a device of the target needs in a reallocation, beyond both layouts."""
     if layout(source) == layout(target):
         return 0.0
     shape = problem.roles[model].shape
@@ -165,7 +165,7 @@ def realloc_bytes(problem: Problem, model: str, source: Placement, target: Place
 
 
 def same_rows(source: Placement, target: Placement) -> bool:
-    """Whether rows of arrays lie alike on both placements."""
+    """Returns True if rows of arrays are sharded alike on both placements."""
     return source.devices == target.devices and (
         (source.row_shards, source.seq, source.stage)
         == (target.row_shards, target.seq, target.stage)
@@ -173,14 +173,14 @@ def same_rows(source: Placement, target: Placement) -> bool:
 
 
 def crosses(source: Placement, target: Placement, cluster: Cluster) -> bool:
-    """Whether a transfer between the two needs the network."""
+    """Returns True if a transfer between the two placements needs the network."""
     return {d // cluster.domain for d in target.devices} != {
         d // cluster.domain for d in source.devices
     }
 
 
 def move_cost(bytes_: float | int, source: Placement, target: Placement, cluster: Cluster) -> float:
-    """Seconds to bring arrays, `bytes_` in all, to where their reader wants them."""
+    """Seconds to move arrays of `bytes_` bytes in total to their reader's placement."""
     if same_rows(source, target):
         return 0.0
     share = bytes_ / target.row_shards

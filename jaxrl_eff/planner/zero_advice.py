@@ -1,15 +1,15 @@
-"""Whether it pays to send less between nodes: tokens from which traffic hides behind compute.
+"""Advice on quantized ZeRO traffic: the tokens above which traffic hides behind compute.
 
 A model sharded over N nodes (ZeRO-3) sends, for every update and node, V times its bytes in 16 bits
 over the slow network: V = 3 with weights gathered forward and backward and gradients reduced, less
-on a rung of `parallel.ladder`. With T tokens a device, P parameters, A devices a node, F FLOP/s a
-device and B bytes/s between nodes a device,
+at a level of `parallel.zero.levels`. With T tokens per device, P parameters, A devices per node, F
+FLOP/s per device and B bytes/s between nodes per device,
 
-    compute  p 2 P T / F        p passes: 3, or 4 where the forward pass is computed again
+    compute  p 2 P T / F        p passes: 3, or 4 where the forward pass is recomputed
     network  2 P V (N - 1) / N / (A B)
 
-so the network hides from T* = V F (N - 1) / (p N A B) tokens on, whatever the size of the model
-(ZeRO++, arXiv:2306.10209, whose figures this explains: 16 V100 with one link need 4,000).
+so the network is hidden from T* = V F (N - 1) / (p N A B) tokens on, for every model size (ZeRO++,
+arXiv:2306.10209, whose figures this explains: 16 V100 with one link need 4,000).
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from jaxrl_eff.planner.problem import Problem, Work
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """What one train call would gain by sending less, if its model is sharded over all nodes.
+    """Gain of one train call from sending less, if its model is sharded over all nodes.
 
     Attributes:
         call: its name.
-        tokens: of a device and an update.
-        needed: rung -> tokens from which its traffic hides behind compute.
-        gain: rung -> how much faster an update could be than with "exact", at most.
+        tokens: per device and update.
+        needed: level -> tokens from which its traffic hides behind compute.
+        gain: level -> how much faster an update could be than with "exact", at most.
     """
 
     call: str
@@ -37,7 +37,7 @@ class Advice:
     gain: dict[str, float]
 
     def text(self) -> str:
-        """In one sentence."""
+        """The advice in one sentence."""
         exact, least = self.needed["exact"], min(self.gain, key=lambda k: (-self.gain[k], k))
         said = f"{self.call} has {self.tokens:,.0f} tokens a device and update"
         if self.tokens >= exact:
@@ -61,7 +61,7 @@ def volume(rung: ZeroLevel) -> float:
 
 
 def break_even(cluster: Cluster, rung: ZeroLevel, *, passes: float | int = 3) -> float:
-    """T*, tokens of a device and an update; 0 where there is no second node."""
+    """T*, tokens per device and update; 0 without a second node."""
     nodes = cluster.devices / cluster.domain
     if nodes <= 1:
         return 0.0
@@ -71,7 +71,7 @@ def break_even(cluster: Cluster, rung: ZeroLevel, *, passes: float | int = 3) ->
 
 
 def advice(problem: Problem, cluster: Cluster) -> list[Advice]:
-    """For every train call; none on a cluster without a slow network."""
+    """Advice for every train call; empty on a cluster without a slow network."""
     if cluster.devices <= cluster.domain:
         return []
     return [_of(w, problem, cluster) for w in problem.works if w.kind == "train" and w.model]

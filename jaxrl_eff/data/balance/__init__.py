@@ -1,1 +1,1 @@
-"""Length-aware micro-batches: sequences of many lengths, cut so that devices finish together."""
+"""Length-aware micro-batches of sequences, packed and sharded so that devices finish together."""

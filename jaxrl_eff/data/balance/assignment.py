@@ -1,4 +1,4 @@
-"""Where every sequence of a global batch is computed, and what that costs."""
+"""Assignment of a global batch's sequences to devices and micro-steps, and its estimated cost."""
 
 import dataclasses
 from typing import NamedTuple
@@ -21,17 +21,18 @@ class Shape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Assignment:
-    """Where every sequence of a global batch is computed.
+    """A schedule of a global batch: the micro-step, group and rank that compute each sequence.
 
     Attributes:
         lengths: int64 [K], tokens of each sequence.
-        groups, parts, room: data-parallel groups, ranks of the sequence axis, tokens of a rank.
-        cost: that it was judged by.
+        groups, parts, room: data-parallel groups, ranks of the sequence axis, capacity of a rank in
+            tokens.
+        cost: the cost model that estimated it.
         shapes: of each micro-step.
         step, group: int32 [K].
         rank: int32 [K], within the group; -1: distributed over it.
         seconds: estimated, of the whole batch.
-        rule: who found it.
+        rule: name of the rule that found it.
         candidates: rule -> estimated seconds of the best schedule that it found.
     """
 
@@ -49,7 +50,7 @@ class Assignment:
     candidates: dict[str, float]
 
     def stripes(self) -> np.ndarray:
-        """int64 [K]: tokens of each sequence on every rank, were it distributed."""
+        """int64 [K]: tokens of each sequence on every rank, if it were distributed."""
         return -(-self.lengths // self.parts)
 
     def tokens(self) -> np.ndarray:
@@ -76,7 +77,7 @@ class Assignment:
         return out
 
     def rank_seconds(self) -> np.ndarray:
-        """float64 [steps, groups, parts]: estimated, each rank for itself."""
+        """float64 [steps, groups, parts]: estimated seconds of each rank by itself."""
         attention = self.attention()
         return np.array(
             [
@@ -92,7 +93,7 @@ class Assignment:
         ).reshape(attention.shape[:-1])
 
     def terms(self) -> np.ndarray:
-        """What the slowest ranks pay, float64 [6]: the row of this step for `refit`."""
+        """Cost terms of the slowest ranks, float64 [6]: this step's row for `refit`."""
         out, attention = np.zeros(6), self.attention()
         slowest = self.rank_seconds().reshape(len(self.shapes), -1).argmax(1)
         for shape, at, seconds in zip(self.shapes, slowest, attention, strict=True):
@@ -103,16 +104,16 @@ class Assignment:
 
 
 class Quality(NamedTuple):
-    """A schedule in numbers.
+    """Quality measures of a schedule.
 
     Attributes:
         seconds: estimated.
         over_limit: seconds over those of perfect balance, see `Cost.perfect`.
-        steps: micro-steps.
+        steps: number of micro-steps.
         padding: share of columns without a token.
         distributed: share of tokens in distributed sequences.
-        time_balance: mean over max of the ranks' estimated seconds, micro-steps added up.
-        token_balance: the same of their tokens.
+        time_balance: mean over max of the ranks' estimated seconds, each summed over micro-steps.
+        token_balance: the same for their tokens.
     """
 
     seconds: float
@@ -125,7 +126,7 @@ class Quality(NamedTuple):
 
 
 def quality(schedule: Assignment) -> Quality:
-    """What a schedule costs and why."""
+    """Computes a schedule's quality measures."""
     ranks = schedule.groups * schedule.parts
     columns = sum(shape.columns for shape in schedule.shapes)
     total = int(schedule.lengths.sum())

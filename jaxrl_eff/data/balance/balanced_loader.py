@@ -1,9 +1,8 @@
-"""Global batches as lists of micro-batches, planned and laid out ahead in a thread.
+"""Global batches as lists of micro-batches, scheduled and laid out ahead in a thread.
 
-A *unit* is what must lie in one row: a sequence, or both sides of a preference pair. `arrange`
-makes rows of a schedule; every unit is in one row of a device or in one row of a group, packed side
-by side with others like anywhere else, and what cuts a group's row over its devices is not seen
-here.
+A *unit* must be in one row: a sequence, or both sides of a preference pair. `arrange` makes rows
+from a schedule; every unit is in one row of a device or in one row of a group, packed with others
+as usual. How a group's row is sharded over its devices is decided elsewhere.
 """
 
 import dataclasses
@@ -26,12 +25,12 @@ from jaxrl_eff.data.loader import Loader
 Unit = tuple[packing.Segment, ...]
 MicroBatch = dict[str, dict[str, np.ndarray]]
 
-KEPT = 64  # measured steps, for the next fit
-NOWHERE = 2**31 - 1  # beyond any array
+KEPT = 64  # measured steps that the next fit uses
+NOWHERE = 2**31 - 1  # out of bounds of any array
 
 
 def arrange(schedule: Assignment, units: Sequence[Unit], *, pad: int = 0) -> list[MicroBatch]:
-    """The rows of every micro-step, for G groups of P ranks.
+    """Makes the rows of every micro-step, for G groups of P ranks.
 
     Args:
         schedule: of the units' lengths.
@@ -55,15 +54,15 @@ def arrange(schedule: Assignment, units: Sequence[Unit], *, pad: int = 0) -> lis
 
 
 def maps(schedule: Assignment, rows: Sequence[int] | np.ndarray, *, width: int) -> list[MicroBatch]:
-    """Where the tokens of every micro-step come from, if each sequence is the begin of a row.
+    """Maps each position of every micro-step to its token in an array of one sequence per row.
 
     Args:
         schedule: of the lengths of K sequences.
-        rows: int [K], in which row of an array [B, T] each is.
+        rows: int [K], the row of each sequence in an array [B, T], at whose start it is.
         width: T.
 
     Returns:
-        For each micro-step "local" and "shared", with rows as of `arrange`: "source" int32, row *
+        For each micro-step "local" and "shared", with rows as in `arrange`: "source" int32, row *
         width + column in the array, or `NOWHERE` at padding; "segment" int32, 1, 2, .. within the
         row, 0 at padding.
     """
@@ -86,7 +85,7 @@ def maps(schedule: Assignment, rows: Sequence[int] | np.ndarray, *, width: int) 
 
 
 def _rows(schedule: Assignment) -> list[dict[str, list[list[int]]]]:
-    """Which sequences are in each row of each micro-step, in their order."""
+    """Indices of the sequences in each row of each micro-step, in order."""
     groups, parts = schedule.groups, schedule.parts
     sizes = {"local": groups * parts, "shared": groups}
     out = [{side: [[] for _ in range(n)] for side, n in sizes.items()} for _ in schedule.shapes]
@@ -109,7 +108,7 @@ _made = itertools.count()
 
 
 def told(schedule: Assignment) -> str:
-    """A schedule as text, from which `heard` makes the same one beside the same lengths."""
+    """Serializes a schedule as text; `heard` restores it given the same lengths."""
     return json.dumps(
         {
             "lengths": _digest(schedule.lengths),
@@ -123,10 +122,10 @@ def told(schedule: Assignment) -> str:
 def heard(
     text: str, lengths: Sequence[int], *, groups: int, parts: int, room: int, cost: Cost
 ) -> Assignment:
-    """The schedule that another process made of a batch; see `told`.
+    """Restores a schedule of another process, see `told`.
 
     Raises:
-        ValueError: it is of other lengths.
+        ValueError: it was made for other lengths.
     """
     there, mine = json.loads(text), np.asarray(lengths, np.int64)
     if there.pop("lengths") != _digest(mine):
@@ -149,23 +148,23 @@ def _digest(lengths: np.ndarray) -> str:
 class BalancedLoader:
     """An iterator over scheduled global batches; `state` and `restore` resume as a `Loader`'s.
 
-    Of several processes the first one plans, by what it measures, and tells the others its
-    schedules; every process lays them out. All must make their iterators in the same order.
+    With several processes, the first one plans, using its measurements, and sends its schedules to
+    the others; every process lays them out. All must make their iterators in the same order.
 
     Args:
-        loader: one example a row; as many as a global batch has.
-        groups, parts, room: as of `skrull.plan`.
-        cost: by which schedules are judged, at first.
-        shapes: that micro-steps may have.
-        lengths: of some units, to be told.
+        loader: one example per row; as many rows as a global batch has examples.
+        groups, parts, room: as in `skrull.plan`.
+        cost: initial cost model of schedules.
+        shapes: allowed shapes of micro-steps.
+        lengths: of some units, for `told`.
         pad: token id at padding.
         ahead: batches planned ahead.
-        measure: whether measured batches correct the cost.
-        group: `parallel.processes.Group` of the run's processes, which tell each other the cost;
-            None: this one is alone.
+        measure: True corrects the cost by measured batches.
+        group: `parallel.processes.Group` of the run's processes, for sending schedules; None: this
+            process is alone.
 
     Attributes:
-        schedule: of the batch that was given last.
+        schedule: of the last batch returned.
     """
 
     def __init__(
@@ -216,25 +215,25 @@ class BalancedLoader:
             self._start()
 
     def share(self, process: tuple[int, int]) -> None:
-        """Every process has whole batches, so there is nothing to be chosen."""
+        """Does nothing: every process has whole batches."""
 
     def state(self) -> dict[str, Any]:
-        """As `Loader.state`, after the batches that were given; and the cost."""
+        """`Loader.state` after the batches returned, with the cost added."""
         if self._state is None:
             self._state = self._loader.state()
         return {**self._state, "cost": dataclasses.asdict(self._cost)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """As `Loader.restore`."""
+        """Continues after the batch that `state` followed, as `Loader.restore`."""
         self.close()
         self._loader.restore(state)
         self._state, self._cost = state, Cost(**state["cost"])
 
     def told(self) -> dict[str, Any]:
-        """What schedules are made for, as plain data: room, shapes, a histogram of lengths.
+        """Describes what schedules are made for: room, shapes, a histogram of lengths.
 
         Returns:
-            `lengths` is a list of (most tokens, share of units), bins that double.
+            Plain data; `lengths` is a list of (most tokens, share of units), in bins that double.
         """
         edges = 2 ** np.arange(1, max(2, int(self._lengths.max(initial=2)).bit_length() + 1))
         bins = np.searchsorted(edges, self._lengths)
@@ -246,15 +245,14 @@ class BalancedLoader:
         }
 
     def stats(self) -> dict[str, float]:
-        """As `Loader.stats`, of batches given; padding is that of the batch given last."""
+        """`Loader.stats` of the batches returned; padding is of the last one."""
         padding = quality(self.schedule).padding if self.schedule is not None else 0.0
         return {**self._loader.stats(self.state()), "padding": padding}
 
     def measured(self, schedule: Assignment, seconds: float) -> None:
-        """Tells how long a batch took.
+        """Records the measured seconds of a batch.
 
-        Schedules made from then on are judged by a cost that explains the last steps better, if
-        that is wished.
+        If `measure` is set, later schedules use a cost refitted to the last steps.
         """
         plans = self._peers is None or self._peers.process == 0
         if self._measure and plans and seconds > 0:
@@ -262,7 +260,7 @@ class BalancedLoader:
             self._cost = refit(self._cost, self._seen)
 
     def close(self) -> None:
-        """Ends the thread; batches planned ahead are forgotten, and drawn again."""
+        """Ends the thread; batches planned ahead are discarded, and drawn again later."""
         if self._thread is None:
             self._loader.close()
             return
@@ -299,7 +297,7 @@ class BalancedLoader:
             self._put(error)
 
     def _planned(self, lengths: Sequence[int], which: str) -> Assignment | None:
-        """The schedule of a batch, which all processes call the same; None when asked to stop."""
+        """The schedule of a batch, equal on all processes; None when asked to stop."""
         key = f"schedule {which}"
         if self._peers is not None and self._peers.process:
             said = self._peers.hear(key, self._stop.is_set)

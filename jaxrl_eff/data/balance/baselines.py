@@ -1,4 +1,4 @@
-"""Many batches of one source, scheduled by every rule."""
+"""Comparison of scheduling rules on many batches of one source."""
 
 from typing import NamedTuple
 
@@ -13,13 +13,13 @@ EXACT = "exact"
 
 
 class Study(NamedTuple):
-    """What was scheduled.
+    """Schedules of many batches by every rule.
 
     Attributes:
-        shapes: the lattice, None: exact shapes.
+        shapes: the lattice; None: exact shapes.
         schedules: of every batch.
         rivals: rule -> its schedules of the same batches, in exact shapes; `EXACT` is the
-            schedule's own rule, where it has a lattice.
+            schedules' own rule, if they use a lattice.
     """
 
     shapes: tuple[Shape, ...] | None
@@ -28,14 +28,14 @@ class Study(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One rule over all batches.
+    """Totals and means of one rule over all batches.
 
     Attributes:
         seconds: estimated, of all batches.
-        gain: these over the schedules' own.
-        over_limit, padding, balance, distributed: as of `schedules.Quality`, with balance of time;
-            means over batches, weighted by their seconds.
-        steps: micro-steps.
+        gain: its seconds over those of the schedules.
+        over_limit, padding, balance, distributed: as in `assignment.Quality`, with the balance of
+            time; means over batches, weighted by their seconds.
+        steps: number of micro-steps.
     """
 
     name: str
@@ -58,16 +58,16 @@ def study(
     batch: int,
     shapes: int,
 ) -> Study:
-    """Schedules batch after batch by every rule, the last one of what is left.
+    """Schedules consecutive batches by every rule; the last batch takes the remainder.
 
     Args:
         lengths: int64 [n].
-        groups, parts, room, cost: as of `skrull.plan`.
+        groups, parts, room, cost: as in `skrull.plan`.
         batch: sequences of a batch.
-        shapes: of the lattice, at most; 0: exact shapes.
+        shapes: maximum size of the lattice; 0: exact shapes.
 
     Raises:
-        ValueError: a length that no group has room for.
+        ValueError: a sequence exceeds the capacity of a group.
     """
     same = {"groups": groups, "parts": parts, "room": room, "cost": cost}
     longest = int(lengths.max())
@@ -90,7 +90,7 @@ def study(
 
 
 def rows(found: Study) -> list[Row]:
-    """What every rule takes for all batches, the schedule's own first; gains are over each."""
+    """Totals of every rule over all batches, the schedules' own first; gains are relative to it."""
     own = sum(s.seconds for s in found.schedules)
     return [
         _row("skrull", found.schedules, own),

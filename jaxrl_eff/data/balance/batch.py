@@ -1,6 +1,6 @@
-"""How a batch is cut into micro-batches, and how those of all groups make micro-steps.
+"""Division of a batch into micro-batches, and their combination into micro-steps of all groups.
 
-Indices in here are of the lengths sorted, longest first.
+Indices in this module refer to the lengths sorted, longest first.
 """
 
 import heapq
@@ -13,16 +13,16 @@ from jaxrl_eff.data.balance import rules
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.data.balance.cost import Cost
 
-_EIGHTHS = 8  # of the room, for the shapes of a micro-step whose groups fit one by one only
-_QUARTERS = 4  # of the way from the least columns to those of a micro-step, to be tried
+_EIGHTHS = 8  # of the capacity, for shapes of a micro-step whose groups fit only separately
+_QUARTERS = 4  # steps from the least columns to those of a micro-step, for shapes to try
 _REPAIR = 0.1  # slack of the balance rule there
 _SHARES_OF_FAIR = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)  # lengths above which all are distributed
 
-Cut = list[list[int]]  # micro-batches, each longest first; as many as groups times micro-steps
+Cut = list[list[int]]  # micro-batches, each longest first; groups times micro-steps of them
 
 
 class Part(NamedTuple):
-    """What one group does in one micro-step."""
+    """The work of one group in one micro-step."""
 
     members: list[int]
     places: list[int]
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
 
 
 class Batch:
-    """The lengths of a batch with what the rules ask of them.
+    """The lengths of a batch, with the quantities that the rules need.
 
     Raises:
         ValueError: see `skrull.plan`.
@@ -81,8 +81,8 @@ class Batch:
     def cuts(self, more: int) -> list[tuple[str, Cut]]:
         """(way, micro-batches), from the fewest micro-steps that fit to `more` beyond.
 
-        Every micro-batch fits distributed whole. Then whatever is put beside whatever, a shape
-        remains in which all groups can run.
+        Every micro-batch fits fully distributed. So for any combination of them there is a shape
+        in which all groups can run.
         """
         shares, out = self._shares(), []
         count = max(1, -(-sum(self.stripes) // (self.room * self.groups)))
@@ -102,7 +102,7 @@ class Batch:
         return out
 
     def strided(self) -> Iterator[Cut]:
-        """Micro-batches of the paper's Algorithm 2, for every number of micro-steps that fits."""
+        """Yields the cuts of the paper's Algorithm 2, for every number of micro-steps that fits."""
         shares = self._shares()
         for count in range(1, len(self.lengths) + 1):
             cut = self._strided(shares, count)
@@ -110,13 +110,13 @@ class Batch:
                 yield cut
 
     def least(self, cut: Cut) -> float:
-        """Seconds that no placing of these micro-batches can beat."""
+        """Lower bound on the seconds of any placement of these micro-batches."""
         steps = -(-sum(map(bool, cut)) // self.groups)
         bound = self.cost.bound(self.given, self.groups, self.parts, steps=steps)
         return bound * (1 - 1e-9)  # rounding
 
     def _shares(self) -> Cut:
-        """For each group its sequences: longest first, to the group with the least to do."""
+        """Each group's sequences: longest first, to the group with the least work."""
         heap = [(0.0, g) for g in range(self.groups)]
         out: Cut = [[] for _ in heap]
         for k, w in enumerate(self.weights):
@@ -126,19 +126,19 @@ class Batch:
         return out
 
     def _strided(self, shares: Cut, count: int) -> Cut | None:
-        """Every group's share in slices with a stride, so that each has long and short ones."""
+        """Every group's share in strided slices, so that each has long and short sequences."""
         out = [share[j::count] for share in shares for j in range(count)]
         stripes = self.stripes.__getitem__
         return None if any(sum(map(stripes, s)) > self.room for s in out) else out
 
     def _levelled(self, count: int) -> Cut | None:
-        """All micro-batches with about as many tokens, long and short ones in each."""
+        """Micro-batches with about equal tokens, long and short sequences in each."""
         out: Cut = [[] for _ in range(self.groups * count)]
         whole = sum(self.stripes) + 1
         return out if self._fill(out, 0, whole) == len(self.stripes) else None
 
     def _graded(self, count: int) -> Cut | None:
-        """Micro-steps with about as many tokens, those of the longest sequences first."""
+        """Micro-steps with about equal tokens, those of the longest sequences first."""
         out, k, whole = [], 0, sum(self.stripes)
         for j in range(1, count + 1):
             step: Cut = [[] for _ in range(self.groups)]
@@ -149,8 +149,8 @@ class Batch:
     def _fill(self, into: Cut, first: int, until: float | int) -> int:
         """Fills micro-batches with sequences from `first` on, each where the fewest tokens are.
 
-        Stops where nothing fits, or where all tokens so far come nearest to `until`; returns the
-        first sequence left.
+        Stops when nothing fits, or when the total tokens are nearest to `until`; returns the first
+        sequence left.
         """
         heap = [(0, i) for i in range(len(into))]
         done = sum(self.stripes[:first])
@@ -167,20 +167,20 @@ class Batch:
     # Parts ----------------------------------------------------------------------------------------
 
     def packed(self, members: list[int]) -> Part:
-        """All distributed."""
+        """The part with all members distributed."""
         stripes = sum(map(self.stripes.__getitem__, members))
         shared = sum(map(self.shared.__getitem__, members))
         return Part(members, [-1] * len(members), 0, stripes, 0.0, float(shared))
 
     def printed(self, members: list[int]) -> Part | None:
-        """By the paper's rule, repaired."""
+        """The part by the paper's rule, repaired; None if it fails."""
         places = rules.printed(*self._of(members[::-1]), parts=self.parts, room=self.room)
         return None if places is None else self._part(members, places[::-1])
 
     def balanced(
         self, members: list[int], *, slack: float | int, caps: Shape | None = None
     ) -> Part | None:
-        """By the balance rule; `caps`: what local and distributed ones may take at most."""
+        """The part by the balance rule; `caps`: most local and distributed tokens of a rank."""
         local, shared = caps or (self.room, self.room)
         places = rules.balanced(
             *self._of(members),
@@ -193,7 +193,7 @@ class Batch:
         return None if places is None else self._part(members, places)
 
     def best(self, parts: Sequence[Part]) -> Part:
-        """Of parts with the same members the one that takes least by itself."""
+        """The part that takes least by itself, of parts with the same members."""
         return min(parts, key=lambda p: self.seconds(Shape(p.local, p.distributed), [p]))
 
     def _of(self, members: list[int]) -> tuple[list[int], list[int], list[float]]:
@@ -218,7 +218,7 @@ class Batch:
     # Micro-steps ----------------------------------------------------------------------------------
 
     def seconds(self, shape: Shape, parts: Sequence[Part]) -> float:
-        """Of the slowest group: what `Cost.seconds` says, with the shape's share of it once."""
+        """Seconds of the slowest group, as `Cost.seconds`; the shape's terms are computed once."""
         sent = self.cost.exchange(shape.distributed, self.parts)
         mine = self.cost.products(shape.local)
         rest = self.cost.products(shape.columns) - mine
@@ -229,7 +229,7 @@ class Batch:
         return self.cost.micro_seconds + rest + slowest
 
     def planned(self, parts: Sequence[Part]) -> Plan:
-        """Parts in any order, side by side with those that share and hold as much."""
+        """A plan of parts in any order, each combined with parts of similar size."""
         order = sorted(parts, key=lambda p: (-p.distributed, -p.local, p.members))
         steps = [
             self._joined(order[i : i + self.groups]) for i in range(0, len(order), self.groups)
@@ -241,7 +241,7 @@ class Batch:
         return Plan(self.cost.step_seconds + sum(self.seconds(*step) for step in steps), steps)
 
     def shape(self, parts: Sequence[Part]) -> Shape | None:
-        """The shape that holds all groups' parts: exact, or of those allowed; or None."""
+        """The shape that holds all groups' parts, exact or an allowed one; None if none does."""
         local, shared = max([p.local for p in parts]), max([p.distributed for p in parts])
         if self.shapes is None:
             return Shape(local, shared) if local + shared <= self.room else None
@@ -251,10 +251,10 @@ class Batch:
         return None
 
     def _joined(self, parts: list[Part]) -> tuple[Shape, list[Part]]:
-        """A micro-step of these parts; where no shape holds them, of the same sequences.
+        """A micro-step of these parts, or of the same sequences placed again if no shape holds it.
 
-        Then every group is planned anew within the first shape in which all can be. One always is:
-        that in which all is distributed.
+        Every group is then planned within the first shape in which all fit. One always exists: that
+        in which all sequences are distributed.
         """
         shape = self.shape(parts)
         if shape is not None:
@@ -269,14 +269,14 @@ class Batch:
     def tightened(self, plan: Plan) -> Plan:
         """The same micro-steps in smaller shapes where that is faster.
 
-        Of groups side by side some hold more local tokens and others more distributed ones, and
-        the shape has room for the most of both. A group with room left among the distributed may
-        move sequences there.
+        In a micro-step some groups hold more local tokens and others more distributed ones, and the
+        shape holds the most of both. A group with free capacity in its distributed part can move
+        sequences there.
         """
         return self.summed([self._tightened(*step) for step in plan.steps])
 
     def pooled(self, plan: Plan) -> Plan:
-        """The same micro-steps where sequences may go to other groups, if that is faster."""
+        """The same micro-steps with sequences moved between groups, where that is faster."""
         return self.summed([self._pooled(*step) for step in plan.steps])
 
     def _pooled(self, shape: Shape, parts: list[Part]) -> tuple[Shape, list[Part]]:
@@ -288,10 +288,10 @@ class Batch:
     def pool(
         self, members: list[int], depths: Sequence[int]
     ) -> tuple[float, Shape, list[Part]] | None:
-        """A micro-step of these by `skrull_rules.pooled`: its seconds, its shape, its parts.
+        """A micro-step of these members by `rules.pooled`: its seconds, its shape, its parts.
 
         Args:
-            depths: what may be tried for the distributed part.
+            depths: sizes to try for the distributed part.
         """
         found = []
         for shared in depths:
@@ -302,7 +302,7 @@ class Batch:
         return min(found, key=lambda b: b[0], default=None)
 
     def _depths(self, members: list[int]) -> list[int]:
-        """Tokens of a rank's distributed part that are worth a try.
+        """Sizes to try for a rank's distributed part, in tokens.
 
         Those that let all above some share of the fair load be distributed, and those of shapes.
         """
@@ -343,7 +343,7 @@ class Batch:
         return best[1:]
 
     def _smaller(self, shape: Shape, parts: list[Part]) -> list[Shape]:
-        """Shapes between this one and what the tokens need at least."""
+        """Shapes between this one and the least that the tokens need."""
         whole = max([sum(map(self.stripes.__getitem__, p.members)) for p in parts])
         mean = -(-sum(p.distributed for p in parts) // len(parts))
         out = []
@@ -370,7 +370,7 @@ class Batch:
         return [Shape(self.room - d, d) for d in shared]
 
     def schedule(self, plan: Plan, rule: str, candidates: dict[str, float]) -> Assignment:
-        """The plan by the sequences as they were given."""
+        """Converts a plan to an assignment, with the sequences in their given order."""
         step, group, rank = (np.zeros(len(self.lengths), np.int32) for _ in range(3))
         for i, (_, parts) in enumerate(plan.steps):
             for g, p in enumerate(parts):

@@ -1,14 +1,14 @@
-"""What a micro-step of sequences of many lengths takes, from plain numbers.
+"""Cost of a micro-step of sequences of many lengths, from plain numbers.
 
 A rank's seconds are (Skrull, arXiv:2505.19609, equations 1 to 5)
 
     Time_j = max(T_comm(V), T_comp(Local_j)) + T_comp(Dist)
 
-since the work of local sequences hides the exchange of the distributed ones (`Cost.overlap`: and
-how much of their own). Unlike the paper's,
-FLOPs here are of a causal decoder with a gated MLP, grouped queries and its head, and static shapes
-are charged whole: every rank multiplies all columns of its row, whether tokens are in them or not,
-and the ring carries every column of the distributed part. Only attention skips what is empty.
+since computing local sequences hides the exchange of the distributed ones (`Cost.overlap` is how
+much of their own attention hides it too). Unlike the paper's, the FLOPs here are those of a causal
+decoder with a gated MLP, grouped queries and its head, and static shapes are charged in full: every
+rank multiplies all columns of its row, padding included, and the ring carries every column of the
+distributed part. Only attention skips padding.
 
 The constants are of one mesh and drift with it: `refit` corrects them by measured steps.
 """
@@ -24,7 +24,7 @@ _TRAIN = 3  # forward and backward, in forward passes
 
 
 def seen(n: np.ndarray, window: int, share: float | int) -> np.ndarray:
-    """Tokens squared, of sequences of n tokens: twice the pairs that attention computes, nearly.
+    """About twice the pairs that attention computes for sequences of n tokens, in tokens squared.
 
     Args:
         window: positions that a windowed layer's query sees, itself included.
@@ -37,7 +37,7 @@ def seen(n: np.ndarray, window: int, share: float | int) -> np.ndarray:
 class Model(NamedTuple):
     """A decoder's sizes: gated MLP, causal attention, one unembedding.
 
-    `windowed` of the layers see `window` positions back, the others all.
+    `windowed` of the layers attend to `window` positions, the others to all.
     """
 
     layers: int
@@ -52,7 +52,7 @@ class Model(NamedTuple):
 
     @property
     def linear(self) -> int:
-        """FLOP of training on one token, attention scores left out."""
+        """FLOP of training on one token, without attention scores."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         block = 2 * self.width * (q + 2 * kv) + 2 * q * self.width + 6 * self.width * self.ffn
         return _TRAIN * (self.layers * block + 2 * self.width * self.vocab)
@@ -64,39 +64,40 @@ class Model(NamedTuple):
 
     @property
     def wire(self) -> int:
-        """Bytes that one token's keys and values are on their way round the ring, all layers.
+        """Bytes sent per hop of the ring for one token's keys and values, over all layers.
 
-        Two bytes a number forward and again backward, and their gradients in four.
+        Keys and values take two bytes per number, forward and again backward; their gradients four.
         """
         return self.layers * 16 * self.kv_heads * self.head_dim
 
     def flops(self, tokens: int) -> float:
-        """FLOP of training on a sequence of so many tokens."""
+        """FLOP of training on a sequence of `tokens` tokens."""
         pairs = seen(np.array([tokens]), self.window, self.windowed / self.layers)
         return self.linear * tokens + self.square * float(pairs[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Seconds from tokens, lengths and bytes.
+    """A cost model: seconds from tokens, lengths and bytes.
 
-    A kernel on n tokens reaches n / (n + half) of its rate, so that it takes what n + half tokens
-    would (attention on a GPU, from 2,048 to 131,072 tokens, is within 3 % of that). Products over a
-    row are one kernel; attention is one for every sequence and rank.
+    A kernel on n tokens reaches n / (n + half) of its rate, so it takes as long as n + half tokens
+    at full rate (for attention on a GPU, within 3 % from 2,048 to 131,072 tokens). Products over a
+    row are one kernel; attention is one kernel per sequence and rank.
 
     Attributes:
-        linear, square: FLOP a token, and a token squared; see `Model`.
+        linear, square: FLOP per token, and per token squared; see `Model`.
         window, windowed: positions that windowed layers see, and their share of the layers.
-        wire: bytes a token of the distributed part sends in one hop, over the whole micro-step.
-        laps: times that the ring is gone round in a micro-step; each has parts - 1 hops.
+        wire: bytes that a token of the distributed part sends in one hop, over the whole
+            micro-step.
+        laps: times around the ring in a micro-step; each has parts - 1 hops.
         flops_per_s, attention_per_s: of one rank, for products and for attention.
-        bytes_per_s: of one rank to its neighbour.
-        hop_seconds: of a hop, on top of its bytes.
+        bytes_per_s: of one rank to its neighbor.
+        hop_seconds: of a hop, in addition to its bytes.
         half, attention_half: tokens at which products over a row, and attention to a sequence,
             reach half their rate.
-        micro_seconds, step_seconds: of a micro-step and of a step, whatever they hold.
+        micro_seconds, step_seconds: fixed seconds of a micro-step and of a step.
         overlap: share of the distributed sequences' own attention that hides the exchange, too:
-            0 as in the paper, 1 in a ring that sends on while it computes.
+            0 as in the paper, 1 in a ring that sends while it computes.
     """
 
     linear: float | int
@@ -133,11 +134,11 @@ class Cost:
             )
 
     def products(self, columns: float | int) -> float:
-        """Seconds of all matrix products on a row with so many columns; none take none."""
+        """Seconds of all matrix products on a row with `columns` columns; 0 for none."""
         return self.linear * (columns + self.half) / self.flops_per_s if columns else 0.0
 
     def attention(self, lengths: np.ndarray, parts: int = 1) -> np.ndarray:
-        """Seconds of every sequence's attention, float64 [K], on each of the ranks it is cut over.
+        """Seconds of every sequence's attention, float64 [K], on each rank that it is sharded over.
 
         Each rank has `tokens / parts` queries in its kernels, and all keys pass by.
         """
@@ -146,7 +147,7 @@ class Cost:
         return self.square * (pairs / parts + n * self.attention_half) / self.attention_per_s
 
     def exchange(self, columns: float | int, parts: int) -> float:
-        """Seconds until keys, values and their gradients of so many columns went round."""
+        """Seconds to send keys, values and their gradients of `columns` columns around the ring."""
         if not columns or parts == 1:
             return 0.0
         each = self.laps * self.hop_seconds + columns * self.wire / self.bytes_per_s
@@ -164,20 +165,20 @@ class Cost:
 
         Args:
             local, distributed: columns of the two parts of its row.
-            parts: ranks that the distributed part is cut over.
+            parts: ranks that the distributed part is sharded over.
             attention: seconds of attention of its local sequences.
-            shared: the same of its share of the distributed ones.
+            shared: seconds of attention of its share of the distributed ones.
         """
         whole = self.products(local + distributed)
-        mine = self.products(local)  # a row's kernels are started once: what is left is the other's
+        mine = self.products(local)  # `half` counts once per row: the rest is for distributed ones
         hides = mine + attention + self.overlap * shared
         first = max(self.exchange(distributed, parts), hides)
         return self.micro_seconds + first + (whole - mine) + (1 - self.overlap) * shared
 
     def perfect(self, lengths: np.ndarray, ranks: int) -> float:
-        """Seconds that no schedule can beat: all FLOP at full rate, spread over the ranks evenly.
+        """Lower bound on a schedule's seconds: all FLOP at full rate, spread evenly over the ranks.
 
-        Fixed costs, kernels that are small, padding and the exchange are left out.
+        Fixed costs, the inefficiency of small kernels, padding and the exchange are left out.
         """
         n = np.asarray(lengths, np.float64)
         pairs = seen(n, self.window, self.windowed)
@@ -185,11 +186,11 @@ class Cost:
         return float(each.sum()) / ranks
 
     def bound(self, lengths: np.ndarray, groups: int, parts: int, *, steps: int = 1) -> float:
-        """Seconds that no schedule of so many micro-steps can beat, all groups running one program.
+        """Lower bound on the seconds of `steps` micro-steps, with all groups running one program.
 
-        Perfect balance, and besides: fixed costs and the start of kernels, once a micro-step and
-        once for every sequence's attention; and that a sequence's attention takes a rank at least
-        what it takes each of a group's when they share it.
+        Beyond perfect balance it includes fixed costs, and kernel startup once per micro-step and
+        once per sequence's attention. It also uses that the attention of a sequence takes a rank at
+        least as long as it takes each rank of a group that shares it.
         """
         n, ranks = np.asarray(lengths, np.float64), groups * parts
         fixed = self.micro_seconds + self.linear * self.half / self.flops_per_s
@@ -206,9 +207,9 @@ class Cost:
         attention: float | int = 0.0,
         shared: float | int = 0.0,
     ) -> np.ndarray:
-        """`seconds` in pieces: how often each constant of `CONSTANTS` is paid, float64 [6].
+        """Decomposes `seconds`: multiplier of each constant of `CONSTANTS`, float64 [6].
 
-        Of what runs at the same time only the longer counts, judged by the constants as they are.
+        Of work that overlaps only the longer counts, judged by the present constants.
         """
         work = self.linear * (local + distributed + self.half * bool(local + distributed))
         mine = self.linear * (local + self.half) if local else 0.0
@@ -224,7 +225,7 @@ class Cost:
         return np.array([0.0, 1.0, work, scores, sent, hops])
 
 
-# In the order of `Cost.terms`; a rate stands for its inverse.
+# In the order of `Cost.terms`; a rate is fitted by its inverse.
 CONSTANTS = (
     "step_seconds",
     "micro_seconds",
@@ -233,7 +234,7 @@ CONSTANTS = (
     "bytes_per_s",
     "hop_seconds",
 )
-_LEAST = 1e-3  # of a constant as it was: none is fitted to less, since a rate is its inverse
+_LEAST = 1e-3  # least factor on a constant in a fit: it cannot be 0, since a rate is its inverse
 
 
 def cost_of(
@@ -244,10 +245,10 @@ def cost_of(
     attention_share: float | int = 0.75,
     **others: float | int,
 ) -> Cost:
-    """The cost of training a model on ranks of these rates.
+    """The cost of training a model on ranks with these rates.
 
     Args:
-        attention_share: of `flops_per_s`, what attention reaches.
+        attention_share: share of `flops_per_s` that attention reaches.
         others: further fields of `Cost`.
     """
     return Cost(
@@ -267,18 +268,18 @@ def cost_of(
 def refit(
     cost: Cost, rows: Sequence[tuple[np.ndarray, float | int]], *, trust: float | int = 0.03
 ) -> Cost:
-    """The cost whose constants explain measured steps best.
+    """Fits the cost's constants to measured steps.
 
     Minimizes the relative errors sum_i (a_i.x / t_i - 1)^2 + trust^2 sum_j (x_j / x0_j - 1)^2 over
-    x >= 0. The second sum keeps near what they were the constants that the rows do not tell apart,
-    as the two fixed costs when every step has as many micro-steps.
+    x >= 0. The second sum keeps constants near their previous values where the rows do not
+    distinguish them, e.g. the two fixed costs when all steps have as many micro-steps.
 
     Args:
-        rows: for every step its terms, [6], see `Schedule.terms`, and the seconds it took.
-        trust: of a constant as it was, against one row: that share of error weighs as much.
+        rows: for every step its terms, [6], see `Assignment.terms`, and the seconds it took.
+        trust: weight of the previous constants relative to one row.
 
     Raises:
-        ValueError: no rows, or a step that took no time.
+        ValueError: there are no rows, or a step took no time.
     """
     if not rows:
         raise ValueError("refit needs at least one measured step.")
@@ -286,7 +287,7 @@ def refit(
     if not (times > 0).all():
         raise ValueError(f"a step took {times.min()} s, but must have taken some time.")
     now = np.array([_slope(cost, name) for name in CONSTANTS])
-    scale = np.where(now > 0, now, 1e-3)  # a fixed cost of none so far: in milliseconds
+    scale = np.where(now > 0, now, 1e-3)  # a fixed cost that is 0 so far is scaled to milliseconds
     a = np.stack([terms for terms, _ in rows]) * scale / times[:, None]
     a = np.concatenate([a, trust * np.eye(len(scale))])
     b = np.concatenate([np.ones(len(times)), trust * (now / scale)])
@@ -304,7 +305,7 @@ def _slope(cost: Cost, name: str) -> float:
 
 
 def non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """argmin |a x - b| over x >= 0, exactly, for a few columns: every set of them is tried."""
+    """argmin |a x - b| over x >= 0, exactly, for a few columns: every subset of them is tried."""
     best, found = np.inf, np.zeros(a.shape[1])
     for n in range(a.shape[1] + 1):
         for chosen in itertools.combinations(range(a.shape[1]), n):

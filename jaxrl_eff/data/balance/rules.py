@@ -1,11 +1,11 @@
-"""Which sequences of one micro-batch stay whole on a rank, and which are cut over all of them.
+"""Rules that keep sequences of a micro-batch whole on one rank or distribute them over all ranks.
 
-A place is a rank, or -1: distributed. All rules keep, for every rank j,
+A place is a rank, or -1: distributed. All rules satisfy, for every rank j,
 
     sum_k P_kj S_k + D_k ceil(S_k / N) <= C                             (Skrull, equation 7)
 
-with a distributed sequence's share rounded up to the stripes that it is laid out in. They are
-deterministic, ties go to the lower rank, and they give None where they find no such places.
+where a distributed sequence's share is rounded up to whole stripes. They are deterministic, ties go
+to the lower rank, and they return None if they find no such places.
 
 `pooled` places the sequences of all groups of a micro-step at once, the other rules those of one.
 """
@@ -17,7 +17,7 @@ Places = list[int]
 
 
 def distributed(lengths: Sequence[int]) -> Places:
-    """All sequences over all ranks: packed context parallelism."""
+    """Distributes all sequences over all ranks: packed context parallelism."""
     return [-1] * len(lengths)
 
 
@@ -32,20 +32,20 @@ def balanced(
     local: int | None = None,
     shared: int | None = None,
 ) -> Places | None:
-    """Shares out what outweighs a rank's fair load W = sum seconds / N, and balances the rest.
+    """Distributes what exceeds a rank's fair load W = sum seconds / N, and balances the rest.
 
-    The rest go, longest first, each to the least loaded rank that has room for it and stays within
-    (1 + slack) W; where there is none they are distributed, and where that is full, too, to the
-    least loaded rank with room.
+    The rest are placed longest first, each on the least loaded rank that has capacity for it and
+    stays within (1 + slack) W. If there is none it is distributed, and if that is full too, placed
+    on the least loaded rank with capacity.
 
     Args:
         lengths: tokens of each sequence, longest first.
         stripes: tokens of each on every rank if it is distributed, ceil(length / parts).
         seconds: of each on one rank.
         parts, room: N and C.
-        slack: by how much of W a rank may be above it.
-        local, shared: tokens that local and distributed sequences may take of a rank; `room` by
-            default.
+        slack: by how much of W a rank can exceed it.
+        local, shared: most tokens that local and distributed sequences can take of a rank; `room`
+            by default.
     """
     local, shared = room if local is None else local, room if shared is None else shared
     limit = (1 + slack) * sum(seconds) / parts
@@ -79,7 +79,7 @@ def balanced(
 
 
 def _roomy(used: list[int], load: list[float], most: int, lightest: float) -> int:
-    """The least loaded rank with at most so many tokens and so many seconds, or -1."""
+    """The least loaded rank within `most` tokens and `lightest` seconds, or -1."""
     fitting = [
         (w, t)
         for t, (n, w) in enumerate(zip(used, load, strict=True))
@@ -97,21 +97,21 @@ def pooled(
     room: int,
     shared: int,
 ) -> list[tuple[int, int]] | None:
-    """Fills the distributed part of every group alike, and levels what is left over all ranks.
+    """Fills the distributed part of every group evenly, and balances the rest over all ranks.
 
     All groups run one shape, the most local and the most distributed tokens of any, so a group
     that has fewer of either wastes columns. Longest first, a sequence is distributed over the
-    group with the least in its distributed part, if that stays within `shared`; otherwise it goes
-    to the rank, of any group, with the fewest tokens. What remains to be levelled at the end are
-    the shortest sequences.
+    group with the fewest tokens in its distributed part, if that stays within `shared`; otherwise
+    it goes to the rank, of any group, with the fewest tokens. The shortest sequences come last and
+    even out the ranks.
 
     Args:
-        lengths, stripes: as of `balanced`.
+        lengths, stripes: as in `balanced`.
         groups: G.
-        shared: tokens of a rank's distributed part.
+        shared: capacity of a rank's distributed part, in tokens.
 
     Returns:
-        for every sequence its group and its rank or -1.
+        For every sequence its group, and its rank or -1.
     """
     spread = [(0, g) for g in range(groups)]
     used = [(0, t) for t in range(groups * parts)]
@@ -140,19 +140,19 @@ def printed(
 ) -> Places | None:
     """Skrull's Algorithm 1 with its roll-back repaired.
 
-    Shortest first: a sequence goes to the least loaded rank, else to the one with most room, else
-    it is distributed; if the fullest rank cannot take its share, a local sequence there, the first
-    placed, is distributed instead, and it is tried again.
+    Shortest first: a sequence goes to the least loaded rank, else to the one with most capacity
+    left, else it is distributed; if the fullest rank cannot take its share, a local sequence there,
+    the first placed, is distributed instead, and it is tried again.
 
-    As printed, a roll-back takes S - S / N from the rank's room where it should give it, and
+    As printed, a roll-back subtracts S - S / N from the rank's capacity where it should add it, and
     charges the other ranks nothing for their shares. Here all are charged; a rank that this
     overfills rolls back in turn.
 
     Args:
-        as of `balanced`, but shortest first.
+        lengths, stripes, seconds, parts, room: as in `balanced`, but shortest first.
     """
     left, load = [room] * parts, [0.0] * parts
-    mine: list[list[int]] = [[] for _ in range(parts)]  # what is on a rank, in order, from `first`
+    mine: list[list[int]] = [[] for _ in range(parts)]  # sequences of a rank, valid from `first`
     first = [0] * parts
     out = [-1] * len(lengths)
 
@@ -163,7 +163,7 @@ def printed(
             load[j] += w
 
     def roll_back(t: int) -> bool:
-        """Distributes a local sequence of rank t, and of those that have no room for its share."""
+        """Distributes a local sequence of rank t, and of ranks without capacity for its share."""
         while True:
             if first[t] == len(mine[t]):
                 return False

@@ -1,18 +1,18 @@
-"""Few shapes for many schedules, since every shape of a micro-step is a program to compile.
+"""Selection of few shapes for many schedules, since each micro-step shape compiles a program.
 
 A lattice is a short list of shapes (local columns, distributed columns). A micro-step is planned
-into the cheapest that holds it, and pads up to it. What it wants is mostly columns: local
-sequences can be moved among the distributed ones where those have room left. So a shape (l, d) is
-counted as holding a wanted one (l', d') if d' <= d and l' + d' <= l + d.
+into the cheapest one that holds it, and padded to it. The total number of columns matters most,
+since local sequences can move into the distributed part where that has capacity left. So a shape
+(l, d) counts as holding a wanted one (l', d') if d' <= d and l' + d' <= l + d.
 
-Among lattices of shelves, a few numbers of distributed columns and for each a few numbers of all
-columns, dynamic programming finds the one that pads least, where every wanted shape takes the
-lowest shelf that it can: sharing out more than that would be slower, though it might pad less.
+Lattices of shelves have a few numbers of distributed columns, and for each a few numbers of total
+columns. Among these, dynamic programming finds the one that pads least, where every wanted shape
+takes the lowest shelf possible: distributing more would be slower, although it could pad less.
 
-How many tokens are distributed matters less to a plan than that its columns are in use, and few
-numbers of distributed columns leave more shapes for the numbers of all columns. So batches are
-also planned with one, two or three of the former, in several ways, and the lattice that is fastest
-on the batches is taken.
+Plans depend less on how many tokens are distributed than on full columns, and fewer numbers of
+distributed columns leave more shapes for totals. So batches are also planned with one, two or three
+numbers of distributed columns, in several ways, and the lattice that is fastest on the batches is
+chosen.
 """
 
 import math
@@ -26,10 +26,10 @@ from jaxrl_eff.data.balance.batch import Batch
 from jaxrl_eff.data.balance.cost import Cost
 
 MULTIPLE = 128  # columns are rounded up to it: blocks of attention kernels
-_LEVELS = 24  # of distributed columns, and of local ones, that are considered as edges
-_QUANTILES = (0.25, 0.5, 0.8)  # of distributed columns, to do with few numbers of them
-_RARE = 6  # of so many shapes one is for batches of a kind that was not drawn
-_JUDGES = 16  # batches that lattices are compared on
+_LEVELS = 24  # candidate edges of distributed columns, and of total ones
+_QUANTILES = (0.25, 0.5, 0.8)  # of distributed columns, for lattices with few numbers of them
+_RARE = 6  # one shape in this many is for batches longer than those drawn
+_JUDGES = 16  # batches on which lattices are compared
 
 _Row = dict[int, tuple[float, tuple[Shape, ...]]]  # shapes used -> columns taken, the shapes
 
@@ -48,22 +48,23 @@ def lattice(
     seed: int = 0,
     multiple: int = MULTIPLE,
 ) -> tuple[Shape, ...]:
-    """The shapes that schedules of such lengths should have.
+    """Chooses the shapes for schedules of such lengths.
 
     Batches are drawn from the lengths and planned with exact shapes, and with few numbers of
-    distributed columns; of the lattices that pad what these ask for least, it is the one on which
-    the batches are estimated fastest. One shape is (0, room): whatever fits memory fits there.
+    distributed columns. For each, the lattice with the least padding is a candidate; the one with
+    the least estimated time on the batches is chosen. One shape is (0, room), which holds every
+    micro-step that fits memory.
 
     Args:
-        lengths: seen ones, or the values of a histogram with `counts`.
-        groups, parts, room, cost: as of `skrull.plan`.
+        lengths: observed ones, or the values of a histogram with `counts`.
+        groups, parts, room, cost: as in `skrull.plan`.
         batch: sequences of a global batch.
-        shapes: how many, at most.
-        batches: that are drawn.
-        multiple: that columns are rounded up to, if the room allows.
+        shapes: maximum number of shapes.
+        batches: number of batches to draw.
+        multiple: columns are rounded up to it, where the capacity allows.
 
     Raises:
-        ValueError: a length that does not fit, or no shape to give.
+        ValueError: a length exceeds the capacity, or a size is below 1.
     """
     if shapes < 1 or batch < 1 or batches < 1 or multiple < 1:
         raise ValueError(f"{shapes=}, {batch=}, {batches=} and {multiple=} must all be at least 1.")
@@ -93,12 +94,11 @@ def fitted(
     shapes: int = 12,
     multiple: int = MULTIPLE,
 ) -> tuple[Shape, ...]:
-    """As `lattice`, of batches at hand.
+    """Chooses shapes as `lattice`, for given batches.
 
     Args:
-        batches: lengths of the sequences of each. The first 16 are those on which lattices are
-            compared.
-        longest: tokens of a sequence, at most.
+        batches: lengths of the sequences of each. Lattices are compared on the first 16.
+        longest: most tokens of a sequence.
     """
     same = {"groups": groups, "parts": parts, "room": room, "cost": cost}
     exact = [skrull.plan(lengths, **same) for lengths in batches]
@@ -120,9 +120,9 @@ def fitted(
 
 
 def _rare(wanted: Sequence[Shape], *, room: int, count: int, multiple: int) -> list[Shape]:
-    """Shapes between the largest one wanted and the whole room, if that is far.
+    """Shapes between the largest one wanted and the full capacity, if they are far apart.
 
-    A sequence that is longer than all of the batches would otherwise be the price of a whole room.
+    Without them, a sequence longer than those in the batches would cost the full capacity.
     """
     largest = max([s.columns for s in wanted], default=room)
     count = min(count, int(math.log2(room / largest)))
@@ -133,7 +133,7 @@ def _rare(wanted: Sequence[Shape], *, room: int, count: int, multiple: int) -> l
 def _depths(
     wanted: Sequence[Shape], longest: int, *, room: int, multiple: int
 ) -> list[tuple[int, ...]]:
-    """Few numbers of distributed columns, in several ways, among them one for what is longest."""
+    """Sets of few numbers of distributed columns; each covers the longest wanted or possible."""
     deep = [d for _, d in wanted if d]
     if not deep:
         return []
@@ -144,7 +144,7 @@ def _depths(
 
 
 def _on(schedule: Assignment, depths: tuple[int, ...], multiple: int) -> list[Shape]:
-    """The shapes of a schedule's micro-steps with one of these numbers of distributed columns.
+    """Shapes of a schedule's micro-steps with one of these numbers of distributed columns.
 
     Micro-steps that fit none of them are left out.
     """
@@ -164,7 +164,7 @@ def _on(schedule: Assignment, depths: tuple[int, ...], multiple: int) -> list[Sh
 def _on_shelves(
     wanted: Sequence[Shape], depths: tuple[int, ...], *, room: int, shapes: int
 ) -> tuple[Shape, ...]:
-    """As `chosen`, of shapes that have these numbers of distributed columns already."""
+    """Lattice as from `chosen`, for shapes that all have one of these distributed columns."""
     least: _Row = {0: (0.0, ())}
     for depth in depths if shapes > 1 else ():
         total = np.array([s.columns for s in wanted if s.distributed == depth], np.int64)
@@ -178,10 +178,10 @@ def _on_shelves(
 def chosen(
     wanted: Sequence[Shape], *, room: int, shapes: int, multiple: int = MULTIPLE
 ) -> tuple[Shape, ...]:
-    """The lattice of at most so many shapes in which the wanted ones take the fewest columns.
+    """The lattice of at most `shapes` shapes in which the wanted ones take the fewest columns.
 
-    At most 24 levels of either number are told apart, by quantiles. What rounding up puts beyond
-    the room is left to (0, room).
+    At most 24 levels of either number are distinguished, by quantiles. What exceeds the capacity
+    after rounding up takes (0, room).
     """
     shared = np.array([_up(d, multiple) for _, d in wanted], np.int64)
     total = np.array([max(_up(s + d, multiple), _up(d, multiple)) for s, d in wanted], np.int64)
@@ -193,7 +193,7 @@ def chosen(
 
 
 def _sorted(shapes: Sequence[Shape], room: int) -> tuple[Shape, ...]:
-    """With the one that holds whatever fits."""
+    """Sorts shapes by columns, with (0, room) added."""
     return tuple(sorted({Shape(0, room), *shapes}, key=lambda s: (s.columns, s)))
 
 
@@ -202,7 +202,7 @@ def _up(n: int, multiple: int) -> int:
 
 
 def _levels(values: np.ndarray) -> list[int]:
-    """At most `_LEVELS` of the values, ascending, the largest among them."""
+    """At most `_LEVELS` of the values, ascending, including the largest."""
     found = np.unique(values)
     if len(found) > _LEVELS:
         quantiles = np.arange(1, _LEVELS + 1) / _LEVELS
@@ -211,7 +211,7 @@ def _levels(values: np.ndarray) -> list[int]:
 
 
 def _shelves(shared: np.ndarray, total: np.ndarray, room: int, shapes: int) -> list[Shape]:
-    """Dynamic programming over shelves: least[i][m], of the first i levels with m shapes."""
+    """Dynamic programming over shelves: least[i][m] is for the first i levels with m shapes."""
     levels = _levels(shared)
     least: list[_Row] = [{0: (0.0, ())}]
     for i, top in enumerate(levels, start=1):
@@ -231,7 +231,7 @@ def _extend(
     depth: int,
     shapes: int,
 ) -> None:
-    """What one more shelf, with the edges of an option, makes of what is least without it."""
+    """Updates `row` with the solutions in `least` extended by one shelf with an option's edges."""
     for m, (before, taken) in least.items():
         for k, (price, edges) in enumerate(options[: shapes - m + 1]):
             if before + price < row.get(m + k, (np.inf, ()))[0]:
@@ -241,7 +241,7 @@ def _extend(
 def _shelf(total: np.ndarray, room: int, shapes: int) -> list[tuple[float, tuple[int, ...]]]:
     """For 0, 1, .. edges: the columns that micro-steps of these totals take, and the edges.
 
-    Each takes the next edge, and what is above all of them the whole room.
+    Each takes the next edge, or the full capacity if it exceeds all of them.
     """
     levels = _levels(total)
     below = [0.0, *(float((total <= e).sum()) for e in levels)]

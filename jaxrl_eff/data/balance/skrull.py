@@ -1,17 +1,18 @@
-"""A global batch of sequences of many lengths, over data-parallel groups and a sequence axis.
+"""Schedules a global batch of mixed lengths over data-parallel groups and a sequence axis.
 
 Skrull (arXiv:2505.19609): within a micro-step a short sequence is *local*, whole on one rank and
-without communication, and a long one *distributed* over the ranks of its group. Which, and which
-sequences make a micro-step, is chosen from lengths alone: as the paper prints it (with its
-roll-back repaired), by balance, and all distributed, as packed context parallelism has it. The
-least estimated time wins, so a plan is estimated no slower than those two; and it fits memory.
+without communication, and a long one *distributed* over the ranks of its group. Both that choice
+and the sequences of each micro-step follow from lengths alone, by several rules: as the paper
+prints it (with its roll-back repaired), by balance, and all distributed, as in packed context
+parallelism. The plan with the least estimated time is used, so it is estimated no slower than the
+first and the last of these, and it fits memory.
 
-All groups run one program at a micro-step, so they share its shape and wait for the slowest: what
-is minimized is the sum over micro-steps of the largest time of a group, not, as in the paper's
-equation 8, the largest sum. The same batch in another order is planned the same way, and ties go
-to the lower index, so every host can plan for itself.
+All groups run one program in a micro-step, so they share its shape and wait for the slowest. The
+objective is therefore the sum over micro-steps of the largest time of a group, not, as in the
+paper's equation 8, the largest sum. The plan does not depend on the order of the batch, and ties go
+to the lower index, so every host can plan by itself.
 
-`scheduled` makes arrays of a schedule, `lattice` keeps its shapes few.
+`balanced_loader.arrange` makes arrays from a schedule; `shapes.lattice` keeps its shapes few.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from jaxrl_eff.data.balance.assignment import Assignment, Quality, Shape, qualit
 from jaxrl_eff.data.balance.batch import Batch, Cut, Part, Plan
 from jaxrl_eff.data.balance.cost import Cost
 
-SLACKS = (0.1, 0.0, 0.3)  # over the fair load, of the balance rule; the first is tried everywhere
+SLACKS = (0.1, 0.0, 0.3)  # of the balance rule, over the fair load; the first is tried on all cuts
 MORE = 3  # micro-steps to try beyond the fewest
 FINALISTS = 3  # cuts that all rules are tried on
 TIGHTENED = 2  # rules whose best plan is tightened
@@ -42,20 +43,21 @@ def plan(
     slacks: Sequence[float | int] = SLACKS,
     finalists: int = FINALISTS,
 ) -> Assignment:
-    """The schedule of a global batch that is estimated to take least.
+    """Finds the schedule of a global batch with the least estimated time.
 
-    For every number of micro-steps, from the fewest to `more` beyond, sequences are cut into
-    micro-batches in three ways: as the paper does it, with equal tokens, and with like lengths
-    side by side. Each cut is tried all distributed and by the balance rule, and the best of them
-    by all rules. `mixed` takes for each micro-batch the rule that is best for it alone; `pooled`
-    places the sequences of a micro-step anew, over all groups at once.
+    For every number of micro-steps, from the fewest to `more` beyond, sequences are divided into
+    micro-batches in three ways: as in the paper, with equal tokens, and with similar lengths
+    together. Each cut is tried all distributed and by the balance rule, and the best cuts by all
+    rules. `mixed` takes for each micro-batch the rule that is best for it alone; `pooled` places
+    the sequences of a micro-step again, over all groups at once.
 
     Args:
         lengths: tokens of each sequence, K.
         groups, parts: data-parallel groups, and ranks of each along the sequence axis.
-        room: tokens that a rank holds.
-        shapes: that a micro-step may have, see `lattice`; None: any.
-        more, slacks, finalists: what is tried.
+        room: capacity of a rank in tokens.
+        cost: estimates the time of a plan.
+        shapes: allowed shapes of a micro-step, see `lattice`; None: any.
+        more, slacks, finalists: extent of the search.
 
     Raises:
         ValueError: a sequence is longer than room * parts, or empty.
@@ -86,7 +88,7 @@ def plan(
 
 
 class _Search:
-    """The best plans so far: rule -> plan, and how its batch was cut."""
+    """The best plans so far: rule -> plan, and the way its batch was cut."""
 
     def __init__(self, batch: Batch):
         self.batch = batch
@@ -94,7 +96,7 @@ class _Search:
         self.seconds = float("inf")
 
     def offer(self, found: dict[str, list[Part] | None], way: str) -> float:
-        """The least seconds of these: rule -> parts, or None."""
+        """Adds plans, as rule -> parts or None, and returns the least seconds among them."""
         plans = {k: self.batch.planned(parts) for k, parts in found.items() if parts is not None}
         for name, plan in plans.items():
             self.take(plan, name, way)
@@ -126,13 +128,13 @@ def _placed(rule: Rule, cut: Cut) -> list[Part] | None:
     return out
 
 
-# Rivals ---------------------------------------------------------------------------------------
+# Baselines ------------------------------------------------------------------------------------
 
 
 def unpacked(
     lengths: Sequence[int] | np.ndarray, *, groups: int, parts: int, room: int, cost: Cost
 ) -> Assignment:
-    """One sequence a group and micro-step, in the order given, over all ranks."""
+    """One sequence per group and micro-step, in the order given, over all ranks."""
     batch = Batch(lengths, groups, parts, room, cost)
     return _one_by_one(batch, np.argsort(batch.order).tolist(), "unpacked")
 
@@ -140,8 +142,8 @@ def unpacked(
 def by_length(
     lengths: Sequence[int] | np.ndarray, *, groups: int, parts: int, room: int, cost: Cost
 ) -> Assignment:
-    """As `unpacked`, but sorted, so that groups wait less for each other (LongAlign,
-    arXiv:2401.18058)."""
+    """One sequence per group and micro-step, sorted by length, so that groups wait less for each
+    other (LongAlign, arXiv:2401.18058)."""
     batch = Batch(lengths, groups, parts, room, cost)
     return _one_by_one(batch, list(range(len(batch.lengths))), "sorted")
 
@@ -166,7 +168,7 @@ def packed(
     shapes: Sequence[Shape] | None = None,
     more: int = MORE,
 ) -> Assignment:
-    """Packed context parallelism: every sequence over all ranks, in the best cut of `plan`'s."""
+    """Packed context parallelism: every sequence over all ranks, in the best of `plan`'s cuts."""
     batch = Batch(lengths, groups, parts, room, cost, shapes)
     search = _Search(batch)
     for way, cut in batch.cuts(more):
@@ -183,7 +185,7 @@ def printed(
     cost: Cost,
     shapes: Sequence[Shape] | None = None,
 ) -> Assignment:
-    """Skrull as printed but for its roll-back: in the fewest micro-steps that its rule finds."""
+    """Skrull as printed except for its roll-back, in the fewest micro-steps that its rule finds."""
     batch = Batch(lengths, groups, parts, room, cost, shapes)
     plan = batch.planned(_printed(batch))
     return batch.schedule(plan, "printed, strided", {"printed": plan.seconds})
@@ -198,7 +200,7 @@ def _printed(batch: Batch) -> list[Part]:
 
 
 def rivals(schedule: Assignment) -> dict[str, Assignment]:
-    """The same batch by other rules: name -> schedule, in exact shapes, which favours them."""
+    """Schedules of the same batch by other rules, by name, in exact shapes, which favors them."""
     same = {
         "groups": schedule.groups,
         "parts": schedule.parts,
@@ -214,6 +216,6 @@ def rivals(schedule: Assignment) -> dict[str, Assignment]:
 
 
 def report(schedule: Assignment) -> dict[str, Quality]:
-    """A schedule, as `skrull`, and its rivals: name -> what each is like."""
+    """Quality of a schedule, as `skrull`, and of its rivals, by name."""
     found = {"skrull": schedule, **rivals(schedule)}
     return {name: quality(s) for name, s in found.items()}

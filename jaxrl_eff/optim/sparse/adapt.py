@@ -1,15 +1,15 @@
-"""Training k entries of every matrix in place, with state for these alone.
+"""In-place training of k entries of every matrix, with optimizer state for these only.
 
-The parameters stay where they are and what they are; the optimizer writes the active entries into
-them. For every active entry the state holds the inner optimizer's numbers, the value before
-training (`original`, with which `revert` restores the base bit for bit), and for bfloat16
-parameters what rounding left over (`remainder`): the parameter shows the nearest bfloat16 of a
-float32 number, and an int16 holds how far the number's bits are from it. So what is trained is
-float32 to the last bit, at two bytes an active entry and without a float32 copy.
+The parameters keep their arrays and dtypes; the optimizer writes the active entries into them. For
+every active entry the state holds the inner optimizer's numbers, the value before training
+(`original`, with which `revert` restores the base bit for bit), and for bfloat16 parameters the
+rounding error (`remainder`): the parameter is the nearest bfloat16 of a float32 number, and an
+int16 holds the difference of the number's bits from it. So training is in exact float32, at two
+bytes per active entry and without a float32 copy.
 
-Gradients come as values of the active entries alone, from a tap in the model's backward pass. For a
-loop that has whole gradients, `from_dense` makes an ordinary optax transform of it: it saves state
-rather than gradients.
+Gradients are values of the active entries only, from a tap in the model's backward pass. For a loop
+with dense gradients, `from_dense` makes it an ordinary optax transform, which saves optimizer state
+but not gradients.
 """
 
 from collections.abc import Callable, Mapping
@@ -56,20 +56,20 @@ class SparseUpdate(NamedTuple):
 
 
 class SparseAdapt(NamedTuple):
-    """What `sparse_adapt` returns. Names are paths, "layers/attn/q/kernel".
+    """Functions that `sparse_adapt` returns. Names are paths, "layers/attn/q/kernel".
 
     Attributes:
         init: params -> SparseState.
         update: (gradients of the active entries by name, state, params) -> (SparseUpdate by name,
-            state). Arrays in, arrays out; the parameters are read at the active entries only.
+            state). A pure function; it reads the parameters at the active entries only.
         read: (params, state) -> the updates that would change nothing.
         apply: (params, updates) -> params, in place where params are donated.
-        reselect: (params, state, found) -> (params, state) with units chosen anew. `found` has for
-            every name what `selectors.candidates` returned; None for selectors of weights.
+        reselect: (params, state, found) -> (params, state) with newly chosen units. `found` has
+            the output of `selectors.candidates` for every name; None for selectors of weights.
         revert: (params, state) -> params with every active entry as it was before training.
-        layout: (name, leaf) -> its `Tiling`, or None for parameters that stay as they are.
+        layout: (name, leaf) -> its `Tiling`, or None for parameters that are not trained.
         schedule: when `reselect` is due.
-        selector: by name.
+        selector: name of the selector.
     """
 
     init: Callable[[Any], SparseState]
@@ -98,25 +98,25 @@ def sparse_adapt(
     """Sparse training around an elementwise optax optimizer.
 
     Args:
-        inner: e.g. `optax.adam(1.0)`. It sees each entry with its own counter and, as parameters,
-            the entry's distance from its original value, so weight decay pulls to the base model.
-            Or `SM3()`, which with `Spiel` also says what grows, so that the selector, one of
-            `selectors.WEIGHTS`, chooses the start alone: SpIEL-MA.
+        inner: e.g. `optax.adam(1.0)`. It receives each entry with its own counter and, as
+            parameters, the entry's distance from its original value, so weight decay pulls to the
+            base model. Or `SM3()`, which with `Spiel` also scores growth, so that the selector, one
+            of `selectors.WEIGHTS`, makes only the first choice: SpIEL-MA.
         selector: one of `selectors.WEIGHTS` or `selectors.GRADIENTS`, or for every parameter by
-            name a boolean mask (numpy) of its entries, with as many in every tile.
+            name a boolean mask (numpy) of its entries, with equally many in every tile.
         schedule: `Static`, `Periodic` or `Spiel`; None: `Static`.
         density: share of the entries that is active.
         block: rows and columns of a unit, see `tiling`.
         layout: (name, leaf) -> `Tiling` or None; None: every leaf of two or more axes, whose last
             two are the matrix.
-        learning_rate: multiplies the inner updates, by count of all updates. A schedule belongs
-            here: within `inner` every entry would go through it by its own age.
-        on_drop: what happens to an entry that is no longer active: "revert" puts its original value
-            back, so that never more than the density differ from the base; "keep" leaves it.
+        learning_rate: multiplies the inner updates, by count of all updates. Pass a schedule here:
+            inside `inner` it would count each entry's own updates.
+        on_drop: effect on an entry that is no longer active: "revert" restores its original value,
+            so that never more than the density differ from the base; "keep" leaves it.
         seed: of random choices.
 
     Raises:
-        ValueError: an option that does not exist or does not fit.
+        ValueError: an option does not exist or does not fit.
     """
     masks = selector if isinstance(selector, Mapping) else None
     selector = "mask" if masks is not None else selector
@@ -143,7 +143,7 @@ def sparse_adapt(
     def choice(name: str, x: jax.Array, t: Tiling) -> jax.Array:
         if masks is not None:
             return _mask_index(masks[name], t)
-        # Until the first gradient is there, its selectors start from a random choice.
+        # Selectors of gradients start from a random choice, until the first gradient.
         by = selector if selector in selectors.WEIGHTS else "random"
         return selectors.select(name, by, x, t, seed)
 
@@ -227,7 +227,7 @@ def sparse_adapt(
             old, new = state.active[name], active[name]
             original = per_shard(partial(gather, t=t), t, "pt", "t")(x, new)
             fresh = _fresh(inner, t, new, original)
-            if isinstance(inner, SM3):  # rows and columns stay
+            if isinstance(inner, SM3):  # its state belongs to rows and columns, so it is kept
                 moved = carried(t, old._replace(inner=()), fresh._replace(inner=()))
                 active[name] = moved._replace(inner=old.inner)
             else:
@@ -243,7 +243,7 @@ def sparse_adapt(
 
 
 def tiled_leaves(layout: Layout, params: Any) -> dict[str, tuple[Any, Tiling]]:
-    """Name -> parameter and its tiling, of those that the layout adapts."""
+    """Name -> parameter and its tiling, for parameters that the layout adapts."""
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = path_name(path)
@@ -255,7 +255,7 @@ def tiled_leaves(layout: Layout, params: Any) -> dict[str, tuple[Any, Tiling]]:
 def apply_sparse_updates(
     params: Any, updates: Mapping[str, SparseUpdate], layout: Layout | None = None
 ) -> Any:
-    """The parameters with their active entries set to new values.
+    """Sets the active entries of the parameters to new values.
 
     Args:
         layout: as for `sparse_adapt`; needed where units are not single entries of 2-d matrices.
@@ -270,7 +270,7 @@ def apply_sparse_updates(
 
 
 def dense_to_sparse(grads: Any, state: SparseState, layout: Layout) -> dict[str, jax.Array]:
-    """What a tap would have given: of whole gradients the active entries, by name."""
+    """The active entries of dense gradients, by name, as a tap would return them."""
     out = {}
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         name = path_name(path)
@@ -281,11 +281,11 @@ def dense_to_sparse(grads: Any, state: SparseState, layout: Layout) -> dict[str,
 
 
 def from_dense(adapt: SparseAdapt) -> optax.GradientTransformation:
-    """An ordinary optax transform that reads whole gradients and returns whole updates.
+    """Wraps `adapt` as an ordinary optax transform from dense gradients to dense updates.
 
     It saves the memory of optimizer state, not of gradients; other entries get updates of 0. The
-    updates are float32 differences to the new value; `optax.apply_updates` lands on it, except that
-    float32 parameters may differ by the rounding of that difference.
+    updates are float32 differences to the new value. `optax.apply_updates` gives exactly that
+    value, except that float32 parameters can differ by the rounding of the difference.
     """
 
     def update(grads: Any, state: SparseState, params: Any = None):
@@ -312,14 +312,14 @@ def _some(remainder: Any) -> tuple[Any, ...]:
 
 
 def exact_value(visible: jax.Array, remainder: Any) -> jax.Array:
-    """What is trained, float32."""
+    """The exact trained value, float32."""
     if isinstance(remainder, tuple):
         return visible.astype(jnp.float32)
     return mcf.join_bits(visible, remainder)
 
 
 def rounded(exact: jax.Array, dtype: Any) -> tuple[jax.Array, Any]:
-    """The nearest value of a dtype, and what is left over, () for float32."""
+    """The nearest value of a dtype, and the remainder, () for float32."""
     return (exact, ()) if dtype == jnp.float32 else mcf.split_bits(exact)
 
 
@@ -334,14 +334,14 @@ def _fresh(inner: Any, t: Tiling, index: jax.Array, original: jax.Array) -> Acti
 
 
 def _choose(schedule: Any, t: Tiling, x, index, original, found, *rest):
-    """The new index of one parameter, from its shard alone."""
+    """The new index of one parameter, computed on its shard alone."""
     *remainder, updates = rest
     exact = exact_value(gather(x, index, t), remainder[0] if remainder else ())
     return chosen(schedule, t, index, exact - original.astype(jnp.float32), found, updates)
 
 
 def chosen(schedule: Any, t: Tiling, index, change, found, updates) -> jax.Array:
-    """The new index, from how far each active entry is from its first value and what was found."""
+    """The new index, from each active entry's change since its first value and the candidates."""
     size = jnp.abs(change)
     size = size.sum(tuple(range(-len(t.unit), 0))) if t.unit else size
     best = found[..., 2, :]
@@ -349,7 +349,7 @@ def chosen(schedule: Any, t: Tiling, index, change, found, updates) -> jax.Array
 
 
 def _member(index: jax.Array, among: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether each unit is among others (ascending), and where."""
+    """True where a unit is in `among` (ascending), and its position there."""
 
     def one(index, among):
         at = jnp.clip(jnp.searchsorted(among, index), 0, among.shape[0] - 1)
@@ -365,7 +365,7 @@ def _beside(mask: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _left(t: Tiling, on_drop: str, x, index, new, original):
-    """What the entries active so far are from now on."""
+    """New values of the previously active entries, once others are chosen."""
     visible = gather(x, index, t)
     if on_drop == "keep":
         return visible
@@ -374,7 +374,7 @@ def _left(t: Tiling, on_drop: str, x, index, new, original):
 
 
 def carried(t: Tiling, old: Active, fresh: Active) -> Active:
-    """`fresh` with the numbers of the units that were active before."""
+    """`fresh` with the state of the units that were active before."""
 
     def run(index, new, *pairs):
         was, at = _member(new, index)

@@ -1,8 +1,8 @@
-"""Training a few layers at a time: LISA (arXiv:2403.17919) with state of these layers alone.
+"""Training of a few layers at a time: LISA (arXiv:2403.17919) with state for these layers only.
 
 Every `every` steps other layers are drawn, uniformly. Moments of layers that are no longer trained
-are not kept: the paper's runs started each interval anew, and anything else would grow to the
-state of all layers. What a layer learned stays in it.
+are not kept: the paper's runs restarted them at each interval, and keeping them would grow to the
+state of all layers. A layer keeps its trained weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,22 +21,22 @@ class LayersState(NamedTuple):
     """State of `sampled_layers`."""
 
     count: Any  # int32[], updates done
-    layers: Any  # int32[n], the layers that are trained, ascending
-    inner: Any  # the inner optimizer's, for parameters [n, ...]
+    layers: Any  # int32[n], the layers being trained, ascending
+    inner: Any  # the inner optimizer's state, for parameters [n, ...]
     remainder: Any  # name -> int16[n, ...] for bfloat16 parameters, () for float32
 
 
 class SampledLayers(NamedTuple):
-    """What `sampled_layers` returns.
+    """Functions that `sampled_layers` returns.
 
     Attributes:
         init: parameters `[L, ...]` by name -> state.
         update: (gradients `[n, ...]` of the trained layers by name, state, parameters) ->
             (new values `[n, ...]` by name, state).
-        reselect: state -> state with other layers and nothing of the old ones.
-        read: (parameters, state) -> their values `[n, ...]` by name.
+        reselect: state -> state with newly drawn layers and without state of the old ones.
+        read: (parameters, state) -> the trained layers' values `[n, ...]` by name.
         write: (parameters, state, values) -> parameters, in place where they are donated.
-        due: step -> whether `reselect` is due before it.
+        due: step -> True if `reselect` is due before it.
     """
 
     init: Callable[[Mapping[str, Any]], LayersState]
@@ -56,10 +56,10 @@ def sampled_layers(
     learning_rate: float | optax.Schedule = 1.0,
     seed: int = 0,
 ) -> SampledLayers:
-    """Trains `active` of `total` layers by any optax optimizer, others after `every` steps.
+    """Trains `active` of `total` layers by any optax optimizer, redrawn after `every` steps.
 
     Args:
-        inner: sees float32 parameters `[n, ...]` by name.
+        inner: receives float32 parameters `[n, ...]` by name.
         learning_rate: multiplies the inner updates, by count of all updates.
 
     Raises:

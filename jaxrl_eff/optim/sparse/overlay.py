@@ -1,9 +1,9 @@
-"""Sparse changes beside the parameters instead of in them.
+"""Sparse changes stored separately from the parameters.
 
-The base stays as it is, for a reference policy from the same arrays, several adapters, or a base
-that cannot be written to. The changes are float32, so nothing is rounded; the price is that every
-product first adds them to its matrix. Index and changes are part of the model, since every use of
-it needs them; the state here has the inner optimizer's numbers alone.
+The base stays unchanged, e.g. for a reference policy from the same arrays, several adapters, or a
+read-only base. The changes are float32, so nothing is rounded; the cost is that every product first
+adds them to its matrix. Index and changes are part of the model, since every use of it needs them;
+the state here holds only the inner optimizer's numbers.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,14 +36,15 @@ class OverlayState(NamedTuple):
 
 
 class SparseOverlay(NamedTuple):
-    """What `sparse_overlay` returns; as `SparseAdapt`, with the overlays by name as parameters.
+    """Functions that `sparse_overlay` returns; as `SparseAdapt`, with overlays as parameters.
 
     Attributes:
         start: parameters -> `Overlay` by name, all changes 0.
         init: overlays -> state.
         update: (gradients of delta by name, state, overlays) -> (overlays, state).
-        reselect: (parameters, state, overlays, found) -> (overlays, state). What is dropped is
-            forgotten, so that the parameter is its base value there.
+        reselect: (parameters, state, overlays, found) -> (overlays, state). Changes of dropped
+            entries are discarded, so that the parameter has its base value there.
+        layout, schedule: as in `SparseAdapt`.
     """
 
     start: Callable[[Any], dict[str, Overlay]]
@@ -63,7 +64,7 @@ def sparse_overlay(
     learning_rate: float | optax.Schedule = 1.0,
     seed: int = 0,
 ) -> SparseOverlay:
-    """Trains overlays by an elementwise optax optimizer; arguments as of `sparse_adapt`."""
+    """Trains overlays by an elementwise optax optimizer; arguments as in `sparse_adapt`."""
     check_elementwise(inner)
     schedule = schedule or reselection.Static(first=selector in selectors.GRADIENTS)
 

@@ -1,9 +1,9 @@
-"""Any elementwise optax optimizer with a state of its own, counters included, for every unit.
+"""Elementwise optax optimizers with separate state, counters included, for every unit.
 
 Optax counts updates once for a whole tree. A unit that becomes active later has been updated less
 often, and needs the bias correction of its own age: with Adam's b2 = 0.999 its first step would
-otherwise be 3.2 times too long. `jax.vmap` over the units of an unchanged optimizer gives each its
-counter, for every optimizer at once.
+otherwise be 3.2 times too long. `jax.vmap` over the units of an unchanged optimizer gives each a
+counter, for every elementwise optimizer.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ import optax
 
 
 def per_entry(inner: optax.GradientTransformation, unit: int = 0) -> optax.GradientTransformation:
-    """`inner` for every index of all axes but the last `unit` ones, which are one unit.
+    """Applies `inner` separately per unit: per index of all axes except the last `unit` ones.
 
-    See `check_elementwise` for which optimizers this leaves as they are.
+    See `check_elementwise` for the optimizers that this does not change.
     """
 
     def each(fn: Callable, like: jax.Array) -> Callable:
@@ -46,10 +46,10 @@ def per_entry(inner: optax.GradientTransformation, unit: int = 0) -> optax.Gradi
 
 
 def check_elementwise(inner: optax.GradientTransformation) -> None:
-    """Three entries together must be updated as each alone is.
+    """Checks that three entries together are updated as each alone is.
 
     Raises:
-        ValueError: what `inner` does to one entry depends on others.
+        ValueError: the update of one entry depends on others.
     """
     g, p = np.array([1.0, -3.0, 0.1], np.float32), np.array([0.5, 2.0, -1.0], np.float32)
 

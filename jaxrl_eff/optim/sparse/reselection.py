@@ -1,16 +1,16 @@
-"""When the active units are chosen again, and which stay.
+"""Schedules for reselection: when the active units are chosen again, and which stay.
 
     Static()      never; a selector of gradients chooses once, before the first step
-    Periodic()    every M steps the best units, all of them anew; what stays keeps its state
+    Periodic()    every M steps the best units, of all; units that stay keep their state
     Spiel()       SpIEL-AG (arXiv:2401.16405): every R steps drop the smallest changes, grow the
                   largest gradients; with `SM3`, SpIEL-MA
 
-`due(step)` is asked on the host, so that a step between two choices runs a program without any
-trace of choosing; `choose` runs on the device.
+`due(step)` is evaluated on the host, so that the program of an ordinary step contains no selection;
+`choose` runs on the device.
 
 SpIEL differs from its authors' code in two points: candidates come from a whole batch and not from
-its first microbatch, and grown entries start without moments, which did as well as seeding them
-with the window's mean gradient.
+its first microbatch, and grown entries start without moments, which did as well as initializing
+them with the window's mean gradient.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """Chosen once. `first` says whether that waits for the first step's gradient."""
+    """Schedule that chooses once. `first` is True if that waits for the first step's gradient."""
 
     first: bool = False
 
@@ -29,14 +29,14 @@ class Static:
         return self.first and step == 0
 
     def choose(self, index, change, found, score, updates):
-        """All of what was found, whatever was active."""
+        """Returns all units found, regardless of which were active."""
         del index, change, score, updates
         return jnp.sort(found, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Periodic:
-    """The best units, chosen anew every `every` steps (as GASDU and LIFT do)."""
+    """Schedule that chooses the best units every `every` steps (as GASDU and LIFT do)."""
 
     every: int = 20
     first: bool = True
@@ -52,14 +52,14 @@ class Periodic:
 
 @dataclasses.dataclass(frozen=True)
 class Spiel:
-    """Update, drop and grow.
+    """Schedule that drops and grows units.
 
     Attributes:
         every: R, steps between two choices.
-        share: p0, of the active units that may be exchanged. Before the first step all are.
+        share: p0, of the active units that can be exchanged. Before the first step all can be.
         updates: optimizer updates of the whole training, over which the share falls to 0.
         decay: "linear", p = p0 (1 - s/T), or "cosine", p = p0 (1 + cos(pi s/T)) / 2.
-        first: whether the first choice is before the first step.
+        first: True if the first choice is before the first step.
     """
 
     every: int = 20
@@ -80,11 +80,11 @@ class Spiel:
         return step % self.every == 0 and (self.first or step > 0)
 
     def choose(self, index, change, found, score, updates):
-        """The units active from now on, ascending.
+        """The new active units, ascending.
 
         Args:
             index: int32 `[..., k]`, active units, ascending.
-            change: float32 `[..., k]`, how far each is from where it started.
+            change: float32 `[..., k]`, the distance of each from its initial value.
             found: int32 `[..., k]`, the units with the best scores, best first.
             score: float32 `[..., k]`, those scores.
             updates: int32, optimizer updates done.
@@ -92,11 +92,11 @@ class Spiel:
         done = jnp.minimum(updates.astype(jnp.float32) / self.updates, 1.0)
         rest = 1 - done if self.decay == "linear" else (1 + jnp.cos(jnp.pi * done)) / 2
         share = jnp.where(updates == 0, 1.0, self.share * rest)
-        # Through the reciprocal k * share could fall just below a whole number.
+        # In float32 k * share can fall just below a whole number.
         exchanged = jnp.floor(share * index.shape[-1] + 1e-4).astype(jnp.int32)
 
         def one(index, change, found, score):
-            """For one tile: drop, grow, and keep of the dropped what nothing replaces."""
+            """For one tile: drops, grows, and keeps the dropped units that nothing replaces."""
             k = index.shape[0]
             rank = jnp.argsort(jnp.argsort(change))  # 0 changed least
             kept = rank >= exchanged
@@ -104,7 +104,7 @@ class Spiel:
             active = index[at] == found
             candidate = ~(active & kept[at]) & (score > 0)
             grown = candidate & (jnp.cumsum(candidate) <= exchanged)
-            # What is both dropped and grown simply stays, and must not stand in the list twice.
+            # A unit that is both dropped and grown stays, and must not be in the list twice.
             back = jnp.zeros(k, bool).at[at].max(grown & active)
             stays = jnp.where(kept | back, 2 * k + rank, rank)
             enters = jnp.where(grown & ~active, 4 * k, -1) + jnp.zeros(k, rank.dtype)

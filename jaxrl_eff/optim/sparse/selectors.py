@@ -1,8 +1,8 @@
-"""Which units are worth training: at random, by the weights, by the gradient, or as told.
+"""Selectors of the units to train: at random, by the weights, or by the gradient.
 
 Selectors of weights choose from a parameter alone, in one program at the start:
 
-    random      one unit in each of k equal runs of a tile, so that no scores are ever made
+    random      one unit in each of k equal runs of a tile, without computing scores
     magnitude   the largest |W| (Super-Tuning, arXiv:2607.09287)
     smallest    the smallest |W|
     lift        the largest |W_r|, W_r the best approximation of rank r (LIFT, ICML 2025)
@@ -14,9 +14,9 @@ Selectors of gradients score the gradient G of a matrix in the backward pass, wh
     snip        |G W|, how much the loss would change without the weight
     gallop      |G| / |W|, large gradients at small weights (GaLLoP, arXiv:2510.19778)
 
-A block scores the sum of its entries. For reinforcement learning random or small weights are the
-safe choice: what RL changes lies off the principal directions (arXiv:2511.08567), and a random
-1 % mask is as good as all parameters (arXiv:2602.01599).
+A block's score is the sum of its entries' scores. For reinforcement learning, random or small
+weights are the safe choice: RL mostly changes weights off the principal directions
+(arXiv:2511.08567), and a random 1 % mask is as good as all parameters (arXiv:2602.01599).
 """
 
 import functools
@@ -30,14 +30,14 @@ from jaxrl_eff.optim.sparse.tiling import Tiling, as_matrix, by_unit, per_shard,
 WEIGHTS = ("random", "magnitude", "smallest", "lift")
 GRADIENTS = ("gradient", "fisher", "snip", "gallop")
 LIFT_RANK = 32  # of the approximation whose largest entries are principal
-_FLOOR = 1e-8  # a weight of 0 must not make every gradient infinite
+_FLOOR = 1e-8  # keeps scores finite at weights of 0
 
 
 def select(name: str, selector: str, x: jax.Array, t: Tiling, seed: int) -> jax.Array:
     """The units that a selector of weights chooses, int32 `[*stack, R, C, k]`, ascending.
 
     Args:
-        name: of the parameter; with the seed it decides what is drawn at random.
+        name: of the parameter; random choices depend on it and on the seed.
     """
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
     if selector == "random":
@@ -67,16 +67,16 @@ def _by_weight(selector: str, t: Tiling, x: jax.Array, words: jax.Array) -> jax.
         }[selector](w)
         return jnp.sort(top(by_unit(scores, t), t.count)[1], axis=-1)
 
-    # One matrix after the other: scores are as large as what they score.
+    # One matrix at a time: its scores are as large as the matrix.
     matrices = as_matrix(x, t).reshape(-1, *t.matrix_shape(x.shape))
     return jax.lax.map(one, matrices).reshape(t.index_shape(x.shape))
 
 
 def _principal(t: Tiling, key: jax.Array, w: jax.Array) -> jax.Array:
-    """|W_r| of every tile, by a randomised range finder with two power iterations.
+    """|W_r| of every tile, by a randomized range finder with two power iterations.
 
     Halko, Martinsson and Tropp 2011, Algorithms 4.4 and 5.1: a basis of r + 8 columns, then the
-    best approximation of rank r within it. Matrix products alone, but for an SVD of r + 8 rows.
+    best approximation of rank r within it. Only matrix products, except for an SVD of r + 8 rows.
     """
     (rows, columns), (r, c) = w.shape, t.tile
     tiles = jnp.moveaxis(w.reshape(rows // r, r, columns // c, c), 2, 1)
@@ -110,13 +110,13 @@ def candidates(scores: jax.Array, t: Tiling) -> jax.Array:
     Rows and columns count units within the tile. As floats they are exact below 2^24 each, which
     a single number for both would not be.
     """
-    scores = jnp.where(jnp.isfinite(scores), scores, 0.0)  # such a step is withheld anyway
+    scores = jnp.where(jnp.isfinite(scores), scores, 0.0)  # an update with these is skipped anyway
     best, index = top(by_unit(scores, t), t.count)
     row, column = index // t.units[1], index % t.units[1]
     return jnp.stack([row.astype(jnp.float32), column.astype(jnp.float32), best], axis=-2)
 
 
 def units_of(found: jax.Array, t: Tiling) -> jax.Array:
-    """The units, int32 `[*stack, R, C, k]`, of what `candidates` returned, best first."""
+    """The units, int32 `[*stack, R, C, k]`, of the output of `candidates`, best first."""
     row, column = found[..., 0, :].astype(jnp.int32), found[..., 1, :].astype(jnp.int32)
     return row * t.units[1] + column

@@ -1,17 +1,18 @@
-"""SM3 over the active entries of a matrix, and growth by its accumulators: SpIEL-MA's two halves.
+"""SM3 over the active entries of a matrix, and growth by its accumulators: the parts of SpIEL-MA.
 
-A matrix keeps one number a row and one a column instead of one an entry. For every active entry
+A matrix keeps one number per row and one per column instead of one per entry. For every active
+entry
 
     v_ij = min(row_i, column_j) + g_ij^2        w_ij <- w_ij - lr g_ij / sqrt(v_ij)
     row_i <- max over its active j of v_ij      column_j <- max over its active i of v_ij
 
-(SM3-II, arXiv:1901.11150, with rows and columns as its cover; no momentum). An inactive entry is
-worth row_i column_j, so that choosing what to grow needs no gradient but those that are there
-anyway (SpIEL-MA, arXiv:2401.16405). Accumulators never shrink, they belong to rows and columns
-whichever of their entries are active, and one where none ever was is 0: nothing grows there. That
-is the price of looking nowhere else.
+(SM3-II, arXiv:1901.11150, with rows and columns as its cover; no momentum). The score of an
+inactive entry is row_i column_j, so growth needs no gradients except those of active entries
+(SpIEL-MA, arXiv:2401.16405). Accumulators never shrink. They belong to rows and columns, whichever
+of their entries are active, and one whose entries were never active is 0, so nothing grows there:
+the price of using the gradients of active entries only.
 
-In a grid of tiles every tile has accumulators of its own.
+In a grid of tiles every tile has separate accumulators.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from jaxrl_eff.optim.sparse.tiling import Tiling, per_shard
 
 
 class SM3State(NamedTuple):
-    """Accumulators of one parameter: 4 (r + c) bytes a tile of r x c entries."""
+    """Accumulators of one parameter: 4 (r + c) bytes per tile of r x c entries."""
 
     row: jax.Array  # float32[*stack, R, C, r]
     column: jax.Array  # float32[*stack, R, C, c]
@@ -35,10 +36,10 @@ class SM3State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SM3:
-    """The inner optimizer of `sparse_adapt` that is not elementwise. Its learning rate is 1."""
+    """The one inner optimizer of `sparse_adapt` that is not elementwise. Its learning rate is 1."""
 
     def init(self, index: jax.Array, t: Tiling) -> SM3State:
-        """Accumulators of 0.
+        """Returns accumulators of 0.
 
         Raises:
             ValueError: units are not single entries.
@@ -51,12 +52,12 @@ class SM3:
     def update(
         self, gradient: jax.Array, state: SM3State, index: jax.Array, t: Tiling
     ) -> tuple[jax.Array, SM3State]:
-        """(changes to add, state) from the gradients of the active entries, float32 as `index`."""
+        """(changes to add, state) from the active entries' float32 gradients, shaped as `index`."""
         u, *after = per_shard(partial(_updated, t), t, "tttt", "ttt")(gradient, *state, index)
         return u, SM3State(*after)
 
     def grown(self, state: SM3State, index: jax.Array, t: Tiling) -> jax.Array:
-        """What `selectors.candidates` returns, of the inactive entries of every tile."""
+        """The inactive candidates of every tile, as `selectors.candidates` returns them."""
         return per_shard(partial(_grown, t), t, "ttt", "t")(*state, index)
 
 
@@ -78,12 +79,12 @@ def _grown(t: Tiling, row, column, index):
 
     def one(tile):
         row, column, index = tile
-        # Ordered as their products, which could overflow.
+        # The square root is monotonic, and products of accumulators could overflow.
         scores = (jnp.sqrt(row)[:, None] * jnp.sqrt(column)[None]).reshape(-1)
         scores = scores.at[index].set(0.0, unique_indices=True, mode="promise_in_bounds")
         return candidates(scores.reshape(t.units), alone)[0, 0]
 
-    # One tile after the other: scores are as large as what they score.
+    # One tile at a time: the scores of a tile are as large as the tile.
     tiles = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), (row, column, index))
     found = jax.lax.map(one, tiles)
     return found.reshape(*index.shape[:-1], *found.shape[-2:])

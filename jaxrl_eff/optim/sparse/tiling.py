@@ -1,14 +1,15 @@
-"""Which entries of a matrix are active: units, tiles, and gathering and scattering of k of them.
+"""Active entries of a matrix: units, tiles, and gather and scatter of k of them.
 
-A parameter of any rank is read as a stack of matrices, `[*stack, rows, columns]`. A matrix is
-divided into a grid of equal *tiles*, and in every tile the same number of *units* is active; a unit
+A parameter of any rank is treated as a stack of matrices, `[*stack, rows, columns]`. A matrix is
+divided into a grid of equal *tiles*, and every tile has the same number of active *units*; a unit
 is one entry, or a block of them. Indices count the units of a tile row by row:
 
     index int32[*stack, R, C, k]        values [*stack, R, C, k] or [*stack, R, C, k, r, c]
 
-R x C is the grid and r x c the block. Since nothing reaches over the edge of a tile, a device that
-holds whole tiles selects, gathers and scatters without any collective, and as the tiles are part of
-what is asked for, no mesh can change which entries are active. `per_shard` runs a function so.
+R x C is the grid and r x c the block. No operation crosses the edge of a tile, so a device that
+holds whole tiles selects, gathers and scatters without any collective (`per_shard` runs functions
+this way). Since the grid is part of the configuration, the mesh cannot change which entries are
+active.
 """
 
 import dataclasses
@@ -24,16 +25,16 @@ from jax.sharding import PartitionSpec
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How one parameter is divided. Hashable.
+    """The division of one parameter into tiles and units. Hashable.
 
     Attributes:
-        stack: leading axes whose every index is a matrix of its own.
-        inputs: axes after these that together are the rows; the rest are the columns.
+        stack: number of leading axes; every index of these is a separate matrix.
+        inputs: number of axes after these that together are the rows; the rest are the columns.
         tile: rows and columns of a tile.
-        count: k, active units a tile.
+        count: k, active units per tile.
         block: rows and columns of a unit.
-        spec: how the parameter is sharded, if every shard holds whole tiles; None: not at all, or
-            in a way that needs collectives.
+        spec: how the parameter is sharded, if every shard holds whole tiles; None: replicated, or
+            sharded in a way that needs collectives.
     """
 
     stack: int
@@ -65,11 +66,11 @@ class Tiling:
         return *shape[: self.stack], *grid, self.count
 
     def value_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of one number an active entry."""
+        """Shape of an array with one number per active entry."""
         return *self.index_shape(shape), *self.unit
 
     def index_spec(self, rank: int) -> PartitionSpec:
-        """How indices, values and scores of this rank are sharded: as the tiles are."""
+        """Sharding of indices, values and scores of this rank: as the tiles are sharded."""
         if self.spec is None:
             return PartitionSpec()
         axes = (*self.spec, *[None] * (self.stack + self.inputs + 1 - len(self.spec)))
@@ -86,13 +87,13 @@ def tiling(
     grid: tuple[int, int] = (1, 1),
     block: tuple[int, int] = (1, 1),
 ) -> Tiling:
-    """A `Tiling` of a parameter of this shape with a share of its units active.
+    """Makes a `Tiling` of a parameter of this shape with a share of its units active.
 
     Args:
         density: share of the units of every tile, rounded to at least one unit.
         grid: tiles down and across.
-        block: rows and columns of a unit; 0 stands for the whole side of a tile, so that (1, 0) is
-            a row of it and (0, 1) a column.
+        block: rows and columns of a unit; 0 means the whole side of a tile, so (1, 0) is a row of
+            it and (0, 1) a column.
 
     Raises:
         ValueError: the density is not in (0, 1], or grid or block does not divide the matrix.
@@ -111,12 +112,12 @@ def tiling(
 
 
 def as_matrix(x: jax.Array, t: Tiling) -> jax.Array:
-    """`[*stack, rows, columns]`."""
+    """Reshapes a parameter to `[*stack, rows, columns]`."""
     return x.reshape(*x.shape[: t.stack], *t.matrix_shape(x.shape))
 
 
 def positions(index: jax.Array, t: Tiling) -> tuple[jax.Array, jax.Array]:
-    """Row and column of every active unit, in units, within the matrix (or the shard) at hand."""
+    """Row and column of every active unit, in units, within the matrix (or the local shard)."""
     rows, columns = t.units
     ones = (1,) * (index.ndim - 3)
     down = jnp.arange(index.shape[-3], dtype=index.dtype).reshape(*ones, -1, 1, 1)
@@ -125,7 +126,7 @@ def positions(index: jax.Array, t: Tiling) -> tuple[jax.Array, jax.Array]:
 
 
 def gather(x: jax.Array, index: jax.Array, t: Tiling) -> jax.Array:
-    """The active entries of a parameter, as values."""
+    """Gathers the active entries of a parameter, as values."""
 
     def one(matrix: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
         at, flags = _at(matrix, row, column, t), {"mode": "promise_in_bounds"}
@@ -135,11 +136,11 @@ def gather(x: jax.Array, index: jax.Array, t: Tiling) -> jax.Array:
 
 
 def scatter(x: jax.Array, index: jax.Array, values: jax.Array, t: Tiling) -> jax.Array:
-    """The parameter with its active entries set. In place where the parameter is donated."""
+    """Sets the active entries of a parameter. In place where the parameter is donated."""
 
     def one(matrix: jax.Array, row: jax.Array, column: jax.Array, new: jax.Array) -> jax.Array:
         at, new = _at(matrix, row, column, t), new.reshape(-1, *t.unit).astype(matrix.dtype)
-        # Setting, not adding: unique indices need no atomic additions.
+        # Sets rather than adds: with unique indices it needs no atomic additions.
         out = at.set(new, unique_indices=True, mode="promise_in_bounds")
         return out.reshape(matrix.shape)
 
@@ -176,13 +177,13 @@ def top(scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def per_shard(fn: Callable, t: Tiling, kinds: str, out: str) -> Callable:
-    """`fn` run on every shard by itself, where the parameter is sharded by whole tiles.
+    """Runs `fn` on every shard separately, where the parameter is sharded by whole tiles.
 
     Args:
         fn: a function of arrays.
-        kinds: a letter an argument: "p" has the parameter's axes, "t" those of its tiles, "-" is
-            the same everywhere.
-        out: the same of the results.
+        kinds: one letter per argument: "p" has the parameter's axes, "t" those of its tiles, "-" is
+            replicated.
+        out: the same for the results.
     """
     if t.spec is None or not _several(jax.sharding.get_abstract_mesh()):
         return fn

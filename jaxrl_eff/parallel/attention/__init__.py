@@ -1,1 +1,1 @@
-"""Attention over tokens that are sharded over devices, and its kernels."""
+"""Attention over sequences sharded across devices, and its kernels."""

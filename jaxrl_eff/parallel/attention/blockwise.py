@@ -1,13 +1,13 @@
-"""One device's share of distributed attention: its queries on one piece of the keys.
+"""One device's share of distributed attention: its queries on one shard of the keys, in XLA.
 
-Everything is in chunks, and a product of two chunks is made only where some query sees some key, so
-that no score matrix is larger than a chunk by a chunk, and what another document, a later token or
-the far side of a window hides costs a comparison. Partial results are pairs (out, lse) of a
-softmax over the keys met so far and the logarithm of its sum; `merge` joins two of them, whatever
-their order and however far apart, as in FlashAttention (Dao, 2023, arXiv:2307.08691, section 2.3).
+Queries and keys are processed in chunks, and a pair of chunks is computed only if some query sees
+some key. So no score matrix exceeds chunk x chunk, and pairs masked by documents, causality or a
+window cost only a comparison. Partial results are pairs (out, lse): the softmax output over the
+keys processed so far and its logsumexp. `merge` combines two of them stably in any order, as in
+FlashAttention (Dao, 2023, arXiv:2307.08691, section 2.3).
 
-Letters, beside those of `shapes`: n chunks of queries, m chunks of keys, c queries a chunk, d keys
-a chunk, R = G c.
+Letters, in addition to those of `types`: n chunks of queries, m chunks of keys, c queries per
+chunk, d keys per chunk, R = G c.
 """
 
 from collections.abc import Callable
@@ -19,21 +19,21 @@ from jax import lax
 
 from jaxrl_eff.types import Array, Bool, Float, Int
 
-NEG = -1e30  # the lse of a query that has seen nothing; finite, so that differences are
+NEG = -1e30  # lse of a query that has seen no key; finite, so that differences are finite
 FLOOR = -1e29
 
 Window = Int[Array, ""] | None
 
 
 def wide(dtype: Any) -> Any:
-    """What sums of this dtype are kept in: float32, or float64 for its own."""
+    """Accumulation dtype: float64 for float64, otherwise float32."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def sees(
     q_where: Int[Array, "2 B c"], k_where: Int[Array, "2 B d"], window: Window
 ) -> Bool[Array, "B c d"]:
-    """Which keys each query sees, given positions and segments: `models.attention.allowed`."""
+    """Attention mask from positions and segments, as `models.attention.allowed`."""
     (q_position, q_segment), (k_position, k_segment) = q_where, k_where
     behind = q_position[:, :, None] - k_position[:, None, :]
     same = (q_segment[:, :, None] == k_segment[:, None, :]) & (k_segment > 0)[:, None, :]
@@ -47,11 +47,11 @@ def merge(
     other: Float[Array, "*r H"],
     other_lse: Float[Array, "*r"],
 ) -> tuple[Float[Array, "*r H"], Float[Array, "*r"]]:
-    """The attention over two sets of keys from that over each.
+    """Combines the partial attention over two sets of keys.
 
-    lse' = log(e^lse + e^other_lse), out' = e^(lse - lse') out + e^(other_lse - lse') other, the
-    factors as sigmoids of lse - other_lse and its negative: they add up to 1 even where lse' is so
-    large that its rounding would show, and nothing overflows.
+    lse' = log(e^lse + e^other_lse), out' = e^(lse - lse') out + e^(other_lse - lse') other. The
+    factors are computed as sigmoids of lse - other_lse and its negative: they sum to 1 even if lse'
+    is so large that its rounding error matters, and nothing overflows.
     """
     apart = lse - other_lse
     out = lax.logistic(apart)[..., None] * out + lax.logistic(-apart)[..., None] * other
@@ -59,7 +59,7 @@ def merge(
 
 
 def nothing(q: Float[Array, "n B K R H"]) -> tuple[Array, Array]:
-    """(out, lse) of queries that have met no key."""
+    """Initial (out, lse), before any key."""
     out = jnp.zeros_like(q, wide(q.dtype))
     return out, jnp.full_like(out[..., 0], NEG)
 
@@ -74,7 +74,7 @@ def forward(
     window: Window,
     softcap: float | None,
 ) -> tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]]:
-    """(out, lse) after these keys, from that before them. `q` is scaled."""
+    """Updates (out, lse) with these keys. `q` is already scaled."""
 
     def queries(met, chunk):
         i, q, q_where = chunk
@@ -104,11 +104,13 @@ def backward(
     window: Window,
     softcap: float | None,
 ) -> tuple[Float[Array, "n B K R H"], Float[Array, "m 2 B K d H"]]:
-    """dq with the share of these keys added, and the gradient of the keys and values; wide.
+    """Adds these keys' share to dq; returns it and the gradient of the keys and values.
+
+    Both are in the accumulation dtype.
 
     Args:
-        lse: over all keys, those of other pieces too.
-        delta: rowsum(dout * out), of all keys too.
+        lse: over all keys, including those of other shards.
+        delta: rowsum(dout * out), with `out` over all keys.
     """
 
     def keys(dq, chunk):
@@ -134,7 +136,7 @@ def backward(
 
 def _piece(q, kv, seen, softcap):
     score, _ = _scores(q, kv[0], seen, softcap)
-    # The floor makes every weight of a query that sees nothing vanish, instead of all being equal.
+    # The floor gives a query that sees no key zero weights instead of uniform ones.
     top = jnp.maximum(score.max(axis=-1), FLOOR)
     weight = jnp.exp(score - top[..., None])
     total = weight.sum(axis=-1)
@@ -156,7 +158,7 @@ def _piece_gradient(q, kv, seen, softcap, dout, lse, delta):
 
 
 def _scores(q, k, seen, softcap):
-    """c tanh(q.k / c), NEG where not seen, and its slope in q.k."""
+    """Scores c tanh(q.k / c), NEG where masked, and their derivative with respect to q.k."""
     score, slope = _product("bkrh,bkdh->bkrd", q, k), jnp.ones((), wide(q.dtype))
     if softcap is not None:
         bend = jnp.tanh(score / softcap)
@@ -168,7 +170,7 @@ def _scores(q, k, seen, softcap):
 
 
 def _product(letters: str, x: Array, y: Array) -> Array:
-    """Of the dtype of the arrays that came in, which is `y`'s, in wide sums."""
+    """Einsum with operands in `y`'s dtype, that of the inputs, and wide accumulation."""
     return jnp.einsum(letters, x.astype(y.dtype), y, preferred_element_type=wide(y.dtype))
 
 
@@ -177,26 +179,26 @@ def _at(tree: Any, i: Array) -> Any:
 
 
 def _put(tree: Any, i: Array, one: Any) -> Any:
-    """The i-th chunk replaced: in place in a loop, where an output of the loop would be a copy."""
+    """Replaces the i-th chunk; in place inside a loop, where a scan output would be a copy."""
     return jax.tree.map(lambda x, y: lax.dynamic_update_index_in_dim(x, y, i, 0), tree, one)
 
 
 def _scan(body: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:
-    """`lax.scan`; of one chunk, without a loop."""
+    """`lax.scan`, unrolled if there is a single chunk."""
     return lax.scan(body, carry, chunks, unroll=chunks[-1].shape[0] == 1)
 
 
-# To chunks and back
+# Conversion to and from chunks
 
 
 def chunks(length: int, most: int) -> tuple[int, int]:
-    """(how many, how long): as equal as can be, none longer than `most`, the last padded."""
+    """(number, size) of equal chunks of at most `most` tokens; the last one is padded."""
     number = max(1, -(-length // most))
     return number, -(-length // number)
 
 
 def fold(x: Float[Array, "B T N H"], heads: int, most: int) -> Float[Array, "n B K R H"]:
-    """Chunks of at most `most` tokens first; the query heads that share a key head are rows."""
+    """Splits tokens into leading chunks of at most `most`; query heads per key head become rows."""
     rows, length, _, dim = x.shape
     number, size = chunks(length, most)
     x = jnp.pad(x, ((0, 0), (0, number * size - length), (0, 0), (0, 0)))
@@ -205,7 +207,7 @@ def fold(x: Float[Array, "B T N H"], heads: int, most: int) -> Float[Array, "n B
 
 
 def unfold(x: Float[Array, "n B K R H"], length: int, most: int) -> Float[Array, "B T N H"]:
-    """What `fold` made of `length` tokens, back."""
+    """Inverse of `fold` for `length` tokens."""
     number, rows, heads, _, dim = x.shape
     size = chunks(length, most)[1]
     x = x.reshape(number, rows, heads, -1, size, dim).transpose(1, 0, 4, 2, 3, 5)
@@ -215,7 +217,7 @@ def unfold(x: Float[Array, "n B K R H"], length: int, most: int) -> Float[Array,
 def fold_where(
     position: Int[Array, "B T"], segment: Int[Array, "B T"], most: int
 ) -> Int[Array, "n 2 B c"]:
-    """Positions and segments as `fold` lays out their tokens; what is added is padding."""
+    """Positions and segments in the chunks of `fold`; added tokens are padding (segment 0)."""
     where = jnp.stack([position.astype(jnp.int32), segment.astype(jnp.int32)])
     number, size = chunks(where.shape[2], most)
     where = jnp.pad(where, ((0, 0), (0, 0), (0, number * size - where.shape[2])))

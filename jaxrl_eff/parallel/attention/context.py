@@ -1,7 +1,7 @@
-"""The sequence layout in force: how the tokens of rows lie over the devices that share them.
+"""Context for the sequence layout in force: how tokens of a row are sharded over devices.
 
-A step sets it while it traces a call; a model asks for it by the length of its rows, and is the
-same model whatever the answer.
+A step sets it while tracing a call; a model requests it by row length. The model code is the same
+for every layout.
 """
 
 import contextlib
@@ -28,14 +28,15 @@ def _previous(x: jax.Array) -> jax.Array:
 
 
 class SequenceLayout(NamedTuple):
-    """The order of tokens on the devices, and the attention over all of them.
+    """Token order across devices, with an attention function for it.
 
     Attributes:
-        attend: the attention; None: any that sees whole rows.
-        place: `[B, T]` -> the same in the order in which devices hold tokens.
-        restore: the converse.
-        next, previous: `[B, T]` not placed -> what belongs to the token after, or before, each.
-        fits: (head dim, dtype) -> whether `attend` takes such a model; if not, any attention does.
+        attend: the attention function; None: any that takes complete rows.
+        place: `[B, T]` -> the same in the token order of the devices.
+        restore: inverse of `place`.
+        next, previous: `[B, T]` in row order -> the value of each token's successor or predecessor.
+        fits: (head dim, dtype) -> True if `attend` supports such a model; otherwise `attend` is
+            treated as None.
     """
 
     attend: Attend | None = None
@@ -46,14 +47,14 @@ class SequenceLayout(NamedTuple):
     fits: Callable[[int, Any], bool] = lambda head_dim, dtype: True
 
 
-# (tokens of a row, positions that every layer sees back or None) -> layout.
+# (tokens per row, positions that every layer sees back or None) -> layout.
 LayoutOf = Callable[[int, int | None], SequenceLayout]
 _layout: contextvars.ContextVar[LayoutOf | None] = contextvars.ContextVar("layout", default=None)
 
 
 @contextlib.contextmanager
 def sequence_layout(of: LayoutOf | None) -> Iterator[None]:
-    """Sets the layout while a call is traced; None: rows are whole on a device."""
+    """Sets the layout while a call is traced; None: rows are not sharded."""
     token = _layout.set(of)
     try:
         yield
@@ -64,11 +65,12 @@ def sequence_layout(of: LayoutOf | None) -> Iterator[None]:
 def current_layout(
     length: int, *, sight: int | None = None, head_dim: int | None = None, dtype: Any = None
 ) -> SequenceLayout:
-    """The layout of rows of this length.
+    """Layout of rows of this length.
 
     Args:
-        sight: how many positions back every layer of the model sees; None: the whole row.
-        head_dim, dtype: of the model's attention; None: no attention is asked for.
+        length: tokens per row.
+        sight: positions that every layer of the model sees back; None: the whole row.
+        head_dim, dtype: of the model's attention; None: only the order is requested.
     """
     of = _layout.get()
     found = SequenceLayout() if of is None else of(length, sight)

@@ -1,9 +1,9 @@
-"""What kernels of a device's share of attention have in common: see `hops`, which they equal.
+"""Common parts of the GPU and TPU attention kernels, which implement `blockwise`.
 
-FlashAttention (Dao, 2023, arXiv:2307.08691), with a mask of positions and segments, in the chunks
-of `hops`: scores stay on the chip, and a chunk of queries meets only the chunks of keys from the
-first to the last that it may see. What it met before comes in as (out, lse) and is updated in
-place, so hops of a ring need no merging.
+FlashAttention (Dao, 2023, arXiv:2307.08691) with masks from positions and segments, in the chunks
+of `blockwise`: scores stay on the chip, and a chunk of queries visits only the chunks of keys from
+the first to the last that it can see. The partial result (out, lse) of earlier keys is an input and
+is updated in place, so hops of a ring need no merging.
 """
 
 import math
@@ -16,15 +16,15 @@ from jax import lax
 from jaxrl_eff.parallel.attention.blockwise import FLOOR, NEG, Window
 from jaxrl_eff.types import Array, Bool, Float, Int
 
-FAR = 2**30  # a window that hides nothing, a position after all others
+FAR = 2**30  # as a window: masks nothing; as a position: after all others
 LOG2E = math.log2(math.e)
 
 
 class Bounds(NamedTuple):
-    """What a chunk must meet: four numbers (low, high, first, end), int32 in one array.
+    """Ranges of chunks that each chunk visits: int32 (low, high, first, end) in one array.
 
-    Chunks from `low` to before `high`; of those from `first` to before `end` each query sees each
-    key, so that no mask is needed, and low <= first <= end <= high.
+    A chunk visits the chunks in [low, high). In the subrange [first, end) every query sees every
+    key, so no mask is needed; low <= first <= end <= high.
     """
 
     of_queries: Int[Array, "4 n B"]
@@ -34,19 +34,19 @@ class Bounds(NamedTuple):
 def bounds(
     q_where: Int[Array, "n 2 B c"], k_where: Int[Array, "m 2 B d"], window: Window
 ) -> Bounds:
-    """Which chunks each chunk must meet: all that it sees, and few more.
+    """Chunks that each chunk visits: all that it sees, and few others.
 
-    A chunk is known by its least and its greatest document, and by the first and last position in
-    each and in all. Two that share one document are judged by their positions in that one: what
-    else is in a chunk where a document ends says nothing of it. What needs no mask is one run, the
-    first.
+    A chunk is summarized by its lowest and highest document, and by the first and last position in
+    each of these and overall. If two chunks share a single document, only positions in that
+    document are compared, since other documents in a chunk are irrelevant to it. Only the first run
+    of chunks without a mask is used.
     """
     q, k = _known(q_where), _known(k_where)
-    ends = q.most[:, None] == k.least[None]  # the only document that both have
+    ends = q.most[:, None] == k.least[None]  # the only document in both
     begins = q.least[:, None] == k.most[None]
 
     def shared(q: Array, k: Array) -> tuple[Array, Array]:
-        """Positions in what both have: of (all, least, most) [3, chunks, B]."""
+        """Positions in the shared document, from those in (all, least, most) [3, chunks, B]."""
         q, k = q[:, :, None], k[:, None]
         return (
             jnp.where(ends, q[2], jnp.where(begins, q[1], q[0])),
@@ -66,8 +66,12 @@ def bounds(
 
 
 class _Known(NamedTuple):
-    """Of every chunk: documents, first and last positions in (all, least, most), and whether no
-    token is padding. Of no tokens, most < least.
+    """Summary of every chunk.
+
+    Attributes:
+        least, most: lowest and highest document; most < least if all tokens are padding.
+        first, last: first and last positions in (all, least, most) documents.
+        real: True if no token is padding.
     """
 
     least: Int[Array, "n B"]
@@ -91,9 +95,9 @@ def _known(where: Int[Array, "n 2 B c"]) -> _Known:
 def _span(
     meet: Bool[Array, "n m B"], full: Bool[Array, "n m B"], axis: int
 ) -> Int[Array, "4 rest B"]:
-    """Along `axis`: the first to meet, one past the last, and the same of the first full run.
+    """Range of chunks to visit along `axis`, and the first run of full ones in it.
 
-    (0, 0, 0, 0) if there is none to meet; without a full one, its run is empty and at the end.
+    (0, 0, 0, 0) if there are none to visit; without full chunks, the run is empty and at the end.
     """
     size = meet.shape[axis]
     low = jnp.argmax(meet, axis=axis)
@@ -105,11 +109,17 @@ def _span(
     return jnp.stack([low, high, first, jnp.clip(end, first, high)]).astype(jnp.int32)
 
 
-# Of one chunk of queries, of one head, and one of keys, inside a kernel. Letters as in `hops`.
+# Inside a kernel: one chunk of queries of one head, one chunk of keys. Letters as in `blockwise`.
 
 
 class Met(NamedTuple):
-    """A softmax under way: the sum of e^(score - top) value, the greatest score, the sum of e^."""
+    """Online softmax state.
+
+    Attributes:
+        out: sum of e^(score - top) value.
+        top: running maximum of the scores.
+        total: sum of e^(score - top).
+    """
 
     out: Float[Array, "c H"]
     top: Float[Array, "c 1"]
@@ -117,15 +127,15 @@ class Met(NamedTuple):
 
 
 def begin(out: Float[Array, "c H"], lse: Float[Array, "c 1"]) -> Met:
-    """A softmax that goes on from `out` and `lse`."""
+    """Softmax state that continues from `out` and `lse`."""
     return Met(out, lse, jnp.where(lse > FLOOR, 1.0, 0.0).astype(lse.dtype))
 
 
 def meet(met: Met, q: Array, k: Array, v: Array, seen: Array | None, softcap: float | None) -> Met:
-    """With these keys and values, too; all of them seen, if `seen` is None."""
+    """Adds these keys and values to the softmax; `seen` is the mask, None: all are seen."""
     score = _score(q, k, seen, softcap)[0]
     top = jnp.maximum(met.top, score.max(axis=-1, keepdims=True))
-    # The floor makes every weight of a query that sees nothing vanish, instead of all being equal.
+    # The floor gives a query that sees no key zero weights instead of uniform ones.
     weight = _exp(score, jnp.maximum(top, FLOOR))
     shrink = jnp.exp(met.top - top)
     out = met.out * shrink + _product(weight.astype(v.dtype), v, 1, 0)
@@ -133,12 +143,12 @@ def meet(met: Met, q: Array, k: Array, v: Array, seen: Array | None, softcap: fl
 
 
 def output(met: Met) -> Float[Array, "c H"]:
-    """The attention over all keys met; 0 where there are none."""
+    """Attention output over the keys so far; 0 for queries that saw none."""
     return met.out / jnp.where(met.total > 0, met.total, 1.0)
 
 
 def logsum(top: Float[Array, "c *l"], total: Float[Array, "c *l"]) -> Float[Array, "c *l"]:
-    """The lse of all keys met."""
+    """The lse over the keys so far."""
     some = total > 0
     return jnp.where(some, top + jnp.log(jnp.where(some, total, 1.0)), NEG)
 
@@ -153,10 +163,9 @@ def weights(
     seen: Bool[Array, "c d"] | None,
     softcap: float | None,
 ) -> tuple[Float[Array, "c d"], Float[Array, "c d"]]:
-    """The attention weights, and the gradient with respect to the scores q.k, in `k`'s dtype.
+    """Attention weights, and the gradient with respect to the scores q.k, in `k`'s dtype.
 
-    Transposed, `[d, c]`, if what belongs to queries and to keys changes places (q with k, v with
-    dout) and lse and delta are rows.
+    Transposed, `[d, c]`, if q is swapped with k and v with dout, and lse and delta are rows.
     """
     score, slope = _score(q, k, seen, softcap)
     weight = _exp(score, jnp.maximum(lse, FLOOR))
@@ -175,23 +184,23 @@ def _score(q, k, seen, softcap):
 
 
 def _exp(x: Array, minus: Array) -> Array:
-    """e^(x - minus) as one multiplication with addition and the power of 2 that chips have."""
+    """e^(x - minus) as one multiply-add and exp2, which is a hardware instruction."""
     return jnp.exp2(x * LOG2E - minus * LOG2E)
 
 
 def _product(x: Array, y: Array, over_x: int, over_y: int) -> Array:
-    """Of two matrices, summed over these axes in float32."""
+    """Matrix product contracted over these axes, with float32 accumulation."""
     dimensions = (((over_x,), (over_y,)), ((), ()))
     return lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
 
 
 def spread_keys(dscore: Array, weight: Array, q: Array, dout: Array) -> tuple[Array, Array]:
-    """(dk, dv) of one chunk of queries."""
+    """Contribution of one chunk of queries to (dk, dv)."""
     return _product(dscore, q, 0, 0), _product(weight, dout, 0, 0)
 
 
 def spread_queries(dscore: Array, k: Array) -> Array:
-    """dq of one chunk of keys."""
+    """Contribution of one chunk of keys to dq."""
     return _product(dscore, k, 1, 0)
 
 
@@ -202,31 +211,31 @@ def sees(
     k_segment: Int[Array, "#c #d"],
     window: Int[Array, ""],
 ) -> Bool[Array, "c d"]:
-    """`models.attention.allowed` of one row; a window of `FAR` hides nothing.
+    """Mask of one row, as `models.attention.allowed`; a window of `FAR` masks nothing.
 
-    Transposed if queries are a row and keys a column.
+    Transposed if queries are a row and keys are a column.
     """
     behind = q_position - k_position
     return (q_segment == k_segment) & (k_segment > 0) & (behind >= 0) & (behind < window)
 
 
 def window_of(window: Window) -> Int[Array, "1"]:
-    """As an array, which every kernel takes."""
+    """The window as an operand of the kernels; `FAR` for None."""
     return jnp.asarray(FAR if window is None else window, jnp.int32).reshape(1)
 
 
 def by_head(x: Float[Array, "n B K R *h"], chunk: int) -> Float[Array, "n B N c *h"]:
-    """The rows of `hops.fold`, G heads' c queries each, with heads apart."""
+    """Splits the rows of `blockwise.fold`, c queries of G heads each, by head."""
     chunks, rows, heads, many = x.shape[:4]
     return x.reshape(chunks, rows, heads * many // chunk, chunk, *x.shape[4:])
 
 
 def by_group(x: Float[Array, "n B N c *h"], keys: int) -> Float[Array, "n B K R *h"]:
-    """The converse of `by_head`."""
+    """Inverse of `by_head`."""
     chunks, rows, heads, chunk = x.shape[:4]
     return x.reshape(chunks, rows, keys, heads // keys * chunk, *x.shape[4:])
 
 
 def like(x: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    """Of an output that varies over the devices as `x` does."""
+    """Shape and dtype of an output that varies over the same mesh axes as `x`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

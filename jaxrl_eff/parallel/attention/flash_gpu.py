@@ -1,7 +1,7 @@
-"""Kernels for GPUs of a device's share of attention, in Pallas by Triton. Twins of `hops`.
+"""GPU kernels for a device's share of attention, in Pallas (Triton); equivalent to `blockwise`.
 
-A program holds a tile of queries (or, for dk and dv, of keys) and loops over the tiles that it must
-meet: first those that need a mask, then those that do not, which are most of a long document's.
+A program holds a tile of queries (or, for dk and dv, of keys) and loops over the tiles to visit:
+first those that need a mask, then those that do not, which are the majority in a long document.
 """
 
 import functools
@@ -17,18 +17,19 @@ from jaxrl_eff.parallel.attention import flash
 from jaxrl_eff.parallel.attention.blockwise import Window
 from jaxrl_eff.types import Array, Float, Int
 
-CHUNK = 128  # tokens, a power of two: Triton's blocks are
-# Compute capabilities with 160 kB of shared memory a program and more; others have 100 or less.
+CHUNK = 128  # tokens; Triton requires block sizes that are powers of two
+# Compute capabilities with at least 160 kB of shared memory per program; others have at most 100.
 LARGE = ("8.0", "8.7", "9.0", "10.0", "10.3")
 
 
 class Tile(NamedTuple):
-    """How a kernel divides its work.
+    """Tile sizes and launch parameters of a kernel.
 
     Attributes:
-        own: tokens that a program holds, at most.
-        met: tokens that it meets at once, at most.
-        warps, stages: of a program, and how many loads are under way.
+        own: maximum tokens that a program holds.
+        met: maximum tokens that it processes per loop iteration.
+        warps: per program.
+        stages: of Triton's software pipeline (loads in flight).
     """
 
     own: int
@@ -38,7 +39,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """Of the three kernels."""
+    """Tiles of the three kernels."""
 
     forward: Tile
     to_queries: Tile
@@ -46,7 +47,7 @@ class Tiles(NamedTuple):
 
 
 def tiles(head_dim: int, dtype: Any) -> Tiles:
-    """The fastest measured on an H100 for heads of so many bytes; small ones where nothing was."""
+    """Fastest tiles measured on an H100 by bytes per head; small ones for sizes not measured."""
     wide = head_dim * jnp.dtype(dtype).itemsize
     if wide <= 128:
         return Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2))
@@ -57,9 +58,10 @@ def tiles(head_dim: int, dtype: Any) -> Tiles:
 
 
 def fits(head_dim: int, dtype: Any) -> bool:
-    """Whether the kernels take heads of this size and numbers of this dtype.
+    """True if the kernels support this head dim and dtype.
 
-    Heads of a power of two, of up to 512 bytes, 256 on GPUs with little shared memory.
+    The head dim must be a power of two, at least 16, and a head at most 512 bytes, or 256 on GPUs
+    with little shared memory.
     """
     power, itemsize = head_dim & (head_dim - 1) == 0, jnp.dtype(dtype).itemsize
     most = 512 if _large() else 256
@@ -67,7 +69,7 @@ def fits(head_dim: int, dtype: Any) -> bool:
 
 
 def _large() -> bool:
-    """Of the GPU at hand; without one, programs are compiled for another."""
+    """True if the GPU has large shared memory; assumed when compiling without a GPU."""
     return getattr(jax.devices()[0], "compute_capability", LARGE[-1]) in LARGE
 
 
@@ -82,7 +84,7 @@ def forward(
     softcap: float | None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]]:
-    """`hops.forward`."""
+    """Computes `blockwise.forward`."""
     chunk = q_where.shape[-1]
     out, lse, q = (flash.by_head(x, chunk) for x in (out, lse, q))
     shapes = out.shape, lse.shape
@@ -114,7 +116,7 @@ def backward(
     softcap: float | None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "n B K R H"], Float[Array, "m 2 B K d H"]]:
-    """`hops.backward`."""
+    """Computes `blockwise.backward`."""
     chunk = q_where.shape[-1]
     dout = dout.astype(kv.dtype)
     dq, q, dout, lse, delta = (flash.by_head(x, chunk) for x in (dq, q, dout, lse, delta))
@@ -146,7 +148,8 @@ def backward(
 
 
 def _how(tile: Tile, interpret: bool) -> dict[str, Any]:
-    # JAX means to drop this backend: then `kernels.best` finds it missing, and nothing else does.
+    # JAX plans to drop this backend. With the import here only `kernels.best` is affected, which
+    # then falls back to XLA.
     from jax.experimental.pallas import triton
 
     params = triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
@@ -154,10 +157,10 @@ def _how(tile: Tile, interpret: bool) -> dict[str, Any]:
 
 
 class _Queries:
-    """A program for every tile of queries: (tile, row, head), the last tiles first.
+    """Grid with a program per tile of queries: (tile, row, head), last tiles first.
 
-    Later queries see more, so that what takes longest is begun first. Of what is looped over a
-    program has all: Triton loads what is read.
+    Later queries see more keys, so the longest programs start first. The block of an array that a
+    program loops over spans all its tiles: Triton loads only what is read.
     """
 
     def __init__(self, q, kv, q_where, k_where, window: Window, tile: Tile):
@@ -188,7 +191,7 @@ class _Queries:
 
 
 class _Keys:
-    """A program for every tile of keys: (tile, row, key head)."""
+    """Grid with a program per tile of keys: (tile, row, key head)."""
 
     def __init__(self, q, kv, q_where, k_where, window: Window, tile: Tile):
         n, rows, heads, c, dim = q.shape
@@ -214,14 +217,14 @@ class _Keys:
 
 
 def _cut(where: Int[Array, "n 2 B c"], size: int) -> Int[Array, "m 2 B d"]:
-    """In chunks of `size`, which divides c."""
+    """Splits chunks into chunks of `size`, which divides c."""
     chunks, two, rows, chunk = where.shape
     parts = where.reshape(chunks, two, rows, chunk // size, size)
     return jnp.moveaxis(parts, 3, 1).reshape(-1, two, rows, size)
 
 
 def _over(span: Any, step: Callable[[bool, Any, Any], Any], carry: Any) -> Any:
-    """`step(masked, tile, carry)` over what a span of `flash.Bounds` says, in two loops."""
+    """Loops `step(masked, tile, carry)` over a span of `flash.Bounds`, masked tiles first."""
     low, high, first, end = (span[i] for i in range(4))
 
     def edge(t, carry):
@@ -232,7 +235,7 @@ def _over(span: Any, step: Callable[[bool, Any, Any], Any], carry: Any) -> Any:
 
 
 def _place(t: Any, size: int, chunk: int) -> tuple[Any, Any]:
-    """Where a tile of `size` tokens is in chunks of `chunk`: which, and what of it."""
+    """(chunk index, slice within the chunk) of tile t of `size` tokens in chunks of `chunk`."""
     parts = chunk // size
     if parts == 1:
         return t, slice(None)
@@ -244,7 +247,7 @@ def _column(x: Array) -> Array:
 
 
 def _row(where: Any, t: Any) -> tuple[Array, Array]:
-    """Positions and segments of a tile."""
+    """Positions and segments of a tile, as rows."""
     return where[t, 0][None], where[t, 1][None]
 
 
@@ -283,7 +286,7 @@ def _to_keys(span, window, q_where, k_where, q, kv, dout, lse, delta, dkv, *, so
 
     def head(g, both):
         def step(masked, t, both):
-            # Transposed: as they come, the weights are what the products after them start with.
+            # Transposed, so that the weights are the left operand below without a transpose.
             seen = flash.sees(*_row(q_where, t), *at, window[0]) if masked else None
             i, part = _place(t, met, q.shape[-2])
             queries, pull = q[i, g, part], dout[i, g, part]

@@ -1,8 +1,8 @@
-"""Kernels for TPUs of a device's share of attention, in Pallas by Mosaic. Twins of `hops`.
+"""TPU kernels for a device's share of attention, in Pallas (Mosaic); equivalent to `blockwise`.
 
-The innermost axis of a grid runs over the chunks that may be met, and adds up in scratch memory.
-What of them lies outside its bounds is neither fetched, since its place in the pipeline is taken by
-the nearest one inside, nor computed.
+The innermost grid axis runs over all chunks to be visited and accumulates in scratch memory. Chunks
+outside the bounds are not computed, and not fetched either: their index maps to the nearest chunk
+inside, which the pipeline already holds.
 """
 
 import functools
@@ -22,7 +22,7 @@ LANES = 128
 
 
 def fits(head_dim: int, dtype: Any) -> bool:
-    """Whether the kernels take heads of this size and numbers of this dtype."""
+    """True if the kernels support this head dim and dtype."""
     return head_dim % 64 == 0 and head_dim <= 256 and jnp.dtype(dtype).itemsize <= 4
 
 
@@ -37,7 +37,7 @@ def forward(
     softcap: float | None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]]:
-    """`hops.forward`."""
+    """Computes `blockwise.forward`."""
     spans = flash.bounds(q_where, k_where, window).of_queries[:2]
     grid = _Grid(q, kv, q_where, k_where)
     out, lse, q = grid.heads(out), grid.rows(lse), grid.heads(q)
@@ -72,7 +72,7 @@ def backward(
     softcap: float | None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "n B K R H"], Float[Array, "m 2 B K d H"]]:
-    """`hops.backward`."""
+    """Computes `blockwise.backward`."""
     spans = flash.bounds(q_where, k_where, window)
     grid = _Grid(q, kv, q_where, k_where)
     dq, q, dout = (grid.heads(x) for x in (dq, q, dout.astype(kv.dtype)))
@@ -121,11 +121,11 @@ _PARALLEL = tpu.CompilerParams(
 
 
 class _Grid:
-    """Two grids and the blocks of their operands.
+    """The kernels' two grids and the block specs of their operands.
 
-    Over queries: (B, N, n, m), the last over the chunks of keys that a chunk of queries meets. Over
-    keys: (B, K, m, G n), the last over the chunks of queries of all heads of a group. A block's
-    last two axes are whole axes of its array, or multiples of what a register holds.
+    Over queries: (B, N, n, m), the last axis over the chunks of keys for a chunk of queries. Over
+    keys: (B, K, m, G n), the last axis over the chunks of queries of all heads of a group. A
+    block's last two axes are full axes of its array or multiples of a register's tile.
     """
 
     def __init__(self, q: Array, kv: Array, q_where: Array, k_where: Array):
@@ -135,7 +135,7 @@ class _Grid:
         self._keys, group = keys, many // c
         self.over_queries = rows, keys * group, n, m
         self.over_keys = rows, keys, m, group * n
-        # Of queries as columns, of keys as rows.
+        # Positions and segments: of queries as columns, of keys as rows.
         self.where = jnp.moveaxis(q_where, 1, 3), jnp.moveaxis(k_where, 1, 2)
 
         def met(at, i, b, spans):
@@ -189,7 +189,7 @@ def _inside(spans: Any, chunk: Any, row: Any, at: Any) -> Any:
 
 
 def _column(row: Any) -> Array:
-    """[1, c] -> [c, 1]."""
+    """Transposes [1, c] to [c, 1]."""
     return jnp.expand_dims(row[0], -1)
 
 

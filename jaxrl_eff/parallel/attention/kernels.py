@@ -1,6 +1,7 @@
-"""Which kernel computes a device's share of attention: chunks in XLA, Triton or Mosaic.
+"""Selection of the kernel for a device's share of attention: XLA, Triton or Mosaic.
 
-All three compute what `hops` defines, on arrays as `hops.fold` lays them out.
+All three implement `blockwise.forward` and `blockwise.backward`, on arrays in the layout of
+`blockwise.fold`.
 """
 
 import functools
@@ -17,18 +18,18 @@ from jaxrl_eff.parallel import processes
 from jaxrl_eff.parallel.attention import blockwise, flash_gpu, flash_tpu
 
 CHUNK = 512  # tokens
-TRIAL = "attention kernel"  # by this name processes offer each other their `trouble`
+TRIAL = "attention kernel"  # name under which processes exchange their `trouble`
 
 
 class Kernel(NamedTuple):
-    """How a device meets the keys at hand.
+    """Implementation of a device's attention to one shard of the keys.
 
     Attributes:
-        name: what to log.
-        forward, backward: as those of `hops`.
-        chunk: tokens -> how many a chunk has, at most.
-        exact: whether every chunk must have as many, so that rows are padded.
-        fits: (head dim, dtype) -> whether it takes them; otherwise `xla` is used.
+        name: for logging.
+        forward, backward: as those of `blockwise`.
+        chunk: tokens -> maximum chunk size.
+        exact: every chunk must have that size, so rows are padded.
+        fits: (head dim, dtype) -> True if supported; otherwise `xla` is used.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Kernel(NamedTuple):
 
 @functools.lru_cache(maxsize=32)
 def xla(chunk: int = CHUNK) -> Kernel:
-    """Chunks of at most so many tokens, compiled by XLA: any device, any dtype."""
+    """Kernel in plain XLA with chunks of at most `chunk` tokens; any device, any dtype."""
     return Kernel("xla", blockwise.forward, blockwise.backward, lambda _: chunk, exact=False)
 
 
@@ -63,23 +64,23 @@ _OF_PLATFORM = {"gpu": TRITON, "cuda": TRITON, "tpu": MOSAIC}
 
 
 def interpreted(kernel: Kernel) -> Kernel:
-    """The kernel run step by step by JAX on any device: slow, and what tests compare."""
+    """The kernel in Pallas's interpret mode, on any device; slow, for tests."""
     ways = (functools.partial(f, interpret=True) for f in (kernel.forward, kernel.backward))
     return kernel._replace(**dict(zip(("forward", "backward"), ways, strict=True)))
 
 
 @functools.lru_cache(maxsize=1)
 def best(chunk: int = CHUNK) -> Kernel:
-    """The kernel of the default device, once it has computed a small case there.
+    """Kernel for the default device if it passes a small test there, otherwise XLA's.
 
-    Otherwise, with a warning that says why, XLA's: a compiler too old or new for a kernel costs
-    time, not a run. Processes that met use one that works on all of them.
+    The fallback logs a warning with the reason: a compiler that does not support the kernel makes a
+    run slower but does not stop it. All processes of a group use the same kernel.
 
     Args:
-        chunk: of XLA's.
+        chunk: chunk size of the XLA kernel.
 
     Raises:
-        peers.PeerLost: another process ended before it had tried.
+        processes.PeerLost: another process ended before it had tested its kernel.
     """
     kernel = _OF_PLATFORM.get(jax.default_backend())
     if kernel is None:
@@ -97,12 +98,12 @@ def best(chunk: int = CHUNK) -> Kernel:
 
 
 def trouble() -> str:
-    """Why the kernel of the default device cannot be used here; "" if it can, or there is none."""
+    """Reason why the default device's kernel is unusable here; "" if it works or there is none."""
     kernel = _OF_PLATFORM.get(jax.default_backend())
     if kernel is None:
         return ""
     try:
-        with ThreadPoolExecutor(1) as apart:  # whatever this thread is tracing
+        with ThreadPoolExecutor(1) as apart:  # independent of this thread's trace
             wrong = apart.submit(error_of, kernel).result()
     except Exception as broken:
         return f"it does not run here ({type(broken).__name__}: {broken})"
@@ -110,9 +111,10 @@ def trouble() -> str:
 
 
 def error_of(kernel: Kernel, length: int = 256, head_dim: int = 64) -> float:
-    """How far results and gradients on a small packed row are from the formula in float32.
+    """Largest relative error of outputs and gradients on a small packed row.
 
-    Of bfloat16 operands, over the largest result each; 0.003 is usual.
+    Compares bfloat16 operands with a float32 reference; each error is relative to the largest
+    element of its result. 0.003 is typical.
     """
     rng = np.random.default_rng(0)
     q, dout, k, v = (rng.normal(size=(length, n, head_dim)) for n in (4, 4, 2, 2))
@@ -126,7 +128,7 @@ def error_of(kernel: Kernel, length: int = 256, head_dim: int = 64) -> float:
 
 
 def _by(kernel, q, dout, k, v, position, segment):
-    """(out, dq, dk, dv) of a row's attention to itself, in bfloat16."""
+    """(out, dq, dk, dv) of self-attention on one row, computed by the kernel in bfloat16."""
     length, heads = q.shape[0], k.shape[1]
     chunk = kernel.chunk(length)
     where = blockwise.fold_where(position[None], segment[None], chunk)
@@ -141,7 +143,7 @@ def _by(kernel, q, dout, k, v, position, segment):
 
 
 def _by_formula(q, dout, k, v, position, segment):
-    """The same in NumPy: nothing is compiled, so that it takes no time."""
+    """The same in NumPy, which needs no compilation."""
     group = q.shape[1] // k.shape[1]
     keys, values = (np.repeat(x, group, axis=1) for x in (k, v))
     seen = (segment[:, None] == segment) & (segment > 0) & (position[:, None] >= position)

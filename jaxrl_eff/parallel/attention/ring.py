@@ -1,20 +1,19 @@
-"""Exact attention over rows whose tokens are spread over an axis of the mesh.
+"""Exact attention over rows whose tokens are sharded over a mesh axis.
 
-Three ways that differ in what travels, each with the signature of `models.attention.plain`, the
-definition they equal. They are called inside a `shard_map` over the axis, on pieces of one length;
-`on_mesh` makes of them an attention on global arrays.
+Three variants that differ in their communication, each with the signature and the result of
+`models.attention.plain`. They are called inside a `shard_map` over the axis, on shards of equal
+length; `on_mesh` wraps them for global arrays.
 
-- `ring`: keys and values go round while attention to those at hand is computed (Liu et al., 2023,
-  arXiv:2310.01889). Memory falls with the number of devices; transfers hide behind compute.
-- `gathered`: keys and values are gathered once. As much on the wire, in one large message.
-- `ulysses`: tokens are exchanged for heads (Jacobs et al., 2023, arXiv:2309.14509). Less on the
-  wire on many devices, but not hidden, and heads must divide.
+- `ring`: keys and values circulate while attention to the current shard is computed (Liu et al.,
+  2023, arXiv:2310.01889). Memory falls with the number of devices; transfers overlap with compute.
+- `gathered`: keys and values are all-gathered once. The same bytes, in one large message.
+- `ulysses`: an all-to-all exchanges tokens for heads (Jacobs et al., 2023, arXiv:2309.14509). Fewer
+  bytes on many devices, but not overlapped, and the number of heads must be divisible.
 
-Which token is where is told by its position and segment alone, the only things that are gathered
-by `ring`, so that any order of tokens over devices is right (see `order`). What the backward pass
-keeps is the piece's own: q, k, v, the output and its lse, the last two under the names
-"attend_out" and "attend_lse": a rematerialization policy that saves both does not repeat the
-transfers.
+Masks depend only on each token's position and segment, so any order of tokens over devices is
+correct (see `token_order`); `ring` all-gathers these and nothing else. The residuals of the
+backward pass are local: q, k, v, the output and its lse, the last two named "attend_out" and
+"attend_lse". A rematerialization policy that saves both names does not repeat the transfers.
 """
 
 import functools
@@ -38,7 +37,7 @@ NAMES = ("attend_out", "attend_lse")
 
 
 class _Tour(NamedTuple):
-    """How the queries of a device meet all keys.
+    """Forward and backward pass of a device's queries over the keys of all devices.
 
     Attributes:
         forward: (kernel, axis, q, kv, q_where, k_where, window, softcap) -> out, lse.
@@ -58,19 +57,20 @@ def ring(
     reach: int | None = None,
     unroll: int = 1,
 ) -> Attend:
-    """Attention with keys and values going round `axis`, one permute a hop.
+    """Attention with keys and values circulating over `axis`, one permute per hop.
 
-    P - 1 permutes forward; backward as many for keys and values, and P for their gradients, which
-    are float32 and travel while the next hop is computed. With a reach of n: n, n and n + 1.
+    The forward pass has P - 1 permutes; the backward pass as many for keys and values, and P for
+    their float32 gradients, which are sent while the next hop is computed. With a reach of n: n, n
+    and n + 1.
 
     Args:
-        axis: of the mesh, over which tokens are spread.
-        chunk: tokens in a chunk of queries or keys, at most, where XLA computes.
-        kernel: that computes where it fits, see `kernels`; None: XLA does.
-        reach: on how many pieces behind it a piece's keys are sent; None: on all. It takes that
-            tokens are in order (`order.contiguous`), and no window reaches farther back.
-        unroll: hops in one iteration of the loop over them. More leave the compiler more freedom
-            to overlap, and let it hold as many pieces at once.
+        axis: mesh axis over which tokens are sharded.
+        chunk: maximum tokens per chunk of queries or keys in the XLA kernel.
+        kernel: kernel to use if it fits, see `kernels`; None: XLA.
+        reach: number of subsequent shards that a shard's keys are sent to; None: all. Requires
+            contiguous tokens (`token_order.contiguous`) and windows that reach no farther back.
+        unroll: hops per loop iteration. More give the compiler more freedom to overlap, but it can
+            then hold as many shards at once.
 
     Raises:
         ValueError: a negative reach.
@@ -82,26 +82,26 @@ def ring(
 
 
 def gathered(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
-    """Attention to keys and values gathered over `axis`, once forward and once backward.
+    """Attention to keys and values all-gathered over `axis`, once forward and once backward.
 
-    Their gradients are summed in float32, each device getting its own piece. Arguments as `ring`'s.
+    Their gradients are reduce-scattered in float32. Arguments as for `ring`.
     """
     return functools.partial(_spread, _GATHERED, axis, chunk, kernel)
 
 
 def ulysses(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
-    """Attention to whole rows by a part of the heads. Arguments as `ring`'s.
+    """Attention to complete rows with heads sharded over `axis`. Arguments as for `ring`.
 
-    Key heads that do not divide by P are repeated until they do.
+    Key heads are repeated as needed to be divisible by P.
 
     Raises:
-        ValueError: (on use) the query heads do not divide by P.
+        ValueError: (on use) the number of query heads is not divisible by P.
     """
     return functools.partial(_ulysses, axis, chunk, kernel)
 
 
 def local(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
-    """Attention of every device to its own piece alone. Arguments as `ring`'s."""
+    """Attention within each device's own shard, without communication. Arguments as for `ring`."""
     return functools.partial(_spread, _ALONE, axis, chunk, kernel)
 
 
@@ -142,17 +142,17 @@ def _spread(
 
 
 def _zero_of(q: Array) -> Int[Array, ""]:
-    """0, but JAX does not know.
+    """Zero that JAX treats as depending on q, so that masks are not hoisted out of the layer loop.
 
-    What a loop over layers computes of positions alone JAX would compute before the loop and keep,
-    since it is the same for all layers: the masks of all chunks at once.
+    Masks depend on positions only and are the same for all layers, so JAX would compute those of
+    all chunks before the loop over layers and keep them.
     """
     one = q[0, 0, 0, 0]
     return ((one != one) & False).astype(jnp.int32)
 
 
 def _varying(axis: str, *arrays: Array) -> list[Array]:
-    """The arrays as of one kind for `shard_map`'s check of what differs between devices."""
+    """Casts all arrays to vary over the same mesh axes, for `shard_map`'s varying-axes check."""
     kinds = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     every = {axis}.union(*kinds)
     return [
@@ -183,7 +183,7 @@ def _attention_backward(tour, kernel, axis, softcap, saved, dout):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-# One device
+# Single device
 
 
 def _alone_forward(kernel, axis, q, *rest):
@@ -199,9 +199,8 @@ def _alone_backward(kernel, axis, q, *rest):
 _ALONE = _Tour(_alone_forward, _alone_backward)
 
 
-# Ring. Hops are a loop, although it copies what came to where the next iteration finds it: of an
-# unrolled ring the compiler may send all pieces before anything is computed, and then every device
-# holds them all.
+# Ring. Hops are a loop, although that copies each received shard into the loop carry: unrolled, the
+# compiler can schedule all sends before any computation, and every device then holds all shards.
 
 
 def _ring_forward(unroll, reach, kernel, axis, q, kv, q_where, k_where, *rest):
@@ -232,7 +231,7 @@ def _ring_backward(unroll, reach, kernel, axis, q, dout, lse, delta, kv, q_where
         return kernel.backward(dq, q, dout, lse, delta, kv, q_where, there, *rest)
 
     def last(dq, kv, dkv, hop):
-        # What earlier devices found for the piece at hand arrives while this one computes.
+        # The gradient accumulated so far for this shard arrives while this hop is computed.
         found = _next(dkv, axis)
         dq, dkv = compute(dq, kv, hop)
         return dq, found + dkv
@@ -319,17 +318,17 @@ def _ulysses(
 
 
 def head_repeats(heads: int, kv_heads: int, parts: int, axis: str) -> int:
-    """How often each key head is repeated so that heads can be split over `axis`.
+    """Number of times each key head is repeated so that heads can be sharded over `axis`.
 
     Raises:
-        ValueError: the query heads do not divide by the size of the axis.
+        ValueError: the number of query heads is not divisible by the size of the axis.
     """
     if heads % parts:
         raise ValueError(
             f"{heads} query heads cannot be split over the {parts} devices of mesh axis {axis!r}: "
             "the number of heads must be a multiple; use ring or gathered."
         )
-    # Each repeated head is read by a whole number of query heads: P / gcd(K, P) divides N / K.
+    # Each repeated head serves a whole number of query heads: P / gcd(K, P) divides N / K.
     return parts // math.gcd(kv_heads, parts)
 
 
@@ -345,17 +344,16 @@ def on_mesh(
     heads: str = "tensor",
     split: bool = True,
 ) -> Attend:
-    """`attend` on global arrays: rows, tokens and heads split over axes of `mesh`.
+    """Wraps `attend` for global arrays with rows, tokens and heads sharded over axes of `mesh`.
 
-    Rows or query heads that do not divide stay whole; key heads are then repeated as `ulysses`
-    does. Lengths that do not divide are padded.
+    Rows or query heads that do not divide are replicated; where query heads are sharded, key heads
+    are repeated as in `ulysses`. Lengths that do not divide are padded.
 
     Args:
         attend: `ring(axis)`, `gathered(axis)` or `ulysses(axis)`.
-        axis: over which tokens are split.
-        rows, heads: axes over which these are, if the mesh has them.
-        split: False leaves rows whole, and splits them over `axis` behind `rows` instead of their
-            tokens.
+        axis: mesh axis for tokens.
+        rows, heads: mesh axes for rows and heads, if the mesh has them.
+        split: False shards rows over `rows` and `axis`, and does not shard tokens.
 
     Raises:
         ValueError: `mesh` has no such axis for tokens.
@@ -393,7 +391,7 @@ def on_mesh(
         }  # fmt: skip
         pieces = sizes[axis] if split else 1
         q, k, v, where = jax.tree.map(lambda x: _pad(x, pieces), (q, k, v, where))
-        # A window may be traced, and what is traced goes in as an operand.
+        # The window can be a tracer, which `shard_map` takes only as an operand.
         windows = {} if window is None else {"window": jnp.asarray(window, jnp.int32)}
 
         def local(q, k, v, where, windows):
@@ -425,13 +423,13 @@ def wire_bytes(
     parts: int,
     itemsize: int,
 ) -> int:
-    """Bytes that each device sends in a layer's forward pass, metadata included.
+    """Bytes that each device sends in a layer's forward pass, including positions and segments.
 
     Args:
         variant: "ring", "gathered" or "ulysses".
-        tokens: of all rows, on all devices of the axis.
-        parts: devices of the axis.
-        itemsize: bytes of a number.
+        tokens: of all rows, over all devices of the axis.
+        parts: devices along the axis.
+        itemsize: bytes per element of queries, keys and values.
 
     Raises:
         ValueError: the variant is unknown, or "ulysses" cannot split the heads.

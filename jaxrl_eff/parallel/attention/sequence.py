@@ -1,4 +1,4 @@
-"""The attention of a call whose rows are split over the sequence axis of its mesh."""
+"""Attention of a call whose rows are sharded over the sequence axis of its mesh."""
 
 import functools
 from collections.abc import Callable
@@ -13,21 +13,21 @@ from jaxrl_eff.parallel.mesh import Placement, mesh
 from jaxrl_eff.parallel.reshard.layout import Network
 from jaxrl_eff.types import Array
 
-GATHERED_BYTES = 1 << 30  # keys and values of a layer that a device may hold whole
-CPU_CHUNK = 128  # tokens: quicker for many short sequences, and for long ones no slower
+GATHERED_BYTES = 1 << 30  # limit on a layer's all-gathered keys and values per device
+CPU_CHUNK = 128  # tokens; faster for many short sequences and no slower for long ones
 WAYS = {"ring": ring.ring, "gathered": ring.gathered, "ulysses": ring.ulysses}
 
 
 @functools.lru_cache(maxsize=256)
 def attend(place: Placement, way: str = "", reach: int | None = None) -> Callable[..., Array]:
-    """Attention on global arrays whose rows, tokens and heads are split as `place` says.
+    """Attention on global arrays whose rows, tokens and heads are sharded according to `place`.
 
-    One function for equal arguments, since a program is traced anew for another one.
+    Cached, since another function object would cause a program to be retraced.
 
     Args:
-        way: "ring", "gathered" or "ulysses"; "": the one that is estimated fastest for the shapes
-            that it is traced with.
-        reach: send keys and values so many pieces on, by a ring; see `ring.ring`.
+        place: devices and mesh of the call.
+        way: "ring", "gathered" or "ulysses"; "": the one estimated fastest for the traced shapes.
+        reach: use a ring that sends keys and values this many shards on; see `ring.ring`.
 
     Raises:
         ValueError: an unknown way.
@@ -52,12 +52,12 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
 
 @functools.lru_cache(maxsize=1)
 def own() -> Callable[..., Array]:
-    """Attention to a device's own rows, inside a `shard_map` over all axes of a mesh."""
+    """Attention on a device's own rows, inside a `shard_map` over all axes of a mesh."""
     return _when_called(lambda: ring.local("seq", kernel=kernel()))
 
 
 def _when_called(make: Callable[[], Callable[..., Array]]) -> Callable[..., Array]:
-    """An attention made when it is traced: a kernel is tried for models only that it is for."""
+    """Defers `make` to tracing, so that a kernel is tested only for models that use it."""
 
     def attend(*args: Any, **how: Any) -> Array:
         return make()(*args, **how)
@@ -75,16 +75,18 @@ def fastest(
     network: Network | None = None,
     flops_per_s: float | int | None = None,
 ) -> str:
-    """The way that is estimated to take least for one layer's forward pass.
+    """Variant estimated fastest for one layer's forward pass.
 
-    A ring sends while it computes, but starts P - 1 messages; the others send at once, and wait.
+    A ring overlaps communication with compute but pays the latency of P - 1 messages; the others
+    send everything at once, without overlap.
 
     Args:
-        place: where; its seq axis has P devices.
-        shape: of the queries, [B, T, N, H].
+        place: devices and mesh; its seq axis has P devices.
+        shape: of the global queries, [B, T, N, H].
         kv_heads: K.
-        network: rates of the wire; those typical of this platform if None.
-        flops_per_s: of a device; its published peak, or what is usual for a core, if None.
+        dtype: of queries, keys and values.
+        network: bandwidths and latencies; None: those typical of this platform.
+        flops_per_s: of a device; None: its published peak, or a typical value for a CPU core.
     """
     network = network or Network.local()
     flops_per_s = flops_per_s or _peak(dtype)
@@ -108,28 +110,29 @@ def fastest(
 
 
 def kernel() -> kernels.Kernel:
-    """What computes a device's share here."""
+    """Kernel for the default device."""
     return kernels.best(CPU_CHUNK if jax.default_backend() == "cpu" else kernels.CHUNK)
 
 
 def for_whole_rows() -> bool:
-    """Whether rows that no axis splits should be attended to by `attend`, too, if it fits.
+    """True if `attend` should be used for unsharded rows too, if it fits.
 
-    On TPUs, where the attention of one device writes its scores to memory; on GPUs, where it writes
-    a mask of all pairs and computes what lies between documents.
+    True on TPUs, where single-device attention writes its scores to memory, and on GPUs, where it
+    writes a full mask and computes pairs of different documents.
     """
     return jax.default_backend() == "tpu" or _on_gpu()
 
 
 def fits_whole_rows(head_dim: int, dtype: Any) -> bool:
-    """Whether they should be for a model of such heads and arithmetic.
+    """True if `attend` fits unsharded rows of a model with this head dim and dtype.
 
-    On GPUs those that the kernel takes, in half precision, where it is faster, if it runs there.
+    On GPUs: if the dtype has at most 16 bits, where the Triton kernel is faster, and the kernel
+    supports the head dim and runs here.
     """
     if not _on_gpu():
         return True
     takes = jnp.dtype(dtype).itemsize <= 2 and kernels.TRITON.fits(head_dim, dtype)
-    return takes and kernel().name != "xla"  # it is tried only where it is wanted
+    return takes and kernel().name != "xla"  # tests the kernel, so evaluated last
 
 
 def _on_gpu() -> bool:
@@ -142,14 +145,16 @@ def _peak(dtype: Any) -> float:
 
 @functools.lru_cache(maxsize=256)
 def both(place: Placement, local: int, way: str = "") -> Callable[..., Array]:
-    """Attention on rows that are split over all of data, fsdp and seq, each on a device.
+    """Attention on rows sharded over all of data, fsdp and seq, with unsharded tokens.
 
-    The first `local` tokens of a row attend to each other; the rest are a stripe of what the
-    devices of a sequence axis share, and attend to all stripes. Neither waits for the other, so a
-    compiler may compute the first while the others' keys are on their way.
+    The first `local` tokens of a row attend to each other; the rest are a stripe of a row shared by
+    the devices along seq, and attend to all its stripes. The two are independent, so the compiler
+    can overlap the local part with the transfer of keys.
 
     Args:
-        way: as of `attend`, for what is shared.
+        place: devices and mesh of the call.
+        local: leading tokens per row that are local to a device.
+        way: as for `attend`, for the shared part.
     """
     own = ring.local("seq", kernel=kernel())
     shared = {name: make("seq", kernel=kernel()) for name, make in WAYS.items()}
@@ -169,7 +174,7 @@ def both(place: Placement, local: int, way: str = "") -> Callable[..., Array]:
 
 
 def _fastest_of_stripes(place: Placement, q: Array, k: Array) -> str:
-    """`fastest`, of what one device has of the queries and keys."""
+    """`fastest`, given one device's queries and keys."""
     rows, length, heads, dim = q.shape
     whole = rows * place.row_shards, length * place.seq, heads * place.tensor, dim
     return fastest(place, whole, k.shape[2] * place.tensor, q.dtype) if place.seq > 1 else "ring"
@@ -179,9 +184,9 @@ _WHERE = ("q_position", "k_position", "q_segment", "k_segment")
 
 
 def joined(local: Array, shared: Array, parts: int) -> Array:
-    """Rows of devices, `[G P, Tl]`, and rows of groups, `[G, P Td]`, as `[G P, Tl + Td]`.
+    """Joins device rows `[G P, Tl]` and group rows `[G, P Td]` to `[G P, Tl + Td]`.
 
-    Rank r of a group gets stripe r of the group's row behind its own.
+    On rank r of a group, stripe r of the group's row follows the device's own row.
     """
     groups, length = shared.shape
     stripes = striped(shared, parts).reshape(groups * parts, length // parts)
@@ -189,23 +194,22 @@ def joined(local: Array, shared: Array, parts: int) -> Array:
 
 
 def divided(x: Array, local: int, parts: int) -> tuple[Array, Array]:
-    """The converse of `joined`."""
+    """Inverse of `joined`."""
     rows, length = x.shape
     stripes = x[:, local:].reshape(rows // parts, parts * (length - local))
     return x[:, :local], unstriped(stripes, parts)
 
 
 def striped(x: Array, parts: int) -> Array:
-    """`[B, T]` so that token i stands in piece i mod P, its stripe: `order.striped` on the device.
+    """Permutes `[B, T]` so that token i is in stripe i mod P; `token_order.striped` on the device.
 
-    Striped attention (Brandon et al., 2023, arXiv:2311.09431): equal work for any mixture of
-    documents.
+    Striped attention (Brandon et al., 2023, arXiv:2311.09431): balanced for any mix of documents.
     """
     rows, length = x.shape
     return x.reshape(rows, length // parts, parts).swapaxes(1, 2).reshape(rows, length)
 
 
 def unstriped(x: Array, parts: int) -> Array:
-    """The converse of `striped`."""
+    """Inverse of `striped`."""
     rows, length = x.shape
     return x.reshape(rows, parts, length // parts).swapaxes(1, 2).reshape(rows, length)

@@ -1,8 +1,8 @@
-"""Which rank of a mesh axis holds which token of a row.
+"""Assignment of a row's tokens to the ranks of a mesh axis.
 
-Distributed attention is right under any order, since positions and segments travel with tokens;
-orders differ in how evenly they share out the causal triangle. A row laid out by an `Order` is
-split into equal contiguous pieces, one a rank.
+Distributed attention is correct under any order, since positions and segments travel with tokens;
+orders differ in how evenly they balance the causal triangle. A row permuted by an `Order` is split
+into equal contiguous pieces, one per rank.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from jaxrl_eff.types import Array, Shaped
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Order:
-    """A permutation of a row and of the padding behind it.
+    """Permutation of a row and its trailing padding.
 
     Attributes:
         name: of the function that made it.
         length: tokens in the row, without padding.
-        order: [padded length], the token at each place; padding is `length` and above.
-        inverse: [padded length], the place of each token.
+        order: [padded length], the token at each position; padding is `length` and above.
+        inverse: [padded length], the position of each token.
     """
 
     name: str
@@ -32,25 +32,25 @@ class Order:
     inverse: np.ndarray
 
     def place(self, x: Shaped[Array | np.ndarray, "..."], axis: int = 1) -> Array | np.ndarray:
-        """The row's tokens along `axis` in this order; padding is 0, and so of segment 0."""
+        """Permutes the row's tokens along `axis`; padding is 0, and so of segment 0."""
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, len(self.order) - self.length)
         numpy = np if isinstance(x, np.ndarray) else jnp
         return numpy.take(numpy.pad(x, widths), self.order, axis=axis)
 
     def restore(self, x: Shaped[Array | np.ndarray, "..."], axis: int = 1) -> Array | np.ndarray:
-        """What `place` made, back in the order of the row and without padding."""
+        """Inverse of `place`: row order, without padding."""
         numpy = np if isinstance(x, np.ndarray) else jnp
         return numpy.take(x, self.inverse[: self.length], axis=axis)
 
 
 def padded(length: int, multiple: int) -> int:
-    """The least multiple that holds this many tokens, at least one."""
+    """Rounds `length` up to a multiple, at least one multiple."""
     return max(1, -(-length // multiple)) * multiple
 
 
 def striped(length: int, parts: int) -> Order:
-    """Token i on rank i mod P: equal work for any mixture of documents; fits every use.
+    """Order with token i on rank i mod P: balanced for any mix of documents; the general choice.
 
     Striped attention (Brandon et al., 2023, arXiv:2311.09431).
     """
@@ -58,7 +58,7 @@ def striped(length: int, parts: int) -> Order:
 
 
 def zigzag(length: int, parts: int) -> Order:
-    """Of 2P chunks, i and 2P-1-i on rank i: equal work for one document, in whole blocks."""
+    """Order with contiguous chunks i and 2P-1-i of 2P on rank i: balanced for one document."""
 
     def tokens(n: int) -> np.ndarray:
         pieces = np.arange(n).reshape(2 * parts, -1)
@@ -68,16 +68,16 @@ def zigzag(length: int, parts: int) -> Order:
 
 
 def contiguous(length: int, parts: int) -> Order:
-    """The row as it is: the last rank of one document has the most work, the first the least."""
+    """Identity order: for one document, the last rank has the most work and the first the least."""
     return _order("contiguous", length, parts, np.arange)
 
 
 def reach(piece: float | int, sight: int | None) -> int | float:
-    """Of a row as it is, how many pieces before its own a rank's queries see into.
+    """Number of preceding pieces that a rank's queries see, in the contiguous order.
 
     Args:
-        piece: tokens a rank.
-        sight: positions that a query sees, its own included; None: all.
+        piece: tokens per rank.
+        sight: positions that a query sees, including its own; None: all.
     """
     return math.inf if sight is None else math.ceil((sight - 1) / piece)
 

@@ -1,12 +1,12 @@
-"""The processes of a run, joined by lines of text over TCP.
+"""Control connections between the processes of a run, over TCP.
 
-JAX's own service could tell the same, but it ends a process from within C++, late and with pages of
-text, and its collectives wait for a process that has failed. Here
+JAX's distributed service detects failures too, but late, and it terminates processes from within
+C++ with pages of output; its collectives wait for a failed process. With these connections
 
-- everybody is there within the time to wait, or the run ends and says who is missing (`meet`);
-- a process that dies, or is silent for that long, ends the others with one line;
-- an error of one process is told to the others, which would wait for it in a collective;
-- texts are exchanged without the devices, from any thread (`Group.exchange`).
+- all processes connect within a timeout, or the run ends with a list of the missing ones (`meet`);
+- if a process dies, or is silent for that long, the others end with a one-line error;
+- an error in one process is sent to the others, which would otherwise wait in a collective;
+- strings are exchanged without using devices, from any thread (`Group.exchange`).
 """
 
 from jaxrl_eff.parallel.processes.group import GRACE, Group, group, joined

@@ -1,4 +1,4 @@
-"""Agreement between processes of one run on things that only some of them can know."""
+"""Agreement between the processes of a run on values that only some of them know."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,16 @@ import numpy as np
 
 
 def first_says(ask: Callable[[], int], failure: str) -> int:
-    """Process 0's answer, on all; an error there ends all.
+    """Broadcasts process 0's answer to all processes; an error there is raised on all.
 
     Args:
-        ask: called on process 0 alone; its answer is at least -1.
-        failure: what the others say where it raises.
+        ask: called on process 0 only; returns an integer of at least -1.
+        failure: start of the other processes' error message if it raises.
+
+    Raises:
+        OSError: on the other processes, if `ask` raises on process 0.
     """
-    import jax  # late: commands are understood before
+    import jax  # late, so that commands are parsed before JAX is imported
 
     if jax.process_count() == 1:
         return ask()
@@ -33,7 +36,7 @@ def first_says(ask: Callable[[], int], failure: str) -> int:
 
 
 def everywhere(good: bool) -> bool:
-    """True if it is so on every process."""
+    """True if `good` is true on every process."""
     import jax
 
     if jax.process_count() == 1:

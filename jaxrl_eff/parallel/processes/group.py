@@ -1,4 +1,4 @@
-"""Messages between the processes of a run while it lasts."""
+"""Messages and failure detection between the processes of a run."""
 
 import contextlib
 import os
@@ -10,20 +10,20 @@ from typing import Any
 
 from jaxrl_eff.parallel.processes.link import Link, PeerLost
 
-GRACE = 2.0  # seconds in which the main thread may end by itself, once a process is lost
-LEAVING = 10.0  # seconds in which it must have ended
+GRACE = 2.0  # seconds the main thread has to end by itself after a process is lost
+LEAVING = 10.0  # seconds after which a failed process is ended in any case
 EXIT = 2
 
 
 class Group:
-    """This process among those of its run; made by `meet`.
+    """One process's membership in the group of its run's processes; created by `meet`.
 
-    Process 0 has a link to every other one, and passes on what they say. A process that is lost
-    ends this one: what waits for it in a collective would wait for ever.
+    Process 0 has a link to every other process and relays their messages. The loss of any process
+    ends this one, which could otherwise wait forever in a collective.
 
     Args:
-        process, processes: which this is, of how many.
-        links: process -> link; of process 0 to all others, else to process 0.
+        process, processes: this process's index and the number of processes.
+        links: process -> link; process 0 has links to all others, these have one to process 0.
         wait: seconds of silence after which a process counts as lost.
         leave: called with an exit code to end this process.
     """
@@ -51,31 +51,36 @@ class Group:
             self._thread(self._listen, who)
         self._thread(self._beat)
 
-    # Texts --------------------------------------------------------------------------------------
+    # Strings --------------------------------------------------------------------------------------
 
     def exchange(self, key: str, text: str) -> list[str]:
-        """The values that all processes give under a key that none has used yet, in their order.
+        """All processes' values under a key, by process index; the key must not have been used yet.
 
         Raises:
-            PeerLost: a process ended before it said something.
+            PeerLost: a process ended before it gave its value.
         """
         self._say(key, text)
         found = self.hear(key)
-        assert found is not None  # no other way to stop waiting
+        assert found is not None  # None only if `stop` returns True
         return found
 
     def tell(self, key: str, text: str) -> None:
-        """Says something to all others, which `hear` it; of process 0 alone. Does not wait."""
+        """Sends a string from process 0 to all others, which `hear` it; does not wait.
+
+        Raises:
+            ValueError: this is not process 0.
+        """
         if self.process:
             raise ValueError(f"process {self.process} would tell all, but that is process 0's.")
         for link in self._links.values():
             link.offer({"key": key, "all": [text]})
 
     def hear(self, key: str, stop: Callable[[], bool] = lambda: False) -> list[str] | None:
-        """Waits for what was said under a key, which is forgotten then.
+        """Waits for the values under a key and removes them.
 
         Args:
-            stop: whether to wait no longer, and return None.
+            key: as passed to `exchange` or `tell`.
+            stop: polled while waiting; if it returns True, the result is None.
 
         Raises:
             PeerLost: a process is lost.
@@ -90,13 +95,16 @@ class Group:
             return self._board.pop(key)
 
     def offer(self, name: str, answer: Callable[[], str]) -> None:
-        """Lets other processes ask what `answer` gives here. Every process must offer the same."""
+        """Registers an answer that `everywhere` collects. Every process must offer the same."""
         self._offers[name] = answer
 
     def everywhere(self, name: str) -> list[str]:
-        """The answers of all processes to a question that was offered, once; see `offer`.
+        """Answers of all processes to an offered name, computed once; see `offer`.
 
-        Others need not ask: their answer comes from a thread of its own.
+        The other processes need not call this: a separate thread computes their answer.
+
+        Raises:
+            PeerLost: a process ended before it answered.
         """
         self._ask(name)
         with self._changed:
@@ -113,7 +121,7 @@ class Group:
             self._links[0].offer({"key": key, "text": text})
 
     def _collect(self, who: int, key: str, text: str) -> None:
-        """Process 0's: all that was said under a key, once everybody has."""
+        """On process 0, collects the values under a key and sends them to all when complete."""
         with self._changed:
             parts = self._parts.setdefault(key, {})
             parts[who] = text
@@ -140,10 +148,10 @@ class Group:
                 link.offer({"ask": name})
         self._thread(lambda: self._say(f"answer {name}", self._offers[name]()))
 
-    # Life and death -----------------------------------------------------------------------------
+    # Failure and exit -----------------------------------------------------------------------------
 
     def loss(self, seconds: float | int = 0.0) -> str:
-        """Words about a process that was lost; "" if none was within so many seconds."""
+        """Description of a lost process; "" if none is lost within this many seconds."""
         until = time.monotonic() + seconds
         with self._changed:
             while not self._lost and (left := until - time.monotonic()) > 0:
@@ -151,9 +159,10 @@ class Group:
             return self._lost
 
     def fail(self, why: str) -> None:
-        """Tells the others that this process ends by an error, and waits until they have heard.
+        """Notifies the others that this process ends with an error.
 
-        This process ends in any case within a few seconds, with exit code 2.
+        Process 0 then waits a few seconds for them to end. A watchdog ends this process with exit
+        code 2 after `LEAVING` seconds in any case.
         """
         with self._changed:
             self._leaving, already = True, self._lost
@@ -165,13 +174,13 @@ class Group:
         self._let_others_end()
 
     def finish(self, between: Callable[[], Any] = lambda: None) -> None:
-        """Waits until every process has come to its end.
+        """Waits until every process has finished.
 
         Args:
-            between: run when all have; a process that dies in it is still noticed.
+            between: called when all have; a process that dies during it is still detected.
 
         Raises:
-            PeerLost: one of them did not.
+            PeerLost: a process did not finish.
         """
         self.exchange("end", "")
         between()
@@ -225,13 +234,13 @@ class Group:
         self._thread(self._end_soon)
 
     def _end_soon(self) -> None:
-        time.sleep(GRACE)  # the main thread may have met an error by this, and end in order
+        time.sleep(GRACE)  # the main thread may hit an error of its own and exit cleanly
         if not self._leaving:
             self._let_others_end()
             self.end(self._lost)
 
     def _let_others_end(self) -> None:
-        """Process 0's: JAX ends the others with pages of text if it is gone before them."""
+        """On process 0, waits for the others, which JAX would kill with pages of output."""
         until = time.monotonic() + 2 * GRACE
         with self._changed:
             while not self.process and len(self._parted) < len(self._links):
@@ -250,7 +259,7 @@ class Group:
             time.sleep(min(5.0, self.wait / 6))
 
     def leave_if_failed(self) -> None:
-        """Ends this process if it is to end by an error: JAX would wait for the others."""
+        """Ends this process after `fail`, since JAX's shutdown would wait for the others."""
         if self._leaving:
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(Exception):
@@ -266,13 +275,13 @@ _group: Group | None = None
 
 
 def group() -> Group | None:
-    """That of this process, if it is one of several that met."""
+    """This process's group; None if the run has a single process or did not `meet`."""
     return _group
 
 
 @contextlib.contextmanager
 def joined(here: Group | None) -> Iterator[None]:
-    """`group` returns this one while the block runs."""
+    """Makes `group` return this group while the block runs."""
     global _group
     before, _group = _group, here
     try:

@@ -1,4 +1,4 @@
-"""A connection between two processes, on which objects go as lines of JSON."""
+"""Connection between two processes that carries JSON objects, one per line."""
 
 import contextlib
 import json
@@ -7,15 +7,15 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-LONGEST = 1 << 28  # characters of a line
+LONGEST = 1 << 28  # characters per line
 
 
 class PeerLost(ConnectionError):
-    """A process of this run is missing, has died or has failed."""
+    """Error for a process of this run that is missing, has died or has failed."""
 
 
 class Link:
-    """Either end of it; any thread may send, one receives."""
+    """One end of a connection; any thread can send, a single one receives."""
 
     def __init__(self, sock: socket.socket):
         self._sock, self._writing = sock, threading.Lock()
@@ -23,17 +23,21 @@ class Link:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Raises OSError if the other end is gone."""
+        """Sends an object.
+
+        Raises:
+            OSError: the other end is gone.
+        """
         data = (json.dumps(message) + "\n").encode()
         with self._writing:
             self._sock.sendall(data)
 
     def receive(self, seconds: float | int) -> dict[str, Any]:
-        """The next object.
+        """Receives the next object.
 
         Raises:
-            OSError: the other end is gone, or silent for so long.
-            ValueError: something that is no object.
+            OSError: the other end is gone, or silent for that many seconds.
+            ValueError: the line is not a JSON object.
         """
         self._sock.settimeout(seconds)
         line = self._lines.readline(LONGEST)
@@ -45,7 +49,7 @@ class Link:
         return found
 
     def gone(self) -> bool:
-        """True if the other end is known to have closed it."""
+        """True if the other end is known to have closed the connection."""
         self._sock.settimeout(0)
         try:
             return self._sock.recv(1, socket.MSG_PEEK) == b""
@@ -57,7 +61,7 @@ class Link:
             self._sock.settimeout(None)
 
     def offer(self, message: Mapping[str, Any]) -> None:
-        """Sends it if somebody is there."""
+        """Sends an object, ignoring errors if the other end is gone."""
         with contextlib.suppress(OSError, ValueError):
             self.send(message)
 

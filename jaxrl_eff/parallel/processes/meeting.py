@@ -1,6 +1,7 @@
-"""The meeting of a run's processes: they find each other, and check that they were started alike.
+"""Rendezvous of a run's processes, with a check that all were started alike.
 
-Process 0 listens at the coordinator's address until all have come, and then leaves it to JAX.
+Process 0 listens at the coordinator's address until all have connected, and then leaves the port to
+JAX.
 """
 
 import dataclasses
@@ -15,21 +16,23 @@ from jaxrl_eff.parallel.processes.link import Link, PeerLost
 
 GREETING = "jaxrl_eff processes 1"
 SHOWN = 60  # characters of a value in a message
-QUIET = 2.0  # seconds of waiting that nobody is told of
-LATE = 3.0  # seconds in which more processes may come to hear that they were started wrongly
+QUIET = 2.0  # seconds of waiting before a message
+LATE = 3.0  # seconds after an error in which further processes can connect to receive it
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The place where processes meet, and the number of this one.
+    """Address at which processes meet, and the index of this one.
 
     Attributes:
         coordinator: host:port of process 0.
-        processes: how many there are; `process`: this one, from 0.
-        wait: seconds until a process that does not come or answer is given up.
+        processes: number of processes.
+        process: index of this one, from 0.
+        wait: seconds after which a process that does not connect or answer counts as lost.
 
     Raises:
-        ValueError: not host:port, or a process that there is not.
+        ValueError: a coordinator that is not host:port, a number of processes below 1, an index out
+            of range, or a wait that is not positive.
     """
 
     coordinator: str
@@ -65,18 +68,19 @@ def meet(
     say: Callable[[str], None] = lambda _: None,
     leave: Callable[[int], Any] = os._exit,
 ) -> "Group":
-    """Waits for all processes, and checks that they were started alike.
+    """Waits for all processes and checks that they were started alike.
 
     Args:
-        facts: name -> value, which must be the same everywhere.
-        say: is told what is waited for.
+        place: the address and this process's index.
+        facts: name -> value, which must be the same on all processes.
+        say: called with a message about what is being waited for.
         leave: ends this process with an exit code; see `Group`.
 
     Raises:
-        PeerLost: somebody does not come within `place.wait` seconds.
-        ValueError: facts differ, a process came twice, or another number of them is expected; on
-            every process that came.
-        OSError: process 0 cannot listen there.
+        PeerLost: a process does not connect within `place.wait` seconds.
+        ValueError: on every process that connected: facts differ, an index occurs twice, or the
+            number of processes differs.
+        OSError: process 0 cannot listen at the address.
     """
     if place.process:
         return _come(place, facts, say, leave)
@@ -106,7 +110,7 @@ def _listener(place: Place) -> socket.socket:
 def _gathered(
     listener: socket.socket, place: Place, facts: Mapping[str, str], say: Callable[[str], None]
 ) -> dict[int, Link]:
-    """A link to every other process; all that came are told if something is wrong."""
+    """Accepts a link to every other process; on an error, all that connected receive it."""
     links: dict[int, Link] = {}
     every, extra, wrong = {0: facts}, [], ""
     told, until = False, time.monotonic() + place.wait
@@ -122,7 +126,7 @@ def _gathered(
             continue
         link, who, count, theirs = found
         if who in links and links[who].gone():
-            links.pop(who).close()  # it was started anew
+            links.pop(who).close()  # it was restarted
         if count != place.processes:
             problem = f"--processes is {place.processes} on process 0 and {count} on process {who}."
         elif who in links or not 0 < who < place.processes:
@@ -132,7 +136,7 @@ def _gathered(
         if problem:
             extra.append(link)
             wrong = wrong or problem
-            until = min(until, time.monotonic() + LATE)  # who comes now shall hear of it
+            until = min(until, time.monotonic() + LATE)  # late ones get the error too
     kind: type[Exception] = ValueError
     if not wrong and missing:
         kind, wrong = (
@@ -151,7 +155,7 @@ def _gathered(
 def _greeted(
     listener: socket.socket, seconds: float
 ) -> tuple[Link, int, int, Mapping[str, str]] | None:
-    """The next process that comes: a link, which it is, of how many, its facts; None if none is."""
+    """Accepts the next process: (link, index, number of processes, facts), or None."""
     listener.settimeout(min(seconds, 0.5))
     try:
         link = Link(listener.accept()[0])
@@ -163,7 +167,7 @@ def _greeted(
             raise ValueError(hello["greeting"])
         return link, int(hello["process"]), int(hello["processes"]), dict(hello["facts"])
     except (OSError, ValueError, KeyError, TypeError):
-        link.close()  # somebody else's
+        link.close()  # not a process of a run
         return None
 
 
@@ -192,7 +196,7 @@ def _come(
             continue
         try:
             link.send(hello)
-            # Process 0 may have begun later, and waits as long for the others.
+            # Process 0 can have started later, and waits as long for the others.
             answer = link.receive(place.wait + 5)
         except (OSError, ValueError) as error:
             why = f"what listens there is no process 0 of a run that starts ({error})"
@@ -217,11 +221,11 @@ def _named(processes: Sequence[int]) -> str:
 
 
 def differences(every: Sequence[Mapping[str, str]], *, shown: int = 3) -> str:
-    """The values that differ between processes, in one line; "" if none does.
+    """One-line description of the values that differ between processes; "" if none does.
 
     Args:
         every: the facts of each process, name -> value.
-        shown: how many are told with their values.
+        shown: maximum number of differences to list with their values.
     """
     names = list(dict.fromkeys(name for facts in every for name in facts))
     told = []

@@ -1,1 +1,1 @@
-"""Resharding: arrays moved from one mesh to another, whole or by what has changed."""
+"""Resharding: transfers of arrays between meshes, in full or as changed elements only."""

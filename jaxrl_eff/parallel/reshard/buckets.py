@@ -1,7 +1,7 @@
-"""Tensors sorted into buckets, and a bucket into programs and copies that move it.
+"""Buckets of tensors, and the programs and copies that move each bucket.
 
-What a device holds is passed from phase to phase as single-device arrays, viewed as one array only
-for the program at hand. Devices that a program needs but that hold nothing yet bring zeros.
+Shards are passed between phases as single-device arrays, and viewed as one global array only for
+each program. Devices that a program needs but that hold no shard yet contribute zeros.
 """
 
 import collections
@@ -29,20 +29,22 @@ from jaxrl_eff.parallel.reshard.collectives import (
 from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network, index_of
 
 Shape = tuple[int, ...]
-Held = dict[int, jax.Array]  # device of this process -> its part
+Held = dict[int, jax.Array]  # device of this process -> its shard
 
 
 @dataclasses.dataclass(frozen=True)
 class Move:
-    """One tensor: where it is, where it goes, and what it is on the way.
+    """Transfer of one tensor.
 
     Attributes:
-        shape, dtype: of the tensor; `out` is the dtype that it becomes.
-        source, target: its layouts.
-        fetched: the sharding that it is first put under, if it is not in the devices' own memory.
-        sharding: of the result in the devices' own memory.
-        stored: the sharding that it is put under last, if that is in another memory.
-        fresh: whether the result must not share memory with the source.
+        shape, dtype: of the source.
+        out: dtype of the result.
+        source, target: layouts.
+        fetched: sharding in the default memory that a source in another memory is first copied to;
+            None if not needed.
+        sharding: of the result in the default memory.
+        stored: final sharding if it is in another memory; None if not.
+        fresh: the result must not share memory with the source.
     """
 
     shape: Shape
@@ -59,7 +61,11 @@ class Move:
     def of(
         cls, shape: Shape, dtype: Any, source: Any, target: Any, cast: Any, fresh: bool = False
     ) -> "Move":
-        """Raises ValueError if the shape does not divide by a sharding."""
+        """Transfer between two shardings, with floats cast to `cast` unless it is None.
+
+        Raises:
+            ValueError: the shape is not divisible by a sharding.
+        """
         dtype = jnp.dtype(dtype)
         out = cast if cast is not None and jnp.issubdtype(dtype, jnp.floating) else dtype
         a, b = DeviceLayout.of(source, len(shape)), DeviceLayout.of(target, len(shape))
@@ -75,22 +81,22 @@ class Move:
 
     @property
     def wire(self) -> Any:
-        """The narrower of both dtypes."""
+        """Dtype on the wire: the narrower of the two."""
         return self.out if self.out.itemsize < self.dtype.itemsize else self.dtype
 
     @property
     def kept(self) -> bool:
-        """Whether the tensor is its own result."""
+        """True if the result is the source itself."""
         same = self.dtype == self.out and self.source.same(self.target)
         return same and self.fetched is None and self.stored is None and not self.fresh
 
     @property
     def nbytes(self) -> int:
-        """On the wire, each element once."""
+        """Bytes on the wire, with each element once."""
         return math.prod(self.shape) * self.wire.itemsize
 
     def bytes_at(self, layout: DeviceLayout) -> int:
-        """On one device, in the source's dtype or the target's."""
+        """Bytes per device of the source's or the target's layout, in its dtype."""
         dtype = self.dtype if layout is self.source else self.out
         return math.prod(shard(self.shape, layout)) * dtype.itemsize
 
@@ -100,13 +106,13 @@ def shard(shape: Shape, layout: DeviceLayout) -> Shape:
 
 
 def memory(sharding: Any) -> str:
-    """Name of the memory that arrays of a sharding are in."""
+    """Memory kind of a sharding, with the default resolved."""
     kind = sharding.memory_kind
     return kind if kind is not None else _own_kind(next(iter(sharding.device_set)).platform)
 
 
 def own(sharding: Any) -> bool:
-    """Whether that is the devices' own."""
+    """True if a sharding is in the devices' default memory."""
     return memory(sharding) == _own_kind(next(iter(sharding.device_set)).platform)
 
 
@@ -121,14 +127,15 @@ def _own_kind(platform: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class BucketPhase:
-    """One program, or copies of whole shards, for some tensors of a bucket.
+    """One program, or copies of entire shards, for some tensors of a bucket.
 
     Attributes:
-        devices: of the program; of the receivers of copies.
-        items: of the program; none if `pairs` are copied instead.
-        members: which tensors, in the order of the items' leaves.
+        devices: of the program; empty for copies.
+        members: indices of the tensors, in the order of the items' leaves.
+        items: of the program; empty for copies.
         pairs: for each of `members`, if copied: receiver -> sender.
-        stand_ins: (devices, members, (shape, dtype)): who brings zeros for want of a shard.
+        stand_ins: (devices, members, (shape, dtype)) of the zeros that devices without a shard
+            contribute.
     """
 
     devices: tuple[int, ...]
@@ -140,7 +147,7 @@ class BucketPhase:
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Tensors that move together; or a single one, in `parts` along `dim`."""
+    """Tensors that move together, or a single one in `parts` along `dim`."""
 
     members: tuple[int, ...]
     phases: tuple[BucketPhase, ...]
@@ -150,11 +157,13 @@ class Bucket:
 
 @dataclasses.dataclass
 class Plan:
-    """Moves with their ways, in buckets.
+    """Transfers with their resharding plans, in buckets.
 
     Attributes:
-        ways: of every tensor that is not kept (and is not empty).
-        classes: tensors that share a way.
+        moves: the transfers.
+        ways: tensor index -> plan, for tensors that are neither kept nor empty.
+        classes: groups of tensors that share a plan.
+        buckets: in the order in which they are sent.
     """
 
     moves: Sequence[Move]
@@ -163,7 +172,7 @@ class Plan:
     buckets: list[Bucket]
 
     def shares(self, i: int) -> bool:
-        """Whether the result of a tensor is, in part, the source itself."""
+        """True if the result of a tensor shares memory with its source."""
         m = self.moves[i]
         return m.kept or (i in self.ways and _shares(m, _stages(m, self.ways[i])))
 
@@ -178,7 +187,7 @@ class Plan:
             if max(m.bytes_at(m.source), m.bytes_at(m.target)) > bucket_bytes:
                 cuts[i] = _cut(m, bucket_bytes)
                 dim, parts = cuts[i]
-                if parts > 1:  # its way must leave this dimension alone
+                if parts > 1:  # its plan must not reshard this dimension
                     room = (*room[:dim], m.source.counts[dim], *room[dim + 1 :])
             classes.setdefault((m.source, m.target, room), []).append(i)
         ways = {}
@@ -209,7 +218,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes on one device if the source is kept: both trees and what is under way."""
+        """Peak bytes on one device if the source is kept: both trees and buckets in flight."""
         held: dict[int, int] = collections.Counter()
         for m in self.moves:
             for d in m.source.devices:
@@ -222,7 +231,7 @@ class Plan:
         )
 
     def _under_way(self, bucket: Bucket) -> int:
-        """Messages and stand-ins, beside source and target."""
+        """Bytes of messages and stand-ins, in addition to source and target."""
         sizes = (max(m.bytes_at(m.source), m.bytes_at(m.target)) for m in self._of(bucket))
         return sum(sizes) // bucket.parts * (2 if bucket.parts > 1 else 1)
 
@@ -231,7 +240,7 @@ class Plan:
 
 
 def _cut(m: Move, bucket_bytes: int) -> tuple[int, int]:
-    """A dimension that source and target split alike, and into how many parts to cut it."""
+    """(dimension, parts) to cut a tensor, along a dimension sharded alike in source and target."""
     wanted = math.ceil(max(m.bytes_at(m.source), m.bytes_at(m.target)) / bucket_bytes)
     best = (0, 1)
     for dim, n in enumerate(shard(m.shape, m.source)):
@@ -305,7 +314,7 @@ def _bucket(
 
 
 def _stages(m: Move, way: RoutePlan) -> tuple[Phase, ...]:
-    """The way's, with programs that only cast or copy where plain copies are at either end."""
+    """The plan's stages, plus cast or copy programs where plain copies are first or last."""
     stages = way.stages
     before, after = (Phase(tuple(sorted(x.devices)), ()) for x in (m.source, m.target))
     if m.dtype != m.wire and (not stages or isinstance(stages[0].steps[0], Copies)):
@@ -318,7 +327,7 @@ def _stages(m: Move, way: RoutePlan) -> tuple[Phase, ...]:
 
 
 def _shares(m: Move, stages: tuple[Phase, ...]) -> bool:
-    """Whether a part of the result is a part of the source."""
+    """True if some shard of the result is a shard of the source."""
     if m.fetched is not None or m.stored is not None:
         return False
     steps = [step for stage in stages for step in stage.steps]
@@ -328,7 +337,7 @@ def _shares(m: Move, stages: tuple[Phase, ...]) -> bool:
 
 
 def _after(shape: Shape, step: Collective) -> Shape:
-    """A shard's shape after a step."""
+    """Shape of a shard after a step."""
     out = list(shape)
     if isinstance(step, Slice):
         out[step.dim] //= len(step.groups[0])
@@ -343,18 +352,18 @@ def _after(shape: Shape, step: Collective) -> Shape:
     return tuple(out)
 
 
-# Running
+# Execution
 
 
 class UnderWay:
-    """Lets no more than some buckets be under way at once."""
+    """Limit on the number of buckets in flight."""
 
     def __init__(self, most: int):
         self._most = most
         self._arrays: collections.deque[Any] = collections.deque()
 
     def wait(self) -> None:
-        """Before one more leaves."""
+        """Blocks until another bucket can be sent."""
         if len(self._arrays) == self._most:
             jax.block_until_ready(self._arrays.popleft())
 
@@ -363,14 +372,14 @@ class UnderWay:
 
 
 def wrapped(array: Any, m: Move) -> Any:
-    """A tensor that does not move, under the target's sharding."""
+    """Wraps a tensor that does not move in the target's sharding."""
     if array.sharding == m.sharding:
         return array
     return _assembled(m, held(array))
 
 
 def held(array: Any) -> Held:
-    """The parts of an array on this process's devices."""
+    """Shards of an array on this process's devices."""
     return {index_of(s.device): s.data for s in array.addressable_shards}
 
 
@@ -385,27 +394,27 @@ def _assembled(m: Move, parts: Held) -> Any:
 
 
 def start(array: Any, m: Move) -> Held:
-    """What this process holds of the source, in the devices' own memory."""
+    """This process's shards of the source, in the devices' default memory."""
     if not spmd.local_devices(m.source.devices):
         return {}
     return held(array if m.fetched is None else jax.device_put(array, m.fetched))
 
 
 def finish(m: Move, parts: Held) -> Any:
-    """The array under the target's sharding, in its memory."""
+    """Assembles the result in the target's sharding and memory."""
     array = _assembled(m, parts)
     return array if m.stored is None else jax.device_put(array, m.stored)
 
 
 def wrap(stacked: jax.Array, m: Move, layout: DeviceLayout, sharding: Any) -> Any:
-    """A program's result on the devices of a layout, as a tensor of dtype `m.out`."""
+    """Assembles a program's result on the devices of a layout to a tensor of dtype `m.out`."""
     parts = held(stacked)
     mine = [parts[d] for d in spmd.local_devices(layout.devices)]
     return jax.make_array_from_single_device_arrays(m.shape, sharding, mine, dtype=m.out)
 
 
 def empty(m: Move) -> Any:
-    """A tensor without elements."""
+    """Result of a tensor without elements."""
     with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_callback(
             m.shape, m.stored or m.sharding, lambda _: np.zeros(m.shape, m.out), dtype=m.out
@@ -413,7 +422,7 @@ def empty(m: Move) -> Any:
 
 
 def run(bucket: Bucket, parts: dict[int, Held]) -> dict[int, Held]:
-    """Takes the tensors of a bucket from the source's devices to the target's."""
+    """Moves the tensors of a bucket from the source's devices to the target's."""
     parts = dict(parts)
     for phase in bucket.phases:
         if phase.items:
@@ -424,7 +433,7 @@ def run(bucket: Bucket, parts: dict[int, Held]) -> dict[int, Held]:
 
 
 def compile_all(bucket: Bucket) -> list[Any]:
-    """The programs that move a bucket; also compiles those that make zeros."""
+    """Compiled programs that move a bucket; also compiles those for zeros."""
     for phase in bucket.phases:
         for devices, leaves in _zeros(phase):
             spmd.zeros(devices, leaves)
@@ -451,7 +460,7 @@ def _run_program(phase: BucketPhase, parts: dict[int, Held]) -> None:
 
 
 def _zeros(phase: BucketPhase) -> list[tuple[tuple[int, ...], tuple[tuple[Shape, Any], ...]]]:
-    """(this process's devices, shards that they lack), of the programs that make them."""
+    """(this process's devices, shards that they lack) of each program that makes zeros."""
     wanted: dict[tuple[int, ...], list[tuple[Shape, Any]]] = {}
     for devices, _, leaf in phase.stand_ins:
         wanted.setdefault(spmd.local_devices(devices), []).append(leaf)
@@ -459,7 +468,7 @@ def _zeros(phase: BucketPhase) -> list[tuple[tuple[int, ...], tuple[tuple[Shape,
 
 
 def _fill(phase: BucketPhase, parts: dict[int, Held]) -> None:
-    """Zeros for devices that hold nothing of a tensor yet: one array for all of a shape."""
+    """Adds zeros for devices that hold no shard of a tensor yet; equal shapes share one array."""
     made = {
         (devices, leaf): held(array)
         for devices, leaves in _zeros(phase)
@@ -471,7 +480,7 @@ def _fill(phase: BucketPhase, parts: dict[int, Held]) -> None:
 
 
 def _run_copies(phase: BucketPhase, parts: dict[int, Held]) -> None:
-    """All shards of all tensors in one call."""
+    """Copies all shards of all tensors in a single `jax.device_put`."""
     every = jax.devices()
     wanted = [
         (i, a, b)
@@ -490,7 +499,7 @@ def _run_copies(phase: BucketPhase, parts: dict[int, Held]) -> None:
 
 
 def run_in_parts(bucket: Bucket, m: Move, whole: Held, flow: UnderWay) -> Held:
-    """As `run` for the one tensor of a bucket that is too large: cut, move, and paste each part."""
+    """`run` for a tensor larger than a bucket: cuts, moves and pastes each part."""
     (i,), dim, parts = bucket.members, bucket.dim, bucket.parts
     sources, targets = tuple(sorted(m.source.devices)), tuple(sorted(m.target.devices))
     here, there = spmd.local_devices(sources), spmd.local_devices(targets)

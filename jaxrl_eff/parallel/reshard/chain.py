@@ -1,12 +1,12 @@
-"""The way between two layouts of the same devices as a shortest path over collectives.
+"""Resharding between two layouts of the same devices, as a shortest path over collectives.
 
-Both meshes are refined to common axes, prime ones if these are few. A state says which axes split
-which dimension, slowest first. Its neighbours: *slice* along an unused axis (free), *all-to-all* of
-a dimension's fastest axes to another one, which keeps the shards' size. A path ends with
-*gathers* of a dimension's fastest axes, if these alone lead to the target; otherwise with one
-*permute* of whole shards before them. Renaming axes commutes with all the others, so one is enough,
-and it costs least there, where the shards are smallest. What a path receives is known exactly, and
-no shard on it is larger than the larger of source and target.
+Both meshes are refined to common axes, of prime size if these are few. A state assigns axes to the
+dimensions that they shard, slowest first. Its neighbors: *slice* along an unused axis (free), and
+*all-to-all* of a dimension's fastest axes to another dimension, which preserves the shard size. A
+path ends with *all-gathers* of dimensions' fastest axes. If all-gathers alone do not lead to the
+target, one *permute* of entire shards precedes them. Renaming axes commutes with all other steps,
+so one permute suffices, and it is cheapest there, where shards are smallest. The bytes that a path
+receives are known exactly, and no shard on it is larger than the larger of source and target.
 
 Primitives: Rink et al. 2021, arXiv:2112.01075, memory-efficient array redistribution.
 """
@@ -31,7 +31,7 @@ from jaxrl_eff.parallel.reshard.collectives import (
 from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network
 
 State = tuple[tuple[int, ...], ...]  # for each dimension its axes, slowest first
-MOST_PRIMES = 5  # axes; coarser ones are taken beyond
+MOST_PRIMES = 5  # limit on axes of prime size; with more, the axes are not refined to primes
 MOST_AXES = 8
 
 
@@ -44,14 +44,15 @@ def chain(
     *,
     thrifty: bool = False,
 ) -> tuple[Collective, ...] | None:
-    """The fastest steps, or None if the meshes have no common refinement.
+    """Fastest sequence of steps; None if the meshes have no common refinement of few enough axes.
 
     Args:
-        source, target: layouts of the same devices, in any two orders.
-        room: for each dimension a number that its split must divide: the greatest common divisor
+        source, target: layouts of the same devices, in any order.
+        room: for each dimension, a number that its split must divide: the greatest common divisor
             of its size and the number of devices.
-        nbytes: of the whole tensor, which weighs bytes against latencies.
-        thrifty: rather the steps that receive the fewest bytes, and of these the fastest.
+        nbytes: of the full tensor; weighs bandwidth against latency.
+        network: bandwidths and latencies.
+        thrifty: minimize received bytes first, then time.
     """
     split = [i for i, (a, b) in enumerate(zip(source.spec, target.spec, strict=True)) if a or b]
     ends = [dataclasses.replace(e, spec=tuple(e.spec[i] for i in split)) for e in (source, target)]
@@ -68,7 +69,7 @@ def _chain(
     network: Network,
     thrifty: bool,
 ) -> tuple[Collective, ...] | None:
-    """Of tensors without the dimensions that neither layout splits."""
+    """`chain` for tensors without the dimensions that neither layout shards."""
     axes = _common(source, target, primes=True)
     if axes is not None and len(axes.used) > MOST_PRIMES:
         axes = _common(source, target, primes=False)
@@ -87,7 +88,15 @@ def _renumbered(step: Collective, dims: list[int]) -> Collective:
 
 @dataclasses.dataclass(frozen=True)
 class _Move:
-    """An edge: what it does, to which axes, and the part of the tensor that a device then has."""
+    """Edge of the graph.
+
+    Attributes:
+        kind: "slice", "all_to_all", "permute" or "gather".
+        dim, join: dimensions that the collective splits and joins.
+        block: the axes that move.
+        shard: fraction of the tensor that a device holds before it.
+        before, after: states around a permute.
+    """
 
     kind: str
     dim: int = 0
@@ -99,7 +108,7 @@ class _Move:
 
 
 class _Axes:
-    """Common axes of two meshes over one list of devices, with the two layouts written in them."""
+    """Common axes of two meshes over one list of devices, with both layouts expressed in them."""
 
     def __init__(self, devices: tuple[int, ...], bounds: list[int], source: State, target: State):
         self.devices, self.source, self.target = devices, source, target
@@ -118,7 +127,7 @@ class _Axes:
         return n
 
     def groups(self, block: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Devices that differ along the axes of `block` alone, in their order."""
+        """Groups of devices that differ only along the axes of `block`, in the order of these."""
         if block not in self._groups:
             others = tuple(a for a in range(len(self.sizes)) if a not in block)
             order = np.lexsort((self.numbers((block,)), self.numbers((others,))))
@@ -127,7 +136,7 @@ class _Axes:
         return self._groups[block]
 
     def numbers(self, state: State) -> np.ndarray:
-        """Of every device, the number of its shard."""
+        """Shard number of every device."""
         if state not in self._shards:
             number = np.zeros(len(self.devices), int)
             for dim in state:
@@ -137,7 +146,7 @@ class _Axes:
         return self._shards[state]
 
     def endings(self, state: State) -> list[State]:
-        """States with as many shards along each dimension from which gathers lead to the target."""
+        """States with the same shard counts from which all-gathers alone lead to the target."""
         if all(dim[: len(t)] == t for dim, t in zip(state, self.target, strict=True)):
             return [state]
         counts = tuple(self.count(dim) for dim in state)
@@ -148,7 +157,7 @@ class _Axes:
 
 
 def _common(source: DeviceLayout, target: DeviceLayout, *, primes: bool) -> _Axes | None:
-    """Both layouts on one mesh; None if there is none."""
+    """Expresses both layouts on one mesh; None if impossible."""
     if set(source.devices) != set(target.devices):
         return None
     place = {d: i for i, d in enumerate(source.devices)}
@@ -177,7 +186,7 @@ def _common(source: DeviceLayout, target: DeviceLayout, *, primes: bool) -> _Axe
 
 
 def _strides(grid: np.ndarray) -> list[list[tuple[int, int]]] | None:
-    """Each axis of a grid of positions as (stride, size) parts, slowest first, or None."""
+    """Factors each axis of a grid of positions into (stride, size), slowest first; or None."""
     total = np.zeros_like(grid)
     out = []
     for axis, n in enumerate(grid.shape):
@@ -223,7 +232,7 @@ def _with_primes(ladder: list[int]) -> list[int]:
 def _shortest(
     axes: _Axes, room: tuple[int, ...], nbytes: float | int, network: Network, thrifty: bool
 ) -> list[_Move]:
-    """Dijkstra's algorithm over (seconds, bytes received by all), or the other way round."""
+    """Dijkstra's algorithm with costs (seconds, total received bytes), or reversed if thrifty."""
 
     @functools.cache
     def price(move: _Move) -> tuple[float, float]:
@@ -266,7 +275,7 @@ def _sum(*pairs: tuple[float, float]) -> tuple[float, float]:
 
 
 def _moves(axes: _Axes, state: State, room: tuple[int, ...]) -> Iterator[tuple[State, _Move]]:
-    """All-to-alls and slices."""
+    """Yields all-to-alls and slices from a state."""
     counts = [axes.count(dim) for dim in state]
     shard = 1.0 / math.prod(counts)
     for i, dim in enumerate(state):
@@ -289,7 +298,7 @@ def _replaced(state: State, i: int, dim: tuple[int, ...]) -> State:
 
 
 def _finish(axes: _Axes, state: State, end: State) -> list[_Move]:
-    """The permute, if there is one, and the gathers."""
+    """Final moves of a path: a permute if needed, then all-gathers."""
     shard = 1.0 / math.prod(axes.count(dim) for dim in state)
     moves = []
     if end != state:
@@ -320,9 +329,9 @@ def _endings(axes: _Axes, counts: tuple[int, ...], free: list[int], made: State)
 def _seconds_and_total(
     axes: _Axes, move: _Move, nbytes: float | int, network: Network
 ) -> tuple[float, float]:
-    """As of the step, which for a permute is dear to make: it is taken to cross hosts if it can."""
+    """Cost of a move; a permute, expensive to construct, is assumed to cross hosts if it can."""
     if move.kind == "slice":
-        return 1e-9, 0.0  # a hair, so that none is taken in vain
+        return 1e-9, 0.0  # not quite free, so that no slice is added needlessly
     if move.kind == "permute":
         moved = int((axes.numbers(move.before) != axes.numbers(move.after)).sum())
         hosts = {network.hosts[d] for d in axes.devices}
@@ -348,7 +357,7 @@ def _step(axes: _Axes, move: _Move) -> Collective:
 
 
 def _matching(axes: _Axes, before: State, after: State) -> tuple[tuple[int, int], ...]:
-    """Who sends to whom: whoever has the right shard already keeps it."""
+    """(sender, receiver) pairs of a permute; devices that already hold the right shard keep it."""
     have, want = axes.numbers(before).tolist(), axes.numbers(after).tolist()
     spare: dict[int, list[int]] = {}
     for i, (h, w) in enumerate(zip(have, want, strict=True)):

@@ -1,21 +1,21 @@
-"""Weight sync that sends only what changed.
+"""Weight sync that sends only changed elements.
 
-After one RL step at a small learning rate few bfloat16 weights have changed, since most updates are
-smaller than half a unit in the last place. Of every message of the dense way (`rounds`) a
-`ChangedElements` sends (index, value) of the elements that differ from what was sent last, in
-buffers of a fixed capacity. Where more have changed than fit, the tensor goes as a whole: all
-devices know, because they take the maximum of their overflow flags first, so no process waits for a
-number. Now and then everything goes as a whole, with a checksum of what the receivers should have
-had.
+After one RL step at a small learning rate few bfloat16 weights change, since most updates are
+smaller than half a unit in the last place. For every message of a dense transfer (`messages`),
+`ChangedElements` sends (index, value) of the elements that differ from the last sent values, in
+buffers of fixed capacity. If more have changed than fit, the tensor is sent in full: devices agree
+on this by taking the maximum of their overflow flags on the device, so no host waits for a value.
+Periodically everything is sent in full, with a checksum of what receivers should have had.
 
-The receivers' copy is updated in place; the senders keep what they sent in its dtype. Left out: the
-buckets of a `Route`, so a stand-in as large as a shard exists on devices outside of either mesh.
+The receivers' copy is updated in place; the senders keep what they sent, in the copy's dtype. The
+buckets of a `Route` are not used, so devices that belong to only one of the meshes hold stand-ins
+as large as a shard.
 
-With `bits` a message has the differences of all its elements instead, rounded. Then the senders
-keep what receivers have after that, and the next difference is to it: what rounding left over is
-sent later, and errors do not add up. All receivers have the same bits, whatever their shards:
-blocks that share a scale lie within the smallest piece that any message can have, and a code times
-its scale, which has 8 bits of mantissa, is exact in float32.
+With `bits`, a message has the quantized differences of all its elements instead. Senders keep the
+receivers' resulting values, and the next difference is relative to these: the quantization residual
+is sent later, and errors do not accumulate. All receivers have bitwise equal values, whatever their
+shards: blocks that share a scale are within the smallest part that a message can have, and a code
+times its scale, which has 8 bits of mantissa, is exact in float32.
 """
 
 import dataclasses
@@ -33,18 +33,21 @@ from jaxrl_eff.parallel.reshard.layout import Network
 from jaxrl_eff.parallel.reshard.messages import exchange
 from jaxrl_eff.parallel.reshard.route import Route
 
-DENSE_BELOW = 4096  # elements of a message; indices would cost more than they save
+DENSE_BELOW = 4096  # elements per message; for smaller ones indices cost more than they save
 
 
 @dataclasses.dataclass(frozen=True)
 class Synced:
-    """What one sync did: numbers on the devices of both meshes.
+    """Statistics of one sync: scalars on the devices of both meshes.
 
     Attributes:
-        changed: share of the sent elements that differed from the last ones.
-        received: bytes that all devices received; `whole` is what a dense sync receives.
-        dense: how many tensors did not fit and went as a whole (0 in a dense sync).
-        drifted: messages whose checksum did not fit the receiver's copy; -1 if not checked.
+        changed: fraction of the elements in messages that differed from the last sent values.
+        received: bytes that all devices received.
+        whole: bytes that a dense sync receives.
+        dense: number of tensors that exceeded the capacity and were sent in full (0 in a dense
+            sync).
+        drifted: number of messages whose checksum did not match the receiver's copy; -1 if not
+            checked.
     """
 
     changed: jax.Array
@@ -54,27 +57,27 @@ class Synced:
     drifted: jax.Array
 
     def numbers(self) -> dict[str, jax.Array]:
-        """What can differ from sync to sync, by name."""
+        """Values that vary between syncs, by name."""
         names = ("changed", "received", "dense", "drifted")
         return {name: getattr(self, name) for name in names}
 
 
 class ChangedElements:
-    """Keeps a copy of a tree on another mesh up to date.
+    """Incremental sync of a tree's copy on another mesh.
 
     Args:
         source: tree of arrays or `jax.ShapeDtypeStruct`s with shardings.
         target: tree of shardings.
         dtype: of the copy; None keeps that of every array.
-        capacity: share of a message's elements that may have changed.
-        bits: 0, or 8 or 4: of a difference, for all elements.
-        block: elements that share a scale then, at most.
-        every: all goes as a whole, and is checked, in steps that are multiples of this.
-        dense_below: tensors whose messages have fewer elements always go as a whole.
+        capacity: maximum fraction of a message's elements that can have changed.
+        bits: 0: send changed elements exactly; 8 or 4: send quantized differences of all elements.
+        block: maximum number of elements that share a scale if `bits` is not 0.
+        every: in steps that are multiples of this, everything is sent in full and checked.
+        dense_below: tensors whose messages have fewer elements are always sent in full.
         network: as for `Route`.
 
     Raises:
-        ValueError: the source or the target is not in the devices' own memory.
+        ValueError: the source or the target is not in the devices' default memory.
     """
 
     def __init__(
@@ -96,7 +99,7 @@ class ChangedElements:
         dtype = None if dtype is None else jnp.dtype(dtype)
         leaves, self._treedef = jax.tree.flatten(source)
         targets = self._treedef.flatten_up_to(target)
-        # The source may be donated later.
+        # fresh, since the source can be donated later.
         self._dense = Route(source, target, dtype=dtype, fresh=True, network=self._network)
         self._kept = Route(source, self._dense.source, dtype=dtype, network=self._network)
         self._copy = jax.jit(lambda t: jax.tree.map(jnp.copy, t), out_shardings=self._dense.source)
@@ -114,7 +117,7 @@ class ChangedElements:
         )
 
     def compile(self) -> "ChangedElements":
-        """Compiles what `start` and calls will run."""
+        """Compiles the programs of `start` and of calls."""
         for route in (self._dense, self._kept):
             route.compile()
         if self._moves and self._mine(self._devices):
@@ -123,24 +126,24 @@ class ChangedElements:
         return self
 
     def start(self, tree: Any) -> tuple[Any, Any]:
-        """The first copy, sent as a whole, and what was sent: (copy, sent)."""
+        """Sends the first copy in full; returns (copy, sent), where `sent` stays on the source."""
         sent = self._kept(tree)
         if self._kept.alias and self._mine(self._source_devices):
-            sent = self._copy(sent)  # the source may be donated later
+            sent = self._copy(sent)  # the source can be donated later
         return self._dense(tree), sent
 
     def __call__(
         self, tree: Any, copy: Any, sent: Any, step: int
     ) -> tuple[Any, Any, Synced | None]:
-        """Brings the copy up to date.
+        """Updates the copy.
 
         Args:
             tree: the source's arrays.
-            copy, sent: of the last sync. Consumed.
-            step: which sync this is; decides, alike in all processes, whether it is a dense one.
+            copy, sent: of the last sync; donated.
+            step: index of this sync, equal in all processes; determines whether it is dense.
 
         Returns:
-            copy, sent, and what was done (None in a process that owns no device of either mesh).
+            copy, sent, and statistics (None in a process that owns no device of either mesh).
         """
         if not self._moves or not self._mine(self._devices):
             return copy, sent, None
@@ -169,7 +172,7 @@ class ChangedElements:
         return bool(spmd.local_devices(devices))
 
     def _shapes(self, which: int) -> list[tuple[tuple[int, ...], Any]]:
-        """(shape, dtype) of the shards of the source, of what was sent, of the copy."""
+        """(shape, dtype) of the shards of the source (0), the sent values (1) or the copy (2)."""
         return [
             (
                 buckets.shard(m.shape, m.target if which == 2 else m.source),
@@ -179,7 +182,7 @@ class ChangedElements:
         ]
 
     def _views(self, leaves: list[Any], which: int) -> list[Any]:
-        """Stacked over the devices of both meshes, with zeros where there is nothing."""
+        """Stacks shards over the devices of both meshes, with zeros where a device has none."""
         mine = spmd.local_devices(self._devices)
         out = []
         for x, m, (shape, dtype) in zip(leaves, self._moves, self._shapes(which), strict=True):
@@ -199,7 +202,7 @@ class ChangedElements:
         plans = tuple(self._plans)
 
         def fn(*operands: Any) -> tuple[Any, ...]:
-            # A copy, since jit hands on the very array that it is given, and training consumes it.
+            # Copied, since jit can forward an input buffer as the output, and training donates it.
             news = [
                 jnp.copy(x.astype(m.out)) for x, m in zip(operands[:n], self._moves, strict=True)
             ]
@@ -208,7 +211,7 @@ class ChangedElements:
         key = ("delta", plans, self._way, dense)
         return spmd.compiled(key, self._devices, inputs, ranks, fn, tuple(range(n, 3 * n)))
 
-    # On every device
+    # Code that runs on every device
 
     def _run(
         self, news: list[Any], sents: list[Any], copies: list[Any], dense: bool
@@ -252,7 +255,7 @@ class _Way:
 
 
 class _Leaf:
-    """One tensor while the program is traced."""
+    """State of one tensor while the program is traced."""
 
     def __init__(
         self,
@@ -281,7 +284,7 @@ class _Leaf:
             self.sparse_bytes = jnp.float32(sum(len(r.boxes) * k for r, k in rows) * (4 + item))
 
     def _code(self, blocks: Blocks) -> None:
-        """Codes of the shard's differences, those of a unit together, if they are fewer bytes."""
+        """Quantizes the shard's differences unit by unit, if the codes are fewer bytes."""
         self._blocks, self._unit = blocks, math.prod(self._units)
         size = blocks.nbytes(self._unit)
         self._always_dense = size >= self._unit * self._new.dtype.itemsize
@@ -296,7 +299,7 @@ class _Leaf:
         self.sparse_bytes = self.dense_bytes * (size / (self._unit * self._new.dtype.itemsize))
 
     def _moved(self, old: Any, codes: Any) -> Any:
-        """`old` and the differences that are coded."""
+        """Adds encoded differences to `old`."""
         apart = decode(
             codes.reshape(-1, self._code_units[-1]), self._unit, self._blocks, jnp.float32
         )
@@ -304,7 +307,7 @@ class _Leaf:
         return (old.astype(jnp.float32) + apart).astype(old.dtype)
 
     def held(self) -> Any:
-        """What receivers have after `updated`, of this device's shard."""
+        """Receivers' values, after `updated`, of this device's shard."""
         return self._new if self._codes is None else self._held
 
     def _size(self, r: Any) -> int:
@@ -324,7 +327,7 @@ class _Leaf:
         return spmd.together([spmd.sent(pairs, self._devices, [message])])[0][0]
 
     def _differs(self, r: Any) -> Any:
-        """Which elements of a message have changed, compared as bits."""
+        """Mask of the elements of a message that have changed, by bitwise comparison."""
         new, sent = (_bits(self._cut(r, x)) for x in (self._new, self._sent))
         return (new != sent).reshape(-1)
 
@@ -336,7 +339,7 @@ class _Leaf:
         return sum(counts, start=jnp.float32(0))
 
     def overflows(self) -> Any:
-        """1 if a message of this device has more changes than it can carry."""
+        """1 if a message of this device has more changes than its capacity, otherwise 0."""
         if self._always_dense or self._codes is not None:
             return jnp.int32(0)
         over = jnp.int32(0)
@@ -353,14 +356,14 @@ class _Leaf:
         return lax.cond(full, self.dense, self._sparse)
 
     def _kept(self, mine: Any) -> Any:
-        """The copy with what this device has of the source itself."""
+        """The copy, updated with the parts that this device holds of the source."""
         copy = self._copy
         for r in self._plan.kept:
             copy = self._put(r, copy, self._cut(r, mine))
         return copy
 
     def dense(self) -> Any:
-        """The copy with every message sent as a whole."""
+        """The copy, with every message sent in full."""
         copy = self._kept(self._new)
         for r in self._plan.rounds:
             part = self._send(r, _bits(self._cut(r, self._new)))
@@ -368,7 +371,7 @@ class _Leaf:
         return copy
 
     def _sparse(self) -> Any:
-        """The copy with changes alone sent: indices and values in one message."""
+        """The copy, with only changes sent: indices and values in one message."""
         copy = self._kept(self._new)
         for r, k in zip(self._plan.rounds, self._capacity, strict=True):
             new = _bits(self._cut(r, self._new))
@@ -383,7 +386,7 @@ class _Leaf:
         return copy
 
     def _coded(self) -> Any:
-        """The copy with the differences of all elements sent as codes."""
+        """The copy, with quantized differences of all elements sent."""
         copy = self._kept(self._held)
         for r in self._plan.rounds:
             part = spmd.taken(r, self._devices, [self._code_units], [self._codes])[0]
@@ -397,7 +400,7 @@ class _Leaf:
         return lax.dynamic_slice(copy, [a * u for a, u in zip(at, self._units, strict=True)], size)
 
     def drifted(self) -> Any:
-        """Messages of which this device's copy is not what was sent last."""
+        """Number of messages for which this device's copy differs from the last sent values."""
         wrong = jnp.int32(0)
         for r in self._plan.rounds:
             told = self._send(r, _checksum(self._cut(r, self._sent)))
@@ -408,14 +411,14 @@ class _Leaf:
 
 
 def _units(x: Any, units: tuple[int, ...]) -> Any:
-    """[units, elements of one]."""
+    """Reshapes a shard to [units, elements per unit]."""
     sizes = [n for pair in zip(x.shape, units, strict=True) for n in (pair[0] // pair[1], pair[1])]
     first, second = range(0, len(sizes), 2), range(1, len(sizes), 2)
     return x.reshape(sizes).transpose(*first, *second).reshape(-1, math.prod(units))
 
 
 def _from_units(x: Any, shape: tuple[int, ...], units: tuple[int, ...]) -> Any:
-    """The converse of `_units`."""
+    """Inverse of `_units`."""
     grid = [n // u for n, u in zip(shape, units, strict=True)]
     k = len(grid)
     order = [i for pair in zip(range(k), range(k, 2 * k), strict=True) for i in pair]
@@ -427,7 +430,7 @@ def _bits(x: Any) -> Any:
 
 
 def _checksum(x: Any) -> Any:
-    """A number of 32 bits that depends on every bit and its place."""
+    """32-bit checksum that depends on every bit and its position."""
     bits = _bits(x).reshape(-1).astype(jnp.uint32)
     place = jnp.arange(bits.size, dtype=jnp.uint32)
     mixed = (bits + jnp.uint32(1)) * (place * jnp.uint32(2654435761) | jnp.uint32(1))

@@ -1,8 +1,9 @@
-"""Which way a class of tensors takes: the fastest of those that receive little more than they must.
+"""Choice of a resharding plan: the fastest of those that receive little more than the minimum.
 
-Candidates: nothing (same layout); plain copies (one process, whole shards); collectives on one mesh
-(`refine`); messages (`rounds`), direct or, if the target repeats shards, of parts that the target
-then gathers among its own devices, so that every byte crosses the slow wire once.
+Candidates: nothing (same layout); plain copies (one process, entire shards); collectives on one set
+of devices (`chain`); messages (`messages`), either direct or, if the target replicates shards, of
+parts that the target then all-gathers among its own devices, so that every byte crosses the slow
+link once.
 """
 
 import functools
@@ -14,11 +15,11 @@ from jaxrl_eff.parallel.reshard.collectives import Phase, RoutePlan, seconds
 from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network, missing
 from jaxrl_eff.parallel.reshard.messages import copies, exchange
 
-MOST = 1.25  # times the bytes that must be received
+MOST = 1.25  # limit on received bytes, relative to the minimum
 
 
 def room(shape: tuple[int, ...], source: DeviceLayout, target: DeviceLayout) -> tuple[int, ...]:
-    """How far each dimension may be split: what a plan needs to know of a tensor's size."""
+    """Number that the split of each dimension must divide; plans use no more of a shape."""
     n = math.lcm(len(source.devices), len(target.devices))
     return tuple(math.gcd(size, n) if size else n for size in shape)
 
@@ -30,11 +31,13 @@ def way(
     nbytes: float | int,
     network: Network,
 ) -> RoutePlan:
-    """The way of tensors that have `nbytes` bytes together.
+    """Plan for tensors of `nbytes` bytes in total.
 
     Args:
+        source, target: the layouts.
         room: of the tensors, see `room`.
-        nbytes: weighs bytes against latencies; only its power of two matters.
+        nbytes: weighs bandwidth against latency; rounded up to a power of two.
+        network: bandwidths and latencies.
     """
     return _way(source, target, room, 2.0 ** math.ceil(math.log2(max(nbytes, 1.0))), network)
 
@@ -57,12 +60,12 @@ def _way(
         if total <= MOST * least * (1 + 1e-9):
             time = math.fsum(seconds(s, nbytes, network) for s in steps)
             found.append((time, total, len(found), stages))
-    time, total, _, stages = min(found)  # the direct messages receive the least, so there is one
+    time, total, _, stages = min(found)  # never empty: direct messages receive the minimum
     return RoutePlan(source, target, stages, time, total)
 
 
 def _candidates(source, target, room, nbytes, network):
-    """Lists of stages."""
+    """Yields candidate lists of stages."""
     plain = copies(source, target, network)
     if plain is not None:
         yield (Phase(target.devices, (plain,)),)
@@ -93,14 +96,14 @@ def _candidates(source, target, room, nbytes, network):
 
 
 def _parted(source, target, room):
-    """Layouts like the target's that split what it repeats, over some or all of its replicas."""
+    """Yields the target's layout with replicated shards split further over its replica axes."""
     axes = target.replica_axes
     many = len(target.devices) > 64  # planning them takes long
     for k in range(len(axes), 0, -1):
         for some in itertools.combinations(axes, k):
             ways = math.prod(target.mesh[a] for a in some)
             fits = [i for i, c in enumerate(target.counts) if room[i] % (c * ways) == 0]
-            # Best where the source is split too: whole shards can be sent.
+            # Prefer dimensions that the source splits equally, so that entire shards can be sent.
             fits.sort(key=lambda i, n=ways: source.counts[i] != target.counts[i] * n)
             if fits:
                 i = fits[0]

@@ -1,7 +1,7 @@
-"""The steps of which a reallocation is made, as plain data, with their bytes and seconds.
+"""Collectives of a resharding plan, as plain data, with their bytes and estimated seconds.
 
-Devices are named by their index in `jax.devices()`. `share` is what the busiest device receives and
-`total` what all devices receive together, as parts of the whole tensor.
+Devices are indices into `jax.devices()`. `share` is what the busiest device receives, and `total`
+what all devices together receive, as fractions of the full tensor.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Of its shard, the i-th device of a group keeps the i-th part along `dim`. Free."""
+    """Local slice, free: the i-th device of a group keeps the i-th part along `dim`."""
 
     dim: int
     groups: Groups
@@ -24,7 +24,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Gather:
-    """The shards of a group, one after the other along `dim`."""
+    """All-gather: concatenates the shards of a group along `dim`."""
 
     dim: int
     groups: Groups
@@ -34,7 +34,7 @@ class Gather:
 
 @dataclasses.dataclass(frozen=True)
 class AllToAll:
-    """The i-th device of a group gets every member's i-th part along `split`, joined on `join`."""
+    """All-to-all: the i-th device of a group gets all i-th parts on `split`, joined on `join`."""
 
     split: int
     join: int
@@ -45,7 +45,7 @@ class AllToAll:
 
 @dataclasses.dataclass(frozen=True)
 class Permute:
-    """Whole shards change places: (from, to), every device once on either side."""
+    """Permutation of shards: (from, to) pairs, with every device once on each side."""
 
     pairs: tuple[tuple[int, int], ...]
     share: float
@@ -54,7 +54,7 @@ class Permute:
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """A part of a shard, on its way; offsets are in units, inside the shards of both devices."""
+    """Part of a shard sent to another device; offsets within both shards, in units."""
 
     source: int
     start: Coords
@@ -64,7 +64,7 @@ class Box:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """Boxes of one shape; no device sends twice or receives twice."""
+    """Boxes of one shape, in which no device sends twice or receives twice."""
 
     size: Coords
     boxes: tuple[Box, ...]
@@ -75,10 +75,12 @@ class Exchange:
     """Point-to-point messages from one layout to another.
 
     Attributes:
-        units: of a source shard; `out_units`: of a target shard.
-        kept: what devices have already, by shape. No bytes move.
-        rounds: what moves.
+        units: units per source shard, by dimension.
+        out_units: units per target shard, by dimension.
+        kept: boxes that devices already have, by shape. No transfer.
+        rounds: boxes to transfer.
         receivers: devices of the target.
+        round_shares: `share` of every round.
     """
 
     units: Coords
@@ -93,7 +95,7 @@ class Exchange:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """Whole shards copied from device to device by one process: (from, to) for every receiver."""
+    """Copies of shards between devices of one process: (from, to) for every receiver."""
 
     pairs: tuple[tuple[int, int], ...]
     share: float
@@ -105,7 +107,7 @@ Collective = Slice | Gather | AllToAll | Permute | Exchange | Copies
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """Steps that run as one program on a list of devices (or, alone, `Copies`)."""
+    """Steps that run as one program on a list of devices, or a single `Copies`."""
 
     devices: tuple[int, ...]
     steps: tuple[Collective, ...]
@@ -113,12 +115,13 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class RoutePlan:
-    """How tensors of one layout get to another.
+    """Plan that takes tensors from one layout to another.
 
     Attributes:
-        stages: none if the layouts are the same.
-        seconds: estimated, for the bytes that it was chosen for.
-        total: bytes received by all devices, as a part of the tensor.
+        source, target: the layouts.
+        stages: phases in order; empty if the layouts are the same.
+        seconds: estimated time, for the bytes that the plan was chosen for.
+        total: bytes received by all devices, as a fraction of the tensor.
     """
 
     source: DeviceLayout
@@ -129,7 +132,7 @@ class RoutePlan:
 
 
 def seconds(step: Collective, nbytes: float | int, network: Network) -> float:
-    """Time of a step for a tensor of `nbytes` bytes: latency + bytes over the slowest wire."""
+    """Estimated time of a step for a tensor of `nbytes` bytes: latency + bytes / slowest link."""
     if isinstance(step, Slice):
         return 0.0
     if isinstance(step, Exchange):
@@ -147,7 +150,7 @@ def seconds(step: Collective, nbytes: float | int, network: Network) -> float:
     crosses = here < len(group)
     received = step.share * nbytes
     wires = [received / network.link_bytes_per_s]
-    if crosses and isinstance(step, Gather):  # a ring for each NIC of a host
+    if crosses and isinstance(step, Gather):  # one ring per NIC of a host
         wires.append(received / (network.nic_bytes_per_s * here))
     elif crosses:
         away = (len(group) - here) / (len(group) - 1)

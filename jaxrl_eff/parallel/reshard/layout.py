@@ -1,8 +1,8 @@
-"""Layouts as plain data: which part of a tensor every device holds, and what a move must cost.
+"""Device layouts as plain data: which part of a tensor every device holds, and minimum transfers.
 
-A dimension of size n that a source splits s ways and a target t ways is n / lcm(s, t) times a
-pattern of lcm(s, t) *units*, whatever n is. So everything below is a matter of layouts alone; sizes
-only scale it, and one plan serves all tensors of two layouts.
+A dimension of size n that the source splits s ways and the target t ways consists of lcm(s, t)
+*units* of n / lcm(s, t) elements each. Everything below is in units and depends on the layouts
+only; sizes merely scale it, so one plan serves all tensors with the same two layouts.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ Coords = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class DeviceLayout:
-    """How one tensor lies on devices.
+    """Sharding of a tensor over devices.
 
     Attributes:
         devices: indices into `jax.devices()`, in mesh order (last axis fastest).
         mesh: sizes of the mesh axes.
-        spec: for every dimension of the tensor the mesh axes that split it, slowest first.
+        spec: for every dimension of the tensor, the mesh axes that shard it, slowest first.
     """
 
     devices: tuple[int, ...]
@@ -36,10 +36,10 @@ class DeviceLayout:
 
     @classmethod
     def of(cls, sharding: Sharding, ndim: int) -> "DeviceLayout":
-        """The layout of a tensor of `ndim` dimensions under a sharding.
+        """Layout of a tensor of `ndim` dimensions under a sharding.
 
         Raises:
-            TypeError: the sharding is neither named nor of a single device.
+            TypeError: the sharding is neither a NamedSharding nor a SingleDeviceSharding.
         """
         if isinstance(sharding, SingleDeviceSharding):
             (device,) = sharding.device_set
@@ -52,13 +52,13 @@ class DeviceLayout:
 
     @classmethod
     def placed(cls, placement: Placement, spec: PartitionSpec, ndim: int) -> "DeviceLayout":
-        """The layout of a tensor on a placement, whose devices need not exist."""
+        """Layout of a tensor on a placement, whose devices need not exist."""
         sizes = tuple(placement.axes[a] for a in AXES)
         return _layout(placement.devices, AXES, sizes, spec, ndim)
 
     @functools.cached_property
     def counts(self) -> Coords:
-        """Into how many shards each dimension is split."""
+        """Number of shards of each dimension."""
         return tuple(math.prod(self.mesh[a] for a in axes) for axes in self.spec)
 
     @functools.cached_property
@@ -76,7 +76,7 @@ class DeviceLayout:
 
     @functools.cached_property
     def holders(self) -> dict[Coords, tuple[int, ...]]:
-        """Coordinates of a shard -> the devices that have it."""
+        """Coordinates of a shard -> the devices that hold it."""
         found: dict[Coords, list[int]] = {}
         for device, at in self.coords.items():
             found.setdefault(at, []).append(device)
@@ -84,12 +84,12 @@ class DeviceLayout:
 
     @property
     def replica_axes(self) -> tuple[int, ...]:
-        """Mesh axes along which the devices hold the same."""
+        """Mesh axes along which the tensor is replicated."""
         used = {a for axes in self.spec for a in axes}
         return tuple(a for a, n in enumerate(self.mesh) if a not in used and n > 1)
 
     def same(self, other: "DeviceLayout") -> bool:
-        """Whether every device holds the same part under both."""
+        """True if every device holds the same part under both layouts."""
         return self.counts == other.counts and self.coords == other.coords
 
 
@@ -100,7 +100,7 @@ def _layout(
     spec: PartitionSpec,
     ndim: int,
 ) -> DeviceLayout:
-    """Without axes of size 1, so that equal layouts are equal objects more often."""
+    """Layout without axes of size 1, so that more of the equivalent layouts compare equal."""
     kept = [i for i, n in enumerate(sizes) if n > 1]
     number = {names[i]: k for k, i in enumerate(kept)}
     entries = [e if isinstance(e, tuple) else (e,) for e in spec]
@@ -115,20 +115,22 @@ def _indices() -> dict[jax.Device, int]:
 
 
 def index_of(device: jax.Device) -> int:
-    """A device's index in `jax.devices()`."""
+    """Index of a device in `jax.devices()`."""
     return _indices()[device]
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What joins the devices, for choosing among ways and for lower bounds.
+    """Bandwidths and latencies between devices, for cost estimates and lower bounds.
 
     Attributes:
-        hosts: for every device of `jax.devices()` the host that it sits in.
-        link_bytes_per_s, nic_bytes_per_s: of one device, in each direction, inside a host and out.
-        link_latency, nic_latency: seconds until a collective inside a host, or out, moves anything.
-        copy_latency: seconds of the Python and the runtime for one plain copy.
-        copies: whether plain device-to-device copies are legal: one process sees all devices.
+        hosts: host of every device of `jax.devices()`.
+        link_bytes_per_s: bandwidth of a device, per direction, within a host.
+        nic_bytes_per_s: bandwidth of a device, per direction, between hosts.
+        link_latency: seconds of latency of a collective within a host.
+        nic_latency: seconds of latency of a collective across hosts.
+        copy_latency: seconds of Python and runtime overhead of one plain copy.
+        copies: plain device-to-device copies are legal, since one process owns all devices.
     """
 
     hosts: tuple[int, ...]
@@ -141,11 +143,11 @@ class Network:
 
     @classmethod
     def local(cls) -> "Network":
-        """Of this job: its processes are the hosts; rates are typical of the platform."""
+        """Network of this job: processes count as hosts; rates are typical of the platform."""
         return _local_network()
 
     def rate(self, a: int, b: int) -> float:
-        """Bytes a second from one device to another."""
+        """Bandwidth from one device to another, in bytes/s."""
         same = self.hosts[a] == self.hosts[b]
         return self.link_bytes_per_s if same else self.nic_bytes_per_s
 
@@ -153,8 +155,8 @@ class Network:
         return self.nic_latency if crosses else self.link_latency
 
 
-# Bytes a second and seconds. GPUs: NVLink of an A100 and a 200 Gb/s NIC; TPUs: one v5e's ICI. CPU:
-# simulated devices, measured on two cores.
+# Bytes/s and seconds, in the order of `Network`'s fields. GPU: NVLink of an A100, a 200 Gb/s NIC.
+# TPU: ICI of a v5e. CPU: simulated devices, measured on two cores.
 _TYPICAL = {
     "gpu": (300e9, 25e9, 10e-6, 30e-6, 10e-6),
     "tpu": (90e9, 12e9, 10e-6, 50e-6, 10e-6),
@@ -171,11 +173,11 @@ def _local_network() -> Network:
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """The common grid of two layouts.
+    """Common grid of two layouts.
 
     Attributes:
-        whole: units of each dimension.
-        source, target: units of a shard in each dimension.
+        whole: units of the tensor, by dimension.
+        source, target: units of a shard, by dimension.
     """
 
     whole: Coords
@@ -198,7 +200,7 @@ class Units:
 
 
 def _overlap(a: Coords, a_size: Coords, b: Coords, b_size: Coords) -> int:
-    """Units in both of two shards, given by coordinates and sizes."""
+    """Number of units that two shards, given by coordinates and sizes, have in common."""
     sides = (
         min((p + 1) * m, (q + 1) * n) - max(p * m, q * n)
         for p, m, q, n in zip(a, a_size, b, b_size, strict=True)
@@ -207,7 +209,7 @@ def _overlap(a: Coords, a_size: Coords, b: Coords, b_size: Coords) -> int:
 
 
 def missing(source: DeviceLayout, target: DeviceLayout) -> dict[int, float]:
-    """R(d): the share of the tensor that each device of the target must receive."""
+    """R(d): the fraction of the tensor that each device of the target must receive."""
     units = Units.of(source, target)
     out = {}
     for device, at in target.coords.items():
@@ -219,7 +221,7 @@ def missing(source: DeviceLayout, target: DeviceLayout) -> dict[int, float]:
 
 
 def _held(layout: DeviceLayout, size: Coords, whole: Coords, devices: Iterable[int]) -> np.ndarray:
-    """Which units a set of devices holds together."""
+    """Boolean grid of the units that a set of devices holds."""
     held = np.zeros(whole, bool)
     for at in {layout.coords[d] for d in devices if d in layout.coords}:
         held[tuple(slice(c * n, (c + 1) * n) for c, n in zip(at, size, strict=True))] = True
@@ -228,11 +230,18 @@ def _held(layout: DeviceLayout, size: Coords, whole: Coords, devices: Iterable[i
 
 @dataclasses.dataclass
 class Bound:
-    """Bytes that no schedule can avoid, summed over tensors, and the seconds that they take.
+    """Lower bound on the bytes and seconds of any schedule, summed over tensors.
 
-    T = max(max_d R(d)/link, max_h U(h)/nic_h, O/sum of the sources' nics), where d runs over the
-    devices and h over the hosts: R is what a device lacks, U what a host lacks as a whole, O what
-    must leave the hosts of the source. The bisection of a torus is left out.
+    T = max(max_d R(d)/link, max_h U(h)/nic_h, O/sum of the sources' NICs), where d runs over
+    devices and h over hosts: R is what a device lacks, U what all devices of a host lack together,
+    and O what must leave the source's hosts. A torus's bisection bandwidth is not considered.
+
+    Attributes:
+        network: bandwidths.
+        received: R in bytes, by device.
+        imported: U in bytes, by host.
+        exported: O in bytes.
+        source, target: devices of all tensors so far.
     """
 
     network: Network
@@ -243,7 +252,7 @@ class Bound:
     target: set[int] = dataclasses.field(default_factory=set)
 
     def add(self, source: DeviceLayout, target: DeviceLayout, nbytes: float | int) -> None:
-        """Counts a tensor of `nbytes` bytes on the wire."""
+        """Adds a tensor of `nbytes` bytes on the wire."""
         for device, share in missing(source, target).items():
             self.received[device] = self.received.get(device, 0.0) + share * nbytes
         self.source.update(source.devices)
@@ -266,7 +275,7 @@ class Bound:
 
     @property
     def minimum(self) -> float:
-        """Sum over devices of R(d), in bytes."""
+        """Sum of R(d) over devices, in bytes."""
         return math.fsum(self.received.values())
 
     @property

@@ -1,10 +1,10 @@
-"""The way between two layouts of any devices: point-to-point messages in rounds.
+"""Point-to-point messages, in rounds, between two layouts on arbitrary devices.
 
-Every device of the target fetches the parts that it lacks, and nothing else, from one of their
-holders: from itself if it can (no message), otherwise from the holder that would be done first.
-Messages of one shape are then coloured so that no device sends or receives two of a colour: a
-colour is a round, one collective permute, and there are as many as the busiest device has messages
-(Kőnig's theorem).
+Every device of the target fetches exactly the parts that it lacks, each from one of its holders:
+itself if possible (no message), otherwise the holder that would finish sending first. Messages of
+one shape are then edge-colored so that no device sends or receives two of a color. A color is a
+round, which is one collective permute, and there are as many rounds as the busiest device has
+messages (Kőnig's theorem).
 """
 
 import functools
@@ -17,7 +17,7 @@ from jaxrl_eff.parallel.reshard.layout import Coords, DeviceLayout, Network, Uni
 
 @functools.cache
 def exchange(source: DeviceLayout, target: DeviceLayout, network: Network) -> Exchange:
-    """The messages from one layout to another."""
+    """Messages from one layout to another."""
     units = Units.of(source, target)
     kept, moved = _boxes(source, target, units, network)
     shapes = sorted({size for size, _ in moved}, reverse=True)
@@ -44,7 +44,7 @@ def exchange(source: DeviceLayout, target: DeviceLayout, network: Network) -> Ex
 
 
 def copies(source: DeviceLayout, target: DeviceLayout, network: Network) -> Copies | None:
-    """The same for one process, if all that moves is whole shards."""
+    """Equivalent device-to-device copies, if legal and only entire shards move; otherwise None."""
     if source.counts != target.counts or not network.copies:
         return None
     plan = exchange(source, target, network)
@@ -56,7 +56,7 @@ def copies(source: DeviceLayout, target: DeviceLayout, network: Network) -> Copi
 def _boxes(
     source: DeviceLayout, target: DeviceLayout, units: Units, network: Network
 ) -> tuple[list[tuple[Coords, Box]], list[tuple[Coords, Box]]]:
-    """(shape, box) of what devices keep and of what moves."""
+    """(shape, box) lists of what devices keep and of what is sent."""
     kept, wanted = [], []
     for device, at in target.coords.items():
         ranges = [
@@ -69,7 +69,7 @@ def _boxes(
                 kept.append((size, Box(device, start, device, put)))
             else:
                 wanted.append((source.holders[cell], size, start, device, put))
-    # Those with little choice first, large ones first.
+    # Boxes with few holders first, then large ones, for a better balance.
     wanted.sort(key=lambda w: (len(w[0]), -math.prod(w[1])))
     busy: dict[int, float] = {}
     moved = []
@@ -94,10 +94,10 @@ def _cut(cell: Coords, at: Coords, units: Units) -> tuple[Coords, Coords, Coords
 
 
 def _coloured(boxes: list[Box]) -> list[tuple[Box, ...]]:
-    """Splits messages into as few rounds as there can be.
+    """Splits messages into the minimum number of rounds.
 
-    A message takes the first round free at both ends. If there is none, the chain of messages that
-    alternates between a round free at its source and one free at its target is flipped.
+    A message gets the first round that is free at its source. If that is taken at its target, the
+    path of messages that alternates between it and the first round free at the target is flipped.
     """
     sends: dict[tuple[int, int], int] = {}  # (device, round) -> message
     gets: dict[tuple[int, int], int] = {}
@@ -121,7 +121,7 @@ def _first_free(taken: dict[tuple[int, int], int], device: int) -> int:
 
 
 def _flip(boxes, sends, gets, colour, target: int, a: int, b: int) -> None:
-    """Frees round `a` at a receiver, which is free in round `b`, by swapping a with b on a path."""
+    """Frees round `a` at a receiver that is free in round `b`, by swapping a and b on a path."""
     path, at_target, device, c = [], True, target, a
     while ((device, c) in gets) if at_target else ((device, c) in sends):
         e = gets[device, c] if at_target else sends[device, c]

@@ -1,18 +1,18 @@
-"""Parameter reallocation: moving a tree of arrays from one placement's layout to another's.
+"""Parameter reallocation: resharding a tree of arrays from one placement to another.
 
-A `Route` is a compiler. It looks at which part of every tensor each device holds and must hold,
-chooses collectives or point-to-point messages that receive little more than what is missing
-(`choose`), writes them out as a few programs (`spmd`), and replays these. Nothing goes through the
-host, unlike with `jax.device_put`, and no byte moves where the layouts are the same.
+A `Route` compares the parts of every tensor that each device holds and needs, chooses collectives
+or point-to-point messages that receive little more than what is missing (`choose`), compiles them
+into a few programs (`spmd`), and replays these. Unlike with `jax.device_put`, nothing goes through
+the host, and no bytes move where the layouts are equal.
 
-Any two sets of devices will do: the same, reordered, one inside the other, overlapping, disjoint,
-of one process or of many. A process takes part if it owns one of the devices; all processes call
-the same routes in the same order.
+The two sets of devices can be equal, reordered, nested, overlapping or disjoint, in one process or
+many. A process participates if it owns one of the devices; all processes must call the same routes
+in the same order.
 
-Memory: tensors move in buckets, and the one but last must have arrived before the next leaves.
-Tensors larger than a bucket are cut along a dimension that the move leaves alone, if they have one.
+Memory: tensors move in buckets, at most two of them in flight. Tensors larger than a bucket are cut
+along a dimension that is sharded alike in source and target, if they have one.
 
-Sources: ReaL (Mei et al. 2024, arXiv:2406.14088, parameter reallocation).
+Source: ReaL (Mei et al. 2024, arXiv:2406.14088, parameter reallocation).
 """
 
 import dataclasses
@@ -34,16 +34,17 @@ IN_FLIGHT = 2  # buckets
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a route moves.
+    """Traffic, time and memory of a route.
 
     Attributes:
-        received: bytes that all devices receive together, as planned.
-        minimum: bytes that they lack, which any way must move.
-        seconds: estimated; `bound`: on this network no schedule is faster.
-        steps: how many collectives of each kind, and copies of shards, move it.
-        buckets: how many follow each other.
-        peak_bytes: most bytes on one device: source, target, and what is under way.
-        compiled: `received` counted on the compiled programs; None if not asked for.
+        received: bytes that all devices together receive, as planned.
+        minimum: bytes that the devices lack, a lower bound for any plan.
+        seconds: estimated time.
+        bound: lower bound on the time of any schedule on this network.
+        steps: number of collectives of each kind and of shard copies.
+        buckets: number of buckets.
+        peak_bytes: peak bytes on one device: source, target and buckets in flight.
+        compiled: `received` as counted on the compiled programs; None if not requested.
     """
 
     received: float
@@ -57,7 +58,7 @@ class Report:
 
     @property
     def nu(self) -> float:
-        """Bytes received over the minimum; 1 if there is nothing to move."""
+        """Ratio of received bytes to the minimum; 1 if there is nothing to move."""
         received = self.received if self.compiled is None else self.compiled
         return received / self.minimum if self.minimum else 1.0 + received
 
@@ -71,19 +72,20 @@ class Report:
 
 
 class Route:
-    """A tree's way from one set of shardings to another, compiled on first use and replayed.
+    """Transfer of a tree between two sets of shardings, compiled on first use and replayed.
 
     Args:
-        source, target: trees of shardings (`NamedSharding`, or of a single device), or of anything
-            that has one. If the source's leaves have `shape` and `dtype` too, as arrays and
-            `jax.ShapeDtypeStruct`s do, then `report` and `compile` need no more.
-        dtype: what floating-point arrays become; they travel in the narrower of the two dtypes.
-        donate: whether the source arrays may be consumed: each is deleted once its bucket is under
-            way, unless the result shares its memory.
-        fresh: whether the result must not share memory with the source, so that either may be
-            donated later. Otherwise it does wherever a device keeps what it has.
-        bucket_bytes: how much may be under way on one device at once, twice.
-        network: rates for choosing among ways; those typical of this platform if None.
+        source, target: trees of shardings (`NamedSharding` or `SingleDeviceSharding`), or of
+            anything with a `sharding`. If the source's leaves also have `shape` and `dtype`, like
+            arrays and `jax.ShapeDtypeStruct`s, `report` and `compile` need no tree.
+        dtype: that floating-point arrays are cast to; they are sent in the narrower of the two
+            dtypes. None: no cast.
+        donate: delete each source array once its bucket is in flight, unless the result shares its
+            memory.
+        fresh: the result must not share memory with the source, so that either can be donated
+            later. Otherwise it does where a device keeps a shard as it is.
+        bucket_bytes: maximum bytes per device of a bucket; two buckets can be in flight.
+        network: bandwidths and latencies for choosing a plan; None: those typical of this platform.
     """
 
     def __init__(
@@ -111,14 +113,14 @@ class Route:
 
     @property
     def alias(self) -> bool:
-        """Whether the result is the source itself: the same parts in the same memory."""
+        """True if the result is the source itself: the same shards in the same memory."""
         if self._plan is not None:
             return all(m.kept for m in self._plan.moves)
         pairs = zip(self._source, self._target, strict=True)
         return self._dtype is None and not self._fresh and all(_alike(s, t) for s, t in pairs)
 
     def compile(self, tree: Any = None) -> "Route":
-        """Compiles what the first call would.
+        """Compiles the programs of a call in advance.
 
         Args:
             tree: arrays or `jax.ShapeDtypeStruct`s; not needed if the source's shapes are known.
@@ -127,17 +129,17 @@ class Route:
         return self
 
     def programs(self, tree: Any = None) -> list[Any]:
-        """The compiled programs that this process runs, in order and as often as it does."""
+        """Compiled programs that this process runs, in order and with repetitions."""
         plan = self._planned(self._leaves(tree))
         return [p for b in plan.buckets for p in b.parts * buckets.compile_all(b)]
 
     def report(self, tree: Any = None, *, compiled: bool = False) -> Report:
-        """What is moved.
+        """Report on the route's traffic, time and memory.
 
         Args:
             tree: as for `compile`.
-            compiled: also count the bytes on the compiled programs. Those of one process only: it
-                must own a device of each.
+            compiled: also count bytes on the compiled programs. Only for a process that owns a
+                device of each program.
         """
         plan = self._planned(self._leaves(tree))
         bound = Bound(self._network)
@@ -161,14 +163,17 @@ class Route:
         )
 
     def __call__(self, tree: Any) -> Any:
-        """Moves the tree. Returns at once if it fits two buckets; the rest is in the background.
+        """Moves the tree. Returns without blocking if it fits in two buckets.
 
         Args:
-            tree: arrays of the source's shardings. In processes without a device of the source:
+            tree: arrays with the source's shardings. In processes without a device of the source:
                 arrays without shards, or anything with `shape` and `dtype`.
 
+        Returns:
+            the tree with the target's shardings.
+
         Raises:
-            ValueError: shapes or dtypes are not those that the route was made for.
+            ValueError: shapes or dtypes differ from those that the route was made for.
         """
         leaves = self._treedef.flatten_up_to(tree)
         plan = self._planned(leaves)
@@ -218,7 +223,7 @@ class Route:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Whether two shardings are one layout in one memory, whatever their axes are called."""
+    """True if two shardings have the same layout and memory kind, whatever their axis names."""
     if a == b:
         return True
     ranks = [len(s.spec) for s in (a, b) if isinstance(s, NamedSharding)]
@@ -228,7 +233,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _steps(plan: buckets.Plan) -> tuple[dict[str, int], float]:
-    """Planned collectives by kind, if every message is small; bytes of plain copies."""
+    """Planned collectives by kind, assuming that messages fuse; and bytes of plain copies."""
     count: dict[str, int] = {}
     copied = 0.0
     for bucket in plan.buckets:

@@ -1,10 +1,12 @@
-"""Steps of a reallocation as one compiled program on a flat mesh of devices.
+"""Resharding steps as one compiled program on a one-dimensional mesh of devices.
 
-Every tensor enters and leaves as its shards side by side along the first dimension of the mesh
-`("d",)`, whatever its real sharding: a view that copies nothing. Inside `shard_map` the collectives
-are written out, so what is received is what was planned and never what a partitioner makes of it.
+Every tensor enters and leaves as an array of its shards, stacked along the first dimension and
+sharded over the mesh `("d",)`, whatever its actual sharding: a view without copies. Collectives are
+written explicitly inside `shard_map`, so the traffic is the planned one and does not depend on the
+partitioner.
 
-On CPUs narrow floating-point numbers travel as unsigned integers: their backend would widen them.
+On CPUs narrow floating-point numbers are sent as unsigned integers, since that backend would widen
+them.
 """
 
 import dataclasses
@@ -31,13 +33,13 @@ from jaxrl_eff.parallel.reshard.collectives import (
 )
 
 AXIS = "d"
-# Smaller messages of one kind are joined, which copies them once more. Bytes; CPUs are slow at it.
+# Bytes below which messages of one kind are fused. Fusing costs a copy, which is slow on CPUs.
 SMALL = {"cpu": 64 << 10, "gpu": 1 << 20, "tpu": 1 << 20}
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A tensor's shard on the devices of a program, and its dtypes: now, on its way, and after."""
+    """Shape of a tensor's shard in a program, and its dtypes: before, on the wire, and after."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -47,7 +49,7 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """Tensors that take the same steps, and therefore share messages."""
+    """Tensors that go through the same steps and can share messages."""
 
     steps: tuple[Collective, ...]
     leaves: tuple[Leaf, ...]
@@ -55,26 +57,26 @@ class Item:
 
 @functools.cache
 def flat(devices: tuple[int, ...]) -> Mesh:
-    """The mesh of these devices along one axis."""
+    """One-dimensional mesh of these devices."""
     every = jax.devices()
     return Mesh(np.array([every[i] for i in devices]), (AXIS,))
 
 
 @functools.cache
 def stacked(devices: tuple[int, ...], ndim: int) -> NamedSharding:
-    """One shard a device, along the first dimension; a number has none, and just repeats."""
+    """Sharding of stacked shards along the first dimension; scalars are replicated."""
     return NamedSharding(flat(devices), PartitionSpec(AXIS) if ndim else PartitionSpec())
 
 
 @functools.cache
 def local_devices(devices: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of this process."""
+    """The devices that belong to this process."""
     every, me = jax.devices(), jax.process_index()
     return tuple(i for i in devices if every[i].process_index == me)
 
 
 def view(devices: tuple[int, ...], shape: tuple[int, ...], dtype: Any, shards: list[Any]) -> Any:
-    """The shards of this process's devices, in their order, as one array; nothing is copied."""
+    """Stacks the shards of this process's devices, in order, into one array without copying."""
     whole = (shape[0] * len(devices), *shape[1:]) if shape else ()
     return jax.make_array_from_single_device_arrays(
         whole, stacked(devices, len(shape)), shards, dtype=dtype
@@ -83,7 +85,7 @@ def view(devices: tuple[int, ...], shape: tuple[int, ...], dtype: Any, shards: l
 
 @functools.cache
 def number(devices: tuple[int, ...], k: int) -> Any:
-    """`k` on every device, as an operand."""
+    """The scalar `k` on every device, as an operand."""
     every = jax.devices()
     mine = [jax.device_put(np.int32(k), every[d]) for d in local_devices(devices)]
     return view(devices, (), jnp.int32, mine)
@@ -101,11 +103,15 @@ def compiled(
     fn: Callable[..., Any],
     donate: tuple[int, ...] = (),
 ) -> Any:
-    """The compiled program of `fn` on shards, kept by its key.
+    """Compiled program of `fn` on shards, cached by key, devices and inputs.
 
     Args:
+        key: identifies `fn`.
+        devices: of the program.
         inputs: (shape, dtype) of the operands' shards.
-        ranks: of the results, a tuple.
+        ranks: of the elements of `fn`'s result, a tuple.
+        fn: function of one device's shards.
+        donate: indices of donated operands.
     """
     key = (key, devices, tuple((s, jnp.dtype(d)) for s, d in inputs))
     with _lock:
@@ -130,7 +136,7 @@ def compiled(
 
 
 def program(devices: tuple[int, ...], items: tuple[Item, ...]) -> Any:
-    """Of some items: `(*leaves) -> leaves`, the leaves of one item after those of the other."""
+    """Compiled program of items: `(*leaves) -> leaves`, with the items' leaves in order."""
     leaves = [leaf for item in items for leaf in item.leaves]
     return compiled(
         items,
@@ -142,7 +148,7 @@ def program(devices: tuple[int, ...], items: tuple[Item, ...]) -> Any:
 
 
 def zeros(devices: tuple[int, ...], leaves: tuple[tuple[tuple[int, ...], Any], ...]) -> Any:
-    """`() -> leaves` of zeros, given (shape, dtype) of their shards."""
+    """Compiled `() -> leaves` of zeros, given (shape, dtype) of their shards."""
 
     def fn():
         return tuple(jnp.zeros(s, d) for s, d in leaves)
@@ -153,7 +159,7 @@ def zeros(devices: tuple[int, ...], leaves: tuple[tuple[tuple[int, ...], Any], .
 def cut_part(
     devices: tuple[int, ...], shape: tuple[int, ...], dtype: Any, dim: int, parts: int
 ) -> Any:
-    """`(leaf, k) -> leaf`: the k-th of equal parts of every shard."""
+    """Compiled `(leaf, k) -> leaf`: the k-th of equal parts of every shard along `dim`."""
 
     def fn(x: Any, k: Any) -> tuple[Any]:
         n = shape[dim] // parts
@@ -166,7 +172,7 @@ def cut_part(
 def paste_part(
     devices: tuple[int, ...], shape: tuple[int, ...], dtype: Any, dim: int, parts: int
 ) -> Any:
-    """`(leaf, part, k) -> leaf` with its k-th part replaced, in place."""
+    """Compiled `(leaf, part, k) -> leaf` that replaces the k-th part in place."""
     n = shape[dim] // parts
 
     def fn(x: Any, part: Any, k: Any) -> tuple[Any]:
@@ -177,16 +183,18 @@ def paste_part(
     return compiled(("paste", dim, parts), devices, inputs, [len(shape)], fn, donate=(0,))
 
 
-# What runs on every device
+# Code that runs on every device
 
 
 @dataclasses.dataclass
 class _Post:
-    """Small messages of one tensor or several, to be joined with others of the same key.
+    """Small messages of one or more tensors, to be fused with others of the same key.
 
     Attributes:
-        key: what is the same collective between the same devices.
-        lead: how many dimensions `send` may change; it leaves the others alone.
+        key: identifies a collective and its devices.
+        lead: number of leading dimensions that `send` can change; it leaves the others unchanged.
+        send: the collective.
+        messages: its operands.
     """
 
     key: Any
@@ -195,7 +203,7 @@ class _Post:
     messages: list[Any]
 
 
-# Takes values to a step's results; on the way it hands over posts and gets what came for them.
+# Coroutine that returns a step's results; it yields posts and receives their results.
 Running = Generator[_Post, list[Any], list[Any]]
 
 
@@ -217,7 +225,7 @@ def _steps(devices: tuple[int, ...], steps: tuple[Collective, ...], values: list
 
 
 def together(runs: Sequence[Running]) -> list[list[Any]]:
-    """Their results. Whatever they post at the same time under one key goes as one message."""
+    """Runs coroutines and returns their results; concurrent posts of one key are fused."""
     ends: dict[int, list[Any]] = {}
     replies: dict[int, Any] = dict.fromkeys(range(len(runs)))
     while replies:
@@ -239,7 +247,7 @@ def together(runs: Sequence[Running]) -> list[list[Any]]:
 
 
 def as_bits(dtype: Any) -> Any:
-    """What carries a dtype: on CPUs an unsigned integer of its width for narrow numbers."""
+    """Wire dtype: on CPUs an unsigned integer of the same width for narrow dtypes."""
     dtype = jnp.dtype(dtype)
     narrow = {"bool": jnp.uint8, "bfloat16": jnp.uint16, "float16": jnp.uint16}
     narrow |= {"float8_e4m3fn": jnp.uint8, "float8_e5m2": jnp.uint8}
@@ -259,7 +267,7 @@ def _decoded(x: Any, leaf: Leaf) -> Any:
 
 
 def mine(devices: tuple[int, ...], values: dict[int, Any], default: Any) -> Any:
-    """This device's entry of a table."""
+    """This device's entry in a table."""
     rows = np.array([values.get(d, default) for d in devices], np.int32)
     if (rows == rows[0]).all():
         return jnp.asarray(rows[0])
@@ -284,7 +292,7 @@ def _small(x: Any) -> bool:
 
 
 def _joined(messages: list[Any], lead: int, send: Callable[[Any], Any]) -> list[Any]:
-    """`send` of messages as one of each dtype."""
+    """Applies `send` to messages, fused into one per dtype."""
     out: list[Any] = [None] * len(messages)
     kinds: dict[Any, list[int]] = {}
     for i, m in enumerate(messages):
@@ -305,7 +313,10 @@ def _each(
     before: Callable[[Any], Any] = lambda x: x,
     after: Callable[[Any], Any] = lambda x: x,
 ) -> Running:
-    """Large values one by one, small ones as a post, made ready before it and put right after."""
+    """Sends large values individually with `alone`, and small ones in a post.
+
+    `before` and `after` convert small values to messages and back.
+    """
     out = [None if _small(x) else alone(x) for x in values]
     small = [i for i, x in enumerate(out) if x is None]
     if small:
@@ -324,7 +335,7 @@ def _slice(step: Slice, devices: tuple[int, ...], values: list[Any]) -> Running:
         return lax.dynamic_slice_in_dim(x, k * n, n, step.dim)
 
     return [part(x) for x in values]
-    yield  # a generator, as all steps are
+    yield  # makes this a generator, like all steps
 
 
 def _gather(step: Gather, devices: tuple[int, ...], values: list[Any]) -> Running:
@@ -341,7 +352,7 @@ def _gather(step: Gather, devices: tuple[int, ...], values: list[Any]) -> Runnin
 
 
 def _in_line(x: Any, dim: int) -> Any:
-    """The first axis, of parts, laid out along `dim` of the rest."""
+    """Concatenates the parts in the first axis along `dim` of the others."""
     x = jnp.moveaxis(x, 0, dim)
     return x.reshape(*x.shape[:dim], x.shape[dim] * x.shape[dim + 1], *x.shape[dim + 2 :])
 
@@ -373,7 +384,7 @@ def _permute(step: Permute, devices: tuple[int, ...], values: list[Any]) -> Runn
 
 
 def sent(pairs: Sequence[tuple[int, int]], devices: tuple[int, ...], values: list[Any]) -> Running:
-    """The values of each pair's first device on its second one."""
+    """Sends values from each pair's first device to its second."""
     place = {d: i for i, d in enumerate(devices)}
     ends = sorted((place[a], place[b]) for a, b in pairs)
 
@@ -400,7 +411,7 @@ def _exchange(step: Exchange, devices: tuple[int, ...], values: list[Any]) -> Ru
 def _by_boxes(
     step: Exchange, devices: tuple[int, ...], units: list[Any], values: list[Any]
 ) -> Running:
-    """Each box is cut, sent, and put in place by itself."""
+    """Cuts, sends and places each box individually."""
     out: list[Any] = [None] * len(values)
     for r in step.kept:
         out = placed(step, r, devices, units, out, taken(r, devices, units, values))
@@ -412,7 +423,7 @@ def _by_boxes(
 
 
 def _on_a_grid(step: Exchange) -> bool:
-    """Whether all boxes have one shape, of which both shards are multiples."""
+    """True if all boxes have one shape that divides both shards."""
     sizes = {r.size for r in (*step.kept, *step.rounds)}
     if len(sizes) != 1 or not step.rounds:
         return False
@@ -427,9 +438,9 @@ def _small_box(step: Exchange, x: Any) -> bool:
 
 
 def _by_grid(step: Exchange, devices: tuple[int, ...], values: list[Any]) -> Running:
-    """All boxes that a device sends are gathered at once, and so are those that it has in the end.
+    """Collects all boxes that a device sends in one gather, and arranges its result in another.
 
-    That makes two kernels for a tensor instead of two for every message.
+    This takes two kernels per tensor instead of two per message.
     """
     if not values:
         return []
@@ -437,8 +448,8 @@ def _by_grid(step: Exchange, devices: tuple[int, ...], values: list[Any]) -> Run
     place = {d: i for i, d in enumerate(devices)}
     lines = [ratios(units, size) for units in (step.units, step.out_units)]
     count = len(step.rounds)
-    sends = np.zeros((len(devices), count + 1), np.int32)  # of a round, the box; last, what is kept
-    fills = np.zeros((len(devices), math.prod(lines[1])), np.int32)  # of a box, the round
+    sends = np.zeros((len(devices), count + 1), np.int32)  # round -> box; last: kept
+    fills = np.zeros((len(devices), math.prod(lines[1])), np.int32)  # box -> round
     for k, r in enumerate((*step.rounds, *step.kept)):
         for b in r.boxes:
             row = min(k, count)
@@ -461,14 +472,14 @@ def _by_grid(step: Exchange, devices: tuple[int, ...], values: list[Any]) -> Run
 
 
 def _row(table: np.ndarray) -> Any:
-    """This device's row."""
+    """This device's row of a table."""
     if (table == table[0]).all():
         return jnp.asarray(table[0])
     return jnp.asarray(table)[lax.axis_index(AXIS)]
 
 
 def _number(at: Sequence[int], line: Sequence[int]) -> int:
-    """A box's place among all boxes of a shard."""
+    """Index of a box among all boxes of a shard."""
     number = 0
     for a, n in zip(at, line, strict=True):
         number = number * n + a
@@ -476,7 +487,7 @@ def _number(at: Sequence[int], line: Sequence[int]) -> int:
 
 
 def _boxed(x: Any, line: tuple[int, ...]) -> Any:
-    """(boxes, *box) of a shard that is `line` boxes long in each dimension."""
+    """Splits a shard, `line` boxes long in each dimension, into (boxes, *box)."""
     shape = [m for n, k in zip(x.shape, line, strict=True) for m in (k, n // k)]
     x = x.reshape(shape).transpose(*range(0, 2 * x.ndim, 2), *range(1, 2 * x.ndim, 2))
     return x.reshape(-1, *x.shape[len(line) :])
@@ -498,7 +509,7 @@ def _times(units: Sequence[int], by: Sequence[int]) -> tuple[int, ...]:
 
 
 def taken(r: Round, devices: tuple[int, ...], units: list[Any], values: list[Any]) -> list[Any]:
-    """What a device sends in a round."""
+    """Parts that a device sends in a round."""
     at = [
         mine(devices, {b.source: b.start[i] for b in r.boxes}, r.boxes[0].start[i])
         for i in range(len(r.size))
@@ -514,7 +525,7 @@ def taken(r: Round, devices: tuple[int, ...], units: list[Any], values: list[Any
 
 
 def put_at(r: Round, devices: tuple[int, ...]) -> list[Any]:
-    """Where, in units, a device puts what it gets in a round."""
+    """Offsets, in units, at which a device places what it receives in a round."""
     return [
         mine(devices, {b.target: b.put[i] for b in r.boxes}, r.boxes[0].put[i])
         for i in range(len(r.size))
@@ -529,7 +540,7 @@ def placed(
     out: list[Any],
     got: list[Any],
 ) -> list[Any]:
-    """What came in a round, in its place; devices that got nothing keep what they had."""
+    """Places what was received in a round; devices that received nothing keep their values."""
     targets = {b.target: 1 for b in r.boxes}
     everyone = all(d in targets for d in step.receivers)
     got_some = mine(devices, targets, 0) == 1

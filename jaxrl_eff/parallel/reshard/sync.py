@@ -1,10 +1,11 @@
-"""Weights that follow a model from mesh to mesh and remember what they were.
+"""Incremental weight sync between meshes.
 
-A `Route` sends a tree whole every time. A `WeightSync` keeps the copy that it made: tensors that
-training leaves as they are (the frozen base of an adapter) go once, and of the others only the
-elements that have changed (`delta`). What arrives is the same, bit for bit; the price is memory
-between two calls: the copy where it is used, and what was sent last where it comes from. Where that
-would still be too much, differences go in 8 or 4 bits, and what arrives is rounded."""
+A `Route` sends the full tree on every call. A `WeightSync` keeps the copy on the target mesh: it
+sends tensors that training does not change (the frozen base of an adapter) once, and of the others
+only the changed elements (`changes`). The result is bitwise equal to a full transfer, but memory is
+held between calls: the copy on the target and the last sent values on the source. To send even
+less, differences can be quantized to 8 or 4 bits, which makes the copy approximate.
+"""
 
 import dataclasses
 from typing import Any
@@ -18,15 +19,19 @@ from jaxrl_eff.parallel.reshard.route import Report, Route
 
 @dataclasses.dataclass(frozen=True)
 class SyncConfig:
-    """How changes are sent.
+    """Settings for sending changes.
 
     Attributes:
-        capacity: share of a message's elements that may have changed; a tensor with more goes as
-            a whole.
-        bits: 0; or 8 or 4: the differences of all elements are sent, rounded, in a closed loop.
-        block: elements that share a scale then, at most.
-        every: syncs between two in which all goes as a whole and the copy is checked.
-        dense_below: tensors whose messages have fewer elements always go as a whole.
+        capacity: maximum fraction of a message's elements that can have changed; a tensor with more
+            changes is sent in full.
+        bits: 0: changed elements are sent exactly; 8 or 4: the differences of all elements are
+            sent, quantized to this many bits, with error feedback.
+        block: maximum number of elements that share a scale if `bits` is not 0.
+        every: interval, in syncs, of full transfers that also check the copy.
+        dense_below: tensors whose messages have fewer elements are always sent in full.
+
+    Raises:
+        ValueError: a value out of range.
     """
 
     capacity: float = 0.05
@@ -45,20 +50,20 @@ class SyncConfig:
 
 
 class WeightSync:
-    """Like a `Route`, for one tree that is moved again and again.
+    """`Route` for a tree that is transferred repeatedly.
 
     Args:
         source, target: as for `Route`; the source's leaves have shapes and dtypes.
-        still: tree of bools: leaves that are sent again only if they are other arrays.
-        changes: how the rest goes.
+        still: tree of bools; True marks frozen leaves, sent again only if the array objects change.
+        changes: settings for the other leaves.
         network: as for `Route`.
 
     Attributes:
-        done: what the last call sent of changes; None after the first one, and in processes that
-            have no part in it.
+        done: statistics of the last call's changes; None after the first call, and in processes
+            that own no device of either mesh.
 
     Raises:
-        ValueError: an array waits in host memory.
+        ValueError: an array is in host memory.
     """
 
     def __init__(
@@ -79,31 +84,34 @@ class WeightSync:
             *map(self._moving, (leaves, targets)), dtype=None, network=network,
             **dataclasses.asdict(changes),
         )  # fmt: skip
-        self._seen: list[Any] = []  # the still leaves that were sent
+        self._seen: list[Any] = []  # the frozen leaves sent last
         self._copies: tuple[list[Any], list[Any], list[Any]] | None = None
         self._calls = 0
         self.done: Synced | None = None
 
     @property
     def alias(self) -> bool:
-        """As of `Route`."""
+        """True if the result is the source itself, as for `Route`."""
         return self._whole.alias
 
     def report(self) -> Report:
-        """Of what a call moves at most, which the first one does."""
+        """Report on a full transfer, such as the first call: an upper bound for later ones."""
         return self._whole.report()
 
     def compile(self) -> "WeightSync":
-        """Compiles what calls will run."""
+        """Compiles the programs of later calls."""
         self._once.compile()
         self._delta.compile()
         return self
 
     def __call__(self, tree: Any) -> Any:
-        """Brings the copy up to date.
+        """Updates the copy.
+
+        Args:
+            tree: the source's arrays.
 
         Returns:
-            the copy. The next call consumes the part of it that changes.
+            the copy. The next call donates the part of it that changes.
         """
         leaves = self._treedef.flatten_up_to(tree)
         still, moving = self._still(leaves), self._moving(leaves)
@@ -122,7 +130,7 @@ class WeightSync:
         return self._treedef.unflatten([next(ours if s else theirs) for s in self._is_still])
 
     def restart(self) -> None:
-        """The next call sends everything, as the first one did."""
+        """Makes the next call send everything, like the first one."""
         self._copies, self._calls = None, 0
 
     def _still(self, leaves: list[Any]) -> list[Any]:

@@ -1,1 +1,1 @@
-"""ZeRO++: quantized collectives between nodes with slow links (arXiv:2306.10209)."""
+"""ZeRO++ (arXiv:2306.10209): quantized collectives across nodes with slow links."""

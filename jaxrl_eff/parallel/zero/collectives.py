@@ -1,18 +1,18 @@
-"""Sharded weights over a slow and a fast mesh axis, gathered and reduced with few bytes (ZeRO++).
+"""Quantized collectives (ZeRO++) for weights sharded over a slow and a fast mesh axis.
 
-For use inside `jax.shard_map` over two mesh axes with N and A devices (Wang et al. 2023,
-arXiv:2306.10209). A weight is a flat vector of N A m elements, device (d, i) holding the m
-elements from (d A + i) m on: the sharding `P((slow, fast))`. Leading dimensions of a shard, for
-instance layers, are carried along.
+For use inside `jax.shard_map` over two mesh axes of N and A devices (Wang et al. 2023,
+arXiv:2306.10209). A weight is a flat vector of N A m elements; device (d, i) holds the m elements
+that start at (d A + i) m, which is the sharding `P((slow, fast))`. A shard can have leading
+dimensions, such as layers.
 
-Weights are gathered over the slow axis first and over the fast one second. A device then receives
-(N-1) m elements over the slow axis, A times fewer than the other way round, where it would receive
-what its whole node had already put together. The first stage's result is named `STAGE`, so what
-the paper calls hpZ, a second copy within every node, is a rematerialization policy that keeps this
-name: nothing lives on from step to step that could be stale.
+Weights are gathered over the slow axis first and over the fast axis second, so a device receives
+(N-1) m elements over the slow axis. In the opposite order it would receive A times as many, since
+it would gather its whole node's part. The result of the first stage is named `STAGE`: the paper's
+hpZ, a secondary copy within every node, is a rematerialization policy that saves this name, so no
+copy persists between steps that could become stale.
 
-Reductions undo this: over the fast axis first, so that the slow one carries sums. The order in
-which pieces lie comes from the order of axes of a reshape; no permutation is needed.
+Reductions go in the opposite order, fast axis first, so that the slow axis carries sums. A reshape
+puts the parts in order; no permutation is needed.
 """
 
 import functools
@@ -31,10 +31,11 @@ STAGE = "zero_stage1"
 
 
 def gather_slow(shard: jax.Array, plan: ZeroConfig) -> jax.Array:
-    """The first stage: this device's part of all nodes' shards, as bytes.
+    """First stage: gathers the corresponding shards of all nodes, encoded.
 
     Args:
         shard: [..., m] floats.
+        plan: the encoding and the axes.
 
     Returns:
         [N, ..., plan.weights.nbytes(m)] uint8, the same on every node.
@@ -43,11 +44,12 @@ def gather_slow(shard: jax.Array, plan: ZeroConfig) -> jax.Array:
 
 
 def gather_fast(stage: jax.Array, m: int, plan: ZeroConfig) -> jax.Array:
-    """The second stage: the whole weight.
+    """Second stage: gathers the full weight over the fast axis and decodes it.
 
     Args:
         stage: [N, ..., bytes] uint8 of `gather_slow`.
         m: elements of a shard.
+        plan: the encoding and the axes.
 
     Returns:
         [..., N A m] of the plan's dtype, the same on every device.
@@ -59,13 +61,14 @@ def gather_fast(stage: jax.Array, m: int, plan: ZeroConfig) -> jax.Array:
 
 
 def reduce_fast(gradient: jax.Array, plan: ZeroConfig) -> jax.Array:
-    """Gradients of the whole weight, summed over the fast axis.
+    """Reduce-scatters gradients of the full weight over the fast axis.
 
     Args:
-        gradient: [..., N A m], every device's own.
+        gradient: [..., N A m], local to each device.
+        plan: the encoding and the axes.
 
     Returns:
-        [..., N, m] float32: what this device will pass on to each node.
+        [..., N, m] float32: this device's partial sums for each node.
     """
     nodes, devices = lax.axis_size(plan.slow), lax.axis_size(plan.fast)
     parts = gradient.reshape(*gradient.shape[:-1], nodes, devices, -1).astype(jnp.float32)
@@ -76,21 +79,22 @@ def reduce_fast(gradient: jax.Array, plan: ZeroConfig) -> jax.Array:
 def reduce_slow(
     gradient: jax.Array, feedback: jax.Array | None, plan: ZeroConfig
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Gradients summed over the slow axis.
+    """Reduce-scatters gradients over the slow axis.
 
-    Error feedback: e' = (g + e) - sent(g + e), for each node that was sent to. Only this exchange
-    has it; before the one over the fast axis it would take a whole model a device.
+    Error feedback: e' = (g + e) - sent(g + e), for each receiving node. Only this exchange has it;
+    for the one over the fast axis, e would have the size of the full model on every device.
 
     Args:
         gradient: [..., N, m] of `reduce_fast`, or a sum of several.
-        feedback: e [..., N, m], zeros at first; None for none.
+        feedback: e [..., N, m], initially zeros; None for no error feedback.
+        plan: the encoding and the axes.
 
     Returns:
         [..., m] float32, the sum for this device's shard; and e', of e's dtype. Where the gradient
-        is not finite e' is zero: the step is lost, and not those after it.
+        is not finite, e' is zero, so that only this step is lost.
     """
     gradient = gradient.astype(jnp.float32)
-    if plan.copies:  # once for all micro-batches, and before anything is rounded
+    if plan.copies:  # once for all microbatches and before quantization
         gradient = lax.psum(gradient, plan.copies)
     parts = jnp.moveaxis(gradient, -2, 0)
     if feedback is None:
@@ -105,19 +109,19 @@ def reduce_slow(
 def reduce_gradients(
     gradient: jax.Array, feedback: jax.Array | None, plan: ZeroConfig
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Both reductions: [..., N A m] of every device -> [..., m] float32, and the feedback."""
+    """Applies both reductions: [..., N A m] -> [..., m] float32, and the new feedback."""
     return reduce_slow(reduce_fast(gradient, plan), feedback, plan)
 
 
 def _exchange(parts: jax.Array, axis: str, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """Part k to device k of the axis; the sum of what arrives.
+    """Sends part k to device k of the axis and sums the received parts.
 
     Args:
         parts: [n, ..., m] float32.
 
     Returns:
-        the sum [..., m] in float32, and what arrives of this device's parts, [n, ..., m]. Its part
-        for itself is not sent and stays exact.
+        the sum [..., m] in float32, and this device's parts as decoded by their receivers,
+        [n, ..., m]. Its part for itself is not sent and stays exact.
     """
     if blocks.bits == 32:
         return lax.psum_scatter(parts, axis), parts
@@ -133,10 +137,10 @@ def _exchange(parts: jax.Array, axis: str, blocks: Blocks) -> tuple[jax.Array, j
 
 
 def gather_frozen(shard: jax.Array, plan: ZeroConfig) -> jax.Array:
-    """As `gather_weights`, of a weight that is not trained: nothing is reduced.
+    """Gathers a weight that is not trained; no gradient is reduced.
 
-    A policy of recomputation looks into functions with gradients of their own only where these are
-    differentiated, so the name of the first stage would not be found in `gather_weights`.
+    A rematerialization policy sees names inside a `custom_vjp` function only if it is
+    differentiated, so it would not find `STAGE` in `gather_weights` here.
     """
     stage = gather_slow(shard, plan)
     if plan.rung.secondary:
@@ -146,16 +150,16 @@ def gather_frozen(shard: jax.Array, plan: ZeroConfig) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gather_weights(shard: jax.Array, feedback: jax.Array | None, plan: ZeroConfig) -> jax.Array:
-    """The whole weight, whose gradient is reduced as the plan says.
+    """Gathers the full weight; the backward pass reduces its gradient according to the plan.
 
-    The gradient passes straight through the rounding: that of `round` is zero almost everywhere,
-    and would reach no element but the largest of each block, through its scale.
+    The gradient is a straight-through estimate: that of `round` is zero almost everywhere, and
+    would reach only the largest element of each block, through its scale.
 
     Args:
         shard: [..., m] floats.
         feedback: [..., N, m] or None. The "gradient" with respect to it is the next step's
-            feedback, so a weight with feedback is gathered once in a differentiated function.
-        plan: how.
+            feedback, so a differentiated function must gather a weight with feedback only once.
+        plan: the encodings and the axes.
 
     Returns:
         [..., N A m] of the plan's dtype.
@@ -165,7 +169,7 @@ def gather_weights(shard: jax.Array, feedback: jax.Array | None, plan: ZeroConfi
 
 
 def _gather_forward(shard, feedback, plan):
-    # A residual of no elements tells the backward pass the dtype.
+    # An empty residual carries the dtype to the backward pass.
     return gather_frozen(shard, plan), (feedback, jnp.zeros((0,), shard.dtype))
 
 
@@ -187,18 +191,18 @@ def sharded_apply(
     feedback: jax.Array | None = None,
     keep: tuple[str, ...] = (),
 ) -> Any:
-    """fn(weight, x) of a sharded weight: gather, compute; and backward gather, compute, scatter.
+    """Applies fn to a sharded weight: gather and compute; backward gather, compute and reduce.
 
-    No device holds the whole weight longer than fn runs, so this belongs around one layer, for
-    instance inside `lax.scan` over the shards of all.
+    A device holds the full weight only while fn runs, so this is meant for one layer, for instance
+    inside a `lax.scan` over the shards of all layers.
 
     Args:
-        fn: `(weight [N A m], x) -> y`; computed again in the backward pass.
+        fn: `(weight [N A m], x) -> y`; recomputed in the backward pass.
         shard: [m], of this device.
-        x: anything differentiable.
-        plan: what is sent; its rung's `secondary` keeps the first stage of the gather.
+        x: any differentiable tree.
+        plan: the encodings and the axes; `secondary` in its level saves the gather's first stage.
         feedback: as for `gather_weights`.
-        keep: names, given by `checkpoint_name` in fn, of what is kept and not computed again.
+        keep: names, given by `checkpoint_name` in fn, of values to save instead of recomputing.
 
     Returns:
         y.
@@ -213,14 +217,15 @@ def sharded_apply(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gather_held(stage: jax.Array, slot: jax.Array, plan: ZeroConfig) -> jax.Array:
-    """The whole weight from a first stage that was gathered before, with fast traffic alone.
+    """Gathers the full weight from a first stage gathered before, over the fast axis only.
 
-    For several micro-batches between one `gather_slow` and one `reduce_slow`.
+    For several microbatches between one `gather_slow` and one `reduce_slow`.
 
     Args:
         stage: [N, ..., bytes] uint8.
-        slot: [..., N, m] float32 zeros, whose gradient is that of `reduce_fast`. Where
-            `shard_map` checks what varies, they must vary over both axes.
+        slot: [..., N, m] float32 zeros, whose gradient is the result of `reduce_fast`. Under
+            `shard_map` with `check_vma`, they must vary over both axes.
+        plan: the encodings and the axes.
 
     Returns:
         [..., N A m] of the plan's dtype.
@@ -243,7 +248,7 @@ gather_held.defvjp(_held_forward, _held_backward)
 def held_apply(
     fn: Callable[[jax.Array, Any], Any], stage: jax.Array, slot: jax.Array, x: Any, plan: ZeroConfig
 ) -> Any:
-    """As `sharded_apply`, of a stage held by this device: nothing crosses the slow axis."""
+    """`sharded_apply` with a stage gathered before; nothing is sent over the slow axis."""
 
     def run(stage, slot, x):
         return fn(gather_held(stage, slot, plan), x)
@@ -252,21 +257,21 @@ def held_apply(
 
 
 def refresh(shard: jax.Array, plan: ZeroConfig, dtype: str = "float32") -> jax.Array:
-    """What every node holds of the weights, sent in full: [N, ..., m] of dtype."""
+    """Every node's copy of the weights, sent in full: [N, ..., m] of `dtype`."""
     return decode(gather_slow(shard, plan), shard.shape[-1], plan.weights, dtype)
 
 
 def send_deltas(shard: jax.Array, held: jax.Array, plan: ZeroConfig, blocks: Blocks) -> jax.Array:
-    """What every node holds after its difference from the weights was sent, roughly.
+    """Updates every node's copy of the weights by sending quantized differences.
 
-    R' = R + sent(W - R): the loop is closed, so what rounding leaves over is sent next time. The
-    sender decodes its own message too, so all nodes hold R' to the last bit.
+    R' = R + sent(W - R): the loop is closed, so the quantization residual is sent with the next
+    difference. The sender decodes its own message too, so R' is bitwise equal on all nodes.
 
     Args:
         shard: W [..., m] floats.
-        held: R [N, ..., m], of `refresh` or of the step before; bfloat16 or float32.
-        plan: whose slow axis is meant.
-        blocks: how differences travel.
+        held: R [N, ..., m], of `refresh` or of the previous step; bfloat16 or float32.
+        plan: for its slow axis.
+        blocks: encoding of the differences.
 
     Returns:
         R' of R's shape and dtype; `encode(R', Blocks(16 or 32))` is a stage for `held_apply`.

@@ -1,4 +1,4 @@
-"""How roughly sharded weights and gradients travel: a ladder of choices, as plain data."""
+"""Precision levels for the communication of sharded weights and gradients, as plain data."""
 
 import dataclasses
 
@@ -9,21 +9,21 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class ZeroLevel:
-    """One choice of what is sent.
+    """Settings of one level.
 
     Attributes:
-        name: of the rung.
-        weight_bits: of gathered weights: 8 or 4 in blocks, 16 as bfloat16, 32 as they are.
+        name: of the level.
+        weight_bits: of gathered weights: 8 or 4, quantized in blocks; 16, bfloat16; 32, exact.
         grad_bits: of gradients on the slow axis, likewise.
-        slow_only: whether gradients are first summed exactly over the fast axis, so that they are
-            rounded once; otherwise they are rounded before both exchanges.
-        hadamard: whether blocks of gradients are rotated.
-        feedback: whether what rounding left over is added to the next gradient.
-        secondary: whether a copy of the weights stays within the fast axis from the forward to the
-            backward pass, which then sends nothing over the slow axis to gather.
-        delta_bits: of weights on the slow axis, likewise, if their differences from a copy that
-            every node keeps from step to step are sent; 0: no copy lasts. The copy has the
-            precision of `weight_bits`, 16 or 32, which is then that of the fast axis alone.
+        slow_only: sum gradients over the fast axis in `ZeroConfig.fast_bits`, exactly by default,
+            so that they are quantized once; otherwise they are quantized before both exchanges.
+        hadamard: rotate blocks of gradients by a Hadamard matrix.
+        feedback: error feedback: add the quantization residual to the next gradient.
+        secondary: keep a secondary copy of the weights, sharded over the fast axis, from the
+            forward to the backward pass, whose gather then sends nothing over the slow axis.
+        delta_bits: if not 0, send weights on the slow axis as differences, in this many bits, from
+            a copy that every node keeps between steps; 0: no persistent copy. The copy has the
+            precision of `weight_bits`, 16 or 32, which then applies to the fast axis only.
     """
 
     name: str
@@ -36,7 +36,7 @@ class ZeroLevel:
     delta_bits: int = 0
 
 
-# By bytes on the slow axis, and on the fast one, the most first.
+# In order of decreasing bytes on the slow axis, then on the fast one.
 LADDER = (
     ZeroLevel("exact", 16, 16),
     ZeroLevel("int8", 8, 8, secondary=True),
@@ -48,23 +48,23 @@ LADDER = (
 
 @dataclasses.dataclass(frozen=True)
 class ZeroConfig:
-    """A rung on a mesh of two axes.
+    """A level applied to a mesh with a slow and a fast axis.
 
     Attributes:
-        rung: what is sent.
-        slow: name of the mesh axis with the slow links, the outer one: of nodes or slices.
-        fast: name of the inner one, of the devices of a node.
-        block: elements that share a scale, at most.
-        shrink: as of `Blocks`, for gradients.
-        fast_bits: of gradients on the fast axis where the rung rounds on the slow one only.
+        rung: the level.
+        slow: name of the outer mesh axis, across nodes or slices, with slow links.
+        fast: name of the inner mesh axis, over the devices of a node.
+        block: maximum number of elements that share a scale.
+        shrink: as in `Blocks`, for gradients.
+        fast_bits: of gradients on the fast axis if the level quantizes on the slow axis only.
         dtype: of gathered weights.
-        copies: name of a mesh axis along which weights are repeated and rows are not; gradients
-            are summed over it exactly, before they cross the slow axis. "": there is none.
-        nodes: devices of the slow axis that are wanted; 0: any.
+        copies: name of a mesh axis over which weights are replicated and rows are sharded;
+            gradients are summed over it exactly before they cross the slow axis. "": none.
+        nodes: requested size of the slow axis; 0: any.
 
     Raises:
-        ValueError: one name for both axes, bits or a block that `Blocks` refuses, another dtype,
-            or differences from a copy in blocks.
+        ValueError: one name for both axes, bits or a block that `Blocks` rejects, another dtype,
+            or differences from a copy that is quantized in blocks.
     """
 
     rung: ZeroLevel = LADDER[0]
@@ -91,30 +91,30 @@ class ZeroConfig:
 
     @property
     def weights(self) -> Blocks:
-        """How weights travel, on both axes; with `deltas` on the fast one."""
+        """Encoding of weights on both axes, or with `deltas` on the fast one only."""
         return Blocks(self.rung.weight_bits, self.block)
 
     @property
     def deltas(self) -> Blocks | None:
-        """How differences of weights travel on the slow axis; None: weights themselves do."""
+        """Encoding of weight differences on the slow axis; None: weights are sent in full."""
         return Blocks(self.rung.delta_bits, self.block) if self.rung.delta_bits else None
 
     @property
     def gradients(self) -> Blocks:
-        """How gradients travel on the slow axis."""
+        """Encoding of gradients on the slow axis."""
         return Blocks(self.rung.grad_bits, self.block, self.rung.hadamard, self.shrink)
 
     @property
     def fast_gradients(self) -> Blocks:
-        """How gradients travel on the fast axis."""
+        """Encoding of gradients on the fast axis."""
         return Blocks(self.fast_bits, self.block) if self.rung.slow_only else self.gradients
 
 
 def zero_level(name: str) -> ZeroLevel:
-    """The rung of this name.
+    """Level with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the name is unknown.
     """
     for one in LADDER:
         if one.name == name:

@@ -1,9 +1,9 @@
-"""Weights of any shape of which every device has a shard, as a model meets them.
+"""Sharded weights of any shape, as leaves of a parameter tree.
 
-`quantized` sends flat vectors. Here is how a shard of a matrix becomes one, and two things that may
-stand in a tree of parameters instead of an array: a `ShardedWeight`, which is gathered over both
-axes when a layer uses it, and a `NodeWeight`, which is one after the slow axis has been crossed.
-Both are trees with layers as their first axis, so a loop over layers hands each its own.
+`collectives` sends flat vectors. `ShardLayout` converts shards of arrays to and from these. Two
+types can replace an array in a parameter tree: `ShardedWeight`, which is gathered over both axes
+when a layer uses it, and `NodeWeight`, already gathered over the slow axis. Both are pytrees with
+layers as their leading axis, so a scan over layers slices them.
 """
 
 import dataclasses
@@ -23,21 +23,20 @@ from jaxrl_eff.parallel.zero.levels import ZeroConfig, ZeroLevel
 
 @dataclasses.dataclass(frozen=True)
 class ShardLayout:
-    """How a weight is split, and how it travels.
+    """Sharding of a weight and the encoding of its transfers.
 
-    A device's shard of shape `[..., d, ...]` becomes `[*apart, m]`: the axes that other devices
-    have parts of, and everything else with the split axis first, so that shards one after the other
-    are the whole weight.
+    A device's shard of shape `[..., d, ...]` is flattened to `[*apart, m]`: the axes sharded over
+    other mesh axes, then everything else with the sharded axis first, so that the concatenated
+    shards are the full weight.
 
     Attributes:
         shape: of a shard, without layers.
-        axis: of `shape`, which is split over nodes and over the devices of each.
-        plan: how numbers are sent.
-        apart: axes that a mesh axis splits which is not the plan's; no block crosses them.
-        raw: the weight travels as it is, whatever the plan says of weights: codes, or what is
-            small.
-        local: every node has the whole weight, split over its devices: nothing crosses the slow
-            axis, as if there were one node.
+        axis: axis of `shape` that is sharded over nodes and over the devices of each.
+        plan: the encodings and the mesh axes.
+        apart: axes sharded over mesh axes other than the plan's; no block crosses them.
+        raw: send the weight unencoded regardless of the plan; for integer codes and small weights.
+        local: the weight is replicated across nodes and sharded over the devices of each; nothing
+            crosses the slow axis, as if there were one node.
     """
 
     shape: tuple[int, ...]
@@ -49,16 +48,16 @@ class ShardLayout:
 
     @property
     def m(self) -> int:
-        """Elements of the last axis of a flat shard."""
+        """Number of elements in the last axis of a flat shard."""
         return math.prod(n for i, n in enumerate(self.shape) if i not in self.apart)
 
     @property
     def rows(self) -> int:
-        """Flat vectors of `m` elements in a shard."""
+        """Number of flat vectors of `m` elements in a shard."""
         return math.prod(self.shape[i] for i in self.apart)
 
     def sent(self, blocks: Blocks) -> int:
-        """Bytes of a shard."""
+        """Bytes of a shard in this encoding."""
         return self.rows * blocks.nbytes(self.m)
 
     def _order(self) -> list[int]:
@@ -66,7 +65,7 @@ class ShardLayout:
         return [*self.apart, self.axis, *rest]
 
     def flat(self, x: jax.Array) -> jax.Array:
-        """`[*lead, *shape]`, its split axis as long as it likes -> `[*lead, *apart, -1]`."""
+        """`[*lead, *shape]`, with any length of the sharded axis, -> `[*lead, *apart, -1]`."""
         lead = x.ndim - len(self.shape)
         order = [*range(lead), *(lead + i for i in self._order())]
         kept = lead + len(self.apart)
@@ -74,7 +73,7 @@ class ShardLayout:
         return x.reshape(*x.shape[:kept], -1)
 
     def shaped(self, x: jax.Array) -> jax.Array:
-        """`flat` undone, for as many shards as there are."""
+        """Inverse of `flat`, for any number of concatenated shards."""
         order, lead = self._order(), x.ndim - 1 - len(self.apart)
         sizes = [self.shape[i] for i in order]
         sizes[len(self.apart)] *= x.shape[-1] // self.m
@@ -83,32 +82,32 @@ class ShardLayout:
         return x.transpose(*range(lead), *(lead + i for i in back))
 
     def flat_left(self, left: jax.Array) -> jax.Array:
-        """`[*lead, ..., N, d, ...]`, nodes before the split axis -> `[*lead, *apart, N, m]`."""
+        """`[*lead, ..., N, d, ...]`, nodes before the sharded axis, -> `[*lead, *apart, N, m]`."""
         lead = left.ndim - 1 - len(self.shape)
         left = jnp.moveaxis(left, lead + self.axis, lead)  # [*lead, N, *shape]
         return jnp.moveaxis(self.flat(left), lead, -2)
 
     def shaped_left(self, left: jax.Array) -> jax.Array:
-        """`flat_left` undone."""
+        """Inverse of `flat_left`."""
         lead = left.ndim - 2 - len(self.apart)
         left = self.shaped(jnp.moveaxis(left, -2, lead))
         return jnp.moveaxis(left, lead, lead + self.axis)
 
-    # What a device does with its shard
+    # Collectives on a device's shard
 
     def renewed(self, x: jax.Array, held: jax.Array) -> jax.Array:
-        """What every node holds of a weight once differences were sent, see `send_deltas`.
+        """Every node's copy of a weight, updated by differences; see `send_deltas`.
 
         Args:
-            x: this device's shard now, with leading axes.
-            held: so far, `[*lead, ..., N, d, ...]`.
+            x: this device's current shard, with leading axes.
+            held: the copy so far, `[*lead, ..., N, d, ...]`.
         """
         held = jnp.moveaxis(self.flat_left(held), -2, 0)
         new = collectives.send_deltas(self.flat(x), held, self.plan, self.plan.deltas)
         return self.shaped_left(jnp.moveaxis(new, 0, -2))
 
     def _stage(self, x: jax.Array, held: jax.Array | None) -> jax.Array:
-        """`[N, *lead, *apart, bytes]`: sent, or what the node holds already."""
+        """`[N, *lead, *apart, bytes]`, gathered or encoded from the node's copy."""
         if self.local:
             return encode(self.flat(x), self.plan.weights)[None]
         if held is None:
@@ -116,10 +115,11 @@ class ShardLayout:
         return encode(jnp.moveaxis(self.flat_left(held), -2, 0), self.plan.weights)
 
     def near(self, x: jax.Array, held: jax.Array | None = None) -> jax.Array:
-        """A shard, with leading axes, after the slow axis was crossed: `[*lead, N, ...]`.
+        """Gathers a shard with leading axes over the slow axis: `[*lead, N, ...]`.
 
         Args:
-            held: of `renewed`, instead of what would be sent.
+            x: this device's shard.
+            held: the node's copy of `renewed`, used in place of the gather; None: gather.
         """
         lead = x.ndim - len(self.shape)
         if self.raw and self.local:
@@ -129,7 +129,7 @@ class ShardLayout:
         return jnp.moveaxis(self._stage(x, held), 0, lead)
 
     def joined(self, near: jax.Array) -> jax.Array:
-        """The whole weight, from what `near` made without leading axes."""
+        """Gathers the full weight from the result of `near` without leading axes."""
         if not self.raw:
             return self.shaped(collectives.gather_fast(near, self.m, self.plan))
         every = lax.all_gather(near, self.plan.fast, axis=1)  # [N, A, *shape]
@@ -138,7 +138,7 @@ class ShardLayout:
         return every.reshape(*self.shape[: self.axis], n, *self.shape[self.axis + 1 :])
 
     def gathered(self, x: jax.Array, held: jax.Array | None = None) -> jax.Array:
-        """The whole weight of a shard, with leading axes; `held` as for `near`."""
+        """Gathers the full weight from a shard with leading axes; `held` as for `near`."""
         lead = x.ndim - len(self.shape)
         if self.raw:
             return _over(self._gathered_raw, lead)(x)
@@ -150,13 +150,14 @@ class ShardLayout:
     def reduced(
         self, gradient: jax.Array, left: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The sum for this device's shard, float32, of all devices' gradients of the whole weight.
+        """Reduces all devices' gradients of the full weight to this device's shard, in float32.
 
         Args:
-            left: over from the last reduction, `[*lead, ..., N, d, ...]`.
+            gradient: of the full weight, with leading axes.
+            left: quantization residual of the last reduction, `[*lead, ..., N, d, ...]`, or None.
 
         Returns:
-            the sum, and what is left over now.
+            the sum, and the new residual.
         """
         left = None if left is None else self.flat_left(left)
         total, left = collectives.reduce_gradients(self.flat(gradient), left, self.plan)
@@ -165,14 +166,14 @@ class ShardLayout:
     def reduced_slow(
         self, slot: jax.Array, left: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
-        """As `reduced`, of `[*lead, *apart, N, m]` that was summed over the fast axis."""
+        """`reduced` for `[*lead, *apart, N, m]` already summed over the fast axis."""
         left = None if left is None else self.flat_left(left)
         total, left = collectives.reduce_slow(slot, left, self.plan)
         return self.shaped(total), None if left is None else self.shaped_left(left)
 
 
 def _over(fn: Callable, lead: int) -> Callable:
-    """The function of an array without its leading axes, over all of these at once."""
+    """Applies `jax.vmap` to fn once per leading axis."""
     for _ in range(lead):
         fn = jax.vmap(fn)
     return fn
@@ -181,26 +182,28 @@ def _over(fn: Callable, lead: int) -> Callable:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ShardedWeight:
-    """A device's shard of a weight, in its place among the parameters.
+    """Device's shard of a weight, as a leaf of the parameters.
 
-    Its gradient is that of the whole weight, reduced; the "gradient" of `left` is what rounding
-    leaves over this time.
+    Its gradient is the reduced gradient of the full weight; the "gradient" of `left` is the new
+    quantization residual.
 
     Attributes:
         part: `[(layers,) *cut.shape]`.
-        left: over from the last reduction, `[(layers,) ..., N, d, ...]`; None: nothing is kept.
-        trained: whether there will be a gradient.
+        left: quantization residual of the last reduction, `[(layers,) ..., N, d, ...]`; None: no
+            error feedback.
+        cut: how the weight is sharded and sent.
+        trained: True if the weight gets a gradient.
     """
 
-    part: Any  # as all of a tree's leaves, sometimes a shape or a layout
+    part: Any  # like any tree leaf, sometimes a shape or a sharding
     left: Any
     cut: ShardLayout = dataclasses.field(metadata={"static": True})
     trained: bool = dataclasses.field(metadata={"static": True})
 
     def whole(self) -> jax.Array:
-        """The weight of one layer, in the plan's dtype."""
+        """Gathers the full weight of one layer, in the plan's dtype."""
         cut = self.cut
-        if cut.local:  # its first stage is made again, and not kept
+        if cut.local:  # its first stage needs no transfer, so it is recomputed rather than saved
             return cut.joined(cut.near(self.part))
         if cut.raw:
             stage = cut.near(self.part)
@@ -216,12 +219,14 @@ class ShardedWeight:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NodeWeight:
-    """What a node holds of a weight, for several micro-batches: nothing crosses the slow axis.
+    """Weight gathered over the slow axis once for several microbatches.
 
     Attributes:
-        stage: `[(layers,) N, ...]` of `ShardLayout.near`; N is 1 of what every node has whole.
+        stage: `[(layers,) N, ...]` of `ShardLayout.near`; N is 1 for weights replicated across
+            nodes.
         slot: `[(layers,) *apart, N, m]` float32 zeros, whose gradient is that of the weight, summed
             over the fast axis; None if the weight is not trained.
+        cut: how the weight is sharded and sent.
     """
 
     stage: Any
@@ -229,12 +234,12 @@ class NodeWeight:
     cut: ShardLayout = dataclasses.field(metadata={"static": True})
 
     def whole(self) -> jax.Array:
-        """The weight of one layer, in the plan's dtype."""
+        """Gathers the full weight of one layer, in the plan's dtype."""
         if self.slot is None:
             return self.cut.joined(self.stage)
         return self.cut.shaped(collectives.gather_held(self.stage, self.slot, self.cut.plan))
 
 
 def exact(plan: ZeroConfig) -> ZeroConfig:
-    """The plan's axes with sums in float32."""
+    """The plan with exact float32 communication on the same axes."""
     return dataclasses.replace(plan, rung=ZeroLevel("exact", 32, 32), fast_bits=32)
