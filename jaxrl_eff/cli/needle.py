@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff.checkpoints.hf_load import load_hf, read_config
-from jaxrl_eff.cli import report
 from jaxrl_eff.cli.generate import find
+from jaxrl_eff.cli.pages import page as frame
 from jaxrl_eff.cli.pages import svg as charts
 from jaxrl_eff.data import needles
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
@@ -206,10 +206,9 @@ def page(title: str, found_: Grid, loss: Sequence[Any]) -> str:
     if loss:
         body += (
             "<section><h2>Loss by position</h2>"
-            f"{report.figure_of('nats a token', {'': list(loss)})}</section>"
+            f"{frame.figure('nats a token', {'': list(loss)})}</section>"
         )
-    text = report.PAGE.format(title=html.escape(title), style=report.STYLE, script=report.SCRIPT)
-    return text.replace("<!--body-->", body)
+    return frame.whole(title, body)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -186,7 +186,7 @@ def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
     Raises:
         ValueError: an unknown stage or cluster, wrong settings, or no plan that fits.
     """
-    from jaxrl_eff.cli.pages import plan_page
+    from jaxrl_eff.cli.pages import plan_page, trace
     from jaxrl_eff.planner import clusters
     from jaxrl_eff.planner.search import search
     from jaxrl_eff.train import parts
@@ -220,7 +220,7 @@ def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
         for name, text in (
             ("plan.json", json.dumps(tables, indent=1)),
             ("timeline.html", plan_page.page(title, plans)),
-            ("trace.json", plan_page.trace_text(plans)),
+            ("trace.json", trace.trace_text(plans)),
         ):
             (folder / name).write_text(text + "\n", encoding="utf-8")
         console.final(f"written: {folder / 'timeline.html'}, plan.json, trace.json")

@@ -13,7 +13,7 @@ import pytest
 from launch import ROOT, TINY, environment
 
 from jaxrl_eff.cli import plan
-from jaxrl_eff.cli.pages import plan_page
+from jaxrl_eff.cli.pages import plan_page, trace
 from jaxrl_eff.core import plan_rules
 from jaxrl_eff.parallel import Placement
 from jaxrl_eff.planner import clusters
@@ -256,7 +256,7 @@ def test_the_timeline_shows_two_whole_steps(planned):
 
 
 def test_the_trace_has_every_span_once_a_row_and_no_overlap(planned):
-    events = plan_page.trace([planned])["traceEvents"]
+    events = trace.trace([planned])["traceEvents"]
     spans = [e for e in events if e["ph"] == "X"]
     named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
     assert {(e["pid"], e["tid"]) for e in spans} <= named
@@ -271,7 +271,7 @@ def test_the_trace_has_every_span_once_a_row_and_no_overlap(planned):
     ):
         for a, b in itertools.pairwise(thread):
             assert a["ts"] + a["dur"] <= b["ts"] + 1e-3
-    assert json.loads(plan_page.trace_text([planned]))["traceEvents"] == events
+    assert json.loads(trace.trace_text([planned]))["traceEvents"] == events
 
 
 def test_tables_leave_out_what_is_one():

@@ -3,12 +3,11 @@
 The page holds all that it shows and looks like a run's report.
 """
 
-import html
 from collections.abc import Mapping
 from typing import Any
 
-from jaxrl_eff.cli import report
 from jaxrl_eff.cli.pages import plan_page, svg
+from jaxrl_eff.cli.pages.page import escaped, legend, whole
 from jaxrl_eff.data.balance.assignment import Assignment
 from jaxrl_eff.data.balance.baselines import Study, rows
 from jaxrl_eff.train.console import number
@@ -23,9 +22,9 @@ _LONG = 8  # times the schedule: longer bars end there
 def page(title: str, facts: Mapping[str, str], found: Study) -> str:
     """The text of the page; `facts` are told at its top."""
     lead = "Estimated by a cost model; nothing was run."
-    head = f"<header><h1>{_text(title)}</h1><p class=lead>{lead}</p></header>"
+    head = f"<header><h1>{escaped(title)}</h1><p class=lead>{lead}</p></header>"
     given = "".join(
-        f"<tr><td>{_text(name)}</td><td>{_text(said)}</td></tr>" for name, said in facts.items()
+        f"<tr><td>{escaped(name)}</td><td>{escaped(said)}</td></tr>" for name, said in facts.items()
     )
     first = found.schedules[0]
     body = f"""{head}<section><h2>Given</h2><div class=wide><table class=pairs>{given}</table></div>
@@ -34,11 +33,10 @@ def page(title: str, facts: Mapping[str, str], found: Study) -> str:
 no rank waits. The schedule keeps to its shapes;
 "exact", the same without that, and the other rules have a shape for every micro-step.</p></section>
 <section><h2>The first batch, by rank</h2><div class=wide>{timeline(first)}</div>
-{report.legend(_COLORS)}<p class=dim>{_text(first.rule)}. {_drawn(first)}Paler is padding; gaps are
+{legend(_COLORS)}<p class=dim>{escaped(first.rule)}. {_drawn(first)}Paler is padding; gaps are
 ranks waiting for the slowest, and fixed costs. Hold the pointer over a bar for its tokens.</p>
 </section>"""
-    text = report.PAGE.format(title=_text(title), style=report.STYLE, script=report.SCRIPT)
-    return text.replace("<!--body-->", body)
+    return whole(title, body)
 
 
 def _drawn(s: Assignment) -> str:
@@ -74,9 +72,9 @@ def _table(found: Study) -> str:
             number(r.seconds), f"{r.gain:.2f}×", f"{r.over_limit:.2f}×", f"{r.steps:,}",
             f"{r.padding:.1%}", f"{r.balance:.1%}", f"{r.distributed:.1%}",
         )  # fmt: skip
-        figures = "".join(f"<td class=n>{_text(c)}</td>" for c in cells)
-        body += f"<tr><td>{_text(r.name)}</td>{figures}</tr>"
-    head = f"<th>{heads[0]}</th>" + "".join(f"<th class=n>{_text(h)}</th>" for h in heads[1:])
+        figures = "".join(f"<td class=n>{escaped(c)}</td>" for c in cells)
+        body += f"<tr><td>{escaped(r.name)}</td>{figures}</tr>"
+    head = f"<th>{heads[0]}</th>" + "".join(f"<th class=n>{escaped(h)}</th>" for h in heads[1:])
     return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
 
 
@@ -144,12 +142,8 @@ def _step(
                 f'style="fill:{svg.color(color)}"{_PALE * paler}/>'
             )
         x += wide
-    return f"<g><title>{_text(told)}</title>{''.join(bars)}</g>"
+    return f"<g><title>{escaped(told)}</title>{''.join(bars)}</g>"
 
 
 def _label(x: float, y: float | int, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_text(text)}</text>'
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(text)}</text>'

@@ -1,16 +1,14 @@
-"""A found plan for people: its table, its timeline as a page, and as a trace for Perfetto.
+"""A found plan for people: its table and its timeline, as a page.
 
 The page holds everything it shows and looks like a run's report. Its timeline has two steps of the
-steady state, a row for every group of devices that do the same; the trace has all simulated steps.
+steady state, a row for every group of devices that do the same.
 """
 
-import html
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxrl_eff.cli import report
 from jaxrl_eff.cli.pages import svg
+from jaxrl_eff.cli.pages.page import escaped, figure, legend, swatch, whole
 from jaxrl_eff.parallel import Placement
 from jaxrl_eff.planner import packed_rows
 from jaxrl_eff.planner.clusters import GIB, Cluster
@@ -117,7 +115,7 @@ def bars(schedule: Simulation, hosted: Sequence[str] = ()) -> tuple[list[str], l
     begin = min(s.start for s in schedule.spans if s.iteration == WARMUP)
     end = begin + 2 * schedule.seconds
     shown = [s for s in schedule.spans if s.end > begin and s.start < end and s.end > s.start]
-    labels, where = _rows(shown, hosted)
+    labels, where = device_rows(shown, hosted)
     out = []
     for i, s in enumerate(shown):
         lane = "move" if s.kind == "move" else "call"
@@ -126,7 +124,7 @@ def bars(schedule: Simulation, hosted: Sequence[str] = ()) -> tuple[list[str], l
     return labels, out
 
 
-def _rows(spans: Sequence[Span], hosted: Sequence[str]) -> tuple[list[str], list[list[int]]]:
+def device_rows(spans: Sequence[Span], hosted: Sequence[str]) -> tuple[list[str], list[list[int]]]:
     """Labels of the rows, and the rows of every span; devices with equal spans share one."""
     devices = sorted({d for s in spans for d in s.devices})
     does: dict[int, list[int]] = {d: [] for d in devices}
@@ -194,12 +192,12 @@ def _bar(bar: Bar, colors: Mapping[str, int], left: float, scale: float) -> str:
     text = ""
     if s.kind not in ("realloc", "move") and len(s.name) * _CHARACTER + 10 <= wide:
         text = _label(x + wide / 2, y + 17, s.name, "middle", "on")
-    return f"<g><title>{_text(told)}</title>{shape}{text}</g>"
+    return f"<g><title>{escaped(told)}</title>{shape}{text}</g>"
 
 
 def _label(x: svg.Number, y: svg.Number, text: str, anchor: str, kind: str = "") -> str:
     kind = f' class="{kind}"' if kind else ""
-    return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{_text(text)}</text>'
+    return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(text)}</text>'
 
 
 def _seconds(value: svg.Number, step: svg.Number) -> str:
@@ -227,7 +225,7 @@ def stacked(rows: Sequence[tuple[str, Sequence[tuple[int, float, str]], str]]) -
             wide = length * scale
             if wide > 0:
                 out.append(
-                    f"<g><title>{_text(told)}</title>"
+                    f"<g><title>{escaped(told)}</title>"
                     f'<rect x="{x:.2f}" y="{y}" width="{wide:.2f}" height="18" '
                     f'style="fill:{svg.color(color)}"/></g>'
                 )
@@ -250,7 +248,7 @@ def _spent(planned: Planned) -> str:
         rows.append((w.name, parts, f"{number(cost.seconds)} s"))
     for name, seconds in moved(schedule):
         rows.append((name, [(7, seconds, f"{number(seconds)} s")], f"{number(seconds)} s"))
-    return f"<div class=wide>{stacked(rows)}</div>{report.legend(seen)}"
+    return f"<div class=wide>{stacked(rows)}</div>{legend(seen)}"
 
 
 def _rules(planned: Planned) -> str:
@@ -281,7 +279,7 @@ def _memory(planned: Planned) -> str:
                 (1, g.active_bytes, f"{g.busiest}: {_gib(g.active_bytes)}")]  # fmt: skip
         after = f"{_gib(g.bytes)}, {g.bytes / room:.0%} of a device; most in {g.busiest}"
         rows.append((svg.device_range(g.devices), held, after))
-    keys = report.legend({"models and optimizers, always": 0, "while the largest call runs": 1})
+    keys = legend({"models and optimizers, always": 0, "while the largest call runs": 1})
     return f"<div class=wide>{stacked(rows)}</div>{keys}"
 
 
@@ -307,10 +305,9 @@ def page(title: str, plans: Sequence[Planned]) -> str:
         f"{cluster.name}: {cluster.devices} devices, {cluster.per_host} a host, "
         f"{_gib(cluster.memory_bytes)} each. Predicted by a cost model; nothing was run."
     )
-    head = f"<header><h1>{_text(title)}</h1><p class=lead>{_text(lead)}</p></header>"
+    head = f"<header><h1>{escaped(title)}</h1><p class=lead>{escaped(lead)}</p></header>"
     body = "\n".join([head, *(_stage(p) for p in plans)])
-    text = report.PAGE.format(title=_text(title), style=report.STYLE + _STYLE, script=_SCRIPT)
-    return text.replace("<!--body-->", body)
+    return whole(title, body, style=_STYLE)
 
 
 def _stage(planned: Planned) -> str:
@@ -331,7 +328,8 @@ def _stage(planned: Planned) -> str:
     if rules:
         facts.insert(1, ("gain", f"{min(rules) / schedule.seconds:.2f}×", "over the best rule"))
     cells = "".join(
-        f"<div><dt>{_text(a)}</dt><dd>{_text(b)}</dd><p>{_text(c)}</p></div>" for a, b, c in facts
+        f"<div><dt>{escaped(a)}</dt><dd>{escaped(b)}</dd><p>{escaped(c)}</p></div>"
+        for a, b, c in facts
     )
     works = [w for w in planned.problem.works if w.model is not None]
     colors = {w.name: i for i, w in enumerate(planned.problem.works)}
@@ -345,22 +343,22 @@ def _stage(planned: Planned) -> str:
             _gib(cost.static_bytes + cost.active_bytes),
         )
         rows.append(
-            f"<tr><td>{report.swatch(colors[w.name])}{_text(w.name)}</td>"
-            + "".join(f"<td>{_text(x)}</td>" for x in words)
-            + "".join(f"<td class=n>{_text(x)}</td>" for x in figures)
+            f"<tr><td>{swatch(colors[w.name])}{escaped(w.name)}</td>"
+            + "".join(f"<td>{escaped(x)}</td>" for x in words)
+            + "".join(f"<td class=n>{escaped(x)}</td>" for x in figures)
             + "</tr>"
         )
     names = ("call", "kind", "model", "devices", "mesh")
     heads = "".join(f"<th>{h}</th>" for h in names)
     heads += "".join(f"<th class=n>{h}</th>" for h in ("microbatches", "seconds", "memory"))
-    keys = report.legend({w.name: i for i, w in enumerate(planned.problem.works)})
+    keys = legend({w.name: i for i, w in enumerate(planned.problem.works)})
     keys += "<div class=keys>striped: weights reallocated; thin: arrays between hosts</div>"
-    note = "".join(f"<p class=dim>{_text(said)}.</p>" for said in packed(planned).values())
+    note = "".join(f"<p class=dim>{escaped(said)}.</p>" for said in packed(planned).values())
     # From the first plan that fits on; before it the search has little to show.
     trace = [(n, seconds) for n, seconds in found.trace if seconds < 3 * schedule.seconds]
     trace.append((found.evaluated, schedule.seconds))
-    curve = report.figure_of("seconds of the best plan, by plans tried", {"": trace})
-    return f"""<section><h2>{_text(planned.stage)}</h2><dl class=facts>{cells}</dl>
+    curve = figure("seconds of the best plan, by plans tried", {"": trace})
+    return f"""<section><h2>{escaped(planned.stage)}</h2><dl class=facts>{cells}</dl>
 <h3>Plan</h3><div class=wide><table><tr>{heads}</tr>{"".join(rows)}</table></div>{note}
 <h3>Two steps, by device</h3><div class=wide>{timeline(planned)}</div>{keys}
 <h3>Where the time goes</h3>{_spent(planned)}
@@ -372,63 +370,6 @@ def _stage(planned: Planned) -> str:
 # For Perfetto and chrome://tracing ------------------------------------------------------------
 
 
-def trace(plans: Sequence[Planned]) -> dict[str, Any]:
-    """All simulated steps in the Trace Event Format: a process a stage, a thread a row."""
-    events: list[dict[str, Any]] = []
-    for pid, planned in enumerate(plans, start=1):
-        schedule = planned.found.schedule
-        hosted = [w.name for w in planned.problem.works if w.host]
-        spans = [s for s in schedule.spans if s.end > s.start]
-        calls = [s for s in spans if s.kind != "move"]
-        labels, where = _rows(calls, hosted)
-        lanes = _lanes([s for s in spans if s.kind == "move"])
-        names = [text if text == "host" else f"devices {text}" for text in labels]
-        names += [f"transfers {i}" for i in range(1, len(lanes) + 1)]
-        named = f"{planned.stage} on {planned.cluster.name}"
-        events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": named}})
-        for tid, name in enumerate(names):
-            thread = {"ph": "M", "pid": pid, "tid": tid}
-            events.append({**thread, "name": "thread_name", "args": {"name": name}})
-            events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": tid}})
-        for i, s in enumerate(calls):
-            args: dict[str, Any] = {"step": s.iteration, "devices": svg.device_range(s.devices)}
-            if s.name in schedule.costs:
-                args |= {f"{k}_s": v for k, v in schedule.costs[s.name].parts.items()}
-            events += [_event(s, pid, tid, args) for tid in where[i]]
-        for tid, lane in enumerate(lanes, start=len(labels)):
-            events += [_event(s, pid, tid, {"step": s.iteration}) for s in lane]
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
-    """Spans that may overlap, in as few threads as keep those of one apart."""
-    lanes: list[list[Span]] = []
-    for s in sorted(spans, key=lambda s: s.start):
-        free = next((lane for lane in lanes if lane[-1].end <= s.start), None)
-        if free is None:
-            lanes.append(free := [])
-        free.append(s)
-    return lanes
-
-
-def _event(s: Span, pid: int, tid: int, args: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "name": s.name,
-        "cat": s.kind,
-        "ph": "X",
-        "ts": s.start * 1e6,
-        "dur": (s.end - s.start) * 1e6,
-        "pid": pid,
-        "tid": tid,
-        "args": dict(args),
-    }
-
-
-def trace_text(plans: Sequence[Planned]) -> str:
-    """`trace` as the text of a file."""
-    return json.dumps(trace(plans))
-
-
 def _gib(value: svg.Number) -> str:
     """Bytes as text."""
     for unit, name in ((GIB, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB")):
@@ -437,16 +378,9 @@ def _gib(value: svg.Number) -> str:
     return f"{value:.0f} B"
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
 _STYLE = """
 .next { stroke: var(--dim); stroke-dasharray: 4 4; fill: none; }
 .stripe { stroke: var(--fg); stroke-width: 4; opacity: .55; }
 .realloc { fill: url(#stripes); } .move { fill: var(--dim); }
 .facts > div { max-width: 260px; }
 """
-
-# The captions of charts, as in a run's report.
-_SCRIPT = report.SCRIPT
