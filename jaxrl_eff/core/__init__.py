@@ -1,7 +1,8 @@
 """A graph of named calls, placed by a plan, compiled into a step.
 
-Knows no model, no algorithm and no config. `Graph` and the calls `generate`, `infer`, `train` and
-`local` say what is computed; a `Plan` gives every call a `Placement`; `compile` makes the step.
+Independent of models, algorithms and configs. `Graph` and the calls `generate`, `infer`, `train`
+and `local` define what is computed; a `Plan` gives every call a `Placement`; `compile` builds
+the step.
 """
 
 from jaxrl_eff import public

@@ -1,9 +1,9 @@
-"""The glossary: every array that may pass between calls, its shape, dtype, unit and meaning.
+"""The glossary: name, shape, dtype, unit and meaning of every array passed between calls.
 
 One convention removes the off-by-one shifts that fill RLHF code: **index t describes the choice of
-token t**. So `logp[b, t]` is the log-probability of `tokens[b, t]` given what stands before it, and
-`value[b, t]` is the critic's estimate before that token is chosen. Both are 0 where a sequence
-begins, since nobody chose its first token.
+token t**. So `logp[b, t]` is the log-probability of `tokens[b, t]` given the tokens before it, and
+`value[b, t]` is the critic's estimate before that token is chosen. Both are 0 at the first token of
+a sequence, which is given rather than chosen.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import jax
 
 
 class Edge(NamedTuple):
-    """What an array of this name must look like."""
+    """Expected axes and dtype of an array, and its meaning."""
 
     axes: str  # letters of jaxrl_eff.types; equal letters mean equal sizes within one call
     dtype: str
@@ -41,14 +41,14 @@ EDGES = {
 
 
 def check(call: str, arrays: dict) -> None:
-    """Compares arrays with the glossary. Names outside it are the caller's own and pass.
+    """Checks arrays against the glossary. Names outside it belong to the caller and are skipped.
 
     Args:
-        call: name of the call that wrote or reads the arrays, for the message.
+        call: name of the call that writes or reads the arrays, for the message.
         arrays: name -> anything with `shape` and `dtype`.
 
     Raises:
-        ValueError: an array has another rank, dtype or size than the glossary says.
+        ValueError: an array's rank, dtype or size differs from the glossary.
     """
     sizes: dict[str, tuple[int, str]] = {}
     for name, array in arrays.items():
@@ -72,10 +72,10 @@ def check(call: str, arrays: dict) -> None:
 
 
 def shapes(writes: tuple[str, ...], reads: dict) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a host call must write, from the sizes of what it reads.
+    """Shapes and dtypes of the arrays a host call must write, given the sizes of those it reads.
 
     Args:
-        writes: names; those outside the glossary are float32, one number a row.
+        writes: names; those outside the glossary are float32, one number per row.
         reads: name -> anything with `shape`.
     """
     sizes = {}

@@ -1,7 +1,7 @@
-"""Graphs of model function calls as plain data: calls, their order, their figure, their placement.
+"""Graphs of model function calls as plain data: calls, their order, diagram and placement.
 
-The terms are ReaL's (Mei et al. 2024, arXiv:2406.14088, Sec. 3): a call applies one model to named
-arrays; edges follow from the names, nobody writes them by hand.
+Terminology follows ReaL (Mei et al. 2024, arXiv:2406.14088, Sec. 3). A call applies one model to
+named arrays; edges follow from the names.
 """
 
 import dataclasses
@@ -20,19 +20,19 @@ TOKENS = ("tokens", "position", "segment")
 
 
 class Model(NamedTuple):
-    """One language model.
+    """Parameters and training state of one language model.
 
     Attributes:
-        params: its parameters.
-        opt: its optimizer state, if a call trains it.
-        past: for every call that may use old weights, the last versions where the call runs,
-            oldest first: `{call: (params, ...)}`.
-        left: what rounding left over of the last gradients, if they are sent with error feedback:
-            parameter -> float32 `[N, ..., N, D / N, ...]`, by the node that sent and the one that
-            was sent to. Lies where the optimizer state does.
-        held: what every node holds of the weights, if their differences from it are sent:
-            parameter -> `[..., N, D / N, ...]`, the same on all nodes to the last bit. A train call
-            renews it from `params`, however these changed; who replaces them for good calls
+        params: parameters.
+        opt: optimizer state, if a call trains the model.
+        past: for every call with stale weights, the last versions in that call's layout, oldest
+            first: `{call: (params, ...)}`.
+        left: quantization residuals of the last gradients, if these are sent with error feedback:
+            parameter -> float32 `[N, ..., N, D / N, ...]`, indexed by sending node, then receiving
+            node. Stored where the optimizer state is.
+        held: every node's copy of the weights, if weight differences are sent: parameter ->
+            `[..., N, D / N, ...]`, bitwise equal on all nodes. A train call updates it from
+            `params`, whatever changed these; after replacing parameters for good, call
             `Step.refreshed`.
     """
 
@@ -48,27 +48,27 @@ class Call:
     """One node of the graph: a pure function of a model and named arrays.
 
     Attributes:
-        name: unique; ReaL's names where it has them (`actor_gen`, `rew_inf`, ...).
+        name: unique; ReaL's names where they exist (`actor_gen`, `rew_inf`, ...).
         kind: how the model is used.
         of: the model's name; None for local calls.
         fn: by kind,
             generate, infer: `(params, batch, key) -> outputs`;
             train: `(params, batch, key) -> (loss_sum, weight, meters)`, `loss` after `forward`;
             local: `(batch, key) -> outputs`.
-            `outputs` has the arrays of `writes`, and may have `metrics`, a dict of meters or
+            `outputs` has the arrays of `writes` and, optionally, `metrics`, a dict of meters or
             numbers.
         reads, writes: names of arrays.
-        host: a local call on numpy arrays, outside any program, e.g. a reward that needs text.
-        epochs, minibatches: of a train call: passes over the rows, optimizer updates a pass.
-        finish: of an infer call that writes a number a row: `(arrays, key) -> outputs`, from what
-            the call reads and what `fn` made of it, a number a token. So the tokens may be packed
-            or cut over devices, as no function of whole rows could take them.
+        host: True for a local call on numpy arrays, outside any program, e.g. a reward on text.
+        epochs, minibatches: of a train call: passes over the rows, optimizer updates per pass.
+        finish: of an infer call that writes one number per row: `(arrays, key) -> outputs`, from
+            the arrays that the call reads and the per-token outputs of `fn`. With it, tokens can be
+            packed or sharded, which a function of whole rows could not handle.
         forward: of a train call over rows of tokens: `(params, tokens, position, segment) ->
-            numbers`, a tree of `[B, T]`. It alone applies the model.
-        loss: of such a call: `(numbers, batch, key) -> (loss_sum, weight, meters)`.
-        staleness: of a generate call: how many steps old its weights are. 0 is synchronous RL; 1
-            lets it sample on its own devices while the step before still trains. Changes what is
-            computed (the samples are off-policy by as much), so it belongs to the graph.
+            numbers`, a tree of `[B, T]`. Only `forward` applies the model.
+        loss: of a call with `forward`: `(numbers, batch, key) -> (loss_sum, weight, meters)`.
+        staleness: of a generate call: age of its weights in steps. 0 is synchronous RL; 1 lets it
+            sample on its own devices while the previous step still trains. It changes what is
+            computed (samples are off-policy by that many steps), so it belongs to the graph.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Call:
 def generate(
     name: str, *, of: str, fn: Callable, reads: str, writes: str, staleness: int = 0
 ) -> Call:
-    """A call that samples from a model, whose weights may be `staleness` steps old."""
+    """Returns a call that samples from a model, with weights `staleness` steps old."""
     return Call(
         name, "generate", of, fn, tuple(reads.split()), tuple(writes.split()), staleness=staleness
     )
@@ -111,7 +111,7 @@ def infer(
     writes: str,
     finish: Callable | None = None,
 ) -> Call:
-    """A call that evaluates a model: `fn` by tokens, then `finish`, if given, by rows."""
+    """Returns a call that evaluates a model: `fn` per token, then `finish`, if given, per row."""
     return Call(name, "infer", of, fn, tuple(reads.split()), tuple(writes.split()), finish=finish)
 
 
@@ -125,13 +125,13 @@ def train(
     epochs: int = 1,
     minibatches: int = 1,
 ) -> Call:
-    """A call that updates a model: `epochs` passes of `minibatches` optimizer updates each.
+    """Returns a call that updates a model: `epochs` passes of `minibatches` updates each.
 
     Args:
-        forward, loss: see `Call`. Without `forward`, `loss` takes the parameters themselves.
+        forward, loss: see `Call`. Without `forward`, `loss` takes the parameters directly.
 
     Raises:
-        ValueError: there is a forward pass, but no rows of tokens are read.
+        ValueError: `forward` is given, but no rows of tokens are read.
     """
     names, fn = tuple(reads.split()), loss
     if forward is not None:
@@ -154,7 +154,7 @@ def _learned(
 
 
 def row_prefix(names: Collection[str]) -> str | None:
-    """What names of rows of tokens begin with: "best_" for "best_tokens"; None without."""
+    """Returns the prefix of names of token rows: "best_" for "best_tokens". None if no rows."""
     for name in names:
         prefix = name.removesuffix("tokens")
         if prefix != name and {prefix + k for k in TOKENS} <= {*names}:
@@ -163,13 +163,13 @@ def row_prefix(names: Collection[str]) -> str | None:
 
 
 def local(name: str, *, fn: Callable, reads: str, writes: str, host: bool = False) -> Call:
-    """A call without a model; with `host=True` on numpy arrays, in the rows' own process."""
+    """Returns a call without a model; with `host=True` on numpy arrays, in each row's process."""
     return Call(name, "local", None, fn, tuple(reads.split()), tuple(writes.split()), host=host)
 
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """Calls in any order, and the arrays that the data source supplies."""
+    """Calls in any order, and the names of the arrays that the data source supplies."""
 
     inputs: str
     calls: tuple[Call, ...]
@@ -183,15 +183,15 @@ class Graph:
         return tuple(dict.fromkeys(c.of for c in self.calls if c.of))
 
     def of(self, model: str) -> tuple[Call, ...]:
-        """The calls of one model."""
+        """Returns the calls of one model."""
         return tuple(c for c in self.calls if c.of == model)
 
     def stale(self, model: str) -> tuple[Call, ...]:
-        """The calls that use old weights of a model."""
+        """Returns the calls that use old weights of a model."""
         return tuple(c for c in self.of(model) if c.staleness)
 
     def home(self, model: str) -> Call:
-        """The call where the model lives: the one that trains it, else its first."""
+        """Returns the call at a model's home: the call that trains it, else its first."""
         calls = self.of(model)
         return next((c for c in calls if c.kind == "train"), calls[0])
 
@@ -201,24 +201,25 @@ Plan = Mapping[str, Placement]
 
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
-    """A way to train a model in part. What an optax transform is to a model that is trained whole.
+    """Partial training of a model: the counterpart of an optax transform for full training.
 
     Attributes:
         init: params -> optimizer state.
-        leaves: (params, opt) -> what is differentiated, arrays by name.
-        attach: (params, opt, leaves) -> the parameters that a call's function reads then.
-        update: (gradients of the leaves, opt, params, finite) -> (params, opt), both as they were
-            unless `finite`, and no larger than what is trained while it is computed.
-        extended: parameters of the base model -> all that the model starts with.
-        axes: name of an optimizer state's leaf -> logical axes of its first axes, or None for one
-            that lies as the parameter it belongs to, or whole.
-        due: step of the stage -> whether `reselect` runs before it; None: never.
-        probes: (params, opt) -> leaves whose gradients tell `reselect` what it must know; None: it
-            needs no gradient.
+        init: params -> optimizer state.
+        leaves: (params, opt) -> the differentiated arrays, by name.
+        attach: (params, opt, leaves) -> the parameters that a call's function reads.
+        update: (gradients of the leaves, opt, params, finite) -> (params, opt), both unchanged
+            unless `finite`; its temporaries are no larger than the trained part.
+        extended: parameters of the base model -> all parameters that the model starts with.
+        axes: name of a leaf of the optimizer state -> logical axes of its first axes; None for a
+            leaf that is sharded like its parameter, or replicated.
+        due: step of the stage -> True if `reselect` runs before it; None: never.
+        probes: (params, opt) -> leaves whose gradients `reselect` needs; None: it needs no
+            gradient.
         reselect: (params, opt, gradients of the probes or None) -> (params, opt).
-        probe: the gradient of the probes is taken of one in so many of the rows.
-        passes: what a training pass costs, in forward passes: 3 with gradients of all weights, 2
-            with none, not counting what is small.
+        probe: the gradient of the probes uses one in this many rows.
+        passes: cost of a training pass in forward passes: 3 with gradients of all weights, 2 with
+            none, ignoring small arrays.
     """
 
     init: Callable[[Any], Any]
@@ -235,14 +236,14 @@ class Adaptation:
 
 
 class Spec(NamedTuple):
-    """What `compile` must know of a model.
+    """Description of a model for `compile`.
 
     Attributes:
-        shapes: tree of `jax.ShapeDtypeStruct`, one a parameter.
-        axes: the same tree with a tuple of logical axis names a parameter.
+        shapes: tree of `jax.ShapeDtypeStruct`, one per parameter.
+        axes: the same tree with a tuple of logical axis names per parameter.
         tx: the optax transform or `Adaptation`, if a call trains the model.
-        sends: how roughly weights and gradients travel between the nodes of a train call; None: as
-            they are, and wherever the compiler wants.
+        sends: precision of weights and gradients sent between the nodes of a train call; None:
+            unquantized, with communication left to the compiler.
     """
 
     shapes: Any
@@ -252,14 +253,14 @@ class Spec(NamedTuple):
 
 
 def order(graph: Graph) -> tuple[Call, ...]:
-    """The calls sorted so that arrays are written, and weights read, before they are used.
+    """Sorts the calls so that arrays are written, and weights read, before they are used.
 
-    Among calls that are ready, those on the device come first, so that they run while the host
-    works; otherwise the graph's own order is kept.
+    Among ready calls, device calls come first, so that they run while the host works; otherwise the
+    graph's own order is kept.
 
     Raises:
-        ValueError: an array has two writers or none, a name is used twice, or the calls wait for
-            each other in a circle.
+        ValueError: an array has two writers or none, a name is used twice, or calls depend on each
+            other in a cycle.
     """
     writer = dict.fromkeys(graph.inputs.split(), "the data source")
     seen: set[str] = set()
@@ -300,9 +301,9 @@ def order(graph: Graph) -> tuple[Call, ...]:
 
 
 def draw(graph: Graph) -> str:
-    """The graph as Mermaid text: a box a call, an arrow a pair of calls with the arrays it carries.
+    """Draws the graph as Mermaid text: one box per call, arrows labeled with arrays.
 
-    Dotted arrows are weights: from the call that trains a model to those that use it next.
+    Dotted arrows are weights: from the call that trains a model to those that use it afterwards.
     """
     calls = order(graph)
     writer = {k: c.name for c in calls for k in c.writes}
@@ -327,14 +328,14 @@ def draw(graph: Graph) -> str:
 
 
 def check_plan(graph: Graph, plan: Plan) -> dict[str, Placement]:
-    """A placement for every call, local ones included.
+    """Returns a placement for every call, including local ones.
 
-    Local calls that the plan leaves out run on the mesh of the first train call, or else of the
-    first call of all.
+    Local calls missing from the plan run on the mesh of the first train call, else of the first
+    call.
 
     Raises:
-        ValueError: a call has no placement, a placement no call, a device does not exist, or
-            something is offloaded that the call does not have.
+        ValueError: a call has no placement, a placement has no call, a device does not exist, or a
+            call offloads state that it does not have.
     """
     names = {c.name for c in graph.calls}
     if unknown := sorted(set(plan) - names):

@@ -1,4 +1,4 @@
-"""From a call of a graph to a program for its devices: traced once, then compiled."""
+"""Compilation of a graph's call into a program for its devices: traced once, then compiled."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +14,10 @@ from jaxrl_eff.core.shardings import Shardings
 
 
 class Traced(NamedTuple):
-    """A call's jaxpr, so that shapes are checked and the program is made from one trace.
+    """The jaxpr of a call; one trace serves both the shape check and the program.
 
     Attributes:
-        operands: shapes and layouts of the model or its parameters, the arrays, the key.
+        operands: shapes and shardings of the model or its parameters, the arrays, the key.
         out: shapes of the results: the model or the arrays, and metrics.
     """
 
@@ -26,7 +26,7 @@ class Traced(NamedTuple):
     out: Any
 
     def function(self) -> Callable:
-        """The call as a function again. Running a jaxpr is far quicker than tracing the model."""
+        """Returns the call as a function. Replaying a jaxpr is far faster than retracing."""
         flat, structure = jax.extend.core.jaxpr_as_fun(self.jaxpr), jax.tree.structure(self.out)
 
         def run(*operands):
@@ -36,14 +36,14 @@ class Traced(NamedTuple):
 
     @property
     def still(self) -> Any:
-        """Of a call that updates its model: a tree of bools, what comes back as it went in."""
+        """For a call that updates its model: a tree of bools, True where a leaf is unchanged."""
         leaves, structure = jax.tree.flatten(self.operands[0])
         ends = zip(self.jaxpr.jaxpr.invars, self.jaxpr.jaxpr.outvars, strict=False)
         return structure.unflatten([a is b for (a, b), _ in zip(ends, leaves, strict=False)])
 
 
 class Lowered(NamedTuple):
-    """A program that can be compiled, and what to do with its result then."""
+    """A lowered program, and a function to apply to the compiled result."""
 
     lowered: Any
     finish: Callable[[Any], Any] = lambda program: program
@@ -55,8 +55,8 @@ class Lowered(NamedTuple):
 class Update(NamedTuple):
     """A compiled program `(model, arrays, key) -> (model, metrics)`.
 
-    What it changes it consumes; the rest it gives back, the very same arrays, so that who has a
-    copy knows that it is still good.
+    Leaves that change are donated; the others are returned as the same arrays, so that holders of a
+    copy can see that it is still current.
     """
 
     program: Any
@@ -64,7 +64,7 @@ class Update(NamedTuple):
 
     def __call__(self, model: Any, arrays: Any, key: Any) -> tuple[Any, Any]:
         leaves, structure = jax.tree.flatten(model)
-        del model  # nobody may hold what is consumed
+        del model  # no reference to donated arrays may remain
         kept, rest = _divided(leaves, self.still)
         del leaves
         new, metrics = self.program(rest, kept, arrays, key)
@@ -96,7 +96,7 @@ def trace(
     """Traces a call.
 
     Args:
-        args: what it reads, with shapes and layouts.
+        args: arrays that the call reads, with shapes and shardings.
         seen: called whenever the call's function is traced.
     """
     place = layouts.plan[c.name]
@@ -120,10 +120,10 @@ def trace(
 
 
 def lower(layouts: Shardings, c: Call, found: Traced, made: Mapping[str, Any]) -> Lowered:
-    """The traced call with the layouts of its results, ready to be compiled.
+    """Lowers the traced call with the shardings of its results.
 
     Args:
-        made: what it writes, with shapes and layouts.
+        made: arrays that the call writes, with shapes and shardings.
     """
     if c.kind == "train":
         return update(layouts, c, found)
@@ -134,10 +134,10 @@ def lower(layouts: Shardings, c: Call, found: Traced, made: Mapping[str, Any]) -
 def lowered(
     layouts: Shardings, c: Call, found: Traced, where: Any, *, donate: tuple[int, ...] = ()
 ) -> Lowered:
-    """A traced program, its results laid out as `where` says.
+    """Lowers a traced program with output shardings `where`.
 
     Args:
-        donate: operands that it consumes.
+        donate: indices of donated operands.
     """
     run = found.function()
     run.__name__ = c.name
@@ -147,13 +147,13 @@ def lowered(
 
 
 def reselects(layouts: Shardings, c: Call) -> bool:
-    """Whether a call trains a part of its model that is chosen anew now and then."""
+    """Returns True if a call trains a part of its model that is reselected periodically."""
     tx = layouts.specs[c.of].tx if c.kind == "train" else None
     return isinstance(tx, Adaptation) and tx.due is not None
 
 
 def lower_reselection(layouts: Shardings, c: Call, args: Mapping[str, Any]) -> Lowered:
-    """The program that chooses anew what a call trains: an `Update` without metrics."""
+    """Lowers the program that reselects what a call trains: an `Update` without metrics."""
     model = layouts.home(c.of)._replace(past=())
     away = layouts.plan[c.name].offload == "opt"
     run = functools.partial(programs.reselect_program, c, layouts.specs[c.of].tx, away)
@@ -163,7 +163,7 @@ def lower_reselection(layouts: Shardings, c: Call, args: Mapping[str, Any]) -> L
 def traced(
     layouts: Shardings, c: Call, run: Callable, model: Any, args: Any, local: int | None = None
 ) -> Traced:
-    """A program of a call, `run(model, args, key)`, traced where the call runs.
+    """Traces a program of a call, `run(model, args, key)`, in the call's context.
 
     Args:
         local: see `Shardings.context`.
@@ -176,7 +176,7 @@ def traced(
 
 
 def update(layouts: Shardings, c: Call, found: Traced) -> Lowered:
-    """A traced program that updates its model, as an `Update`."""
+    """Lowers a traced program that updates its model, as an `Update`."""
     model, args, key = found.operands
     leaves, structure = jax.tree.flatten(model)
     still = tuple(jax.tree.leaves(found.still))
@@ -196,7 +196,7 @@ def update(layouts: Shardings, c: Call, found: Traced) -> Lowered:
 
 
 def analysis(program: Any) -> dict[str, float]:
-    """What XLA says of a compiled program: `bytes` a device needs and `flops` it executes.
+    """Returns XLA's analysis of a program: `bytes` needed per device and `flops` executed.
 
     `flops` counts a loop's body once, so it is too low for generation and scanned layers.
     """

@@ -1,8 +1,8 @@
-"""Metrics that can be added up over microbatches, updates and devices before anyone looks.
+"""Metrics that can be added over microbatches, updates and devices before they are read.
 
-A loss returns meters instead of numbers, since a mean of means is wrong as soon as rows differ in
-length. Meters are pytrees: `dataflow` adds them over microbatches with `add`, keeps one per
-optimizer update of a call, combines these with `combine`, and `read`s the number at the end.
+A loss returns meters instead of numbers, since a mean of means is wrong when rows differ in length.
+Meters are pytrees: programs add them over microbatches with `add`, keep one per optimizer update of
+a call, merge these with `combine`, and `read` the number at the end.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from jaxrl_eff.types import Array, Float
 
 @flax.struct.dataclass
 class Mean:
-    """sum / weight. Both are sums over whatever was counted."""
+    """sum / weight, where both are sums over the counted items."""
 
     sum: Any  # float32
     weight: Any  # float32, same shape
@@ -39,8 +39,8 @@ class Max:
 class Quantile:
     """The q-quantile of non-negative values, from counts in logarithmic bins.
 
-    Sixteen bins a decade from 1e-9 to 1e3: the number read is the upper edge of the bin that
-    holds the quantile, so it is never below the true one and at most 16 % above it. A value
+    Sixteen bins per decade from 1e-9 to 1e3: the value read is the upper edge of the bin that
+    holds the quantile, so it is never below the true quantile and at most 16 % above it. A value
     below 1e-9 counts as 0.
     """
 
@@ -51,7 +51,7 @@ class Quantile:
 
     @classmethod
     def of(cls, values: Float[Array, "..."], mask: Float[Array, "..."], q: float) -> "Quantile":
-        """Counts `values` where `mask` is 1. Negative values count as 0."""
+        """Counts `values` where `mask` is positive. Negative values count as 0."""
         steps = (jnp.log10(jnp.maximum(values, 1e-30)) - cls._LOW) * cls._PER_DECADE
         index = jnp.clip(jnp.floor(steps).astype(jnp.int32) + 1, 0, cls._BINS - 1)
         counts = jnp.zeros(cls._BINS, jnp.int32).at[index].add((mask > 0).astype(jnp.int32))
@@ -67,7 +67,7 @@ class Quantile:
 
 @flax.struct.dataclass
 class First:
-    """A meter of which only a call's first update counts (made by `first`)."""
+    """A meter that counts only a call's first update (made by `first`)."""
 
     inner: Mean | Max | Quantile
 
@@ -76,12 +76,12 @@ Meter = Mean | Max | Quantile | First
 
 
 def first(meter: Mean | Max | Quantile) -> First:
-    """Counts only the first optimizer update of a call, while the policy is still the sampler's."""
+    """Counts only a call's first optimizer update, when the policy still equals the sampler's."""
     return First(meter)
 
 
 def add(a: Meter, b: Meter) -> Meter:
-    """The meter of both: over microbatches of one update, or rows of several devices."""
+    """Adds two meters: over microbatches of one update, or over rows of several devices."""
     if isinstance(a, First):
         return First(add(a.inner, b.inner))
     if isinstance(a, Max):
@@ -90,7 +90,7 @@ def add(a: Meter, b: Meter) -> Meter:
 
 
 def summed(meter: Meter, axes: tuple[str, ...]) -> Meter:
-    """The meter of all devices along mesh axes, for use inside `jax.shard_map`."""
+    """Adds a meter over the devices of mesh axes, for use inside `jax.shard_map`."""
     if isinstance(meter, First):
         return First(summed(meter.inner, axes))
     if isinstance(meter, Max):
@@ -99,7 +99,7 @@ def summed(meter: Meter, axes: tuple[str, ...]) -> Meter:
 
 
 def combine(stacked: Meter) -> Meter:
-    """One meter from those of several updates, stacked on a leading axis."""
+    """Merges meters of several updates, stacked on a leading axis, into one."""
     if isinstance(stacked, First):
         return jax.tree.map(lambda x: x[0], stacked.inner)
     if isinstance(stacked, Max):
@@ -108,7 +108,7 @@ def combine(stacked: Meter) -> Meter:
 
 
 def read(meter: Meter | Array | float) -> Array | float:
-    """The number of a meter; a plain number passes through."""
+    """Returns the number of a meter; a plain number passes through."""
     if isinstance(meter, First):
         return meter.inner.read()
     return meter.read() if isinstance(meter, Mean | Max | Quantile) else meter

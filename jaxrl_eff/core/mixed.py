@@ -1,21 +1,21 @@
-"""A step over short and long sequences at once: each micro-step has rows of both kinds.
+"""A step over short and long sequences at once: each micro-batch has rows of both kinds.
 
-Skrull (arXiv:2505.19609) keeps a short sequence on one device and shares a long one among the
-devices of a sequence axis. Here a *micro-batch* holds for G groups of P devices
+Skrull (arXiv:2505.19609) keeps a short sequence on one device and shards a long one over the
+devices of a sequence axis. Here a *micro-batch* has, for G groups of P devices,
 
-    local     rows [G P, Tl]    packed sequences, a row on each device
-    shared    rows [G, P Td]    packed sequences, a row on each group
+    local     rows [G P, Tl]    packed sequences, one row per device
+    shared    rows [G, P Td]    packed sequences, one row per group
 
-and a global batch is a list of them. Functions of calls see rows as always: every sequence lies in
-one row, so a loss is that of the local rows plus that of the shared ones, whatever it does with
-them. Only the model's forward pass takes both together (`spread.joined`), so that attention to
-local rows can be computed while keys of the shared ones travel.
+and a global batch is a list of micro-batches. The functions of calls see ordinary rows: every
+sequence is within one row, so a loss is the sum of the losses of local and shared rows. Only the
+model's forward pass takes both together (`sequence.joined`), so that attention over local rows can
+overlap with the communication of keys of shared rows.
 
-Gradients of all micro-batches are summed and divided once by their weight, so how sequences were
-scheduled can change nothing but the rounding of sums. Every shape of a micro-batch is one program a
-call, compiled ahead; the update is one more.
+Gradients of all micro-batches are summed and divided once by their weight, so the schedule can
+change only the rounding of sums. Every micro-batch shape is one program per call, compiled ahead of
+time; the update is one more.
 
-Left out: graphs that generate (see `packed`), calls on devices of their own, minibatches.
+Not supported: graphs that generate (see `packed`), calls on different placements, minibatches.
 """
 
 import functools
@@ -40,11 +40,11 @@ MicroBatch = Mapping[str, Mapping[str, Any]]  # "local", "shared" -> arrays by n
 
 
 def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spec]) -> "Mixed":
-    """As `core.compile`, for steps over lists of micro-batches.
+    """Compiles a step over lists of micro-batches; otherwise like `core.compile`.
 
     Raises:
-        ValueError: calls lie on several placements, or one generates, runs on the host, offloads,
-            has epochs, minibatches or microbatches of its own, or chooses anew what it trains.
+        ValueError: calls have different placements, or one generates, runs on the host, offloads,
+            has epochs, minibatches or microbatches of its own, or reselects what it trains.
     """
     full = check_plan(graph, plan)
     for c in graph.calls:
@@ -74,10 +74,10 @@ class Mixed(Step):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.share = (0, 1)  # schedules are of whole batches
+        self.share = (0, 1)  # schedules cover whole batches
         self._place = next(iter(self.plan.values()))
         self._trained = [c for c in self.calls if c.kind == "train"]
-        self._known: dict[tuple[int, int], dict[str, Any]] = {}  # shape -> call -> what it reads
+        self._known: dict[tuple[int, int], dict[str, Any]] = {}  # shape -> call -> its inputs
         self._zeros: dict[str, Any] = {}
 
     # Compilation
@@ -86,7 +86,7 @@ class Mixed(Step):
         """Walks the graph with shapes alone.
 
         Args:
-            batch: a micro-batch of every shape that there may be, of anything with `shape` and
+            batch: one micro-batch of every possible shape; its leaves need only `shape` and
                 `dtype`.
         """
         self._known, self._traced = {}, {}
@@ -111,7 +111,7 @@ class Mixed(Step):
         return self
 
     def build(self, batch: Sequence[MicroBatch]) -> "Mixed":
-        """Compiles every call for all shapes of micro-batches, and the updates."""
+        """Compiles every call for all micro-batch shapes, and the updates."""
         if [*self._known] != [shape_of(micro) for micro in batch]:
             self.check(batch)
         with ThreadPoolExecutor(4) as pool:
@@ -167,13 +167,13 @@ class Mixed(Step):
         """Runs the graph once.
 
         Args:
-            models, key: as of `Step`.
-            batch: micro-batches of shapes that were built; every process brings all of them whole.
+            models, key: see `Step`.
+            batch: micro-batches of compiled shapes; every process passes all of them in full.
 
         Raises:
-            ValueError: a micro-batch of another shape.
+            ValueError: a micro-batch has another shape.
         """
-        del reselect  # `compile` refuses models that choose
+        del reselect  # `compile` rejects models that reselect
         timing, models, metrics = self.timeline.begin(), dict(models), {}
         there = global_arrays.from_whole(self._layouts.whole(self.calls[0]), key_words(key))
         sums = {c.name: self._zeros[c.name]() for c in self._trained}
@@ -206,7 +206,7 @@ class Mixed(Step):
         return models, {}, metrics
 
     def put(self, batch: MicroBatch) -> dict[str, dict[str, jax.Array]]:
-        """A micro-batch as global arrays."""
+        """Turns a micro-batch into global arrays."""
         inputs = self.graph.inputs.split()
         there = {side: self._placed(side, {k: x[k] for k in inputs}) for side, x in batch.items()}
         return {
@@ -219,25 +219,25 @@ class Mixed(Step):
 
 
 def _of(c: Call, shape: tuple[int, int]) -> str:
-    """The name of a call's program for micro-batches of a shape."""
+    """Returns the name of a call's program for a micro-batch shape."""
     return f"{c.name} {shape[0]}+{shape[1]}"
 
 
 def shape_of(micro: MicroBatch) -> tuple[int, int]:
-    """Tokens of a device's own row and of its stripe of the shared one, (Tl, Td)."""
+    """Returns (Tl, Td): tokens of a device's own row and of its stripe of the shared row."""
     local, shared = (next(iter(micro[side].values())) for side in ("local", "shared"))
     ways = local.shape[0] // shared.shape[0]
     return local.shape[1], shared.shape[1] // ways
 
 
 def together(args: MicroBatch, parts: int, names: Sequence[str]) -> dict[str, jax.Array]:
-    """Arrays of both kinds of rows as the forward pass takes them, `[G P, Tl + Td]`."""
+    """Joins both kinds of rows for the forward pass, `[G P, Tl + Td]`."""
     both = {k: sequence.joined(args["local"][k], args["shared"][k], parts) for k in names}
     return {k: nn.with_logical_constraint(v, ("batch", "length")) for k, v in both.items()}
 
 
 def apart(found: Any, local: int, parts: int) -> dict[str, Any]:
-    """Numbers a token, a tree of `[G P, Tl + Td]`, of either kind of rows.
+    """Splits per-token numbers, a tree of `[G P, Tl + Td]`, into the two kinds of rows.
 
     Args:
         local: Tl.
@@ -258,10 +258,10 @@ def _infer(c: Call, parts: int, params: Any, args: MicroBatch, words: jax.Array)
 
 
 def check_trained(c: Call, spec: Spec) -> None:
-    """Whether a train call can run over micro-batches of a schedule.
+    """Checks that a train call can run over micro-batches of a schedule.
 
     Raises:
-        ValueError: it says no forward pass, or its model is sent between nodes by a rung.
+        ValueError: it has no forward pass, or its model's `Spec` sets `sends`.
     """
     if c.forward is None:
         raise ValueError(
@@ -277,11 +277,11 @@ def check_trained(c: Call, spec: Spec) -> None:
 def loss(
     c: Call, parts: int, params: Any, args: MicroBatch, key: jax.Array, *, prefix: str = ""
 ) -> Any:
-    """A train call's loss of both kinds of rows, after one forward pass.
+    """Computes a train call's loss of both kinds of rows, after one forward pass.
 
     Args:
         parts: P.
-        prefix: of the names of what it reads.
+        prefix: prefix of the names of the arrays it reads.
     """
     names = [prefix + k for k in TOKENS]
     both = together(args, parts, names)

@@ -1,25 +1,26 @@
-"""A step that computes sampled sequences packed, in micro-batches chosen by their lengths.
+"""A step that computes sampled sequences packed, in micro-batches chosen by sequence length.
 
 Sampling writes padded rows `[B, T]`. Calls that read rows of tokens to infer or to train need not
-compute the padding: between the arrays that they read and write as ever, such a call here is a loop
-over the micro-batches of a schedule (`mixed`: short sequences whole on a device, long ones over the
-`seq` axis). Its programs take the padded arrays and, for every token of the micro-batch, the place
-in them that it comes from; numbers a token go back to the same places, and gradients are summed. An
-update is one schedule: epochs and minibatches draw the rows that they would draw unscheduled.
+compute the padding: between the padded arrays that it reads and writes, such a call is a loop over
+the micro-batches of a schedule (`mixed`: short sequences whole on one device, long ones sharded
+over the `seq` axis). Its programs take the padded arrays and, for every token of the micro-batch,
+its source index in them; per-token outputs are scattered back to the same indices, and gradients
+are summed. Each update has its own schedule: epochs and minibatches draw the same rows as in an
+unscheduled step.
 
-Packed calls may lie on several meshes, each with schedules of its own for the same rows; arrays and
-parameters travel between them as in any step. What a plan puts into host memory waits there, and
-each micro-batch or update fetches it anew. How many microbatches a plan wants of a packed call is
-ignored: that is what a schedule says, by the room that a device has.
+Packed calls can run on several meshes, each with its own schedules for the same rows; arrays and
+parameters move between meshes as in any step. Offloaded state stays in host memory, and each
+micro-batch or update fetches it again. The plan's `microbatches` of a packed call is ignored: the
+schedule sets their number by the tokens that fit on a device.
 
-The host learns lengths, one integer a sequence, and the rows of minibatches; nothing else leaves
-the devices. Schedules follow from the lengths alone, not from measured times: another order of sums
-is another rounding, and sampling would turn it into other tokens, so that no run could be repeated.
-Of several processes each learns the lengths of all rows that its devices compute, and plans for
-itself; so what schedules are made for must be the same on all.
+The host fetches lengths, one integer per sequence, and the rows of minibatches; everything else
+stays on the devices. Schedules depend on the lengths alone, not on measured times: another order of
+sums rounds differently, and sampling would turn that into different tokens, so no run would be
+reproducible. With several processes, each fetches the lengths of all rows that its devices compute
+and plans independently, so the arguments of schedules must be the same on all processes.
 
-A model that chooses anew what is trained does so by a gradient of padded rows, the same few that it
-would take unscheduled.
+A model that reselects what is trained does so by a gradient of padded rows, the same few rows as in
+an unscheduled step.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ from jaxrl_eff.data.balance.assignment import Shape
 from jaxrl_eff.parallel import Placement, SyncConfig, global_arrays
 from jaxrl_eff.parallel.mesh import mesh
 
-MOST = 2**30  # tokens of an array, padding included: their places are int32
+MOST = 2**30  # tokens of an array, padding included: their indices are int32
 
 
 def compile(
@@ -48,10 +49,10 @@ def compile(
     keep: str = "",
     sync: SyncConfig | None = None,
 ) -> "Packed":
-    """As `dataflow.compile`; say by `scheduled` what schedules are made for, then `build`.
+    """Like `core.compile`; call `scheduled` with the packings, then `build`.
 
     Raises:
-        ValueError: no call reads rows of tokens, or one of them is of a form that cannot be packed.
+        ValueError: no call reads rows of tokens, or one of them cannot be packed.
     """
     plain = step.compile(graph, plan, specs, keep=keep, sync=sync)
     calls = [c for c in plain.calls if prefix_of(c) is not None]
@@ -68,25 +69,25 @@ def compile(
 
 
 def prefix_of(c: Call) -> str | None:
-    """Of a call that reads rows of tokens to infer or to train: what its names begin with."""
+    """Returns the name prefix of the rows that a call infers or trains on; None without rows."""
     return row_prefix(c.reads) if c.kind in ("infer", "train") else None
 
 
 class Packed(step.Step):
-    """A compiled graph, called as `Step` is; the metrics have also `schedule/name`.
+    """A compiled graph, called like `Step`; its metrics also have `schedule/name`.
 
-    These are of the packed calls with devices of this process; without one it has none of them.
+    They cover the packed calls on devices of this process, and are absent if it has none.
 
-    - `padding`: share of columns without a token, of all micro-batches.
-    - `distributed`: share of tokens in distributed sequences; 0 without a `seq` axis.
+    - `padding`: fraction of columns without a token, over all micro-batches.
+    - `distributed`: fraction of tokens in distributed sequences; 0 without a `seq` axis.
     - `balance`: mean over max of the estimated seconds of the devices of a call.
-    - `micro_steps`: programs that ran, of all packed calls.
-    - `planned_seconds`: estimated for the train calls.
-    - `planning_seconds`: that the host took to make schedules and maps.
+    - `micro_steps`: number of programs run, over all packed calls.
+    - `planned_seconds`: estimated seconds of the train calls.
+    - `planning_seconds`: seconds that the host took to make schedules and maps.
 
     Attributes:
-        places: the meshes of the packed calls, each once, in order; see `Placement.bare`.
-        packings: mesh -> what its schedules are made for.
+        places: the distinct meshes of the packed calls, in order; see `Placement.bare`.
+        packings: mesh -> arguments of its schedules.
     """
 
     def __init__(self, *args: Any):
@@ -101,22 +102,22 @@ class Packed(step.Step):
 
     @property
     def packed(self) -> tuple[Call, ...]:
-        """The calls that run packed, in order."""
+        """Returns the packed calls, in order."""
         return tuple(c for c in self.calls if c.name in self._prefix)
 
     def on(self, place: Placement) -> tuple[Call, ...]:
-        """The packed calls on one of the meshes."""
+        """Returns the packed calls on one of the meshes."""
         return tuple(c for c in self.packed if self.plan[c.name].bare == place)
 
     def scheduled(self, packings: Packing | Mapping[Placement, Packing]) -> "Packed":
-        """Sets what schedules are made for.
+        """Sets the arguments of the schedules.
 
         Args:
-            packings: on every mesh, see `places`; or one for all of them.
+            packings: one per mesh, see `places`; or one for all of them.
 
         Raises:
-            ValueError: a mesh has none; the longest row does not fit, or there is no shape in
-                which it does.
+            ValueError: a mesh has none, or the longest row does not fit on it or in any of its
+                shapes.
         """
         if isinstance(packings, Packing):
             packings = dict.fromkeys(self.places, packings)
@@ -136,7 +137,7 @@ class Packed(step.Step):
         return self
 
     def sizes(self, place: Placement) -> dict[str, tuple[int, int]]:
-        """Sequences of an update or pass and tokens of a row, of the packed calls on a mesh."""
+        """Returns (sequences per update or pass, tokens per row) of each packed call on a mesh."""
         out = {}
         for c in self.on(place):
             count, length = self._args[c.name][self._prefix[c.name] + "tokens"].shape
@@ -144,9 +145,9 @@ class Packed(step.Step):
         return out
 
     def told(self) -> dict[str, Any]:
-        """What schedules are made for on every mesh; lengths are not known ahead.
+        """Returns the schedules' arguments on every mesh; lengths are not known in advance.
 
-        Each of "places" is as `BalancedLoader.told`, with the names of its calls.
+        Each entry of "places" is like `BalancedLoader.told`, plus the names of its calls.
         """
         places = [
             {
@@ -208,7 +209,7 @@ class Packed(step.Step):
         return pieces.Lowered(call, found)
 
     def _asks(self, c: Call) -> bool:
-        """Whether a call is the first on one of its processes to need the lengths of its rows."""
+        """Returns True if no earlier call on all of its processes fetched the rows' lengths."""
         prefix, mine = self._prefix[c.name], self._processes(c)
         before = self.packed[: self.packed.index(c)]
         return not any(
@@ -219,7 +220,7 @@ class Packed(step.Step):
         return {d.process_index for d in mesh(self.plan[c.name]).devices.flat}
 
     def needs(self, place: Placement, shapes: Sequence[Shape]) -> float:
-        """Bytes that a device of a mesh needs for the packed call that needs most.
+        """Returns the bytes per device of the packed call on a mesh that needs most.
 
         Args:
             shapes: of micro-batches.
@@ -236,14 +237,14 @@ class Packed(step.Step):
         return most
 
     def _choosing(self, c: Call) -> dict[str, float]:
-        """What XLA says of the program that chooses anew what a call trains."""
+        """Returns XLA's analysis of the program that reselects what a call trains."""
         if c.name not in self._chosen:
             found = lowering.lower_reselection(self._layouts, c, self._args[c.name])
             self._chosen[c.name] = lowering.analysis(found.compile())
         return self._chosen[c.name]
 
     def _beside(self, c: Call) -> list[Any]:
-        """What is on devices while a packed call runs and is not given to it."""
+        """Returns arrays that are on devices while a packed call runs but are not its operands."""
         out: dict[Any, Any] = {}  # parameters borrowed by calls before it
         for other in self.calls:
             if other is c:
@@ -263,7 +264,7 @@ class Packed(step.Step):
         return [*out.values()]
 
     def analysis(self) -> dict[str, dict[str, float]]:
-        """As of `Step`; of a packed call every program by itself."""
+        """Like `Step.analysis`; each program of a packed call has its own entry."""
         out = {}
         for name, program in self._programs.items():
             if name in self._prefix:
@@ -273,7 +274,7 @@ class Packed(step.Step):
         return out
 
     def program(self, call: str) -> Any:
-        """A compiled call; "call piece" of a packed one, as `analysis` names them."""
+        """Returns a compiled call; "call piece" for a packed one, as named by `analysis`."""
         name, _, piece = call.partition(" ")
         found = super().program(name)
         return found.programs[piece] if piece else found
@@ -288,14 +289,14 @@ class Packed(step.Step):
         *,
         reselect: tuple[str, ...] = (),
     ) -> tuple[dict[str, Model], dict[str, jax.Array], dict[str, jax.Array]]:
-        """As of `Step`."""
+        """See `Step`."""
         if not self.built:
             self._check_single_process()
             self.build(batch)
         self._schedules.begin()
         words = step.key_words(key)
         here = [c for c in self.packed if self._over.here(c)]
-        for c in here:  # now, so that nothing is waited for when they are needed
+        for c in here:  # early, so that the rows are ready when they are needed
             self._programs[c.name].begin(global_arrays.from_whole(self._over.whole(c), words))
         models, data, metrics = super().__call__(models, batch, key, reselect=reselect)
         if not here:

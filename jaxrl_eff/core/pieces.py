@@ -1,7 +1,7 @@
-"""What a packed call is made of: schedules of sampled rows, and programs for their micro-batches.
+"""Components of packed calls: schedules of sampled rows, and programs for their micro-batches.
 
-See `packed`. A program takes the padded arrays `[B, T]` whole, and maps that say for every token of
-the micro-batch which place of theirs it is (`scheduled.maps`).
+See `packed`. A program takes the whole padded arrays `[B, T]`, and maps that give, for every token
+of the micro-batch, its index in them (`balanced_loader.maps`).
 """
 
 import functools
@@ -25,11 +25,11 @@ from jaxrl_eff.parallel import Placement, global_arrays, rows
 from jaxrl_eff.parallel.sharding import mixed_rows, replicated
 
 SIDES = ("local", "shared")
-_TRIED = Shape(8, 8)  # with which outputs are looked at
+_TRIED = Shape(8, 8)  # shape for tracing the outputs
 
 
 class Packing(NamedTuple):
-    """What schedules on a mesh are made for: `skrull.plan`'s arguments."""
+    """Arguments of `skrull.plan` for the schedules on a mesh."""
 
     shapes: tuple[Shape, ...]
     room: int
@@ -37,13 +37,13 @@ class Packing(NamedTuple):
 
 
 class Schedules:
-    """The schedules of one step under way: of the same rows on the same mesh, one for all calls.
+    """Schedules of one step, shared by all calls on the same rows and mesh.
 
     Args:
-        packings: for every mesh, see `Placement.bare`.
+        packings: by mesh, see `Placement.bare`.
 
     Attributes:
-        given: (call, schedule) for every time that one was asked for.
+        given: (call, schedule) for every request.
     """
 
     def __init__(self, packings: Mapping[Placement, Packing]):
@@ -51,7 +51,7 @@ class Schedules:
         self.begin()
 
     def begin(self) -> None:
-        """Forgets the last step."""
+        """Discards the last step's schedules."""
         self.given: list[tuple[str, Assignment]] = []
         self._lengths: dict[str, np.ndarray] = {}
         self._plans: dict[Any, Assignment] = {}
@@ -59,7 +59,7 @@ class Schedules:
         self._seconds = 0.0
 
     def learn(self, rows: str, lengths: jax.Array) -> None:
-        """Fetches the tokens of each of these rows, int32 [B]."""
+        """Fetches the number of tokens of each row, int32 [B]."""
         self._lengths[rows] = global_arrays.fetch_replicated(lengths)
 
     def __call__(
@@ -70,14 +70,14 @@ class Schedules:
         width: int,
         picked: np.ndarray | None = None,
     ) -> list[tuple[Shape, Any]]:
-        """Shapes and maps of the micro-batches; the maps are on the devices.
+        """Returns shapes and maps of the micro-batches; the maps are on the devices.
 
         Args:
-            call: that asks.
-            place: where it runs, bare.
-            rows: that it reads, whose lengths were learned.
+            call: name of the requesting call.
+            place: its mesh, see `Placement.bare`.
+            rows: name prefix of the rows it reads, whose lengths were fetched by `learn`.
             width: T of the padded rows.
-            picked: the rows that count; None: all.
+            picked: indices of the rows to schedule; None: all.
         """
         began = time.perf_counter()
         lengths = self._lengths[rows]
@@ -85,7 +85,7 @@ class Schedules:
         picked = picked[lengths[picked] > 0]
         if not len(picked):
             return []
-        # Meshes of one form may share a schedule; its maps go to the devices of each.
+        # Meshes of the same shape can share a schedule; its maps go to the devices of each.
         name = rows, picked.tobytes()
         form = place.row_shards, place.seq, self.packings[place]
         if (name, form) not in self._plans:
@@ -98,17 +98,17 @@ class Schedules:
         return self._made[name, place]
 
     def plan(self, lengths: np.ndarray, place: Placement) -> Assignment:
-        """The schedule of sequences of these lengths on a mesh."""
+        """Returns the schedule of sequences of these lengths on a mesh."""
         shapes, room, cost = self.packings[place]
         return skrull.plan(
             lengths, groups=place.row_shards, parts=place.seq, room=room, cost=cost, shapes=shapes
         )
 
     def numbers(self, trained: set[str]) -> dict[str, np.float32]:
-        """The step's schedules in numbers, see `Packed`; forgets them.
+        """Returns statistics of the step's schedules, see `Packed`, and discards the schedules.
 
         Args:
-            trained: the train calls.
+            trained: names of the train calls.
         """
         found = [s for _, s in self.given]
         each = {id(s): quality(s) for s in found}
@@ -132,7 +132,7 @@ class Schedules:
 def _on_devices(
     schedule: Assignment, place: Placement, picked: np.ndarray, width: int
 ) -> list[tuple[Shape, Any]]:
-    """Shapes of micro-batches, and their maps on the devices of a mesh."""
+    """Returns shapes of micro-batches, and their maps on the devices of a mesh."""
     out = []
     for shape, maps in zip(
         schedule.shapes, balanced_loader.maps(schedule, picked, width=width), strict=True
@@ -157,12 +157,12 @@ class Lowered(NamedTuple):
 
 
 class PackedCall:
-    """A compiled packed call: `(parameters, arrays, key) -> (arrays, {})`, or of a train call
+    """A compiled packed call: `(parameters, arrays, key) -> (arrays, {})`; for a train call
     `(model, arrays, key) -> (model, metrics)`.
 
     Args:
-        place: where it runs, bare.
-        prefix: of the names of what it reads.
+        place: its mesh, see `Placement.bare`.
+        prefix: prefix of the names of the arrays it reads.
     """
 
     def __init__(self, schedules: Schedules | None, c: Call, place: Placement, prefix: str):
@@ -174,7 +174,7 @@ class PackedCall:
         return {k: lowering.analysis(p) for k, p in self.programs.items()}
 
     def begin(self, key: jax.Array) -> None:
-        """At the begin of a step: asks for the rows of its updates."""
+        """Starts a step: dispatches the computation of the rows of each update."""
         if "rows" in self.programs:
             self._rows = self.programs["rows"](key)
 
@@ -186,7 +186,7 @@ class PackedCall:
         return self._schedules(self._call.name, self._place, self._prefix, width, picked)
 
     def _learn(self, args: Mapping[str, Any]) -> None:
-        """Asks the devices for the lengths of rows, if no call before did, see `Packed`."""
+        """Fetches row lengths from the devices, unless an earlier call did, see `Packed`."""
         if "lengths" in self.programs:
             found = self.programs["lengths"](args[f"{self._prefix}segment"])
             self._schedules.learn(self._prefix, found)
@@ -212,7 +212,7 @@ class PackedCall:
 
 
 def named(shape: Shape) -> str:
-    """The name of a call's program for micro-batches of a shape."""
+    """Returns the name of a call's program for a micro-batch shape."""
     return f"{shape.local}+{shape.distributed}"
 
 
@@ -220,7 +220,7 @@ def named(shape: Shape) -> str:
 
 
 def maps_of(place: Placement, shape: Shape) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Shapes and layouts of `scheduled.maps` of one micro-batch."""
+    """Returns shapes and shardings of `balanced_loader.maps` of one micro-batch."""
     sizes = {
         "local": (place.row_shards * place.seq, shape.local),
         "shared": (place.row_shards, shape.distributed * place.seq),
@@ -234,7 +234,7 @@ def maps_of(place: Placement, shape: Shape) -> dict[str, dict[str, jax.ShapeDtyp
 
 
 def gathered(place: Placement, prefix: str, args: Mapping[str, Any], maps: Any) -> dict[str, dict]:
-    """Rows of both kinds from padded ones: every number a token, and those a row at its tokens."""
+    """Gathers both kinds of rows from padded ones; per-row numbers are repeated for each token."""
     whole, width = replicated(place), args[f"{prefix}segment"].shape[1]
     flat = {k: jax.lax.with_sharding_constraint(x.reshape(-1), whole) for k, x in args.items()}
     out = {}
@@ -251,7 +251,7 @@ def gathered(place: Placement, prefix: str, args: Mapping[str, Any], maps: Any) 
 
 
 def scattered(place: Placement, carry: Mapping[str, Any], found: Any, maps: Any) -> dict[str, Any]:
-    """Numbers a token of both kinds of rows, put where their tokens came from."""
+    """Scatters per-token numbers of both kinds of rows back to the padded arrays."""
     at = [maps[side]["source"].reshape(-1) for side in SIDES]
 
     def put(k: str, x: jax.Array) -> jax.Array:
@@ -271,12 +271,12 @@ def _shape_of(place: Placement, maps: Any) -> Shape:
 def of_train(
     layouts: Shardings, c: Call, prefix: str, args: Mapping[str, Any], shapes: Sequence[Shape]
 ) -> dict[str, lowering.Lowered]:
-    """The programs of a train call: what it does with a micro-batch of each shape, and others.
+    """Lowers the programs of a train call: one per micro-batch shape, and auxiliary ones.
 
     Args:
-        layouts: `mixed`.
-        prefix: of the names of what it reads.
-        args: that, with layouts.
+        layouts: with `mixed=True`.
+        prefix: prefix of the names of the arrays it reads.
+        args: these arrays, with shardings.
     """
     place = layouts.plan[c.name]
     each = {shape: (args, maps_of(place, shape)) for shape in shapes}
@@ -300,19 +300,19 @@ def _loss(place: Placement, c: Call, prefix: str, params: Any, args: tuple, key:
 
 
 class Infer:
-    """The programs of an infer call.
+    """Programs of an infer call.
 
     Attributes:
-        out: shapes and dtypes of what it writes.
-        rowwise: it writes a number a row.
+        out: shapes and dtypes of the arrays it writes.
+        rowwise: True if it writes one number per row.
 
     Args:
-        layouts: `mixed`.
-        prefix: of the names of what it reads.
-        args: that, with layouts.
+        layouts: with `mixed=True`.
+        prefix: prefix of the names of the arrays it reads.
+        args: these arrays, with shardings.
 
     Raises:
-        ValueError: it writes something else than a number a token, or metrics.
+        ValueError: `fn` returns anything but one number per token, or metrics.
     """
 
     def __init__(self, layouts: Shardings, c: Call, prefix: str, args: Mapping[str, Any]):
@@ -357,16 +357,16 @@ class Infer:
     def pieces(
         self, shapes: Sequence[Shape], made: Mapping[str, Any]
     ) -> dict[str, lowering.Lowered]:
-        """Its programs: what it does with a micro-batch of each shape, and others.
+        """Lowers its programs: one per micro-batch shape, and auxiliary ones.
 
         Args:
-            made: what it writes, with layouts.
+            made: arrays that it writes, with shardings.
         """
         out = {named(shape): self._of_shape(shape) for shape in shapes} | {"zero": self._zero()}
         return out | ({"finish": self._finish(made)} if self.rowwise else {})
 
     def _of_shape(self, shape: Shape) -> lowering.Lowered:
-        """`(carry, (parameters, arrays, maps), key) -> carry`."""
+        """Lowers `(carry, (parameters, arrays, maps), key) -> carry`."""
 
         def run(carry: Any, given: Any, words: jax.Array) -> Any:
             params, args, maps = given
@@ -380,7 +380,7 @@ class Infer:
         return lowering.lowered(self._layouts, self._call, found, where, donate=(0,))
 
     def _zero(self) -> lowering.Lowered:
-        """`() -> carry`."""
+        """Lowers `() -> carry`."""
         where = {k: x.sharding for k, x in self._carry.items()}
 
         def run() -> dict[str, jax.Array]:
@@ -390,7 +390,7 @@ class Infer:
             return lowering.Lowered(jax.jit(run, out_shardings=where).lower())
 
     def _finish(self, made: Mapping[str, Any]) -> lowering.Lowered:
-        """`(carry, arrays, key) -> ` what the call writes, a number a row."""
+        """Lowers `(carry, arrays, key) -> outputs`, one number per row."""
         run = self._finished
         found = lowering.traced(self._layouts, self._call, run, self._carry, self._args)
         where = {k: v.sharding for k, v in made.items()}
@@ -398,7 +398,7 @@ class Infer:
 
 
 def lengths_of(layouts: Shardings, c: Call, segment: Any) -> lowering.Lowered:
-    """`segment -> ` tokens of each row, whole on every device."""
+    """Lowers `segment -> tokens of each row`, replicated."""
 
     def run(segment: jax.Array) -> jax.Array:
         return (segment > 0).sum(axis=1, dtype=jnp.int32)
@@ -408,7 +408,7 @@ def lengths_of(layouts: Shardings, c: Call, segment: Any) -> lowering.Lowered:
 
 
 def _shuffled(layouts: Shardings, c: Call, count: int) -> lowering.Lowered:
-    """`key -> ` the rows of every update."""
+    """Lowers `key -> rows of every update`."""
 
     def run(words: jax.Array) -> jax.Array:
         return programs.shuffled(c, programs.key_of(c.name, words), count)
@@ -420,7 +420,7 @@ def _shuffled(layouts: Shardings, c: Call, count: int) -> lowering.Lowered:
 
 
 def _read(layouts: Shardings, c: Call, seen: Any) -> lowering.Lowered:
-    """`[meters of every update] -> metrics`."""
+    """Lowers `[meters of every update] -> metrics`."""
 
     def run(each: list) -> dict[str, jax.Array]:
         return programs.read(jax.tree.map(lambda *x: jnp.stack(x), *each))
