@@ -1,4 +1,4 @@
-"""Plans from simple rules or from a config's table."""
+"""Plans from named rules or from a config's table."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,19 +13,18 @@ _KEYS = ("devices", "dcn", "data", "fsdp", "seq", "tensor", "stage", "microbatch
 def plan(
     rule: str | Mapping[str, Mapping[str, Any]], graph: Graph, devices: int, nodes: int = 1
 ) -> dict[str, Placement]:
-    """A placement for every call of the graph that has a model.
+    """Returns a placement for every call of the graph that has a model.
 
     Args:
-        rule: "all": every call on all devices, rows split over them, parameters whole on each;
-            "fsdp": the same with parameters and optimizer state split too;
-            "halves": the actor's calls
-            on the first half of the devices, the others' on the second; or a table call ->
-            `Placement`'s fields. There `devices` may be a list, or a number n for the first n;
-            left out, it is all of them. The row "default" serves calls without their own.
+        rule: "all": every call on all devices, rows sharded, parameters replicated;
+            "fsdp": the same with parameters and optimizer state sharded too;
+            "halves": the actor's calls on the first half of the devices, the others on the second;
+            or a table call -> `Placement`'s fields. In a table, `devices` is a list, or a number n
+            for the first n; default: all. The row "default" is for calls without their own row.
         graph: the calls.
-        devices: how many there are.
-        nodes: into how many those of a train call fall (dcn). By a rule their parameters are
-            sharded over all of them then; a table says dcn itself.
+        devices: number of devices.
+        nodes: number of nodes (dcn) of a train call. A rule then shards the call's parameters over
+            all of them; a table sets dcn itself.
 
     Raises:
         ValueError: an unknown rule, call or field, or axes that do not fit the devices.
@@ -68,7 +67,7 @@ def _by_rule(rule: str, graph: Graph, devices: int) -> dict[str, Placement]:
 
 
 def _on_nodes(call: str, place: Placement, nodes: int) -> Placement:
-    """All devices of a placement as nodes, with parameters split over all."""
+    """Spreads a placement's devices over nodes, with parameters sharded over all of them."""
     count = len(place.devices)
     if count % nodes:
         raise ValueError(f"{call} has {count} devices, which do not divide into {nodes} nodes.")

@@ -1,9 +1,9 @@
-"""The total order of a step's operations, and the proof that no two processes disagree about it.
+"""The total order of a step's operations, and the check that all processes agree on it.
 
-A plan becomes one list: calls, movements of arrays, reallocations of parameters. Each process runs
-the part of it that touches its devices, in the list's order. Collectives that two processes share
-then meet in the same order on both, and nothing can wait in a circle. The lists are made by every
-process for itself, from its own copy of config and plan; so before anything runs they are compared.
+A plan becomes one list: calls, moves of arrays, reallocations of parameters. Each process runs the
+operations that involve its devices, in the list's order. Collectives shared by two processes then
+occur in the same order on both, so there is no deadlock. Every process builds the list from its own
+copy of config and plan, so the lists are compared before anything runs.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One thing that some processes do together.
+    """One operation that some processes run together.
 
     Attributes:
         kind: "call": a model function call or local call; "move": arrays, from where they were
-            written to where a call reads them; "realloc": a model's parameters to where a call
-            uses them; "keep": today's parameters, put aside for a call that uses old ones;
-            "tell": a call's metrics, to all processes.
+            written to where a call reads them; "realloc": a model's parameters to a call that uses
+            them; "keep": the current parameters, stored for a call that uses old ones; "tell": a
+            call's metrics, to all processes.
         name: unique in a step: the call's name, or "source to call".
         call: the call it belongs to.
         arrays: names of the arrays of a move.
-        processes: who takes part, ascending.
+        processes: participating processes, ascending.
     """
 
     kind: Literal["call", "move", "realloc", "keep", "tell"]
@@ -39,22 +39,22 @@ class Operation:
 
 
 def project(operations: Sequence[Operation], process: int) -> tuple[Operation, ...]:
-    """The operations that a process takes part in, in order."""
+    """Returns the operations that a process takes part in, in order."""
     return tuple(op for op in operations if process in op.processes)
 
 
 def check_order(projections: Mapping[int, Sequence[Operation]]) -> None:
-    """Checks that processes which run their operations one by one can never wait in a circle.
+    """Checks that processes that run their operations sequentially cannot deadlock.
 
-    Any two must see the operations that they share in the same order. That is not enough: three
-    processes of which each two share one operation can wait in a circle too. So the orders of all
-    processes together must have no cycle.
+    Any two processes must see the operations that they share in the same order. This is not
+    sufficient: three processes can deadlock even if each two share only one operation. So the union
+    of all processes' orders must be acyclic.
 
     Args:
         projections: process -> the operations it takes part in, in its order.
 
     Raises:
-        ValueError: two processes disagree, or the orders have a cycle; says which, and where.
+        ValueError: two processes disagree, or the orders have a cycle; the message names them.
     """
     processes = sorted(projections)
     for i, a in enumerate(processes):
@@ -86,7 +86,7 @@ def check_order(projections: Mapping[int, Sequence[Operation]]) -> None:
 
 
 def meet(key: str, *, seconds: int = 1800) -> None:
-    """Waits for all processes. Collectives that start together then find each other in time."""
+    """Waits for all processes, so that collectives started afterwards do not time out."""
     import jax
 
     if jax.process_count() > 1:
@@ -96,13 +96,13 @@ def meet(key: str, *, seconds: int = 1800) -> None:
 
 
 def texts_of_all(text: str) -> list[str]:
-    """What every process says, in their order. Every process must call."""
+    """Returns the text of every process, in process order. Every process must call."""
     every, sizes = _gathered(np.frombuffer(text.encode(), np.uint8))
     return [bytes(row[:n]).decode() for row, n in zip(every, sizes.tolist(), strict=True)]
 
 
 def _gathered(mine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[processes, most rows, ...], filled with zeros, and how many rows each process has."""
+    """Returns arrays `[processes, max rows, ...]`, zero-padded, and each process's row count."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -116,7 +116,7 @@ def _gathered(mine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def digest(operations: Sequence[Operation]) -> np.ndarray:
-    """`[n, 2]` uint32: one row an operation, equal for equal ones."""
+    """Returns `[n, 2]` uint32: one row per operation, equal for equal operations."""
     rows = [
         hashlib.sha256(repr((op.kind, op.name, op.arrays, op.processes)).encode()).digest()[:8]
         for op in operations
@@ -125,10 +125,10 @@ def digest(operations: Sequence[Operation]) -> np.ndarray:
 
 
 def agree(operations: Sequence[Operation]) -> None:
-    """Checks with all processes of the job that they have the same list. Every process must call.
+    """Checks that all processes of the job have the same list. Every process must call.
 
     Raises:
-        ValueError: the lists differ, on every process.
+        ValueError: the lists differ; raised on every process.
     """
     import jax
 

@@ -1,6 +1,6 @@
-"""What one call becomes on its devices: a pure function, traced once.
+"""The program of one call on its devices: a pure function, traced once.
 
-Microbatches, epochs and minibatches live here. Losses are sums, so how rows are split can never
+Implements microbatches, epochs and minibatches. Losses are sums, so how rows are split cannot
 change a gradient beyond the rounding of reordered sums.
 """
 
@@ -20,13 +20,13 @@ from jaxrl_eff.optim import mcf, precision_metrics
 
 # (parameters, arrays, key) -> sums of loss and weight over rows, meters.
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]
-# (loss, way, key, model, leaves, batch, micro-batches) -> sums, fields of the model that sending
-# has changed.
+# (loss, way, key, model, leaves, batch, micro-batches) -> sums, and the fields of the model that
+# communication has changed.
 SumsOf = Callable[..., tuple["Sums", dict[str, Any]]]
 
 
 def key_of(name: str, words: jax.Array) -> jax.Array:
-    """The call's own key. Folding in its name keeps others' randomness when a call is added."""
+    """Returns the call's key. Folding in its name keeps it fixed when other calls are added."""
     key = jax.random.wrap_key_data(words, impl="threefry2x32")
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
@@ -42,7 +42,7 @@ def outputs_and_metrics(c: Call, params: Any, batch: dict, words: jax.Array) -> 
 def split(batch: Any, parts: int) -> Any:
     """`[B, ...] -> [parts, B / parts, ...]`; part m has rows m, m + parts, ...
 
-    Strided, so that every device keeps its own rows whatever the number of parts.
+    Strided, so that every device keeps its own rows for any number of parts.
     """
     return jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch
@@ -50,7 +50,7 @@ def split(batch: Any, parts: int) -> Any:
 
 
 def fetched(params: Any, axes: Any) -> Any:
-    """Parameters out of host memory, but for stacked layers: models fetch these one by one."""
+    """Fetches parameters from host memory, except stacked layers: models fetch these one by one."""
 
     def fetch(names: tuple, x: jax.Array) -> jax.Array:
         return x if "layers" in names else jax.device_put(x, jax.memory.Space.Device)
@@ -59,24 +59,25 @@ def fetched(params: Any, axes: Any) -> Any:
 
 
 def with_state(model: Model) -> Model:
-    """A model whose optimizer state waits in host memory, with it in the devices' own."""
+    """Fetches a model's optimizer state from host memory to the devices."""
     return model._replace(opt=jax.device_put(model.opt, jax.memory.Space.Device))
 
 
 def apply_program(
     c: Call, microbatches: int, in_host: Any, params: Any, batch: dict, words: jax.Array
 ):
-    """A call that does not train: `-> (outputs, metrics)`.
+    """Runs a call that does not train: `-> (outputs, metrics)`.
 
     Args:
-        in_host: the logical axes of the parameters, if these wait in host memory; else None.
+        in_host: the logical axes of the parameters if these are offloaded to host memory, else
+            None.
     """
     if in_host is not None:
         params = fetched(params, in_host)
     if microbatches == 1 or c.kind == "local":
         out, m = outputs_and_metrics(c, params, batch, words)
         return out, _numbers(m)
-    if c.kind == "generate":  # rows keep their own randomness in whatever part they are
+    if c.kind == "generate":  # a row's randomness must not depend on its microbatch
         first = next(iter(batch.values()))
         batch = batch | {"prompt_row": jnp.arange(first.shape[0], dtype=jnp.int32)}
     parts = split(batch, microbatches)
@@ -117,10 +118,10 @@ def train_program(
     batch: dict,
     words: jax.Array,
 ):
-    """A train call: epochs x minibatches optimizer updates, `-> (model, metrics)`.
+    """Runs a train call: epochs x minibatches optimizer updates, `-> (model, metrics)`.
 
     Args:
-        sharded: gradients and sums of rows, if not by `sums` and the compiler.
+        sharded: computes gradients and sums of rows; None: `sums`, partitioned by the compiler.
     """
     if opt_in_host:
         model = with_state(model)
@@ -140,17 +141,17 @@ def train_program(
 
 
 def shuffled(c: Call, key: jax.Array, rows: int) -> jax.Array:
-    """The rows of every update of a train call, int32 `[updates, rows / minibatches]`.
+    """Returns the rows of every update of a train call, int32 `[updates, rows / minibatches]`.
 
     Args:
-        key: the call's own.
+        key: the call's key.
     """
     each = [jax.random.permutation(jax.random.fold_in(key, e), rows) for e in range(c.epochs)]
     return jnp.stack(each).reshape(c.epochs * c.minibatches, rows // c.minibatches)
 
 
 def read(seen: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The metrics of a train call from what its updates saw, stacked."""
+    """Returns the metrics of a train call from the stacked meters of its updates."""
     metrics = _numbers({k: meters.combine(v) for k, v in seen.items() if k != "finite"})
     metrics["finite"] = seen["finite"].min().astype(jnp.float32)
     return metrics
@@ -159,9 +160,9 @@ def read(seen: Mapping[str, Any]) -> dict[str, jax.Array]:
 def reselect_program(
     c: Call, way: Adaptation, opt_in_host: bool, model: Model, batch: dict, words: jax.Array
 ) -> Model:
-    """Chooses anew what a train call trains, by a gradient on one in `way.probe` of its rows.
+    """Reselects what a train call trains, by a gradient on one in `way.probe` of its rows.
 
-    These rows are not split into microbatches, so that no plan can change the choice.
+    These rows are not split into microbatches, so that the plan cannot change the selection.
     """
     if opt_in_host:
         model = with_state(model)
@@ -181,18 +182,18 @@ def reselect_program(
 
 
 def way_of(tx: optax.GradientTransformation | Adaptation) -> Adaptation:
-    """How a model is trained: in part, or whole by an optax transform."""
+    """Returns `tx` as an `Adaptation`; an optax transform trains all parameters."""
     return tx if isinstance(tx, Adaptation) else _whole(tx)
 
 
 def _whole(tx: optax.GradientTransformation) -> Adaptation:
-    """Training all parameters by an optax transform."""
+    """Wraps an optax transform of all parameters as an `Adaptation`."""
 
     def update(grads, opt, params, finite):
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integers and floats
             changes, new = tx.update(grads, opt, params)
             updated = optax.apply_updates(params, changes), new
-        # A select joins the optimizer's own pass over the parameters; a cond would copy them.
+        # XLA fuses a select into the optimizer's pass over parameters; a cond would copy them.
         return tree.where(finite, updated, (params, opt))
 
     return Adaptation(
@@ -206,7 +207,7 @@ def _whole(tx: optax.GradientTransformation) -> Adaptation:
 
 
 class Sums(NamedTuple):
-    """What rows add up to: sums of the loss and its weight, meters, gradients."""
+    """Sums over rows: loss, weight, meters, gradients."""
 
     loss: jax.Array
     weight: jax.Array
@@ -214,7 +215,7 @@ class Sums(NamedTuple):
     grads: Any
 
     def plus(self, more: "Sums") -> "Sums":
-        """Of both."""
+        """Returns the total of both."""
         return Sums(
             self.loss + more.loss,
             self.weight + more.weight,
@@ -224,14 +225,14 @@ class Sums(NamedTuple):
 
     @classmethod
     def zeros(cls, like: "Sums") -> "Sums":
-        """Nothing yet, in the shapes of `like`; gradients at least in float32."""
+        """Returns zeros in the shapes of `like`; gradients in float32 or wider."""
         loss, weight, seen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like[:3])
         wide = jax.tree.map(lambda x: jnp.zeros(x.shape, mcf.wide_dtype(x.dtype)), like.grads)
         return cls(loss, weight, {k: _lowest(v) for k, v in seen.items()}, wide)
 
 
 def sums(loss: Loss, way: Adaptation, key: jax.Array, model: Model, leaves: Any, part: Any) -> Sums:
-    """Of some rows."""
+    """Computes the sums of some rows."""
 
     def total(leaves: Any, part: Any) -> Any:
         value, weight, seen = loss(way.attach(model.params, model.opt, leaves), part, key)
@@ -244,9 +245,9 @@ def sums(loss: Loss, way: Adaptation, key: jax.Array, model: Model, leaves: Any,
 def updated(
     way: Adaptation, model: Model, leaves: Any, done: Sums, sent: Mapping[str, Any] | None = None
 ) -> tuple[Model, dict]:
-    """One optimizer update from the sums of all rows.
+    """Applies one optimizer update from the sums of all rows.
 
-    An update with a loss or gradient that is not finite is withheld: the model stays as it was.
+    If the loss or gradient is not finite, the update is skipped: the model stays unchanged.
 
     Args:
         sent: fields of the model that sending its weights or gradients has changed.
@@ -254,7 +255,7 @@ def updated(
     scale = 1.0 / jnp.maximum(done.weight, 1e-8)
 
     def scaled(g: jax.Array, p: jax.Array) -> jax.Array:
-        wide = mcf.wide(g)  # or the scale itself would be rounded to the gradient's dtype
+        wide = mcf.wide(g)  # otherwise the scale would be rounded to the gradient's dtype
         return (wide * scale.astype(wide.dtype)).astype(p.dtype)
 
     grads = jax.tree.map(scaled, done.grads, leaves)
@@ -280,7 +281,7 @@ def _update(
     model: Model,
     batch: dict,
 ) -> tuple[Model, dict]:
-    """One optimizer update from one minibatch.
+    """Applies one optimizer update from one minibatch.
 
     Losses and gradients are summed over microbatches and divided once by the global weight, so
     that the split cannot change the gradient.
@@ -301,7 +302,7 @@ def _update(
 
 
 def _lowest(meter: Any) -> Any:
-    """The neutral element of `meters.add` in the shape of a zeroed meter."""
+    """Returns the neutral element of `meters.add` in the shape of a zeroed meter."""
     inner = meter.inner if isinstance(meter, meters.First) else meter
     if not isinstance(inner, meters.Max):
         return meter

@@ -1,7 +1,7 @@
-"""Where models and arrays lie under a plan: the shardings of a graph's calls and of models at home.
+"""Shardings of a graph's arrays and models under a plan.
 
-A model's home is the placement of the call that trains it, or else of its first call; optimizer
-state never leaves it. Other calls borrow the parameters in a layout of their own.
+A model's home is the placement of the call that trains it, else of its first call; its optimizer
+state stays there. Other calls borrow the parameters in their own layout.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ class Shardings:
     """The layouts of a graph under a plan.
 
     Attributes:
-        graph, plan, specs: what they follow from.
-        calls: of the graph, in the order in which they run.
-        rules: call -> how logical axes are sharded where it runs.
-        mixed: calls read rows of devices and rows of groups side by side, see `mixed`.
-        sharded: train calls whose models say what is sent between nodes -> their sums.
+        graph, plan, specs: the constructor's arguments.
+        calls: calls of the graph, in the order in which they run.
+        rules: call -> sharding rules of logical axes on its placement.
+        mixed: True if calls read rows of devices and rows of groups together, see `mixed`.
+        sharded: train calls whose model's `Spec` sets `sends` -> computation of their sums.
     """
 
     def __init__(
@@ -71,28 +71,28 @@ class Shardings:
         return rules(self.plan[c.name], sizes, lengths=c.kind != "generate", mixed=self.mixed)
 
     def trained(self, model: str) -> bool:
-        """Whether a call of the graph trains it."""
+        """Returns True if a call of the graph trains the model."""
         return any(c.kind == "train" for c in self.graph.of(model))
 
     def params(self, c: Call) -> Any:
-        """Tree of shardings of the call's model where the call runs."""
+        """Returns the tree of shardings of the call's model on the call's placement."""
         return self.rules[c.name].tree(self.specs[c.of].axes)
 
     def borrowed(self, c: Call) -> Any:
-        """The same with shapes and dtypes: a tree of `jax.ShapeDtypeStruct`."""
+        """Returns `params` with shapes and dtypes: a tree of `jax.ShapeDtypeStruct`."""
         return jax.tree.map(placed, self.specs[c.of].shapes, self.params(c))
 
     def home(self, model: str) -> Model:
-        """Shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`.
+        """Returns shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`.
 
-        Optimizer state has the layout of the parameter that it belongs to.
+        Optimizer state is sharded like the parameter that it belongs to.
         """
         call = self.graph.home(model)
         params, whole = self.borrowed(call), self.whole(call)
         shapes = self._opt_shapes[model]
         where = state_shardings(shapes, params, otherwise=whole)
         tx, rules_ = self.specs[model].tx, self.rules[call.name]
-        if isinstance(tx, Adaptation):  # state of entries has axes of its own
+        if isinstance(tx, Adaptation):  # state of selected entries has its own axes
 
             def of_entries(name: str, leaf: jax.ShapeDtypeStruct, sharding: Any) -> Any:
                 axes = tx.axes(name)
@@ -108,33 +108,33 @@ class Shardings:
         return Model(params, opt, past or (), left or (), held or ())
 
     def rows(self, c: Call, shapes: Mapping[str, Any]) -> dict[str, Any]:
-        """Arrays as a call reads or writes them where it runs."""
+        """Adds the shardings in which a call reads or writes arrays."""
         place, lengths = self.plan[c.name], c.kind != "generate"
         return {k: placed(v, rows(place, v.shape, lengths=lengths)) for k, v in shapes.items()}
 
     def whole(self, c: Call) -> jax.sharding.NamedSharding:
-        """On every device of a call, whole."""
+        """Returns the sharding of an array that is replicated on a call's devices."""
         return replicated(self.plan[c.name])
 
     def key(self, c: Call) -> Any:
-        """Equal for calls of one model that read it in the same layout."""
+        """Returns a key that is equal for calls of one model with the same layout of it."""
         return c.of, self.plan[c.name], self.rules[c.name].table
 
     def here(self, c: Call) -> bool:
-        """Whether this process has a part of the call."""
+        """Returns True if this process has devices of the call."""
         return global_arrays.here(self.whole(c))
 
     @contextlib.contextmanager
     def context(self, c: Call, local: int | None = None) -> Iterator[None]:
-        """To trace a call in: its mesh, flax's logical axis rules, how rows are spread over it.
+        """Context for tracing a call: its mesh, flax's logical axis rules, its sequence layout.
 
         Args:
-            local: of mixed rows, how many of their tokens are the device's own.
+            local: for mixed rows, how many of their tokens belong to the device's own row.
         """
         place = self.plan[c.name]
         over = None
         if c.kind != "generate" and (place.seq > 1 or sequence.for_whole_rows()):
-            # What is sent as `sharded` says is traced on the device's own rows.
+            # Calls in `sharded` are traced inside shard_map, on the device's own rows.
             way = _own if c.name in self.sharded else _over_axis
             over = functools.partial(way, place)
         if local is not None:
@@ -145,14 +145,14 @@ class Shardings:
 
 
 def placed(like: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of `like` with a sharding."""
+    """Returns shape and dtype of `like` with a sharding."""
     return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
 
 
 def held(like: Any) -> dict[Any, int]:
-    """Bytes on every device of a tree of arrays, or of their shapes and layouts.
+    """Returns the bytes per device of a tree of arrays, or of their shapes and shardings.
 
-    What waits in host memory is on none.
+    Arrays in host memory do not count.
     """
     out: dict[Any, int] = {}
     for x in jax.tree.leaves(like):
@@ -164,13 +164,15 @@ def held(like: Any) -> dict[Any, int]:
 
 
 def shard_bytes(x: Any, itemsize: int = 0) -> int:
-    """Of the part of an array that one device holds; with another size of its elements, if any."""
+    """Returns the bytes of one device's shard; `itemsize`, if not 0, replaces the element size."""
     return math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or jnp.dtype(x.dtype).itemsize)
 
 
 def _over_axis(place: Placement, length: int, sight: int | None) -> SequenceLayout:
-    """Rows whose tokens do not divide stay whole. Where all layers see no farther than a window,
-    tokens stay in order, and only the pieces before a device's own that a window reaches are sent.
+    """Returns the sequence layout over the `seq` axis.
+
+    Rows whose length does not divide stay whole. Where all layers have a window, tokens stay in
+    order, and only the preceding shards that the window reaches are sent.
     """
     if length % place.seq:
         return SequenceLayout()

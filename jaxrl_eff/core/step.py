@@ -6,12 +6,13 @@ The terms are ReaL's (Mei et al. 2024, arXiv:2406.14088). A *graph* is a short l
 makes the step; between two calls of one model with different placements its parameters are
 *reallocated*.
 
-The law: a plan changes where and how fast, never what, beyond the rounding of reordered sums.
+Invariant: beyond the rounding of reordered sums, a plan changes where and how fast results are
+computed, never the results.
 
-A plan becomes `layouts`, programs (`lowering`) and one list of operations in a total order
-(`movements`); every process of a job runs the part of it that touches its devices. Dispatch is
-asynchronous, so operations on disjoint devices
-overlap once their inputs are there. Left out: pipelining.
+A plan becomes `shardings`, programs (`lowering`) and one list of operations in a total order
+(`transfers`); every process of a job runs the operations that involve its devices. Dispatch is
+asynchronous, so operations on disjoint devices overlap once their inputs are ready. Pipelining is
+not supported.
 """
 
 import dataclasses
@@ -62,15 +63,15 @@ def compile(
     keep: str = "",
     sync: SyncConfig | None = None,
 ) -> "Step":
-    """Turns a graph and a plan into `step(models, batch, key) -> (models, data, metrics)`.
+    """Compiles a graph and a plan into `step(models, batch, key) -> (models, data, metrics)`.
 
     Args:
         graph: the calls.
-        plan: a placement a call.
+        plan: one placement per call.
         specs: a `Spec` for every model of the graph.
         keep: names of arrays to return in `data`; others are dropped after their last reader.
-        sync: how trained parameters are kept up to date where calls borrow them, by what has
-            changed; None sends them whole.
+        sync: how trained parameters are sent to the calls that borrow them, as changes; None sends
+            them in full.
 
     Raises:
         ValueError: the plan does not fit the graph or the devices, or a spec is missing.
@@ -93,14 +94,15 @@ class Step:
     Attributes:
         plan: a placement for every call.
         traces: call -> how often its function was traced; stays at one.
-        timeline: seconds of the calls of the last steps, measured without waiting.
-        notes: what the sharding left whole, by call.
-        traffic: train call -> its bytes on every mesh axis, if its model says what is sent between
-            nodes; known once traced.
-        operations: everything that a step does, in its order; known once checked.
-        built: the calls of this process are compiled.
-        share: (index, count): which block of a batch's rows this process brings; (0, 1) is all.
-        sync: as given to `compile`.
+        traces: call -> number of times its function was traced; stays at one.
+        timeline: seconds of the calls of the last steps, measured without blocking.
+        notes: call -> axes that its sharding left replicated.
+        traffic: train call -> its bytes on every mesh axis, if its model's `Spec` sets `sends`;
+            set once traced.
+        operations: all operations of a step, in order; set once checked.
+        built: True once the calls of this process are compiled.
+        share: (index, count): the block of a batch's rows that this process passes; (0, 1) is all.
+        sync: the argument of `compile`.
     """
 
     _mixed = False  # see `Shardings`
@@ -123,7 +125,7 @@ class Step:
         self.operations: tuple[Operation, ...] = ()
         self.built = False
         self._routes: dict[str, Route] = {}  # of parameters, by call
-        self._ways: dict[str, Route | WeightSync] = {}  # the same, as steps take them
+        self._ways: dict[str, Route | WeightSync] = {}  # the same, as used in steps
         self._programs: dict[str, Any] = {}
         self._reselections: dict[str, Any] = {}  # by train call
         self._shown: Route | None = None
@@ -137,15 +139,15 @@ class Step:
     # Models
 
     def params_sharding(self, call: str) -> Any:
-        """Tree of shardings of the call's model on the call's placement."""
+        """Returns the tree of shardings of the call's model on the call's placement."""
         return self._layouts.params(self._by_name[call])
 
     def home(self, model: str) -> Model:
-        """Shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`."""
+        """Returns shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`."""
         return self._layouts.home(model)
 
     def init(self, model: str, params: Any) -> Model:
-        """A model at home from parameters already there: adds a fresh optimizer state.
+        """Makes a model at home from its parameters: adds a fresh optimizer state.
 
         Args:
             params: arrays with the shardings of `home(model).params`.
@@ -168,15 +170,15 @@ class Step:
         return Model(params, opt, past or (), left, held)
 
     def refreshed(self, model: str, now: Model) -> Model:
-        """The model with all that nodes hold of its weights sent in full, see `Model.held`.
+        """Returns the model with every node's copy of its weights sent in full, see `Model.held`.
 
-        For parameters that something else than a train call replaced. Differences would bring nodes
-        there too, but roughly, over several steps.
+        For parameters replaced by anything but a train call. Sending differences would also
+        converge to them, but only approximately and over several steps.
         """
         return now._replace(held=self._held(model, now.params))
 
     def _held(self, model: str, params: Any) -> Any:
-        """What nodes hold of a model at home: its weights rounded to the precision of a copy."""
+        """Returns the nodes' copies of a model at home: its weights in a copy's precision."""
         abstract, home = self.home(model).held, self.graph.home(model)
         if not abstract:
             return ()
@@ -191,14 +193,14 @@ class Step:
         return jax.jit(held, out_shardings=there)({k: flat[k] for k in abstract})
 
     def _route(self, c: Call) -> Route:
-        """The way of a call's parameters from home, all of them."""
+        """Returns the route of a call's parameters from home, all of them."""
         if c.name not in self._routes:
             home = self._layouts.borrowed(self.graph.home(c.of))
             self._routes[c.name] = Route(home, self._layouts.params(c))
         return self._routes[c.name]
 
     def _way(self, c: Call) -> Route | WeightSync:
-        """The way of a call's parameters from home in every step."""
+        """Returns the route of a call's parameters from home in every step."""
         if c.name not in self._ways:
             route, trainer = self._route(c), self.graph.home(c.of)
             if self.sync is not None and trainer.kind == "train" and not route.alias:
@@ -217,8 +219,8 @@ class Step:
             batch: name -> anything with `shape` and `dtype` (global sizes, all processes).
 
         Raises:
-            ValueError: rows do not divide by a placement, an output is missing or is not what the
-                glossary says.
+            ValueError: rows do not divide by a placement, or an output is missing or differs from
+                the glossary.
         """
         self._check_inputs(batch)
         shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
@@ -254,7 +256,7 @@ class Step:
             self.check(batch)
         device = [c for c in self.calls if not c.host and self._layouts.here(c)]
         with ThreadPoolExecutor(max(1, len(device))) as pool:
-            # The largest programs first; each compiles while the next is traced.
+            # Largest programs first; each compiles while the next is traced.
             started = {
                 c.name: pool.submit(self._lower(c).compile)
                 for c in sorted(device, key=lambda c: _SLOWEST.index(c.kind))
@@ -295,7 +297,7 @@ class Step:
                 )
 
     def _outputs(self, c: Call, args: dict[str, Any]) -> dict[str, Any]:
-        """Shapes of what a call writes."""
+        """Returns shapes of the arrays that a call writes."""
         if c.host:
             return glossary.shapes(c.writes, args)
         if c.kind == "train" and jax.process_count() == 1 and self.sync is None:
@@ -324,41 +326,41 @@ class Step:
         return lowering.lower(self._layouts, c, traced, self._made[c.name])
 
     def saved(self) -> None:
-        """To be called when what a run goes on from is saved.
+        """Must be called whenever the state to resume a run from is saved.
 
-        Weights that are sent as rounded differences are sent as a whole next, as they will be in a
-        run that goes on from there: both end alike.
+        Weights sent as rounded differences are sent in full next, as in a run resumed from that
+        state, so that both runs give the same results.
         """
         for way in self._ways.values():
             if isinstance(way, WeightSync) and self.sync.bits:
                 way.restart()
 
     def due(self, step: int) -> tuple[str, ...]:
-        """The models that choose anew what is trained before this step (from 0) of a stage."""
+        """Returns the models that reselect what is trained before this step (from 0) of a stage."""
         ways = {
             c.of: self.specs[c.of].tx for c in self.calls if lowering.reselects(self._layouts, c)
         }
         return tuple(model for model, tx in ways.items() if tx.due(step))
 
     def memory(self, call: str, *, choosing: bool = False) -> Any:
-        """XLA's `memory_analysis` of a compiled call; or of the program that chooses anew what it
-        trains, None if there is none.
+        """Returns XLA's `memory_analysis` of a compiled call; with `choosing`, of the program that
+        reselects what it trains. None if there is none.
         """
         programs = self._reselections if choosing else self._programs
         return programs[call].memory_analysis() if call in programs else None
 
     def program(self, call: str) -> Any:
-        """A compiled call, to be looked at."""
+        """Returns a compiled call for inspection."""
         return self._programs[call]
 
     def analysis(self) -> dict[str, dict[str, float]]:
-        """What XLA says of every compiled call, see `lowering.analysis`."""
+        """Returns XLA's analysis of every compiled call, see `lowering.analysis`."""
         return {name: lowering.analysis(p) for name, p in self._programs.items()}
 
     # Running
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """A batch as global arrays where their first reader wants them.
+        """Turns a batch into global arrays, in the shardings of their first readers.
 
         Args:
             batch: this process's rows, see `share`.
@@ -381,14 +383,14 @@ class Step:
         """Runs the graph once.
 
         Args:
-            models: every model, at home. Trained ones are donated: use the returned ones.
+            models: every model, at home. Trained models are donated: use the returned ones.
             batch: the graph's inputs, as numpy arrays; see `put`.
             key: a jax random key, or its two uint32 words.
-            reselect: models with an `Adaptation` that choose anew what is trained, see `due`.
+            reselect: models with an `Adaptation` that reselect what is trained, see `due`.
 
         Returns:
             models after the step; the arrays named by `keep`; metrics `call/name`, scalars on the
-            device. Nothing is waited for, except where a host call needs numbers.
+            device. Blocks only where a host call needs its inputs.
         """
         if not self.built:
             self._check_single_process()
@@ -418,7 +420,7 @@ class Step:
             raise ValueError("with several processes call build(...) with global shapes first.")
 
     def _run(self, c: Call, run: "_Running") -> None:
-        """One call; on a process without its devices only the names of what it makes."""
+        """Runs one call; on a process without its devices, only makes placeholders."""
         dispatched = run.timing.now()
         args = {k: run.data[self._moves.slots[c.name, k]] for k in c.reads}
         for slot in [slot for slot, call in self._moves.last_use.items() if call == c.name]:
@@ -431,7 +433,7 @@ class Step:
         elif c.kind == "train":
             model = run.models.pop(c.of)
             bare, past = model._replace(past=()), model.past
-            del model  # donated: nobody else may hold it
+            del model  # donated: no other reference may remain
             if c.of in run.reselect:
                 bare, _ = self._reselections[c.name](bare, args, self._key(c, run))
             trained, m = self._programs[c.name](bare, args, self._key(c, run))
@@ -449,7 +451,7 @@ class Step:
         run.metrics |= {f"{c.name}/{k}": v for k, v in m.items()}
 
     def _params(self, c: Call, run: "_Running") -> Any:
-        """The call's model where the call runs."""
+        """Returns the call's model in the call's layout."""
         if c.of is None:
             return None
         if c.staleness:
@@ -468,7 +470,7 @@ class Step:
         new = way(old)
         moved = [n for n, o in zip(*map(jax.tree.leaves, (new, old)), strict=True) if n is not o]
         token = moved[-1] if moved else None
-        if isinstance(way, WeightSync):  # its copy is consumed by the next sync
+        if isinstance(way, WeightSync):  # the next sync donates its copy
             sent = way.done.numbers() if way.done is not None else {}
             run.metrics |= {f"{c.name}/sync_{k}": v for k, v in sent.items()}
             token = sent.get("changed")
@@ -477,7 +479,7 @@ class Step:
         return new
 
     def _tell(self, c: Call, metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """A call's metrics on every process."""
+        """Sends a call's metrics to every process."""
         mine = {
             k: metrics[k] if k in metrics else global_arrays.placeholder(number)
             for k, number in self._numbers[c.name].items()
@@ -485,9 +487,9 @@ class Step:
         return self._moves.routes[f"metrics of {c.name}"](mine)
 
     def shown(self, data: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Kept arrays with rows in every process. Every process must call.
+        """Returns kept arrays with rows in every process. Every process must call.
 
-        Each process's own rows where all have some of every array, otherwise all rows in all.
+        Each process gets its own rows if all processes have some of every array, else all rows.
         """
         if all(map(transfers.everywhere, data.values())):
             return dict(data)
@@ -495,7 +497,7 @@ class Step:
         return self._shown(dict(data))
 
     def plan_table(self) -> dict[str, dict[str, Any]]:
-        """The plan as plain data: call -> placement, kind, and bytes it receives of its model."""
+        """Returns the plan as plain data: call -> placement, kind, and model bytes received."""
         received = self.reallocated()
         return {
             c.name: {
@@ -508,7 +510,7 @@ class Step:
         }
 
     def reallocated(self) -> dict[str, int]:
-        """Bytes of parameters that all devices of a call receive from home."""
+        """Returns the bytes of parameters that all devices of a call receive from home."""
         return {
             c.name: int(self._route(c).report().received) for c in self.calls if c.of is not None
         }
@@ -524,13 +526,13 @@ class Step:
 
 @dataclasses.dataclass
 class _Running:
-    """One step under way.
+    """State of a running step.
 
     Attributes:
-        data: slot -> array, as long as somebody will read it.
+        data: slot -> array, until its last reader.
         borrowed: layout -> parameters that were reallocated to it.
         keys: placement -> the step's key there.
-        reselect: the models that choose anew what is trained.
+        reselect: the models that reselect what is trained.
     """
 
     models: dict[str, Model]
@@ -547,7 +549,7 @@ _SLOWEST = ("train", "generate", "infer", "local")  # to compile
 
 
 def key_words(key: Any) -> np.ndarray:
-    """The two words of a key. A typed key is fetched; pass words to stay off the device."""
+    """Returns the two words of a key. A typed key is fetched; pass words to avoid the transfer."""
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
     words = np.asarray(key, np.uint32)
@@ -557,7 +559,7 @@ def key_words(key: Any) -> np.ndarray:
 
 
 def _whole_batches(place: Placement) -> bool:
-    """Whether every process must bring all rows of what is read here, not just its own."""
+    """Returns True if every process must pass all rows for this placement, not just its own."""
     if jax.process_count() == 1:
         return False
     in_order = place.devices == tuple(range(jax.device_count()))
@@ -570,5 +572,5 @@ def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
 
 @jax.jit
 def _copied(tree_: Any) -> Any:
-    """The same numbers in memory of their own, which no donation can take."""
+    """Copies arrays, so that donation of the originals does not affect them."""
     return jax.tree.map(jnp.copy, tree_)

@@ -1,7 +1,7 @@
 """A train call in pieces: zeros, sums over any number of micro-batches, one update from the sums.
 
-Losses are sums, so rows may come in as many micro-batches of as many shapes as a schedule likes:
-gradients are added up and divided once by the weight of all.
+Losses are sums, so a schedule can use any number and any shapes of micro-batches: gradients are
+summed and divided once by the weight of all.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,13 +19,13 @@ class Summed:
     """A train call over micro-batches.
 
     Attributes:
-        carry: shapes and layouts of the sums; gradients lie as the parameters of their name.
+        carry: shapes and shardings of the sums; gradients are sharded like their parameters.
 
     Args:
         layouts: of the graph.
         c: the call.
         loss: `(params, args, key) -> (loss_sum, weight, meters)` of a micro-batch.
-        args: of one micro-batch, any, with layouts.
+        args: of any one micro-batch, with shardings.
         local: see `Shardings.context`.
     """
 
@@ -59,13 +59,13 @@ class Summed:
         return jax.tree.map(lambda x: x.sharding, self.carry)
 
     def zero(self) -> lowering.Lowered:
-        """`() -> carry`."""
+        """Lowers `() -> carry`."""
         with self._layouts.context(self._call):
             run = jax.jit(lambda: programs.Sums.zeros(self.carry), out_shardings=self._where)
             return lowering.Lowered(run.lower())
 
     def sums(self, args: Any, local: int) -> lowering.Lowered:
-        """`(carry, (model, args), key) -> carry`, for micro-batches of these shapes."""
+        """Lowers `(carry, (model, args), key) -> carry`, for micro-batches of these shapes."""
 
         def run(carry: programs.Sums, given: Any, key: jax.Array) -> programs.Sums:
             return carry.plus(self._sums(*given, key))
@@ -75,7 +75,7 @@ class Summed:
         return lowering.lowered(self._layouts, self._call, found, self._where, donate=(0,))
 
     def update(self, finish: Callable[[Mapping[str, Any]], Any]) -> lowering.Lowered:
-        """`(model, carry, key) -> (model, finish(meters))`."""
+        """Lowers `(model, carry, key) -> (model, finish(meters))`."""
 
         def run(model: Model, carry: programs.Sums, key: jax.Array) -> Any:
             del key
@@ -89,5 +89,5 @@ class Summed:
 
 
 def read_one(seen: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The metrics of a call with one update."""
+    """Returns the metrics of a call with one update."""
     return programs.read(jax.tree.map(lambda x: x[None], seen))

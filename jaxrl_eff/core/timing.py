@@ -1,8 +1,8 @@
-"""When each call of a step ran, found out without making the step wait.
+"""Times of each call of a step, measured without blocking the step.
 
-Dispatch is asynchronous, so the loop knows only when it asked for a call. Background threads wait
-for one small output of each and note when it was there. A call is taken to start once it was
-dispatched, the calls whose arrays it reads were done, and its devices were free.
+Dispatch is asynchronous, so the loop knows only when it dispatched a call. Background threads wait
+for one small output of each call and record when it was ready. A call is assumed to start once it
+was dispatched, the calls whose arrays it reads were done, and its devices were free.
 """
 
 import collections
@@ -17,7 +17,7 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """One call on its devices; seconds from the start of its step."""
+    """The time of one call on its devices, in seconds from the start of its step."""
 
     call: str
     devices: tuple[int, ...]
@@ -26,14 +26,14 @@ class Span:
 
 
 class StepTimes:
-    """The calls of one step, being timed."""
+    """Timings of the calls of one step."""
 
     def __init__(self, pool: ThreadPoolExecutor):
         self._pool, self._origin = pool, time.perf_counter()
         self._pending: list[tuple[str, tuple[int, ...], tuple, tuple, float, Future]] = []
 
     def now(self) -> float:
-        """Seconds since the step began."""
+        """Returns seconds since the step began."""
         return time.perf_counter() - self._origin
 
     def add(
@@ -45,7 +45,7 @@ class StepTimes:
         dispatched: float,
         token: Any,
     ) -> None:
-        """Notes a call that was just dispatched; `token` is one of its outputs, not donated."""
+        """Records a call that was just dispatched; `token` is a non-donated output of it."""
         self._pending.append(
             (call, devices, reads, writes, dispatched, self._pool.submit(self._wait, token))
         )
@@ -57,22 +57,21 @@ class StepTimes:
 
     @property
     def origin(self) -> float:
-        """When the step began, on `time.perf_counter`."""
+        """Start of the step, on `time.perf_counter`."""
         return self._origin
 
     def spans(self, *, after: float = 0.0) -> list[Span]:
         """Waits until the step is over and returns its calls in dispatch order.
 
         Args:
-            after: seconds from the step's begin until which the devices were still busy with
-                an earlier step.
+            after: seconds from the step's start until which an earlier step occupied the devices.
         """
         out: list[Span] = []
         done: dict[str, float] = {}
         for call, devices, reads, writes, dispatched, future in self._pending:
             end = future.result()
             start = max([after, dispatched, *(done.get(k, 0.0) for k in reads)])
-            # An accelerator runs one program at a time; simulated devices share the cores.
+            # An accelerator runs one program at a time; simulated devices share CPU cores.
             free = max((s.end for s in out if set(s.devices) & set(devices)), default=0.0)
             start = free if start < free < end else start
             out.append(Span(call, devices, min(start, end), end))
@@ -81,7 +80,7 @@ class StepTimes:
 
 
 class Timeline:
-    """Times of the last steps."""
+    """Timings of the last steps."""
 
     def __init__(self, steps: int = 8):
         self._lock, self._pool = threading.Lock(), None
@@ -98,13 +97,13 @@ class Timeline:
 
     @property
     def newest(self) -> StepTimes:
-        """The step that was dispatched last."""
+        """The most recently dispatched step."""
         return self._steps[-1]
 
     def last(self) -> list[Span]:
-        """The calls of the newest step; waits for it to end."""
+        """Returns the calls of the newest step, waiting for it to end."""
         return self._steps[-1].spans() if self._steps else []
 
     def seconds(self) -> dict[str, float]:
-        """Seconds a call of the newest step."""
+        """Returns the seconds of each call of the newest step."""
         return {s.call: s.end - s.start for s in self.last()}

@@ -1,7 +1,7 @@
-"""What moves in a step, and when.
+"""Data movement in a step, and its order.
 
-Arrays to their readers, parameters to the calls that borrow them, metrics to all processes: from
-the layouts follows one list of operations in a total order.
+Arrays move to their readers, parameters to the calls that borrow them, metrics to all processes.
+The shardings determine one list of operations in a total order.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,22 +19,22 @@ Weights = Callable[[Call], Route | WeightSync]
 
 
 class Transfers:
-    """Everything that a step does.
+    """All operations of a step, in order.
 
-    Making one makes the routes, so that one that cannot be is found before anything runs.
+    The constructor makes the routes, so that an impossible one is found before anything runs.
 
     Args:
         layouts: of the graph.
-        weights: call -> the way of its parameters from home.
-        args: call -> what it reads, with shapes and layouts.
-        home: array -> shape and layout in which it is written, or first read.
-        numbers: call -> its metrics, where they are; only needed with several processes.
+        weights: call -> the route of its parameters from home.
+        args: call -> arrays that it reads, with shapes and shardings.
+        home: array -> shape and sharding in which it is written, or first read.
+        numbers: call -> its metrics, with shardings; only needed with several processes.
 
     Attributes:
         operations: in their order.
         routes: of moved arrays and metrics, by operation.
-        slots: (call, array) -> under which name the call finds it. An array that was moved for one
-            call serves later ones that want it in the same layout.
+        slots: (call, array) -> the name under which the call finds it. An array moved for one call
+            also serves later calls that read it in the same sharding.
         last_use: name of an array -> the last call that reads it.
     """
 
@@ -72,7 +72,7 @@ class Transfers:
         self.last_use = dict(sorted(uses, key=lambda use: turn[use[1]]))
 
     def _to(self, c: Call) -> list[Operation]:
-        """Brings a call what it reads and does not find in its layout; sets its slots."""
+        """Moves arrays that a call reads but that are not in its sharding; sets its slots."""
         args, out = self._args[c.name], []
         groups: dict[Any, list[str]] = {}
         for k in c.reads:
@@ -89,7 +89,7 @@ class Transfers:
         return out
 
     def _move(self, names: tuple[str, ...], c: Call) -> Operation | None:
-        """None if the arrays are there under another name."""
+        """Returns None if the arrays are already there under another name."""
         source = {k: self._home[k] for k in names}
         target = {k: self._args[c.name][k].sharding for k in names}
         route = Route(source, target)
@@ -106,25 +106,25 @@ class Transfers:
         return Operation(kind, f"{c.of}->{c.name}", c.name, touched)
 
     def _telling(self, c: Call, numbers: Mapping[str, Any]) -> Operation:
-        """A call's metrics to every process."""
+        """Sends a call's metrics to every process."""
         name = f"metrics of {c.name}"
         self.routes[name] = to_all(numbers)
         return Operation("tell", name, c.name, tuple(range(jax.process_count())))
 
 
 def moved_name(array: str, c: Call) -> str:
-    """The name of an array that was moved for a call."""
+    """Returns the name of an array that was moved for a call."""
     return f"{array} to {c.name}"
 
 
 def to_all(arrays: Mapping[str, Any]) -> Route:
-    """The way of arrays to every device, whole."""
+    """Returns the route that replicates arrays on every device."""
     everywhere = replicated(Placement(tuple(range(jax.device_count()))))
     return Route(dict(arrays), dict.fromkeys(arrays, everywhere))
 
 
 def everywhere(array: Any) -> bool:
-    """Whether every process has a part of it."""
+    """Returns True if every process has a part of the array."""
     return len(_processes(array.sharding)) == jax.process_count()
 
 

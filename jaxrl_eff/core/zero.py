@@ -1,26 +1,26 @@
-"""A train call's sums on nodes with slow links between them: ZeRO++ (arXiv:2306.10209).
+"""Gradient sums of a train call on nodes with slow links between them: ZeRO++ (arXiv:2306.10209).
 
-Within `jax.shard_map` over the axes that split rows, every device computes the gradient of its own
-rows. Weights come as shards. Kernels of layers are gathered when a layer uses them; embeddings,
-heads and what is small once a call; gradients are reduced to shards, as the model's
-`parallel.ladder.Plan` says. With several micro-batches nothing crosses the slow axis between the
-first and the last, so that their number does not change what is rounded.
+Within `jax.shard_map` over the axes that shard rows, every device computes the gradient of its own
+rows. Weights arrive as shards. Kernels of layers are all-gathered when a layer uses them;
+embeddings, heads and small arrays once per call; gradients are reduce-scattered. The model's
+`parallel.zero.levels.ZeroConfig` sets the precision. With several micro-batches nothing crosses the
+slow axis between the first and the last, so their number does not change the rounding.
 
-What is rounded: kernels of layers, embeddings and unembeddings. Norms, biases, value heads,
-adapters and taps are small and travel as they are; so do the codes of a quantized base, and the
-gradients of layers that are trained in turn (LISA), which are summed whole in float32. There is
-nothing left over of what is not rounded, so error feedback is for parameters that are trained
-whole, by an adaptation too.
+Quantized: kernels of layers, embeddings and unembeddings. Norms, biases, value heads, adapters and
+taps are small and are sent unquantized; so are the codes of a quantized base, and the gradients of
+layers that are trained in turn (LISA), which are summed in full in float32. Unquantized arrays have
+no residual, so error feedback applies to parameters that are trained in full, also by an
+adaptation.
 
-What an adapter leaves frozen never changes, so every node has it whole (MixZ++ of DeepSpeed), a
-part on each of its devices, and nothing of it is sent between nodes: such weights have the logical
-axis `node_embed` instead of `embed`. They travel within a node as the rung says.
+Weights frozen by an adapter never change, so every node has all of them (MixZ++ of DeepSpeed),
+sharded over its devices, and none are sent between nodes: they have the logical axis `node_embed`
+instead of `embed`. Within a node they are sent at the level's precision.
 
-Where weights are sent as differences every node holds a copy of them in 16 bits from step to step,
-a part on each of its devices. An update first brings it up to date, in the same way on all nodes,
-and then computes from it as micro-batches do.
+Where weight differences are sent, every node keeps a 16- or 32-bit copy of the weights across
+steps, sharded over its devices. An update first brings the copy up to date, identically on all
+nodes, and then computes from it as micro-batches do.
 
-Losses are sums over rows, so local sums add up as those of micro-batches do.
+Losses are sums over rows, so local sums add up like those of micro-batches.
 """
 
 import dataclasses
@@ -49,15 +49,15 @@ CODES = ("kernel_codes", "kernel_scales")
 
 
 class Leaf(NamedTuple):
-    """How a parameter takes part.
+    """Sharding and communication of a parameter.
 
     Attributes:
-        spec: over the axes that split rows.
-        cut: how it is gathered; None if it is whole everywhere.
-        late: whether a layer gathers it when it uses it.
-        left: shape of what rounding leaves over of its gradient, all nodes' together, and the axes
-            that split it; None if nothing is kept.
-        held: the same of what every node holds of it.
+        spec: partition over the axes that shard rows.
+        cut: how it is gathered; None if it is replicated.
+        late: True if a layer gathers it when it uses it.
+        left: shape of the quantization residual of its gradient, over all nodes, and its partition
+            spec; None if there is none.
+        held: the same for the copy of it that every node keeps.
     """
 
     spec: PartitionSpec
@@ -68,14 +68,14 @@ class Leaf(NamedTuple):
 
 
 class NodeGradients:
-    """The sums of a train call whose model has a `Plan` of what is sent.
+    """Computation of a train call's sums, for a model whose `Spec` sets `sends`.
 
     Attributes:
-        plan: the model's, on the placement's axes.
+        plan: the model's `ZeroConfig`, on the placement's axes.
 
     Raises:
-        ValueError: the call's placement has another number of nodes, splits sequences, or leaves
-            the weights whole; or the model is trained in a way that needs one device a tile.
+        ValueError: the call's placement has another number of nodes, shards sequences, or does not
+            shard the weights; or the model's adaptation does not support tensor parallelism.
     """
 
     def __init__(self, c: Call, place: Placement, rules: Rules, spec: Spec):
@@ -113,14 +113,14 @@ class NodeGradients:
         rounded, codes = matrix and last in ROUNDED, last in CODES
         late = layers and (rounded or codes)
         plan = self.plan if rounded or codes else exact(self.plan)
-        if rounded and not late:  # gradients of embeddings add up in the dtype of the table
+        if rounded and not late:  # gradients of embeddings are summed in the dtype of the table
             plan = dataclasses.replace(plan, dtype=str(like.dtype))
         cut = ShardLayout(tuple(shape), axis, plan, tuple(apart), raw=not rounded, local=local)
         if local or not rounded:
             return Leaf(manual, cut, late)
         left = held = None
         sizes, split = self._by_node(like.shape, axes)
-        if trained and plan.rung.feedback:  # of each node that sent
+        if trained and plan.rung.feedback:  # one residual per sending node
             left = (place.dcn, *sizes), PartitionSpec("dcn", *split)
         if plan.deltas is not None:
             held = sizes, split
@@ -129,14 +129,14 @@ class NodeGradients:
     def _by_node(
         self, shape: tuple[int, ...], axes: tuple[str | None, ...]
     ) -> tuple[tuple[int, ...], PartitionSpec]:
-        """[..., nodes, their part of embed, ...]: whatever the number of a node's devices is."""
+        """Splits embed: [..., nodes, embed / nodes, ...], for any number of devices per node."""
         at, nodes = axes.index("embed"), self._place.dcn
         sizes = (*shape[:at], nodes, shape[at] // nodes, *shape[at + 1 :])
         split = list(self._rules.spec(axes))
         return sizes, PartitionSpec(*split[:at], None, "fsdp", *split[at + 1 :])
 
     def _manual(self, spec: PartitionSpec) -> PartitionSpec:
-        """Without axes that are left to the compiler."""
+        """Drops the mesh axes that are left to the compiler."""
 
         def kept(names: Any) -> Any:
             names = (names,) if isinstance(names, str) else names or ()
@@ -145,11 +145,11 @@ class NodeGradients:
         return PartitionSpec(*map(kept, spec))
 
     def left(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of what rounding leaves over: parameter -> float32, see `Model`."""
+        """Returns shapes and shardings of the residuals: parameter -> float32, see `Model`."""
         return self._state({name: leaf.left for name, leaf in self._leaves.items()}, jnp.float32)
 
     def held(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and shardings of what every node holds of the weights, see `Model`."""
+        """Returns shapes and shardings of every node's copy of the weights, see `Model`."""
         shapes = {name: leaf.held for name, leaf in self._leaves.items()}
         return self._state(shapes, EXACT.get(self.plan.rung.weight_bits))
 
@@ -173,9 +173,9 @@ class NodeGradients:
         batch: Mapping[str, jax.Array],
         parts: int,
     ) -> tuple[programs.Sums, dict[str, Any]]:
-        """As `programs.sums` of all rows in `parts` micro-batches; and new fields of the model.
+        """Returns `programs.sums` of all rows in `parts` micro-batches, and new model fields.
 
-        To be traced where the call runs.
+        Must be traced in the call's context.
         """
         attached = way.attach(model.params, model.opt, leaves)
         arrays, trained = tree.flat(attached), [*tree.flat(leaves)]
@@ -203,12 +203,12 @@ class NodeGradients:
         return done._replace(grads=grads), {k: new for k, new in kept.items() if new}
 
     def _manual_axes(self) -> set[str]:
-        """All axes but `tensor` where there is one, which is left to the compiler."""
+        """Returns all axes except `tensor` of size > 1, which is left to the compiler."""
         sizes = self._place.axes
         return {a for a in sizes if a != "tensor" or sizes[a] == 1}
 
     def _of(self, name: str) -> Leaf:
-        """What stands beside parameters, such as taps, is whole everywhere."""
+        """Returns a parameter's leaf; extra leaves, such as taps, are replicated."""
         return self._leaves.get(name, Leaf(PartitionSpec()))
 
     def _run(
@@ -222,10 +222,10 @@ class NodeGradients:
         batch: dict[str, jax.Array],
         key: jax.Array,
     ) -> tuple[programs.Sums, dict[str, dict[str, jax.Array]]]:
-        """On one device: its rows, its shards, its part of what is kept."""
+        """Computes on one device: its rows, its shards, its part of the kept state."""
         with self._inside():
             hoisted = parts > 1 or self.plan.deltas is not None
-            left = {name: x[0] for name, x in kept["left"].items()}  # of this node as sender
+            left = {name: x[0] for name, x in kept["left"].items()}  # this node's, as sender
             held = {n: self._of(n).cut.renewed(arrays[n], x) for n, x in kept["held"].items()}
             fixed, variables = self._opened(arrays, held, trained, hoisted)
             early = {n: x for n, x in left.items() if self._of(n).late and not hoisted}
@@ -255,7 +255,7 @@ class NodeGradients:
             return done, {"left": left, "held": held}
 
     def _inside(self) -> Any:
-        """Rules for logical axes, without what is each device's own."""
+        """Context with rules for logical axes, restricted to the `tensor` axis."""
         table = []
         if self._place.tensor > 1:
             table = [
@@ -271,10 +271,10 @@ class NodeGradients:
         trained: frozenset[str],
         hoisted: bool,
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """What a loss is a function of: constants, and what is differentiated. By name.
+        """Splits the loss's inputs into constants and differentiated arrays, by name.
 
-        What layers gather is a shard; if its slow traffic is hoisted, a node's part as a constant,
-        and zeros to receive the gradient.
+        An array that layers gather is a shard; if its slow traffic is hoisted, it is the node's
+        part as a constant, and zeros that receive the gradient.
         """
         fixed, variables = {}, {}
         for name, x in arrays.items():
@@ -294,7 +294,7 @@ class NodeGradients:
         return fixed, variables
 
     def _placed(self, name: str, variable: Any, early: Any, fixed: Any, hoisted: bool) -> Any:
-        """What stands for a parameter in the tree that the loss reads."""
+        """Returns the leaf for a parameter in the tree that the loss reads."""
         leaf = self._of(name)
         if not leaf.late:
             return fixed if variable is None else variable
@@ -311,7 +311,7 @@ class NodeGradients:
         over: Mapping[str, jax.Array],
         hoisted: bool,
     ) -> tuple[programs.Sums, dict[str, jax.Array]]:
-        """Of all devices: sums, gradients of shards, what is left over."""
+        """Reduces over all devices: sums, gradients of shards, residuals."""
         grads, new = {}, dict(over)
         for name, g in done.grads.items():
             leaf = self._of(name)
@@ -327,7 +327,7 @@ class NodeGradients:
         seen = {k: meters.summed(v, self._rows) for k, v in done.seen.items()}
         return programs.Sums(loss, weight, seen, grads), {n: new[n][None] for n in left}
 
-    # Its bytes
+    # Traffic
 
     def _noted(
         self,
@@ -336,7 +336,7 @@ class NodeGradients:
         parts: int,
         done: programs.Sums,
     ) -> None:
-        """Remembers, while a program is traced, what one update of it must send."""
+        """Records, while a program is traced, the bytes that one update of it must send."""
         sizes = {a: self._place.axes[a] for a in self._rows}
         found, plain = dict.fromkeys(sizes, 0.0), 0.0
         for name, x in arrays.items():
@@ -357,12 +357,13 @@ class NodeGradients:
         self._update = found, plain
 
     def _promised(self, leaf: Leaf, x: jax.Array, trained: bool, parts: int) -> dict[str, float]:
-        """Bytes of one weight (of a layer) in one update, by mesh axis.
+        """Returns the bytes of one weight (of a layer) in one update, by mesh axis.
 
-        With w, g and h the bytes of a shard of it as a weight, and as a gradient on the slow and on
-        the fast axis: gathered twice a micro-batch if late and once an update otherwise, but over
-        the slow axis once where a secondary copy is kept or micro-batches share it, and as a
-        difference where nodes hold a copy; a weight that every node has whole as if there were one.
+        Let w, g and h be the bytes of a shard as a weight, as a gradient on the slow axis and as a
+        gradient on the fast axis. A weight is gathered twice per micro-batch if late, else once per
+        update; but over the slow axis once where a secondary copy is kept or micro-batches share
+        it, and as a difference where nodes keep a copy. A weight that every node has in full counts
+        as on one node.
         """
         cut, place = leaf.cut, self._place
         w = math.prod(cut.shape) * x.dtype.itemsize if cut.raw else cut.sent(cut.plan.weights)
@@ -373,7 +374,7 @@ class NodeGradients:
         slow = w if cut.plan.rung.secondary or parts > 1 else again * w
         if leaf.held is not None:
             slow = cut.sent(cut.plan.deltas)
-        nodes = 1 if cut.local else place.dcn  # whose shards a device gathers
+        nodes = 1 if cut.local else place.dcn  # nodes whose shards a device gathers
         found = {
             "dcn": (nodes - 1) * (slow + g),
             "fsdp": (place.fsdp - 1) * nodes * fast * (again * w + h),
@@ -384,10 +385,10 @@ class NodeGradients:
         return {k: float(v) for k, v in found.items()}
 
     def traffic(self, program: Any) -> "Traffic":
-        """Bytes of the traced train call, held against what it should send.
+        """Counts the bytes of the traced train call and checks them against the expected bytes.
 
         Raises:
-            ValueError: a mesh axis carries more than it should.
+            ValueError: a mesh axis carries more than expected.
         """
         promised, plain = self._update
         updates = self._call.epochs * self._call.minibatches
@@ -401,7 +402,7 @@ class NodeGradients:
         return Traffic(self.plan.rung.name, counted, promised, updates * plain, self._notes())
 
     def _notes(self) -> tuple[str, ...]:
-        """What the name of the rung does not say of what is trained in part."""
+        """Returns what the level's name leaves out about partial training."""
         leaves, notes = self._leaves, []
         rounded = {n for n, leaf in leaves.items() if leaf.cut is not None and not leaf.cut.raw}
         if not rounded & self._trained:
@@ -412,14 +413,14 @@ class NodeGradients:
 
 
 class Traffic(NamedTuple):
-    """Bytes that a device receives in one run of a train call.
+    """Bytes received per device in one run of a train call.
 
     Attributes:
-        name: of the rung.
-        counted: on the call's program, by mesh axis.
+        name: of the level.
+        counted: in the call's program, by mesh axis.
         promised: by closed form.
-        plain: what ZeRO-3 in 16 bits would send over the slow axis.
-        notes: what else is to be known.
+        plain: bytes of 16-bit ZeRO-3 over the slow axis.
+        notes: further remarks.
     """
 
     name: str
@@ -446,7 +447,7 @@ def _flat_axes(axes: Any) -> dict[str, tuple[str | None, ...]]:
 
 
 def _trained(spec: Spec) -> frozenset[str]:
-    """Names of what a loss is differentiated by."""
+    """Returns the names of the differentiated arrays."""
     way = programs.way_of(spec.tx)
     opt = jax.eval_shape(way.init, spec.shapes)
     return frozenset(tree.flat(jax.eval_shape(way.leaves, spec.shapes, opt)))
