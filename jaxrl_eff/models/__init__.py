@@ -1,7 +1,7 @@
 """A decoder-only language model as functions of (parameters, arrays).
 
-`LMConfig` says what it is, `init` makes its parameters, `apply` runs it, and the functions of
-`heads` turn it into what the calls of a graph need: log-probabilities, values, scores.
+`LMConfig` describes the model, `init` makes its parameters, `apply` runs it, and the functions of
+`heads` compute what the calls of a graph need: log-probabilities, values, scores.
 """
 
 from jaxrl_eff.models.config import LMConfig, Rope

@@ -1,9 +1,8 @@
 """Attention over packed rows.
 
-A query sees a key iff both belong to the same packed sequence, the key does not come later, and it
-is not farther back than the layer's window. `plain` is the definition that every other attention
-(fused kernels, ring attention) is tested against; all share its signature, so a model takes any of
-them as its `attend`.
+A query sees a key iff both belong to the same packed sequence, the key is not later, and it is
+within the layer's window. `plain` is the definition that every other attention (fused kernels, ring
+attention) is tested against; all share its signature, so a model takes any of them as its `attend`.
 """
 
 from collections.abc import Callable
@@ -16,8 +15,8 @@ from jaxrl_eff.types import Array, Bool, Float, Int
 
 Attend = Callable[..., Array]
 
-BLOCK = 64  # queries; smaller products are slower than the work they save
-FEW = 16  # queries; fewer are no work for a flash kernel
+BLOCK = 64  # queries; smaller matrix products cost more than the work they save
+FEW = 16  # queries; below this the flash kernel does not pay off
 KERNEL = "cudnn"
 
 
@@ -28,7 +27,7 @@ def allowed(
     k_segment: Int[Array, "B S"],
     window: int | Int[Array, ""] | None = None,
 ) -> Bool[Array, "B T S"]:
-    """Which keys each query sees. Padding (segment 0) sees nothing and is seen by nothing."""
+    """Returns a mask of the keys each query sees. Padding (segment 0) neither sees nor is seen."""
     behind = q_position[:, :, None] - k_position[:, None, :]
     same = (q_segment[:, :, None] == k_segment[:, None, :]) & (k_segment > 0)[:, None, :]
     seen = same & (behind >= 0)
@@ -48,7 +47,7 @@ def plain(
     softcap: float | None = None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """softmax(c tanh(scale q.k / c)) v over the allowed keys; 0 for a query that sees none.
+    """Computes softmax(c tanh(scale q.k / c)) v over allowed keys; 0 for a query without keys.
 
     Scores and softmax are float32. Query head n reads key/value head n // (N/K).
 
@@ -69,7 +68,7 @@ def plain(
         score = softcap * jnp.tanh(score / softcap)
     seen = allowed(q_position, k_position, q_segment, k_segment, window)[:, None, None, :, :]
     score = jnp.where(seen, score.reshape(rows, k.shape[1], groups, length, -1), -1e30)
-    # The floor makes every weight of a query that sees nothing vanish, instead of all being equal.
+    # With this floor all weights of a query without keys vanish, instead of being equal.
     top = jax.lax.stop_gradient(jnp.maximum(score.max(axis=-1, keepdims=True), -1e29))
     weight = jnp.exp(score - top)
     total = jnp.maximum(weight.sum(axis=-1, keepdims=True), 1e-30)
@@ -92,11 +91,11 @@ def blocked(
     softcap: float | None = None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """`plain` in blocks of queries, each leaving out the keys that stand behind it in the row.
+    """Computes `plain` in blocks of queries, skipping the keys after each block in the row.
 
-    That is up to half the work. It takes it that where there are as many keys as queries they are
-    the same tokens, and that those of a sequence stand in order, as in every packed row. Where
-    there are more keys (a cache) this is `plain`.
+    This saves up to half the work. If there are as many keys as queries, they must be the same
+    tokens, with those of a sequence in order, as in every packed row. If there are more keys (a
+    cache), this is `plain`.
     """
     length = q.shape[1]
     blocks = next((n for n in (8, 4, 2) if length % n == 0 and length // n >= BLOCK), 1)
@@ -131,14 +130,14 @@ def fused(
     softcap: float | None = None,
     scale: float,
 ) -> Float[Array, "B T N H"]:
-    """`plain` by cuDNN's flash attention: scores never reach memory. GPU, half precision.
+    """Computes `plain` by cuDNN's flash attention: scores never reach memory. GPU, half precision.
 
-    As in `blocked`, as many keys as queries are the same tokens in order, so that the kernel skips
-    what comes later. A few queries over a cache go to `plain`: its scores are small, and the kernel
-    would want the cache in another layout, copied at every token.
+    As in `blocked`, as many keys as queries must be the same tokens in order, so that the kernel
+    skips later keys. A few queries over a cache use `plain`: its scores are small, and the kernel
+    needs the cache in another layout, which would copy it at every token.
 
     Raises:
-        ValueError: `softcap` is set, which the kernel does not know.
+        ValueError: `softcap` is set, which the kernel does not support.
     """
     if softcap is not None:
         raise ValueError(f"fused attention has no soft-cap, but softcap={softcap}; use plain.")
@@ -148,7 +147,7 @@ def fused(
     }  # fmt: skip
     if q.shape[1] < FEW:
         return plain(q, k, v, **where, softcap=softcap, scale=scale)
-    # Padding sees padding, so that no query is without keys; what comes of it is dropped.
+    # Padding sees padding, so that every query has a key; the result is dropped.
     seen = q_segment[:, :, None] == k_segment[:, None, :]
     in_order = q.shape[1] == k.shape[1]
     if not in_order:
@@ -163,11 +162,12 @@ def fused(
 
 
 def choose(cfg: LMConfig, platform: str | None = None) -> Attend:
-    """The fastest attention for this model here.
+    """Returns the fastest attention for this model on this platform.
 
     `fused` on GPUs where it applies, `blocked` on CPUs, otherwise `plain`.
 
-    Its `__name__` is what to log. `platform` is "cpu", "gpu" or "tpu"; None: the default device's.
+    Its `__name__` identifies it in logs. `platform` is "cpu", "gpu" or "tpu"; None: that of the
+    default device.
     """
     platform = platform or jax.default_backend()
     half = cfg.dtype in ("bfloat16", "float16")

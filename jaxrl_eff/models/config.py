@@ -1,11 +1,11 @@
-"""The shape of a decoder-only language model, as data.
+"""The architecture of a decoder-only language model, as data.
 
-One `LMConfig` describes Llama 2/3, Mistral, Qwen 2/2.5/3, Gemma 2 and Gemma 3 (text): what differs
-between them is a field here, and the modules read fields, never a family's name. Only `hf.py`
-knows which fields a family's checkpoint means.
+One `LMConfig` describes Llama 2/3, Mistral, Qwen 2/2.5/3, Gemma 2 and Gemma 3 (text): their
+differences are fields here, and the modules read fields, never a family's name. Only
+`checkpoints.hf_config` maps a family's checkpoint to fields.
 
-Left out: mixtures of experts, encoders, partial rotary dimensions, and rotary scalings that depend
-on the length at run time ("dynamic", "longrope").
+Not supported: mixtures of experts, encoders, partial rotary dimensions, and rotary scalings that
+depend on the length at run time ("dynamic", "longrope").
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 REMATS = ("none", "full", "dots", "attention", "outputs", "host")
 HEADS = ("lm", "value")
 DTYPES = ("float32", "bfloat16", "float16")
-# Far above any model, and below what could be asked for by a broken file: sizes that are larger
-# would fill the memory of the host before anything is compared with a checkpoint.
+# Far above any model. A broken file could ask for larger sizes, which would fill host memory before
+# any comparison with a checkpoint.
 LARGEST = {
     "vocab": 2**28, "layers": 10_000, "width": 2**24, "heads": 2**16, "kv_heads": 2**16,
     "head_dim": 2**16, "ffn": 2**26, "max_length": 2**31 - 1,
@@ -50,16 +50,17 @@ class Rope:
 
     Attributes:
         theta: base of the frequencies.
-        kind: "default"; "linear" divides every frequency by `factor`; "llama3" divides the slow
-            ones, blending between two wavelengths; "yarn" (Peng et al. 2023, arXiv:2309.00071).
-        factor: by how much the context was stretched. Unused by "default".
+        kind: "default"; "linear" divides every frequency by `factor`; "llama3" divides the low
+            frequencies, blending between two wavelengths; "yarn" (Peng et al. 2023,
+            arXiv:2309.00071).
+        factor: ratio of the stretched to the original context. Unused by "default".
         original_length: context in tokens before stretching ("llama3" and "yarn").
-        low_freq_factor, high_freq_factor: "llama3": the blend lies between the wavelengths
+        low_freq_factor, high_freq_factor: "llama3": the blend is between the wavelengths
             original_length / low and original_length / high.
         beta_fast, beta_slow, truncate: "yarn": rotations over the original context that bound the
-            blend, and whether the bounds are rounded outwards to whole dimensions.
-        attention_factor: "yarn": cos and sin are multiplied by it; None: 0.1 ln(factor) + 1, or
-            the ratio of that with `mscale` and with `mscale_all_dim` where both are given.
+            blend, and True to round the bounds outwards to whole dimensions.
+        attention_factor: "yarn": factor on cos and sin; None: 0.1 ln(factor) + 1, or the ratio of
+            its values with `mscale` and with `mscale_all_dim` where both are given.
     """
 
     theta: float = 10_000.0
@@ -85,38 +86,38 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LMConfig:
-    """Sizes and choices of a decoder-only transformer. Hashable, so it can be static under jit.
+    """Sizes and options of a decoder-only transformer. Hashable, so it can be static under jit.
 
     Attributes:
         vocab, layers, width, heads, kv_heads, head_dim, ffn: V, L, D, N, K, H, F.
-        family: the checkpoint format's name; read by `hf.py` alone.
+        family: name of the checkpoint format; only `checkpoints` reads it.
         norm_eps: added to the mean square in RMSNorm.
-        norm_offset: the norm's weight is stored as w - 1, and the product is taken in float32.
-        post_norms: norm the output of attention and of the MLP before it joins the residual.
-        qk_norm: norm every query and key head before the rotation.
+        norm_offset: True if the norm's weight is stored as w - 1, and multiplied in float32.
+        post_norms: normalizes the output of attention and of the MLP before the residual sum.
+        qk_norm: normalizes every query and key head before the rotation.
         qkv_bias, o_bias, mlp_bias: biases on those projections.
         act: "silu" or "gelu_tanh".
-        rope: rotation of the global layers; `rope_local` that of windowed ones, None: the same.
-        tie: the unembedding is the embedding's transpose.
-        embed_scale: multiply embeddings by sqrt(width), rounded to the compute dtype first.
+        rope: rotation of the global layers; `rope_local` of windowed layers, None: the same.
+        tie: True if the unembedding is the embedding's transpose.
+        embed_scale: True to multiply embeddings by sqrt(width), first rounded to the compute dtype.
         query_scale: factor on q.k; None: head_dim ** -0.5.
         attn_softcap, final_softcap: c tanh(x / c) on scores or logits; None: no cap.
         window: a windowed layer sees keys fewer than `window` positions back, itself included.
-        windowed: for every layer, whether it is; () means all of them if `window` is set.
+        windowed: for every layer, True if it has a window; () means all of them if `window` is set.
         max_length: longest sequence in tokens that the positions were trained for.
-        bos, eos, pad: token ids; `eos` are all that end a response.
-        dtype, param_dtype: of the arithmetic, and of the parameters at initialization. Norms,
-            softmax and logits are float32 whatever these are.
+        bos, eos, pad: token ids; `eos` are all ids that end a response.
+        dtype, param_dtype: compute dtype, and dtype of the parameters at initialization. Norms,
+            softmax and logits are always float32.
         remat: what the backward pass recomputes: "none"; "dots" all but matrix products without
-            batch dimensions; "attention" the attention scores alone; "outputs" whole layers but
-            for the outputs of attention (over a sequence axis: no second ring); "full" whole
-            layers; "host" as "outputs", with the inputs of layers waiting in host memory.
+            batch dimensions; "attention" only the attention scores; "outputs" whole layers except
+            the outputs of attention (over a sequence axis: no second ring); "full" whole layers;
+            "host" as "outputs", with the inputs of layers offloaded to host memory.
         mlp_chunk: tokens of a row that go through an MLP at once, each chunk recomputed in the
             backward pass; 0: all.
-        unroll: layers per iteration of the loop over layers; 0 unrolls up to eight layers whole,
-            which is faster and still quick to compile, and loops over deeper stacks.
-        head: "lm" ends in the vocabulary, "value" in one number a token.
-        init_std: of the normal distribution that embeddings and projections start from.
+        unroll: layers per iteration of the loop over layers; 0 fully unrolls up to eight layers,
+            which is faster and still compiles quickly, and loops over deeper stacks.
+        head: "lm" ends in the vocabulary, "value" in one number per token.
+        init_std: standard deviation of the initial embeddings and projections.
     """
 
     vocab: int
@@ -186,7 +187,7 @@ class LMConfig:
 
     @property
     def sight(self) -> int | None:
-        """How many positions a query sees in any layer, its own included; None: all."""
+        """Number of positions a query sees in any layer, its own included; None: all."""
         return self.window if all(self.windowed) else None
 
     @property
@@ -200,5 +201,5 @@ class LMConfig:
         return self.unroll or (self.layers if self.layers <= 8 else 1)
 
     def replace(self, **changes: Any) -> "LMConfig":
-        """This configuration with some fields changed."""
+        """Returns this configuration with some fields changed."""
         return dataclasses.replace(self, **changes)

@@ -1,10 +1,10 @@
-"""What the calls of a graph ask of a language model: log-probabilities, values, scores.
+"""Outputs of a language model for the calls of a graph: log-probabilities, values, scores.
 
 Index t describes the choice of token t, so everything here is shifted by one against the hidden
 states: position t reads the hidden state of t - 1, and a segment's first token gets 0.
 
-The vocabulary is wide, so logits are made for a chunk of tokens at a time and made again in the
-backward pass; logits of the whole batch never exist, unless one chunk holds them all.
+The vocabulary is large, so logits are computed for a chunk of tokens at a time and recomputed in
+the backward pass; logits of the whole batch never exist, unless one chunk holds all tokens.
 """
 
 import functools
@@ -21,8 +21,8 @@ from jaxrl_eff.models.transformer import apply, scalar, unembed
 from jaxrl_eff.parallel.attention.context import SequenceLayout, current_layout
 from jaxrl_eff.types import Array, Float, Int, PyTree
 
-# Logits that exist at once, whatever the vocabulary: 128 MiB of float32 on a CPU. Every piece reads
-# the whole table and adds a gradient of its size, so accelerators take larger ones.
+# Maximum number of logits at once, for any vocabulary: 128 MiB of float32 on a CPU. Every chunk
+# reads the whole table and adds a gradient of its size, so accelerators use larger chunks.
 CHUNK_LOGITS, CHUNK_LOGITS_CPU = 2**27, 2**25
 
 CallFn = Callable[[PyTree, dict[str, Array], Array], dict[str, Array]]
@@ -39,17 +39,17 @@ def token_logprobs(
     chunk: int | None = None,
     with_entropy: bool = True,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """log pi(token t | tokens before t) and the entropy of that choice, both in nats.
+    """Returns log pi(token t | tokens before t) and the entropy of that choice, both in nats.
 
     Both are 0 at a segment's first token and at padding. The distribution is the warped one, and
     both carry gradients.
 
     Args:
         warp: temperature and truncation, as when the tokens were sampled.
-        chunk: tokens whose logits exist at once; None: as many as `CHUNK_LOGITS` says; 0: all.
-        with_entropy: False leaves the entropy out and returns zeros in its place.
+        chunk: number of tokens whose logits exist at once; None: set by `CHUNK_LOGITS`; 0: all.
+        with_entropy: False skips the entropy and returns zeros in its place.
     """
-    # Only numbers of tokens change places between devices, never hidden states.
+    # Only per-token numbers are exchanged between devices, never hidden states.
     over = _layout(cfg, tokens)
     where = map(over.place, (tokens, position, segment))
     hidden, _ = apply(cfg, params, *where, attend=over.attend)
@@ -74,7 +74,7 @@ def _of_hidden(cfg, params, warp, with_entropy, hidden, following):
 
 
 def _pieces(cfg: LMConfig, shape: tuple[int, ...], chunk: int | None) -> int:
-    """Into how many pieces the time axis is cut."""
+    """Returns the number of pieces of the time axis."""
     rows, length = shape
     if chunk is None:
         on_cpu = jax.default_backend() == "cpu"
@@ -84,10 +84,10 @@ def _pieces(cfg: LMConfig, shape: tuple[int, ...], chunk: int | None) -> int:
 
 
 def _in_chunks(fn, hidden, following, pieces: int):
-    """`fn(hidden, following)` piece by piece, each recomputed in the backward pass.
+    """Computes `fn(hidden, following)` in pieces, each recomputed in the backward pass.
 
     Piece j is every pieces-th position from j, so that each piece has its share of every device's
-    rows and positions, however the batch is sharded.
+    rows and positions for any sharding of the batch.
     """
     if pieces == 1:
         return fn(hidden, following)
@@ -103,7 +103,7 @@ def _in_chunks(fn, hidden, following, pieces: int):
 
 
 def _shift(over: SequenceLayout, x: Float[Array, "B T"], chosen: Array) -> Float[Array, "B T"]:
-    """From "about the token after t" to "about token t"."""
+    """Shifts numbers about the token after t to token t."""
     return jnp.where(chosen, over.previous(x), 0.0)
 
 
@@ -114,7 +114,7 @@ def scalar_head(
     position: Int[Array, "B T"],
     segment: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """The value head's number after reading token t (not shifted); 0 at padding."""
+    """Returns the value head's number after reading token t (not shifted); 0 at padding."""
     over = _layout(cfg, tokens)
     where = map(over.place, (tokens, position, segment))
     hidden, _ = apply(cfg, params, *where, attend=over.attend)
@@ -128,7 +128,7 @@ def token_values(
     position: Int[Array, "B T"],
     segment: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """The value head's estimate before token t is chosen; 0 where a segment begins, at padding."""
+    """Returns the value head's estimate before token t is chosen; 0 at first tokens and padding."""
     after = scalar_head(cfg, params, tokens, position, segment)
     over = _layout(cfg, tokens)
     return _shift(over, after, (position > 0) & (segment > 0))
@@ -142,7 +142,7 @@ def logprobs(
     name: str = "logp",
     entropy: bool = False,
 ) -> CallFn:
-    """An infer call: reads tokens, position, segment; writes `name` and, if asked, `entropy`."""
+    """Returns an infer function: tokens, position, segment -> `name`, and `entropy` if set."""
 
     def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         del key
@@ -156,7 +156,7 @@ def logprobs(
 
 
 def values(cfg: LMConfig) -> CallFn:
-    """An infer call: reads tokens, position, segment; writes `value`."""
+    """Returns an infer function: tokens, position, segment -> `value`."""
 
     def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         del key
@@ -167,7 +167,7 @@ def values(cfg: LMConfig) -> CallFn:
 
 
 def token_scores(cfg: LMConfig) -> CallFn:
-    """An infer call: reads tokens, position, segment; writes `after`, see `scalar_head`."""
+    """Returns an infer function: tokens, position, segment -> `after`, see `scalar_head`."""
 
     def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         del key
@@ -178,7 +178,7 @@ def token_scores(cfg: LMConfig) -> CallFn:
 
 
 def last_score(batch: dict[str, Array], key: Array) -> dict[str, Array]:
-    """`score` from `after`: the value head's number at each row's last token; a sequence a row."""
+    """Computes `score` from `after` at each row's last token; one sequence per row."""
     del key
     segment = batch["segment"]
     at = jnp.arange(segment.shape[1])[None, :]

@@ -1,7 +1,7 @@
-"""From raw logits to the distribution that was really sampled from.
+"""Transformation of raw logits into the distribution that is sampled from.
 
-The sampler and the trainer call the same `warp`, so that a probability ratio of one means what it
-says: with truncation the trainer renormalizes over the support that the sampler drew from.
+The sampler and the trainer call the same `warp`, so that probability ratios are exact: with
+truncation the trainer renormalizes over the support that the sampler drew from.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ class Warp:
     """Temperature, then top-k, then top-p, then min-p.
 
     Attributes:
-        temperature: logits are divided by it; 0 means greedy choice, and log-probabilities are
-            then those at temperature 1.
+        temperature: divisor of the logits; 0 means greedy choice, with log-probabilities at
+            temperature 1.
         top_k: keep the k largest logits; 0 keeps all.
         top_p: keep the smallest set of the largest probabilities that sums to at least top_p.
         min_p: keep probabilities of at least min_p times the largest.
@@ -50,12 +50,12 @@ class Warp:
 def warp(
     logits: Float[Array, "*batch V"], warp: Warp, keep: Int[Array, "*batch"] | None = None
 ) -> Float[Array, "*batch V"]:
-    """Tempered logits, -inf outside the kept set. The softmax of the result is the distribution.
+    """Returns tempered logits, -inf outside the kept set; their softmax is the distribution.
 
     Args:
         logits: float32.
-        keep: a token that is kept whatever its rank: the one that was sampled, which rounding
-            might otherwise put just outside.
+        keep: the sampled token, which is kept whatever its rank, since rounding could otherwise
+            put it just outside.
     """
     if warp.temperature not in (0.0, 1.0):
         logits = logits / warp.temperature
@@ -68,7 +68,7 @@ def warp(
 
 
 def _threshold(logits: Float[Array, "*batch V"], warp: Warp) -> Float[Array, "*batch 1"]:
-    """The smallest logit that is kept."""
+    """Returns the smallest logit that is kept."""
     vocab = logits.shape[-1]
     top = logits.max(axis=-1, keepdims=True)
     low = jnp.full_like(top, -jnp.inf)
@@ -90,17 +90,17 @@ def _threshold(logits: Float[Array, "*batch V"], warp: Warp) -> Float[Array, "*b
 def log_softmax_at(
     logits: Float[Array, "*batch V"], token: Int[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """log softmax(logits)[token].
+    """Computes log softmax(logits)[token].
 
-    Picks by comparison: a gather would collect a vocabulary that is sharded, and its transpose is
-    a scatter.
+    Selects by comparison: a gather would all-gather a sharded vocabulary, and its transpose is a
+    scatter.
     """
     hit = jnp.arange(logits.shape[-1]).reshape((1,) * token.ndim + (-1,)) == token[..., None]
     return jnp.where(hit, logits, 0.0).sum(axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
-    """-sum p ln p in nats, over the tokens whose logit is finite."""
+    """Computes -sum p ln p in nats, over the tokens whose logit is finite."""
     logp = jax.nn.log_softmax(logits, axis=-1)
     logp = jnp.where(jnp.isfinite(logits), logp, 0.0)
     return -jnp.where(jnp.isfinite(logits), jnp.exp(logp) * logp, 0.0).sum(axis=-1)

@@ -1,4 +1,4 @@
-"""What the parameters are: shapes, axis names, counts, and their first values."""
+"""Parameters of a model: shapes, axis names, counts, and initial values."""
 
 import functools
 
@@ -13,7 +13,7 @@ from jaxrl_eff.types import Array, Key, PyTree
 
 
 def _boxed(cfg: LMConfig, key: Key[Array, ""]) -> PyTree:
-    # The attention has no parameters and one token shows every shape.
+    # Attention has no parameters of its own, and one token is enough to infer every shape.
     one = jnp.ones((1, 1), jnp.int32)
     return LanguageModel(cfg).init(key, one, one, one)["params"]
 
@@ -24,15 +24,15 @@ def _shapes(cfg: LMConfig) -> PyTree:
 
 
 def abstract(cfg: LMConfig) -> PyTree:
-    """Shape and dtype of every parameter, as `jax.ShapeDtypeStruct`s, without making any."""
+    """Returns every parameter as a `jax.ShapeDtypeStruct`, without allocating any."""
     return nn.unbox(_shapes(cfg))
 
 
 def logical_axes(cfg: LMConfig) -> PyTree:
-    """For every parameter the names of its axes, a tuple: `("layers", "embed", "ffn")`.
+    """Returns the axis names of every parameter, a tuple such as `("layers", "embed", "ffn")`.
 
-    None stands for an axis that is never sharded. The tree has the structure of `abstract(cfg)`
-    with tuples as leaves.
+    None denotes an axis that is never sharded. The tree has the structure of `abstract(cfg)` with
+    tuples as leaves.
     """
     boxed = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
     return jax.tree.map(lambda x: tuple(x.names), _shapes(cfg), is_leaf=boxed)
@@ -40,23 +40,23 @@ def logical_axes(cfg: LMConfig) -> PyTree:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(cfg: LMConfig, key: Key[Array, ""]) -> PyTree:
-    """First values: N(0, init_std^2), narrower by sqrt(2L) for what writes to the residual.
+    """Initializes parameters: N(0, init_std^2), narrower by sqrt(2L) for outputs to the residual.
 
-    The values depend on the key and the shapes alone, not on how they are sharded, as long as
+    The values depend only on the key and the shapes, not on the sharding, if
     `jax_threefry_partitionable` is on (JAX's default).
     """
     return nn.unbox(_boxed(cfg, key))
 
 
 def count(cfg: LMConfig) -> int:
-    """Number of parameters; tied embeddings count once."""
+    """Returns the number of parameters; tied embeddings count once."""
     return tree.size(abstract(cfg))
 
 
 def flops_per_token(cfg: LMConfig, context: float | int) -> float:
-    """Forward FLOPs for one token that sees `context` keys (a multiply-add counts 2).
+    """Returns the forward FLOPs of one token that sees `context` keys (a multiply-add counts 2).
 
-    A backward pass costs twice as much again. Norms and other elementwise work are left out.
+    A backward pass costs twice as much. Norms and other elementwise operations are not counted.
     """
     products = 2 * tree.size(abstract(cfg)["layers"])
     seen = [min(context, cfg.window) if local else context for local in cfg.windowed]

@@ -1,8 +1,8 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the ways to stretch it.
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its context extensions.
 
-Pair i of a head, that is dimensions i and i + H/2, is turned by the angle position * w_i. The
-scalings change only w_i, and yarn also the length of the vectors; all are the formulas that
-checkpoints in the Hugging Face format were trained with.
+Pair i of a head, dimensions i and i + H/2, is rotated by the angle position * w_i. The scalings
+change only w_i, and yarn also the length of the vectors; the formulas are those that checkpoints in
+the Hugging Face format were trained with.
 """
 
 import math
@@ -16,7 +16,7 @@ from jaxrl_eff.types import Array, Float, Int
 
 
 def frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, "half"], float]:
-    """Angular frequencies w [H/2] in radians a token, and the factor on cos and sin."""
+    """Returns angular frequencies w [H/2] in radians per token, and the factor on cos and sin."""
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)
     if rope.kind == "linear":
@@ -29,7 +29,7 @@ def frequencies(rope: Rope, head_dim: int) -> tuple[Float[np.ndarray, "half"], f
 
 
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    """Waves longer than the original context are slowed by `factor`; short ones are left."""
+    """Divides the frequencies of long wavelengths by `factor`; short ones are unchanged."""
     turns = rope.original_length * plain / (2 * math.pi)
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
@@ -37,7 +37,7 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
-    """A ramp over the dimensions from w (fast waves) to w / factor (slow ones)."""
+    """Ramps over the dimensions from w (high frequencies) to w / factor (low frequencies)."""
 
     def dimension(rotations: float) -> float:
         ratio = math.log(rope.original_length / (rotations * 2 * math.pi))
@@ -66,11 +66,11 @@ def _yarn_length(rope: Rope) -> float:
 def table(
     rope: Rope, head_dim: int, position: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-    """cos and sin of every position's angles, float32."""
+    """Returns cos and sin of every position's angles, float32."""
     w, length = frequencies(rope, head_dim)
     angle = position.astype(jnp.float32)[:, :, None] * jnp.asarray(w)[None, None, :]
-    # A loop of two, because XLA for CPUs fuses a plain cosine into every use, and would compute it
-    # again for each head of each layer.
+    # A loop of two, because XLA for CPUs fuses a plain cosine into every use and would recompute it
+    # for each head of each layer.
     both = jax.lax.map(lambda i: jnp.where(i == 0, jnp.cos(angle), jnp.sin(angle)), jnp.arange(2))
     return both[0] * length, both[1] * length
 
@@ -78,7 +78,7 @@ def table(
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
 ) -> Float[Array, "B T N H"]:
-    """Turns every pair (i, i + H/2) of every head. Computed in float32, returned in x's dtype."""
+    """Rotates every pair (i, i + H/2) of every head. Computed in float32, returned in x's dtype."""
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)

@@ -2,11 +2,11 @@
 
 Pre-norm residual blocks of grouped-query attention and a gated MLP. The layers are one module
 scanned over parameters stacked on a leading axis, `layers/...[L, ...]`, so compile time does not
-grow with depth; what differs between layers (window, rotation) is a scanned input. For decoding a
-small model the same blocks run over parameters that were taken apart beforehand (`unstack_layers`).
+grow with depth; per-layer differences (window, rotation) are scanned inputs. For decoding a small
+model the same blocks run over unstacked parameters (`unstack_layers`).
 
-The KV cache is an argument and a result. The module knows parameters and arrays, nothing of meshes:
-parameters and activations carry logical axis names, which mean nothing until rules are given.
+The KV cache is an argument and a result. The module is independent of meshes: parameters and
+activations carry logical axis names, which have no effect until rules are given.
 """
 
 import functools
@@ -25,21 +25,21 @@ from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.peft import products, quantized
 from jaxrl_eff.types import Array, Float, Int, PyTree
 
-# Names that policies of recomputation know: an attention's output and its log-sum-exp (where a
-# ring makes them, `parallel.ring.NAMES`), what goes into a layer, and what a node holds of weights
-# (`parallel.quantized.STAGE`).
+# Checkpoint names for rematerialization policies: an attention's output and log-sum-exp (named by a
+# ring, `parallel.attention.ring.NAMES`), a layer's input, and a node's part of the weights
+# (`parallel.zero.collectives.STAGE`).
 SAVED = ("attend_out", "attend_lse", "layer_input", "zero_stage1")
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of what was read so far. All rows write the same slots.
+    """Keys and values of the tokens read so far. All rows write the same slots.
 
     Attributes:
         k, v: `[L, B, K, S, H]`, or for unstacked parameters a tuple of L arrays `[B, K, S, H]`.
-            Heads stand before slots, as the products over them want it.
+            Heads precede slots, the order that the matrix products over them need.
         position, segment: `[B, S]` of each slot; segment 0 where nothing was written.
-        slot: where the next tokens are written, the same for all rows.
+        slot: first slot of the next tokens, the same for all rows.
     """
 
     k: Any
@@ -50,7 +50,7 @@ class Cache:
 
 
 class _Context(NamedTuple):
-    """What every layer reads: positions, segments, rotations, and how to attend."""
+    """Inputs shared by all layers: positions, segments, rotations, cache slot."""
 
     q_position: Array
     k_position: Array
@@ -71,7 +71,7 @@ def _act(name: str, x: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated(name: str, gate: Array, up: Array) -> Array:
-    """act(gate) * up. The backward pass reads these two again rather than what lies between."""
+    """Computes act(gate) * up. Its residuals are the two inputs, without intermediate values."""
     return _act(name, gate) * up
 
 
@@ -89,7 +89,7 @@ _gated.defvjp(_gated_forward, _gated_backward)
 
 
 def _whole(leaf: Any) -> Array:
-    """A parameter, gathered if this device has a shard of it alone (`parallel.shards`)."""
+    """Returns a parameter, gathered if this device has only a shard (`parallel.zero.weights`)."""
     return leaf.whole() if hasattr(leaf, "whole") else leaf
 
 
@@ -99,21 +99,21 @@ def _sharded_weights(params: PyTree) -> bool:
 
 
 def _gathered(variables: PyTree) -> PyTree:
-    """Variables with `_whole` parameters."""
+    """Returns variables with `_whole` parameters."""
     return jax.tree.map(_whole, variables, is_leaf=lambda x: hasattr(x, "whole"))
 
 
 def _here(x: Array) -> Array:
-    """A parameter in device memory; inside a loop over layers, fetched one layer at a time."""
+    """Returns a parameter in device memory; inside a loop over layers, fetches one at a time."""
     host = jax.typeof(x).memory_space == jax.memory.Space.Host
     return jax.device_put(x, jax.memory.Space.Device) if host else x
 
 
-_KEEP_WEIGHTS = ("none", "attention")  # of `remat`: a layer is not computed again as a whole
+_KEEP_WEIGHTS = ("none", "attention")  # `remat` values that do not recompute the whole layer
 
 
 class Norm(nn.Module):
-    """x / rms(x) * w in float32. With `norm_offset` the stored weight is w - 1."""
+    """RMSNorm: x / rms(x) * w in float32. With `norm_offset` the stored weight is w - 1."""
 
     cfg: LMConfig
     axis: str = "embed"
@@ -127,16 +127,16 @@ class Norm(nn.Module):
         w = w.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + cfg.norm_eps)
-        # Rounding before the product is Llama's order, after it Gemma's.
+        # Llama rounds before the product, Gemma after it.
         if cfg.norm_offset:
             return (y * (1 + w)).astype(x.dtype)
         return y.astype(x.dtype) * w.astype(x.dtype)
 
 
 class Linear(nn.Module):
-    """Contracts the last axes of x with a kernel of named axes; the bias covers the new axes.
+    """Contraction of the last axes of x with a kernel of named axes; the bias covers the new axes.
 
-    Adapters that stand beside the kernel join in, see `adapters`.
+    Applies adapters stored beside the kernel, see `peft.products`.
     """
 
     cfg: LMConfig
@@ -153,9 +153,9 @@ class Linear(nn.Module):
         here = self._there(products.LEAVES)
         apart = self._there((*quantized.LEAVES, "kernel"))
         if len(apart) > 1 or hasattr(apart.get("kernel"), "whole"):
-            if self.cfg.remat not in _KEEP_WEIGHTS:  # the layer as a whole is computed again
+            if self.cfg.remat not in _KEEP_WEIGHTS:  # the whole layer is recomputed
                 apart = {k: _whole(leaf) for k, leaf in apart.items()}
-            # What is gathered or dequantized is made again in the backward pass, and never kept.
+            # Gathered or dequantized kernels are recomputed in the backward pass, never saved.
             names = jax.checkpoint_policies.save_only_these_names(SAVED[3])
             unrolled = self.cfg.loop_unroll > 1
             run = jax.checkpoint(self._multiply, prevent_cse=unrolled, policy=names)
@@ -177,7 +177,7 @@ class Linear(nn.Module):
         return {k: leaf for k, leaf in found.items() if leaf is not None}
 
     def _multiply(self, kept: dict[str, Any], beside: dict[str, Array], x: Array) -> Array:
-        """x times the kernel, or the kernel that codes stand for, with what stands beside it."""
+        """Multiplies x by the kernel (or the dequantized one), and applies the leaves beside it."""
         dtype, whole = jnp.dtype(self.cfg.dtype), None
         kept, beside = ({k: _here(_whole(v)) for k, v in d.items()} for d in (kept, beside))
         if "kernel" in kept:
@@ -195,10 +195,10 @@ class Linear(nn.Module):
 
 
 def _product(x: Float[Array, "... D"], matrix: Float[Array, "D F"], dtype=None) -> Array:
-    """x @ matrix. Rows and time become one axis where they can.
+    """Computes x @ matrix, merging rows and time into one axis where possible.
 
-    With two axes to sum over, the gradient of the matrix would first transpose both operands (on
-    CPUs, half as slow again). But an axis that is sharded must stay what it is.
+    With two axes to sum over, the gradient of the matrix would first transpose both operands (50 %
+    slower on CPUs). But a sharded axis must not be merged.
     """
     lead = x.shape[:-1]
     if not _sharded("length"):
@@ -210,10 +210,10 @@ def _product(x: Float[Array, "... D"], matrix: Float[Array, "D F"], dtype=None) 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _widened(x: Float[Array, "... D"], matrix: Float[Array, "D F"], dtype) -> Array:
-    """x @ matrix summed and returned in a wider dtype.
+    """Computes x @ matrix, summed and returned in a wider dtype.
 
     Its gradient is rounded to the dtype of x before the products of the backward pass. These would
-    otherwise have a wide and a narrow operand and run in the wide one, several times slower on
+    otherwise have a wide and a narrow operand and run in the wide dtype, several times slower on
     matrix units.
     """
     return jnp.einsum("...d,df->...f", x, matrix, preferred_element_type=dtype)
@@ -233,7 +233,7 @@ _widened.defvjp(_widened_forward, _widened_backward)
 
 
 def _sharded(name: str) -> bool:
-    """Whether the rules in force spread this logical axis over several devices."""
+    """Returns True if the current rules shard this logical axis over several devices."""
     axes = next((axes for key, axes in nn.get_logical_axis_rules() if key == name), None)
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -241,7 +241,7 @@ def _sharded(name: str) -> bool:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotation, over the tokens given or over the cache."""
+    """Grouped-query attention with rotation, over the given tokens or over the cache."""
 
     cfg: LMConfig
     attend: attention.Attend
@@ -267,7 +267,7 @@ class Attention(nn.Module):
             k, v, kv = _remember(kv, k, v, ctx.slot, layer)
         attend = jax.checkpoint(self._attend) if cfg.remat == "attention" else self._attend
         out = attend(q, k, v, local, ctx)
-        if not getattr(self.attend, "names", ()):  # a ring names its own, which suffices
+        if not getattr(self.attend, "names", ()):  # a ring names its own outputs
             out = checkpoint_name(out, SAVED[0])
         out = Linear(
             cfg, (cfg.heads, cfg.head_dim), (cfg.width,), ("heads", "head_dim", "embed"),
@@ -293,7 +293,7 @@ class Attention(nn.Module):
 
 
 def _remember(kv, k, v, slot, layer):
-    """Writes the new keys and values; returns all of this layer's, and the cache to hand on."""
+    """Writes new keys and values; returns all those of this layer, and the updated cache."""
 
     def write(all_, new):
         new = jnp.swapaxes(new, 1, 2)
@@ -301,7 +301,7 @@ def _remember(kv, k, v, slot, layer):
             all_ = one = jax.lax.dynamic_update_slice(all_, new, (0, 0, slot, 0))
         else:
             # One array carried through the loop over layers is updated in place; a scanned input
-            # and output would be copied whole at every token.
+            # and output would be copied entirely at every token.
             all_ = jax.lax.dynamic_update_slice(all_, new[None], (layer, 0, 0, slot, 0))
             one = jax.lax.dynamic_index_in_dim(all_, layer, keepdims=False)
         return all_, jnp.swapaxes(one, 1, 2)
@@ -311,7 +311,7 @@ def _remember(kv, k, v, slot, layer):
 
 
 class Mlp(nn.Module):
-    """down(act(gate x) * up x)."""
+    """Gated MLP: down(act(gate x) * up x)."""
 
     cfg: LMConfig
 
@@ -330,18 +330,18 @@ class Mlp(nn.Module):
 
 
 class _Piece(Mlp):
-    """The MLP on a piece of every row."""
+    """The MLP on a chunk of every row, as a scan body."""
 
     def __call__(self, carry: None, x: Float[Array, "B T D"]) -> tuple[None, Array]:
         return carry, super().__call__(x)
 
 
 def _in_pieces(cfg: LMConfig, x: Float[Array, "B T D"], sharded: bool) -> Float[Array, "B T D"]:
-    """`Mlp` of `mlp_chunk` tokens of each row at a time. Called in a compact method.
+    """Applies `Mlp` to `mlp_chunk` tokens of each row at a time. Called in a compact method.
 
     Args:
-        sharded: this device may have shards of the weights alone, which are gathered once for all
-            pieces.
+        sharded: True if this device may have only shards of the weights; they are gathered once
+            for all chunks.
     """
     rows, length, width = x.shape
     pieces = math.ceil(length / cfg.mlp_chunk)
@@ -353,7 +353,7 @@ def _in_pieces(cfg: LMConfig, x: Float[Array, "B T D"], sharded: bool) -> Float[
     )  # fmt: skip
     if sharded:
         run = nn.map_variables(run, "params", _gathered)
-        if cfg.remat in _KEEP_WEIGHTS:  # or else the layer as a whole is computed again
+        if cfg.remat in _KEEP_WEIGHTS:  # otherwise the whole layer is recomputed
             names = jax.checkpoint_policies.save_only_these_names(SAVED[3])
             run = nn.remat(run, policy=names, prevent_cse=cfg.loop_unroll > 1)
     _, y = run(cfg, name="mlp")(None, cut)
@@ -361,7 +361,7 @@ def _in_pieces(cfg: LMConfig, x: Float[Array, "B T D"], sharded: bool) -> Float[
 
 
 class Block(nn.Module):
-    """One layer. The carry is (hidden, keys and values or None)."""
+    """One transformer layer. The carry is (hidden, keys and values or None)."""
 
     cfg: LMConfig
     attend: attention.Attend
@@ -385,9 +385,9 @@ class LanguageModel(nn.Module):
     """Embedding, layers, final norm, and the head (`unembed` or `scalar`).
 
     Attributes:
-        cfg: sizes and choices.
+        cfg: sizes and options.
         attend: the attention, with the signature of `attention.plain`.
-        stacked: parameters of the layers are stacked under `layers`; otherwise `layers_0` ...
+        stacked: True if parameters of layers are stacked under `layers`; else `layers_0` ...
     """
 
     cfg: LMConfig
@@ -422,12 +422,12 @@ class LanguageModel(nn.Module):
         *,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        """Hidden states after the final norm, and the cache with these tokens in it.
+        """Returns hidden states after the final norm, and the cache including these tokens.
 
         Args:
-            tokens, position, segment: see the glossary in `edges`.
-            cache: keys and values read before; the tokens given are written at its slot and
-                attend to everything in it. None: they attend to each other.
+            tokens, position, segment: see `core.glossary`.
+            cache: keys and values read before; the given tokens are written at its slot and
+                attend to all its entries. None: they attend to each other.
         """
         cfg = self.cfg
         cache = _advance(cache, position, segment)
@@ -458,7 +458,7 @@ class LanguageModel(nn.Module):
         return hidden, cache
 
     def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Logits, float32, soft-capped if the model is."""
+        """Returns logits, float32, soft-capped if the config sets it."""
         cfg = self.cfg
         logits = self.embed.attend(hidden) if cfg.tie else self.unembed_(hidden)
         if cfg.final_softcap is not None:
@@ -466,7 +466,7 @@ class LanguageModel(nn.Module):
         return logits
 
     def scalar(self, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
-        """One number a position, float32 (head="value")."""
+        """Returns one number per position, float32 (head="value")."""
         return self.value(hidden).astype(jnp.float32)[..., 0]
 
 
@@ -501,7 +501,7 @@ class _Unembed(nn.Module):
 
 
 def _remat(cfg: LMConfig):
-    """`Block`, recomputed in the backward pass as `cfg.remat` says."""
+    """Returns `Block`, rematerialized in the backward pass according to `cfg.remat`."""
     if cfg.remat in _KEEP_WEIGHTS:
         return Block
     policies = jax.checkpoint_policies
@@ -516,12 +516,12 @@ def _remat(cfg: LMConfig):
             offload_src="device", offload_dst="pinned_host",
         ),
     }[cfg.remat]  # fmt: skip
-    # Inside a loop nothing can be merged with the forward pass; unrolled it could, and would.
+    # In a loop XLA cannot merge the recomputation with the forward pass; unrolled, it would.
     return nn.remat(Block, policy=policy, prevent_cse=cfg.loop_unroll > 1)
 
 
 def _advance(cache: Cache | None, position: Array, segment: Array) -> Cache | None:
-    """The cache with the positions and segments of the new tokens written at its slot."""
+    """Writes the positions and segments of the new tokens at the cache's slot."""
     if cache is None:
         return None
     at = (0, cache.slot)
@@ -541,28 +541,28 @@ def apply(
     attend: attention.Attend | None = None,
     cache: Cache | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """`LanguageModel.__call__` on a plain parameter tree, stacked or from `unstack_layers`.
+    """Runs `LanguageModel.__call__` on a plain parameter tree, stacked or from `unstack_layers`.
 
     Args:
         attend: the attention; None: `attention.choose(cfg)`.
     """
     if quantized.inside(params) or _sharded_weights(params):
-        # Unrolled, a compiler may dequantize or gather all layers before the first.
+        # If unrolled, the compiler could dequantize or gather all layers before the first.
         cfg = cfg.replace(unroll=cfg.unroll or 1)
     model = LanguageModel(cfg, attend or attention.choose(cfg), stacked="layers" in params)
     params = dict(params)
-    shared = params.pop("shared", {})  # what one array is of all layers, see `adapters`
+    shared = params.pop("shared", {})  # arrays shared by all layers, see `peft.products`
     variables = {"params": params, "shared": shared}
     return model.apply(variables, tokens, position, segment, cache=cache)
 
 
 def unembed(cfg: LMConfig, params: PyTree, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Logits, float32, soft-capped if the model is."""
+    """Returns logits, float32, soft-capped if the config sets it."""
     return _head(cfg, params, hidden, "unembed")
 
 
 def scalar(cfg: LMConfig, params: PyTree, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
-    """The value head's number at every position, float32."""
+    """Returns the value head's number at every position, float32."""
     return _head(cfg, params, hidden, "scalar")
 
 
@@ -572,9 +572,9 @@ def _head(cfg: LMConfig, params: PyTree, hidden: Array, method: str) -> Array:
 
 
 def cast_for_decode(cfg: LMConfig, params: PyTree) -> PyTree:
-    """The same parameters, those already in `cfg.dtype` that every use would first round to it.
+    """Casts the parameters that every use would round to `cfg.dtype` anyway to that dtype.
 
-    A loop over tokens then reads the narrow ones. What waits in host memory stays as it is.
+    A loop over tokens then reads the narrow ones. Parameters in host memory are unchanged.
     """
 
     def narrow(name: str, x: Array) -> Array:
@@ -586,7 +586,7 @@ def cast_for_decode(cfg: LMConfig, params: PyTree) -> PyTree:
 
 
 def unstack_layers(cfg: LMConfig, params: PyTree) -> PyTree:
-    """The same parameters with one entry a layer, `layers_0` ..., instead of stacked ones."""
+    """Returns the parameters with one entry per layer, `layers_0` ..., instead of stacked ones."""
     rest = {name: value for name, value in params.items() if name != "layers"}
     split = [jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(cfg.layers)]
     return rest | {f"layers_{i}": layer for i, layer in enumerate(split)}

@@ -1,1 +1,1 @@
-"""Training a part of a model: sparse entries, LoRA, quantized bases, layers in turn."""
+"""Training of a part of a model: sparse entries, LoRA, quantized bases, layers in turn."""

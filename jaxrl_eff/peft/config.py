@@ -1,4 +1,4 @@
-"""The section of a config that says what of a model is trained, if not all of it."""
+"""Settings for training a part of a model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from jaxrl_eff.schema import Count, Natural, Pattern, Positive, Seed, Share, Wit
 
 @runtime_checkable
 class Optimizer(Protocol):
-    """The section of a role's optimizer, as far as a way to train a part of it looks at it."""
+    """The optimizer settings that partial training reads."""
 
     name: str
     clip_norm: float
@@ -22,44 +22,43 @@ class Optimizer(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptSettings:
-    """What of a model is trained, if not all of it.
+    """Settings of the part of a model that is trained.
 
     Attributes:
-        name: "lora", "rslora" or "dora"; or, for sparse changes of the kernels in place, when the
-            trained entries are chosen: "static" (once), "periodic" (anew every `every` steps),
-            "spiel_ag" (drop the smallest changes, grow the largest gradients) or "spiel_ma" (grow
-            where the sums of SM3, which must be the optimizer, are largest: the least state); or
-            "lisa": the projections of a few layers, others every `every` steps.
+        name: "lora", "rslora" or "dora"; or, for sparse changes of the kernels in place, the
+            schedule that selects the trained entries: "static" (once), "periodic" (again every
+            `every` steps), "spiel_ag" (drop the smallest changes, grow the largest gradients) or
+            "spiel_ma" (grow where the sums of SM3, which must be the optimizer, are largest: the
+            least state); or "lisa": the projections of a few layers, others every `every` steps.
         targets: patterns of kernels; () is every projection of the layers.
-        whole: patterns of parameters that are trained whole besides, such as norms. A value head
+        whole: patterns of further parameters that are trained in full, such as norms. A value head
             always is.
         rank, alpha: of LoRA; a sparse name with a rank above 0 trains both.
-        start: a directory in PEFT's format that LoRA starts from; its scale counts, not `alpha`.
-        ignore: fields of `start`'s adapter_config.json, and tensors, that are read as if they were
-            not there.
-        density: share of the entries that is trained.
-        granularity: of what is chosen: "element", "block", "row", "column", or "head" (heads of
-            attention, channels of the MLP). All but "element" spare the gradient of the rest.
+        start: a directory in PEFT's format with LoRA's initial values; its scale replaces `alpha`.
+        ignore: fields of `start`'s adapter_config.json, and tensors, to ignore when reading.
+        density: fraction of the entries that is trained.
+        granularity: units of selection: "element", "block", "row", "column", or "head" (heads of
+            attention, channels of the MLP). All but "element" save computing the other gradients.
         block: rows and columns of a block.
-        selector: how: "random", "magnitude", "smallest", "lift" by the weights, or "gradient",
-            "fisher", "snip", "gallop" by the gradient on the batch. For RL random is the safe one.
-            For "spiel_ma", of the start alone and by the weights.
-        layers: how many at a time, for "lisa".
-        every: steps between two choices.
+        selector: "random", "magnitude", "smallest", "lift" by the weights, or "gradient",
+            "fisher", "snip", "gallop" by the gradient on the batch. For RL "random" is the safe
+            one. For "spiel_ma" it applies only at the start, and must be one by the weights.
+        layers: number of layers trained at a time, for "lisa".
+        every: steps between two selections.
         share, decay: of "spiel_ag" and "spiel_ma", see `optim.sparse.Spiel`.
         mode: sparse changes are written into the kernels ("in_place"), or kept beside them in
-            float32 and added at every use ("overlay"), so that a reference policy that starts
-            where the actor starts needs no arrays of its own. LoRA is beside them always.
-        base: bits of the layers' projection kernels where training leaves them as they are (LoRA
-            and overlays): "int8", "nf4" as in QLoRA, or "" as they come. What `whole` names,
-            embeddings, norms, heads and other models (a reference of its own) stay as they come.
-        on_drop: "revert" what is no longer trained to its first value, or "keep" it.
-        probe: the choice sees the gradient of one in so many rows.
+            float32 and added at every use ("overlay"), so that a reference policy equal to the
+            initial actor needs no arrays of its own. LoRA is always beside the kernels.
+        base: quantization of the layers' projection kernels if training does not change them (LoRA
+            and overlays): "int8", "nf4" as in QLoRA, or "" for none. Parameters named by `whole`,
+            embeddings, norms, heads and other models (a separate reference) are not quantized.
+        on_drop: "revert" entries that are no longer trained to their initial values, or "keep".
+        probe: the selection uses the gradient of one in this many rows.
         tiles: tiles along `embed` (the fsdp axis) and along heads and channels (the tensor axis).
-            In each of them as many entries are trained; devices that hold whole tiles choose
-            without talking to each other; blocks of a quantized base keep within them. Part of
-            what is computed, whatever the plan is.
-        seed: of random choices and first values.
+            Each tile has the same number of trained entries; devices that hold whole tiles select
+            without communication; blocks of a quantized base stay within tiles. Tiles affect the
+            results, independently of the plan.
+        seed: of random selections and initial values.
     """
 
     name: str

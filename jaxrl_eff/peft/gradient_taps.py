@@ -1,23 +1,23 @@
-"""Matrix products whose backward pass gives the gradient of chosen entries alone.
+"""Matrix products whose backward pass returns the gradient of selected entries only.
 
-    y = x W        dx = g W^T        dW = x^T g, of which only the active entries leave
+    y = x W        dx = g W^T        dW = x^T g, reduced to its active entries
 
-The forward pass is the ordinary product. A *tap*, zeros with one number for every active entry,
-stands beside the matrix; its gradient is the gradient of these entries. Single entries are
-gathered from the dW of one matrix, which then dies; blocks are products of the columns of x and g
-that they need, so that the rest of dW is never computed.
+The forward pass is the ordinary product. A *tap*, zeros with one number per active entry, is stored
+beside the matrix; its gradient is the gradient of these entries. Single entries are gathered from
+the dW of one matrix, which is then freed; blocks are products of only the columns of x and g that
+they need, so that the rest of dW is never computed.
 
 As an *overlay* the tap's numbers are added to the matrix at the active entries, for adapters that
-leave the matrix as it is.
+do not change the matrix.
 
-For layers that are trained whole, a few at a time, the gradients of these layers alone are kept,
+For layers that are trained in full, a few at a time, only the gradients of these layers are kept,
 in one array that all layers of a scan share (`in_turn`).
 
-A *probe* instead asks the backward pass for the best units by a score of dW, see
+A *probe* instead requests from the backward pass the best units by a score of dW, see
 `optim.sparse.selectors`. Its gradient is their positions and scores.
 
-On a mesh each device takes the gradients of its own rows and sums those of the active entries
-alone. Left to the compiler, whole matrices would be summed first.
+On a mesh each device computes the gradients of its own rows and sums only those of the active
+entries. Left to the compiler, whole matrices would be summed first.
 """
 
 import functools
@@ -35,8 +35,9 @@ from jaxrl_eff.types import Array, Float, Int
 
 
 class Place(NamedTuple):
-    """Which mesh axes split a product: of the rows of x, of their positions, of x's last axis, of
-    y's last axis. Hashable.
+    """Mesh axes that shard a product: the rows of x, their positions, x's last axis, y's last axis.
+
+    Hashable.
     """
 
     rows: tuple[str, ...] = ()
@@ -55,14 +56,14 @@ def tapped(
     overlay: bool = False,
     probe: tuple[str, Float[Array, "R C 3 k"]] | None = None,
 ) -> Float[Array, "B T F"]:
-    """x @ matrix, differentiable by x, the tap and the probe; not by the matrix.
+    """Computes x @ matrix, differentiable by x, the tap and the probe; not by the matrix.
 
     Args:
-        tap: as values of `index`, see `optim.sparse.tiling`; its shape says the block.
+        tap: as values of `index`, see `optim.sparse.tiling`; its shape determines the block.
         index: the active units.
-        place: how the product is spread over the mesh in force.
-        overlay: add the tap to the matrix.
-        probe: a selector of gradients, and zeros that receive what it finds.
+        place: sharding of the product over the current mesh.
+        overlay: True to add the tap to the matrix.
+        probe: a selector of gradients, and zeros that receive its result.
     """
     t = tiling_of(matrix.shape, tap, index)
     kind, zeros = probe if probe is not None else ("", None)
@@ -70,21 +71,21 @@ def tapped(
 
 
 def tiling_of(shape: tuple[int, int], tap: Array, index: Array) -> Tiling:
-    """The tiling that the shapes of a matrix's tap and index say."""
+    """Returns the tiling implied by the shapes of a matrix's tap and index."""
     tile = shape[0] // index.shape[0], shape[1] // index.shape[1]
     block = tap.shape[3:] or (1, 1)
     return Tiling(0, 1, tile, index.shape[2], block)
 
 
 def place_of(rows: int, length: int, inputs: str | None, outputs: str | None, grid) -> Place:
-    """The `Place` by the logical axis rules and the mesh in force.
+    """Returns the `Place` for the current logical axis rules and mesh.
 
-    An axis that does not divide what it would split stays whole.
+    A mesh axis that does not divide the size it would shard is not used.
 
     Args:
         rows, length: of x.
-        inputs, outputs: logical names of the matrix's axes; activations have "act_" before.
-        grid: tiles down and across, which a device must hold whole.
+        inputs, outputs: logical names of the matrix's axes; activations have the prefix "act_".
+        grid: tiles down and across; a device must hold whole tiles.
     """
     table = dict(nn.get_logical_axis_rules())
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
@@ -111,7 +112,7 @@ def _effective(t: Tiling, overlay: bool, matrix: Array, tap: Array, index: Array
 
 
 def with_delta(t: Tiling, matrix: Array, delta: Array, index: Array) -> Array:
-    """The matrix with changes of its active units added in float32."""
+    """Returns the matrix with changes of its active units added in float32."""
     exact = gather(matrix, index, t).astype(jnp.float32) + delta.astype(jnp.float32)
     return scatter(matrix, index, exact, t)
 
@@ -127,7 +128,7 @@ def _backward(t, place, kind, overlay, saved, g):
     dtap = _over_mesh(functools.partial(_active_gradient, t), place, x, g, index)
     found = None
     if kind:
-        if kind == "fisher":  # squares of whole rows' gradients
+        if kind == "fisher":  # squares of whole rows' gradients, so rows must not be split
             place = place._replace(length=())
         found = _over_mesh(functools.partial(_scored, kind, t), place, x, g, matrix)
     return dx.astype(x.dtype), None, dtap.astype(tap.dtype), None, found
@@ -140,13 +141,13 @@ _tapped.defvjp(_forward, _backward)
 def in_turn(
     x: Float[Array, "B T D"], matrix: Float[Array, "D F"], whole: Float[Array, "n D F"], turn: Array
 ) -> Float[Array, "B T F"]:
-    """x @ matrix, whose gradient is added to `whole[turn]` if turn < n and never made otherwise."""
+    """Computes x @ matrix; its gradient is added to `whole[turn]` if turn < n, else skipped."""
     del whole, turn
     return jnp.einsum("...d,df->...f", x, matrix)
 
 
 def _in_turn_forward(x, matrix, whole, turn):
-    # Only the shape of `whole` is needed, and keeping it would keep it for every layer.
+    # Only the shape of `whole` is needed; as a residual it would be kept for every layer.
     return in_turn(x, matrix, whole, turn), (x, matrix, turn, jnp.zeros((whole.shape[0], 0)))
 
 
@@ -168,7 +169,7 @@ in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def _active_gradient(t: Tiling, summed, x: Array, g: Array, index: Array) -> Array:
-    """The gradient of the active units, float32, summed over all devices that share them."""
+    """Computes the gradient of the active units, float32, summed over devices that share them."""
     x, g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     wide = {"preferred_element_type": jnp.float32}
     if not t.unit:
@@ -176,7 +177,7 @@ def _active_gradient(t: Tiling, summed, x: Array, g: Array, index: Array) -> Arr
     (r, c), (row, column) = t.block, (p.reshape(-1) for p in positions(index, t))
     xs = x.reshape(x.shape[0], -1, r)
     gs = g.reshape(g.shape[0], -1, c)
-    # A side that is one block wide is not gathered once for every block.
+    # A side that is one block wide need not be gathered once per block.
     if xs.shape[1] == 1:
         out = jnp.einsum("tr,tkc->krc", xs[:, 0], gs[:, column], **wide)
     elif gs.shape[1] == 1:
@@ -187,7 +188,7 @@ def _active_gradient(t: Tiling, summed, x: Array, g: Array, index: Array) -> Arr
 
 
 def _scored(kind: str, t: Tiling, summed, x: Array, g: Array, matrix: Array) -> Array:
-    """What a selector of gradients finds."""
+    """Returns the candidates found by a selector of gradients."""
     wide = {"preferred_element_type": jnp.float32}
     if kind == "fisher":
         if x.ndim != 3:
@@ -205,7 +206,7 @@ def _scored(kind: str, t: Tiling, summed, x: Array, g: Array, matrix: Array) -> 
 
 
 def _over_mesh(fn, place: Place, x: Array, g: Array, third: Array):
-    """`fn(summed, x, g, third)` on every device's part, where `summed` adds up over devices."""
+    """Runs `fn(summed, x, g, third)` on every device's part; `summed` sums over devices."""
     split = (*place.rows, *place.length)
     if x.ndim != 3 or not any(place):
         return fn(lambda v: v, x, g, third)

@@ -1,4 +1,4 @@
-"""Adapters as part of a model's parameter tree: their shapes, first values, merging, removal."""
+"""Adapters in a model's parameter tree: their shapes, initial values, merging and removal."""
 
 import functools
 import math
@@ -20,12 +20,12 @@ METHODS = ("lora", "rslora", "dora")
 
 
 def inputs_of(axes: tuple[str | None, ...]) -> int:
-    """How many axes of a layer's kernel are contracted: those up to, or all but, `embed`."""
+    """Returns the number of contracted axes of a layer's kernel: up to, or all but, `embed`."""
     return 1 if axes[0] == "embed" else axes.index("embed")
 
 
 def targets(cfg: LMConfig, patterns: Iterable[str] = TARGETS) -> dict[str, tuple[str | None, ...]]:
-    """The kernels of the layers' projections whose names match: name -> logical axes.
+    """Returns the kernels of the layers' projections with matching names: name -> logical axes.
 
     Raises:
         ValueError: a pattern matches no projection.
@@ -48,7 +48,7 @@ def targets(cfg: LMConfig, patterns: Iterable[str] = TARGETS) -> dict[str, tuple
 def lora_shapes(
     cfg: LMConfig, rank: int, patterns: Iterable[str] = TARGETS, *, dora: bool = False
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str | None, ...]]]:
-    """Shapes (float32) and logical axes of LoRA's leaves, by name.
+    """Returns shapes (float32) and logical axes of LoRA's leaves, by name.
 
     Raises:
         ValueError: the rank is below 1 or above a kernel's smaller side.
@@ -75,7 +75,7 @@ def lora_shapes(
 
 
 def lora_scale(method: str, alpha: float, rank: int) -> float:
-    """What A B is multiplied by: alpha / r, and for "rslora" alpha / sqrt(r)."""
+    """Returns the factor on A B: alpha / r, and for "rslora" alpha / sqrt(r)."""
     if method not in METHODS:
         raise ValueError(f"the method is {method!r}; there are {list(METHODS)}.")
     return alpha / (rank**0.5 if method == "rslora" else rank)
@@ -84,9 +84,9 @@ def lora_scale(method: str, alpha: float, rank: int) -> float:
 def lora_init(
     params: PyTree, like: Mapping[str, Any], key: Key[Array, ""], scale: float
 ) -> dict[str, Array]:
-    """First values of LoRA's leaves: A uniform as in PEFT, B zero, DoRA's magnitude |W|.
+    """Initializes LoRA's leaves: A uniform as in PEFT, B zero, DoRA's magnitude |W|.
 
-    A is uniform within +-1/sqrt(D), D its rows (Kaiming with a = sqrt(5)).
+    A is uniform within +-1/sqrt(D), where D is its number of rows (Kaiming with a = sqrt(5)).
     """
     out, kernels = {}, tree.flat(params)
     for i, (name, shape) in enumerate(like.items()):
@@ -107,23 +107,23 @@ def lora_init(
 
 
 def base(params: PyTree) -> PyTree:
-    """The parameters without any adapter: the model before training, if kernels were not trained.
+    """Returns the parameters without adapters: the model before training, if kernels are frozen.
 
-    The reference policy of a model with LoRA or an overlay, from the same arrays.
+    This is the reference policy of a model with LoRA or an overlay, using the same arrays.
     """
     return tree.without(params, lambda name: name.rpartition("/")[2] in products.LEAVES)
 
 
 def merge(cfg: LMConfig, params: PyTree, *, low_rank: bool = True) -> PyTree:
-    """The same model with its adapters multiplied into its kernels: plain parameters.
+    """Merges the adapters into the kernels and returns plain parameters.
 
-    Sums are float32 and rounded once to the kernel's dtype. Gradients' taps are no part of a model
-    and must not be there. Quantized kernels are dequantized, since the adapters were trained beside
-    these and not beside what they were made from.
+    Sums are float32 and rounded once to the kernel's dtype. Gradient taps are not part of a model
+    and must be absent. Quantized kernels are dequantized, since the adapters were trained with
+    these and not with the original kernels.
 
     Args:
-        low_rank: False leaves LoRA beside the kernels and adds sparse overlays alone; all of this
-            stays beside kernels that are quantized.
+        low_rank: False keeps LoRA beside the kernels and merges only sparse overlays; quantized
+            kernels then keep both beside them.
     """
     flat, merged, gone = tree.flat(params), {}, set()
     few_bits = quantized.kernels(params)
@@ -144,10 +144,10 @@ def merge(cfg: LMConfig, params: PyTree, *, low_rank: bool = True) -> PyTree:
 
 
 def with_norms(cfg: LMConfig, params: PyTree) -> PyTree:
-    """The same model with DoRA's norms beside its kernels, made once for many products.
+    """Returns the parameters with DoRA's norms beside the kernels, computed once for many products.
 
-    They are wrong as soon as a kernel or an adapter changes, so they are made where a model is only
-    read: `dora_norm`, float32 `[L, F]`.
+    They become invalid when a kernel or an adapter changes, so they are only for models that are
+    not being trained: `dora_norm`, float32 `[L, F]`.
     """
     flat, few_bits, norms = tree.flat(params), quantized.kernels(params), {}
     for name, axes in targets(cfg, (".*",)).items():
@@ -161,7 +161,7 @@ def with_norms(cfg: LMConfig, params: PyTree) -> PyTree:
 
 
 def _norm(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]) -> Array:
-    """Of one layer's kernel as products see it, in the dtype of compute."""
+    """Computes the norm of one layer's kernel as used in products, in the compute dtype."""
     kernel, leaves = pair
     kernel = quantized.dequantize(kernel, dtype) if isinstance(kernel, dict) else kernel
     matrix = kernel.astype(dtype).reshape(math.prod(kernel.shape[:inputs]), -1)
@@ -169,9 +169,9 @@ def _norm(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]) 
 
 
 def _merged(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]) -> Array:
-    """One layer's kernel, with `inputs` contracted axes, from what is kept of it and its adapters.
+    """Merges one layer's kernel, with `inputs` contracted axes, and its adapters.
 
-    `dtype` is that of a kernel of which codes are kept.
+    `dtype` is the result's dtype if the kernel is quantized.
     """
     kernel, leaves = pair
     if isinstance(kernel, dict):

@@ -1,16 +1,16 @@
-"""What may stand beside a projection's kernel, and what the projection then computes.
+"""Leaves stored beside a projection's kernel, and the products that they define.
 
-    tap, tap_index        gradients of chosen entries of the kernel      models/taps.py
-    turn                  which of the layers trained whole this one is  taps.in_turn
-    probe_<score>         which entries a score of the gradient prefers
+    tap, tap_index        gradients of selected entries of the kernel    `gradient_taps`
+    turn                  index among the layers trained in full         `gradient_taps.in_turn`
+    probe_<score>         entries preferred by a score of the gradient
     delta, delta_index    sparse changes that are added to the kernel
     lora_a, lora_b,       y = x W + s (x A) B                            LoRA, arXiv:2106.09685
     lora_scale            s = alpha / r, or alpha / sqrt(r)              rsLoRA, arXiv:2312.03732
     dora                  y = m (x W + s x A B) / |W + s A B|            DoRA, arXiv:2402.09353
-    dora_norm             |W + s A B|, where many products share it
+    dora_norm             |W + s A B|, precomputed for many products
 
-A projection looks at what is there, so scanning, taking layers apart, moving between devices and
-saving work on such trees as on any; and a kernel alone is multiplied as if none of this existed.
+A projection checks which leaves exist, so scanning, unstacking, moving between devices and saving
+work on such trees as on any other; a kernel without such leaves is multiplied as usual.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,12 +36,12 @@ def product(
     plain: Callable[[Array, Array], Array],
     whole: Array | None = None,
 ) -> Float[Array, "B T F"]:
-    """x times a matrix with these leaves beside it.
+    """Multiplies x by a matrix and applies the leaves beside it.
 
     Args:
         axes: logical names of the matrix's rows and columns.
-        plain: the product without any.
-        whole: where layers' gradients go in turn, `[n, ...]`.
+        plain: the product without leaves.
+        whole: receives the gradients of layers trained in turn, `[n, ...]`.
     """
     found = next((k for k in ("tap", "delta") if k in leaves), None)
     if whole is not None:
@@ -71,18 +71,18 @@ def product(
 
 
 def low_rank(leaves: Mapping[str, Array], matrix: Array) -> tuple[Array, Array]:
-    """A `[D, r]` and B `[r, F]`."""
+    """Returns A `[D, r]` and B `[r, F]`."""
     rank = leaves["lora_b"].shape[0]
     return leaves["lora_a"].reshape(matrix.shape[0], rank), leaves["lora_b"].reshape(rank, -1)
 
 
 def column_norm(leaves: Mapping[str, Array], matrix: Array) -> Float[Array, "F"]:
-    """|W + s A B| of every column, float32, a constant to the gradient (DoRA, Sec. 4.3)."""
+    """Computes |W + s A B| of every column, float32, without a gradient (DoRA, Sec. 4.3)."""
     whole = matrix.astype(jnp.float32) + change(leaves, matrix)
     return jax.lax.stop_gradient(jnp.sqrt(jnp.sum(jnp.square(whole), axis=0)))
 
 
 def change(leaves: Mapping[str, Array], matrix: Array) -> Float[Array, "D F"]:
-    """s A B in float32."""
+    """Computes s A B in float32."""
     a, b = (x.astype(jnp.float32) for x in low_rank(leaves, matrix))
     return leaves["lora_scale"] * (a @ b)

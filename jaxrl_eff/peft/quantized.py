@@ -1,21 +1,21 @@
-"""Frozen kernels in 8 or 4 bits: codes, and one scale for every block of numbers.
+"""Frozen kernels in 8 or 4 bits: codes, and one scale per block of numbers.
 
     w ~ scale * table[code]        scale = max |w| of the block, float32
 
-    int8    table[code] = code / 127, the nearest
-    nf4     16 quantiles of a normal distribution, two codes a byte: NormalFloat of QLoRA
+    int8    table[code] = code / 127, rounded to nearest
+    nf4     16 quantiles of a normal distribution, two codes per byte: NormalFloat of QLoRA
             (arXiv:2305.14314, Sec. 3 and App. E); as blocks gathered over devices, the quantized
             weights of ZeRO++ (arXiv:2306.10209, Sec. 3.1) and the frozen ones of its MixZ++
 
-Both hold 0 and +-scale exactly, so that quantizing twice changes nothing. Where a kernel stood,
-`kernel_codes` and `kernel_scales` stand, with its axes, so that scanning, sharding and moving work
-on them as on any leaf. A block lies along `head_dim` or along `ffn`: no plan cuts the first and
-only tensor parallelism the second, within whose tiles blocks stay.
+Both represent 0 and +-scale exactly, so that quantizing twice changes nothing. `kernel_codes` and
+`kernel_scales` replace `kernel` and have its axes, so that scanning, sharding and moving work on
+them as on any leaf. A block runs along `head_dim` or along `ffn`: no plan shards the first and only
+tensor parallelism the second, whose tiles no block crosses.
 
-qwix was not used: its arrays are objects that stand in for a module's parameters by intercepting
-its operations, with a code of 4 bits in each byte or in `int4`, which CPUs widen to a byte.
+qwix is not used: its arrays are objects that replace a module's parameters by intercepting its
+operations, with a 4-bit code in each byte or in `int4`, which CPUs widen to a byte.
 
-Left out: double quantization of the scales (0.37 bits a parameter more here).
+Not supported: double quantization of the scales (it would save 0.37 bits per parameter).
 """
 
 import math
@@ -45,18 +45,18 @@ NF4 = np.array(
 
 
 class Block(NamedTuple):
-    """Numbers that share a scale: so many along an axis of the kernel."""
+    """A number of elements, along one axis of the kernel, that share a scale."""
 
     axis: int
     size: int
 
 
 def block_of(kind: str, axes: tuple[str | None, ...], shape: tuple[int, ...], tiles: int) -> Block:
-    """The largest blocks of at most 64 that divide a kernel's axis; for nf4 even, to fill bytes.
+    """Returns the largest block of at most 64 that divides a kernel's axis; even for nf4.
 
     Args:
         axes: logical names of the kernel's axes, `layers` included.
-        tiles: parts of `ffn` that no block crosses, as far as they divide it.
+        tiles: number of tiles of `ffn` that no block crosses; reduced to a divisor of `ffn`.
 
     Raises:
         ValueError: an unknown kind, or no such block of at least 8.
@@ -78,12 +78,12 @@ def block_of(kind: str, axes: tuple[str | None, ...], shape: tuple[int, ...], ti
 
 
 def quantize(kernel: Float[Array, "..."], kind: str, block: Block) -> dict[str, Array]:
-    """Codes and scales of a kernel.
+    """Quantizes a kernel into codes and scales.
 
     Returns:
         `kernel_codes`: int8 of the kernel's shape, or for nf4 uint8 with half of the block's axis,
-        neighbours in the low and the high half of a byte; `kernel_scales`: float32, with one number
-        for every block along that axis.
+        neighbors in the low and the high half of a byte; `kernel_scales`: float32, with one number
+        per block along that axis.
     """
     x = jnp.moveaxis(kernel.astype(jnp.float32), block.axis, -1)
     x = x.reshape(*x.shape[:-1], -1, block.size)
@@ -101,7 +101,7 @@ def quantize(kernel: Float[Array, "..."], kind: str, block: Block) -> dict[str, 
 
 
 def dequantize(leaves: Mapping[str, Array], dtype: Any) -> Float[Array, "..."]:
-    """The kernel of codes and scales; their shapes and dtypes say the block and the kind."""
+    """Dequantizes codes and scales; their shapes and dtypes determine the block and the kind."""
     codes, scale = (leaves[k] for k in LEAVES)
     axis, size = _axis(codes, scale), _length(codes, scale)
     if codes.dtype == jnp.uint8:
@@ -114,7 +114,7 @@ def dequantize(leaves: Mapping[str, Array], dtype: Any) -> Float[Array, "..."]:
 
 
 def _axis(codes: Any, scale: Any) -> int:
-    """Blocks have at least 8 numbers, so that shapes differ along their axis and no other."""
+    """Returns the axis of the blocks. A block has 8 or more numbers, so only its axis differs."""
     return next(i for i, n in enumerate(codes.shape) if n != scale.shape[i])
 
 
@@ -123,31 +123,31 @@ def _length(codes: Any, scale: Any) -> int:
 
 
 def _shape(codes: Any, scale: Any) -> tuple[int, ...]:
-    """Of the kernel."""
+    """Returns the shape of the kernel."""
     axis = _axis(codes, scale)
     return (*codes.shape[:axis], _length(codes, scale), *codes.shape[axis + 1 :])
 
 
 def inside(params: PyTree) -> bool:
-    """Whether kernels of the parameters are quantized."""
+    """Returns True if the parameters have quantized kernels."""
     return any(f"/{LEAVES[0]}" in f"/{name}" for name in tree.names(params))
 
 
 def kernels(params: PyTree) -> dict[str, dict[str, Any]]:
-    """Name of a kernel -> what stands there in its place."""
+    """Returns name of a quantized kernel -> its codes and scales."""
     flat = tree.flat(params)
     names = [k.removesuffix("_codes") for k in flat if k.endswith(f"/{LEAVES[0]}")]
     return {k: {leaf: flat[k.removesuffix("kernel") + leaf] for leaf in LEAVES} for k in names}
 
 
 def plain(params: PyTree, dtype: Any) -> PyTree:
-    """The parameters with all kernels dequantized: under jit, those of them that are read."""
+    """Returns the parameters with all kernels dequantized; under jit, only those that are read."""
     wide = {k: dequantize(leaves, dtype) for k, leaves in kernels(params).items()}
     return tree.with_leaves(_rest(params), wide)
 
 
 def plain_shapes(params: PyTree, dtype: Any) -> PyTree:
-    """Shapes and dtypes of `plain`, of arrays or of `jax.ShapeDtypeStruct`s."""
+    """Returns shapes and dtypes of `plain`, for arrays or `jax.ShapeDtypeStruct`s."""
     wide = {
         k: jax.ShapeDtypeStruct(_shape(*(leaves[x] for x in LEAVES)), dtype)
         for k, leaves in kernels(params).items()
@@ -156,7 +156,7 @@ def plain_shapes(params: PyTree, dtype: Any) -> PyTree:
 
 
 def plain_layout(where: PyTree) -> PyTree:
-    """Shardings of `plain`, from those of the parameters: a kernel lies as its codes do."""
+    """Returns the shardings of `plain`, given those of the parameters: kernels as their codes."""
     wide = {k: leaves[LEAVES[0]] for k, leaves in kernels(where).items()}
     return tree.with_leaves(_rest(where), wide)
 
@@ -166,7 +166,7 @@ def _rest(params: PyTree) -> PyTree:
 
 
 class Quantized(NamedTuple):
-    """Which kernels of a model are kept in few bits, and how.
+    """The quantized kernels of a model, and their format.
 
     Attributes:
         kind: "int8" or "nf4".
@@ -177,25 +177,25 @@ class Quantized(NamedTuple):
     blocks: dict[str, Block]
 
     def names(self, name: str) -> list[str]:
-        """The leaves that stand for a kernel."""
+        """Returns the names of the leaves that replace a kernel."""
         return [name.removesuffix("kernel") + leaf for leaf in LEAVES]
 
     def leaves(self, name: str, x: Array) -> dict[str, Array]:
-        """What is kept of a parameter, by name: codes and scales, or itself."""
+        """Returns the stored leaves of a parameter, by name: codes and scales, or itself."""
         if name not in self.blocks:
             return {name: x}
         found = quantize(x, self.kind, self.blocks[name])
         return dict(zip(self.names(name), found.values(), strict=True))
 
     def params(self, plain_: PyTree) -> PyTree:
-        """The parameters, from plain ones."""
+        """Quantizes plain parameters."""
         flat, found = tree.flat(plain_), {}
         for name, x in flat.items():
             found |= self.leaves(name, x)
         return tree.with_leaves({}, found)
 
     def shapes(self, shapes: PyTree, axes: PyTree) -> tuple[PyTree, PyTree]:
-        """Shapes and logical axes of the parameters, from those of the plain ones."""
+        """Returns shapes and logical axes of the parameters, given those of the plain ones."""
         flat, found, names = tree.flat(shapes), {}, {}
         for name in self.blocks:
             made = jax.eval_shape(lambda x, name=name: self.leaves(name, x), flat[name])
@@ -212,7 +212,7 @@ def _at(axes: PyTree, name: str) -> Any:
 
 
 def _without(nested: Any, names: Any, path: str = "") -> Any:
-    """Nested dicts without some leaves, which may be tuples."""
+    """Returns nested dicts without some leaves; leaves can be tuples."""
     if not isinstance(nested, dict):
         return nested
     kept = {k: v for k, v in nested.items() if path + k not in names}

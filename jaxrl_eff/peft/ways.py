@@ -1,9 +1,9 @@
-"""Training a part of a model: sparse changes of its kernels, LoRA, some parameters whole, or all.
+"""Training of a part of a model: sparse changes of its kernels, LoRA, some parameters, or all.
 
-From `AdaptSettings` and a model's shape to a `graph.Adaptation`, which says what is differentiated
-and how it is updated, and to the parameters that the model has besides (LoRA's matrices). Sparse
-changes in place need none: the kernels themselves are written, and all other calls of the model
-never notice.
+Turns `AdaptSettings` and a model's shape into a `graph.Adaptation`, which defines the
+differentiated arrays and their update, and into the added parameters (LoRA's matrices). Sparse
+changes in place need none: the kernels themselves are written, which is transparent to all other
+calls of the model.
 """
 
 import dataclasses
@@ -32,16 +32,16 @@ NAMES = (*SCHEDULES, "lisa", *lora.METHODS)
 def spec(
     s: AdaptSettings, lm: LMConfig, optim: Optimizer, schedule: optax.Schedule, updates: int
 ) -> Spec:
-    """The `Spec` of a model that is trained in part.
+    """Returns the `Spec` of a model that is trained in part.
 
     Args:
-        lm: its shape.
-        optim: the optimizer of everything that is trained.
+        lm: its configuration.
+        optim: the optimizer settings of all trained parameters.
         schedule: its learning rate.
         updates: optimizer updates of the whole training.
 
     Raises:
-        ValueError: a setting that does not exist or does not fit the model.
+        ValueError: a setting is invalid or does not fit the model.
     """
     _check(s, optim)
     shapes, axes = params.abstract(lm), params.logical_axes(lm)
@@ -89,7 +89,7 @@ def entries_of(
     schedule: optax.Schedule | float = 1.0,
     updates: int = 1,
 ) -> SparseAdapt | SparseOverlay:
-    """The sparse part alone: for example to put a trained model back, by its `revert`.
+    """Returns only the sparse part, for example to restore a trained model with its `revert`.
 
     Args:
         schedule, updates: as for `spec`.
@@ -108,12 +108,12 @@ def entries_of(
 
 
 def whole_names(s: AdaptSettings, lm: LMConfig) -> list[str]:
-    """Parameters of the base model that are trained whole.
+    """Returns the parameters of the base model that are trained in full.
 
     Raises:
         ValueError: a pattern matches none.
     """
-    # A head that starts at 0 would otherwise stay there.
+    # A head that is initialized to 0 would otherwise stay there.
     wanted = (*s.whole, *(("value/kernel",) if lm.head == "value" else ()))
     if not wanted:
         return []
@@ -121,7 +121,7 @@ def whole_names(s: AdaptSettings, lm: LMConfig) -> list[str]:
 
 
 def kept_in_bits(s: AdaptSettings, lm: LMConfig) -> quantized.Quantized | None:
-    """Which kernels are quantized, None if the base is kept as it comes.
+    """Returns the format of quantized kernels; None if the base is not quantized.
 
     Raises:
         ValueError: the method writes into kernels, the kind is unknown, or a kernel has no blocks.
@@ -144,9 +144,10 @@ def kept_in_bits(s: AdaptSettings, lm: LMConfig) -> quantized.Quantized | None:
 
 
 def frozen(spec_: Spec) -> frozenset[str]:
-    """Parameters that nothing changes: no update, and no new choice of what is trained.
+    """Returns the parameters that neither an update nor a reselection changes.
 
-    Found on the jaxprs of both, so that what changes without need counts as changed.
+    Determined from the jaxprs of both, so a parameter rewritten with the same value counts as
+    changed.
     """
     way, shapes = spec_.tx, spec_.shapes
     opt = jax.eval_shape(way.init, shapes)
@@ -159,14 +160,14 @@ def frozen(spec_: Spec) -> frozenset[str]:
 
 
 def _unchanged(fn: Any, shapes: Any, *more: Any) -> set[str]:
-    """Names of the parameters that a function `(parameters, ...) -> parameters` passes on."""
+    """Returns names of parameters that `(parameters, ...) -> parameters` returns unchanged."""
     jaxpr = jax.make_jaxpr(fn)(shapes, *more).jaxpr
     pairs = zip(tree.names(shapes), jaxpr.invars, jaxpr.outvars, strict=False)
     return {name for name, a, b in pairs if a is b}
 
 
 def in_every_node(spec_: Spec) -> Spec:
-    """The spec with frozen weights whole in every node, and split over its devices alone."""
+    """Returns the spec with frozen weights in every node, sharded over the node's devices only."""
     kept = frozen(spec_)
     axes = {
         name: tuple("node_embed" if a == "embed" else a for a in names)
@@ -177,7 +178,7 @@ def in_every_node(spec_: Spec) -> Spec:
 
 
 def keeps_base(s: AdaptSettings | None) -> bool:
-    """Whether the base model stays there unchanged, beside what is trained."""
+    """Returns True if the base model is kept unchanged, beside the trained parameters."""
     beside = s is not None and (s.name in lora.METHODS or s.mode == "overlay")
     return beside and not s.whole
 
@@ -256,7 +257,7 @@ def _schedule(s: AdaptSettings, updates: int) -> Any:
 
 
 class _Layout:
-    """name, leaf -> `Tiling`, sharded as the rules and the mesh in force say.
+    """Maps name, leaf -> `Tiling`, sharded by the current logical axis rules and mesh.
 
     Attributes:
         tilings: name -> `Tiling` without any mesh.
@@ -285,7 +286,7 @@ class _Layout:
         return t and dataclasses.replace(t, spec=self._spec(name))
 
     def _spec(self, name: str) -> PartitionSpec | None:
-        """None where tiles lie across devices, or there is one device."""
+        """Returns None if tiles cross devices, or there is one device."""
         table, sizes = dict(nn.get_logical_axis_rules()), jax.sharding.get_abstract_mesh().shape
         ways = {k: math.prod(sizes.get(a, 1) for a in v or ()) for k, v in table.items()}
         sides = zip(self.index_axes(name)[1:], self.grids[name], strict=True)
@@ -294,19 +295,19 @@ class _Layout:
         return PartitionSpec(*[table[axis] or None for axis in self.axes[name]])
 
     def index_axes(self, name: str) -> tuple[str, ...]:
-        """Logical axes of the first three axes of everything that is kept for each unit."""
+        """Returns the logical axes of the first three axes of all arrays kept per unit."""
         axes = self.axes[name]
         return axes[0], axes[1], axes[1 + self.tilings[name].inputs]
 
 
 def _grid(s: AdaptSettings, axes: Any, shape: tuple[int, ...], n: int) -> tuple[int, int]:
-    """Tiles down and across: as many as divide, `tiles[0]` along `embed`, `tiles[1]` otherwise."""
+    """Returns tiles down and across: what divides, `tiles[0]` along `embed`, else `tiles[1]`."""
     ways = [s.tiles[0] if axes[i] == "embed" else s.tiles[1] for i in (0, n)]
     return math.gcd(shape[0], ways[0]), math.gcd(shape[n], ways[1])
 
 
 def _block(s: AdaptSettings, lm: LMConfig, axes: Any, n: int) -> tuple[int, int]:
-    if s.granularity == "head":  # of heads, or in an MLP of its channels
+    if s.granularity == "head":  # heads of attention, channels of an MLP
         size = lm.head_dim if "head_dim" in axes else 1
         return (0, size) if axes[0] == "embed" else (size, 0)
     whole = {"element": (1, 1), "row": (1, 0), "column": (0, 1)}
@@ -314,12 +315,12 @@ def _block(s: AdaptSettings, lm: LMConfig, axes: Any, n: int) -> tuple[int, int]
 
 
 def _beside(kernel: str, leaf: str) -> str:
-    """The name of a leaf that stands beside a kernel."""
+    """Returns the name of a leaf stored beside a kernel."""
     return kernel.removesuffix("kernel") + leaf
 
 
 class _Whole(NamedTuple):
-    """Leaves that are trained whole: LoRA's, and parameters by name."""
+    """Leaves that are trained in full: LoRA's, and parameters by name."""
 
     names: list[str]
     tx: optax.GradientTransformation
@@ -346,7 +347,7 @@ class _Whole(NamedTuple):
 
 
 class _InPlace(NamedTuple):
-    """Entries that are written into the kernels."""
+    """Trained entries that are written into the kernels."""
 
     of: SparseAdapt
 
@@ -368,7 +369,7 @@ class _InPlace(NamedTuple):
     def update(self, grads: dict[str, jax.Array], opt: Any, params_: Any, finite: jax.Array):
         taps = {k: grads[_beside(k, "tap")] for k in opt.active}
         updates, new = self.of.update(taps, opt, params_)
-        # Where nothing may change the old values are written: k of them, and no second kernel.
+        # To change nothing, the old values are written: k of them, without a second kernel.
         updates = tree.where(finite, updates, self.of.read(params_, opt))
         return self.of.apply(params_, updates), tree.where(finite, new, opt)
 
@@ -377,15 +378,16 @@ class _InPlace(NamedTuple):
 
 
 class _Beside(NamedTuple):
-    """Entries whose changes stand beside the kernels, which have the dtype `stored` if they are
-    dequantized.
+    """Trained entries whose changes are stored beside the kernels.
+
+    `stored` is the dtype of dequantized kernels.
     """
 
     of: SparseOverlay
     stored: jnp.dtype
 
     def added(self, shapes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Shapes and logical axes of what the parameters have besides."""
+        """Returns shapes and logical axes of the added parameters."""
         made, axes, layout = {}, {}, self.of.layout
         for name, o in jax.eval_shape(self.of.start, shapes).items():
             sides = zip(layout.index_axes(name)[1:], layout.grids[name], strict=True)
@@ -437,7 +439,7 @@ class _Beside(NamedTuple):
 
 
 class _InTurn(NamedTuple):
-    """Kernels of a few layers at a time."""
+    """Kernels of a few layers at a time, trained in full."""
 
     of: SampledLayers
     axes: dict[str, tuple[str | None, ...]]
@@ -486,10 +488,10 @@ def _adaptation(
     kept: quantized.Quantized | None,
     stored: jnp.dtype,
 ) -> Adaptation:
-    """Several parts as one way to train; optimizer state is theirs, by name.
+    """Combines several parts into one `Adaptation`; its optimizer state has theirs, by name.
 
-    `extended` quantizes what `kept` names if that was not done before. `stored` is the dtype that
-    kernels have for what reads them; compiled, each is dequantized only if something does.
+    `extended` quantizes the kernels in `kept` unless the base is already quantized. `stored` is the
+    dtype of dequantized kernels; under jit, only those that are read are dequantized.
     """
     entries, probe = parts.get("entries"), f"probe_{s.selector}"
 
@@ -569,7 +571,7 @@ def _adaptation(
 
 
 def _passes(s: AdaptSettings, entries: Any) -> float:
-    """A single entry's gradient costs that of its whole kernel, a block's only its own."""
+    """Returns `passes`: an entry's gradient costs that of its kernel, a block's only its own."""
     if isinstance(entries, _InTurn):
         return 2 + s.layers / entries.layers
     return 3.0 if entries is not None and s.granularity == "element" else 2.0

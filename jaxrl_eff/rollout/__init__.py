@@ -1,4 +1,4 @@
-"""Generation: from prompts to sampled responses with log-probabilities, and rewards of them."""
+"""Generation: sampling of responses with log-probabilities from prompts, and their rewards."""
 
 from jaxrl_eff import public
 

@@ -1,6 +1,6 @@
-"""Making, growing and gathering key/value caches of a fixed number of slots.
+"""Construction, growth and indexing of key/value caches with a fixed number of slots.
 
-What a cache is, and how layers write it, stands in `models.transformer`.
+The cache and how layers write it are defined in `models.transformer`.
 """
 
 import jax
@@ -12,10 +12,10 @@ from jaxrl_eff.types import Array, Int
 
 
 def empty(cfg: LMConfig, rows: int, slots: int, *, stacked: bool = True) -> Cache:
-    """A cache in which nothing was written.
+    """Returns an empty cache.
 
     Args:
-        stacked: one array for all layers, as stacked parameters need; otherwise one a layer.
+        stacked: True for one array for all layers, as stacked parameters need; else one per layer.
     """
     shape, dtype = (rows, cfg.kv_heads, slots, cfg.head_dim), jnp.dtype(cfg.dtype)
 
@@ -29,12 +29,12 @@ def empty(cfg: LMConfig, rows: int, slots: int, *, stacked: bool = True) -> Cach
 
 
 def unstack(cache: Cache) -> Cache:
-    """One array a layer instead of one for all."""
+    """Splits stacked arrays into one array per layer."""
     return cache.replace(k=tuple(cache.k), v=tuple(cache.v))
 
 
 def grow(cache: Cache, slots: int) -> Cache:
-    """The same cache with `slots` empty slots more."""
+    """Returns the cache with `slots` more empty slots."""
 
     def pad(x: Array, axis: int) -> Array:
         return jnp.pad(x, [(0, slots if i == axis % x.ndim else 0) for i in range(x.ndim)])
@@ -48,17 +48,17 @@ def grow(cache: Cache, slots: int) -> Cache:
 
 
 def repeat(cache: Cache, samples: int) -> Cache:
-    """Every row `samples` times, the copies adjacent."""
+    """Repeats every row `samples` times, with copies adjacent."""
     return _rows(cache, lambda x, axis: jnp.repeat(x, samples, axis=axis))
 
 
 def take(cache: Cache, rows: Int[Array, "B"]) -> Cache:
-    """The given rows."""
+    """Selects rows."""
     return _rows(cache, lambda x, axis: jnp.take(x, rows, axis=axis))
 
 
 def _rows(cache: Cache, fn) -> Cache:
-    kv = lambda x: fn(x, x.ndim - 4)  # noqa: E731  (rows stand before heads, slots, dimensions)
+    kv = lambda x: fn(x, x.ndim - 4)  # noqa: E731  (rows precede heads, slots, dimensions)
     return cache.replace(
         k=jax.tree.map(kv, cache.k),
         v=jax.tree.map(kv, cache.v),

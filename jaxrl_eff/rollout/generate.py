@@ -1,12 +1,12 @@
 """Sampling responses: one compiled program that reads the prompts and then loops over tokens.
 
-Prompts of unequal length stand left-aligned. Each is read once and its cache repeated for the R
+Prompts of unequal length are left-aligned. Each is read once and its cache repeated for the R
 samples. While decoding, all rows write the same slot Tp + s, one slice for the whole batch, and
-the gap between a prompt's end and slot Tp is masked like any padding. At the end the rows are
-closed up. The loop stops when every row has ended; with `compactions` the unfinished rows move to
-a smaller batch first.
+the gap between a prompt's end and slot Tp is masked like any padding. At the end the gaps are
+removed. The loop stops when every row has ended; with `compactions` the unfinished rows move to a
+smaller batch first.
 
-Left out: admitting new prompts where others finished, which needs a loop on the host.
+Not supported: admitting new prompts where others finished, which needs a loop on the host.
 """
 
 from collections.abc import Callable
@@ -25,21 +25,22 @@ from jaxrl_eff.rollout import cache as kv
 from jaxrl_eff.rollout.sampling import Sampling, draw, ends, uniforms
 from jaxrl_eff.types import Array, Float, Int, PyTree
 
-# Parameters that are taken apart before decoding. On an accelerator a loop over layers copies each
-# layer's parameters out of the stack at every token; apart, they only take longer to compile.
+# Size limit of parameters that are unstacked before decoding. On an accelerator a loop over layers
+# copies each layer's parameters out of the stack at every token; unstacking only takes longer to
+# compile.
 UNSTACK_BYTES, UNSTACK_BYTES_CPU = 2**34, 2**28
 
 GenerateFn = Callable[[PyTree, dict[str, Array], Array], dict[str, Array]]
 
 
 class _State(NamedTuple):
-    """The rows being decoded; after a compaction fewer than the batch has.
+    """State of the rows being decoded; after a compaction, fewer than the batch has.
 
     `token` was drawn at step - 1 and is in `tokens` already, but not in the cache.
     """
 
     step: Array  # []
-    row: Array  # [b] which row of the batch this is
+    row: Array  # [b] index in the batch
     uniform: Array  # [b, max_tokens] random numbers
     position: Array  # [b] of `token`
     token: Array  # [b]
@@ -53,11 +54,12 @@ class _State(NamedTuple):
 def sample(
     cfg: LMConfig, sampling: Sampling, *, attend: attention.Attend | None = None
 ) -> GenerateFn:
-    """The function of a generate call: reads prompt, prompt_length and, if there, prompt_example.
+    """Returns the function of a generate call.
 
-    It writes tokens, segment, position, mask, logp, group and, if it can, example, for B = P * R
-    rows of Tp + max_tokens: prompt, response and padding, the samples of a prompt adjacent. The
-    token that ends a response belongs to it. `logp` is that of the warped distribution.
+    It reads prompt, prompt_length and, if present, prompt_example. It writes tokens, segment,
+    position, mask, logp, group and, given prompt_example, example, for B = P * R rows of Tp +
+    max_tokens: prompt, response and padding, with the samples of a prompt adjacent. The token that
+    ends a response is part of it. `logp` is under the warped distribution.
 
     Args:
         attend: the attention; None: `attention.choose(cfg)`.
@@ -78,16 +80,16 @@ def sample(
 
     def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         prompt, length = batch["prompt"], batch["prompt_length"]
-        # A microbatch says which prompts of the batch it holds: their samples stay the same.
+        # A microbatch has the indices of its prompts in the batch, so samples do not depend on it.
         group = batch.get("prompt_row", jnp.arange(len(prompt), dtype=jnp.int32))
         group = jnp.repeat(group, sampling.samples)
         sample_ = jnp.tile(jnp.arange(sampling.samples, dtype=jnp.int32), len(prompt))
         uniform = uniforms(key, group * sampling.samples + sample_, sampling.max_tokens)
-        # Once for all tokens; LoRA's few numbers are as quick beside the kernels.
+        # Once for all tokens; LoRA's small matrices are as fast beside the kernels.
         params = lora.merge(cfg, cast_for_decode(cfg, params), low_rank=False)
         params = lora.with_norms(cfg, params)
         hidden, cache = _read(cfg, params, prompt, length, attend)
-        if unstacked and not quantized.inside(params):  # or all would be dequantized at once
+        if unstacked and not quantized.inside(params):  # unstacked, all would be dequantized
             params, cache = unstack_layers(cfg, params), kv.unstack(cache)
         cache = kv.repeat(cache, sampling.samples)
         logits = jnp.repeat(unembed(cfg, params, hidden), sampling.samples, axis=0)
@@ -105,7 +107,7 @@ def sample(
 
 
 def small(params: PyTree) -> bool:
-    """Whether parameters are better taken apart before decoding (`models.unstack_layers`)."""
+    """Returns True if parameters are worth unstacking for decoding (`models.unstack_layers`)."""
     on_cpu = jax.default_backend() == "cpu"
     return tree.nbytes(params) <= (UNSTACK_BYTES_CPU if on_cpu else UNSTACK_BYTES)
 
@@ -117,7 +119,7 @@ def _read(
     length: Int[Array, "P"],
     attend: attention.Attend,
 ) -> tuple[Float[Array, "P D"], Cache]:
-    """The hidden state at each prompt's last token, and the cache of the prompts."""
+    """Returns the hidden state at each prompt's last token, and the cache of the prompts."""
     at = jnp.broadcast_to(jnp.arange(prompt.shape[1]), prompt.shape)
     segment = (at < length[:, None]).astype(jnp.int32)
     cache = kv.empty(cfg, *prompt.shape)
@@ -148,7 +150,7 @@ def _begin(
 def _record(
     sampling: Sampling, stops: tuple[int, ...], state: _State, logits: Float[Array, "B V"]
 ) -> _State:
-    """Draws a token for every row and writes it down for those that have not ended."""
+    """Draws a token for every row and records it for those that have not ended."""
     uniform = jax.lax.dynamic_index_in_dim(state.uniform, state.step, axis=1, keepdims=False)
     token, logp = draw(logits, sampling.warp, uniform)
     token = jnp.where(state.done, sampling.pad, token)
@@ -169,11 +171,11 @@ def _record(
 def _decode(
     sampling: Sampling, width: int, advance: Callable[[_State], _State], state: _State
 ) -> tuple[Int[Array, "B R"], Float[Array, "B R"], Int[Array, "B"]]:
-    """Runs `advance` until every row has ended: tokens, logp and count of the whole batch."""
+    """Runs `advance` until every row has ended; returns tokens, logp and count of the batch."""
     full = state.tokens, state.logp, state.count
 
     def run(state: _State, enough: int, steps: int) -> _State:
-        """Until `steps` tokens were drawn or at most `enough` rows are unfinished."""
+        """Runs until `steps` tokens were drawn or at most `enough` rows are unfinished."""
         return jax.lax.while_loop(
             lambda s: (s.step < steps) & ((~s.done).sum() > enough), advance, state
         )
@@ -181,8 +183,8 @@ def _decode(
     for left in range(sampling.compactions, -1, -1):
         rows = state.token.shape[0]
         enough = (rows + 1) // 2 if left and rows > 1 else 0
-        # Only the whole batch meets a growing cache: a smaller one starts when it is known that
-        # rows ended, and that is not known when the program is compiled.
+        # Only the whole batch has a growing cache: when a smaller batch starts depends on when rows
+        # end, which is unknown at compile time.
         growths = sampling.growths if left == sampling.compactions else 1
         room = state.cache.segment.shape[1] - width
         for i in range(growths):
@@ -197,7 +199,7 @@ def _decode(
 
 
 def _compact(state: _State, rows: int) -> _State:
-    """The unfinished rows first, cut to `rows`. What is cut has ended, or time is up."""
+    """Selects `rows` rows, unfinished ones first. Dropped rows have ended, or time is up."""
     order = jnp.argsort(state.done, stable=True)[:rows]
     kept = {
         name: jnp.take(getattr(state, name), order, axis=0)

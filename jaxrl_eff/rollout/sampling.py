@@ -1,4 +1,4 @@
-"""How the next token is drawn, and what its log-probability was."""
+"""Drawing of the next token, and its log-probability."""
 
 import dataclasses
 import math
@@ -12,23 +12,23 @@ from jaxrl_eff.types import Array, Bool, Float, Int, Key
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses are drawn.
+    """Settings for drawing responses.
 
     Attributes:
-        max_tokens: the longest response; a longer one is cut there.
+        max_tokens: maximum response length; longer responses are cut.
         temperature, top_k, top_p, min_p: see `models.Warp`; temperature 0 is greedy choice.
         samples: responses per prompt (R).
-        stop: token ids that end a response, besides the model's own `eos`.
-        pad: token id written behind the end.
-        compactions: how often, once at most half of the rows are unfinished, these are gathered
-            into a batch of half the size. Bounds the work for rows that finished; never changes
+        stop: token ids that end a response, in addition to the model's own `eos`.
+        pad: token id written after the end.
+        compactions: number of times that, once at most half of the rows are unfinished, these are
+            gathered into a batch of half the size. Bounds the work for finished rows; never changes
             a token.
-        growths: the cache has room for max_tokens / growths tokens at first, and grows that often
-            less one. Every token reads the whole cache, so this saves up to half of the reading,
-            at the price of compiling the loop so many times; never changes a token.
-        unstack: take the parameters of the layers apart before decoding. Faster, but it copies
+        growths: number of sizes of the cache, which starts with room for max_tokens / growths
+            tokens and grows growths - 1 times. Every token reads the whole cache, so this saves up
+            to half of the reading, but the loop is compiled `growths` times; never changes a token.
+        unstack: True to unstack the parameters of the layers before decoding. Faster, but it copies
             them once and compile time grows with depth. None: below 256 MiB on a CPU, 16 GiB
-            elsewhere. A quantized base is never taken apart.
+            elsewhere. A quantized base is never unstacked.
     """
 
     max_tokens: int
@@ -48,11 +48,11 @@ class Sampling:
             raise ValueError(
                 f"{self}: needs max_tokens, samples and growths >= 1 and compactions >= 0."
             )
-        _ = self.warp  # refuses impossible values now, not when tracing
+        _ = self.warp  # rejects invalid values now, not when tracing
 
     @property
     def warp(self) -> Warp:
-        """The distribution that is sampled from; the trainer must use the same."""
+        """The distribution to sample from; the trainer must use the same."""
         return Warp(
             temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
         )
@@ -61,11 +61,11 @@ class Sampling:
 def draw(
     logits: Float[Array, "B V"], warp_: Warp, uniform: Float[Array, "B"]
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """One token a row and its log-probability in nats under the warped distribution.
+    """Draws one token per row; returns it and its log-probability in nats under the warped logits.
 
     The token is the inverse of the distribution function at `uniform`, in [0, 1): one random number
-    a row, while adding Gumbel noise would take one for every entry of the vocabulary. At
-    temperature 0 it is the likeliest token and `uniform` is not used.
+    per row, while Gumbel noise needs one per vocabulary entry. At temperature 0 it is the likeliest
+    token and `uniform` is not used.
     """
     logits = warp(logits, warp_)
     top = logits.max(axis=-1, keepdims=True)
@@ -80,7 +80,7 @@ def draw(
 
 
 def _invert(weight: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
-    """The first index at which the running sum of weight exceeds uniform * sum(weight).
+    """Returns the first index at which the running sum of weight exceeds uniform * sum(weight).
 
     Two levels of about sqrt(V), so that each running sum is a small triangular product.
     """
@@ -98,9 +98,9 @@ def _invert(weight: Float[Array, "B V"], uniform: Float[Array, "B"]) -> Int[Arra
 def _first_above(
     weight: Float[Array, "B n"], target: Float[Array, "B"]
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """The first entry whose running sum exceeds target, and what of target is left before it.
+    """Returns the first entry whose running sum exceeds target, and target minus the sum before it.
 
-    Never an entry of weight 0; where rounding leaves target above every sum, the last other one.
+    Never an entry of weight 0; if rounding leaves target above every sum, the last nonzero entry.
     """
     n = weight.shape[1]
     running = jnp.einsum(
@@ -116,10 +116,10 @@ def _first_above(
 
 
 def uniforms(key: Key[Array, ""], row: Int[Array, "B"], steps: int) -> Float[Array, "B T"]:
-    """The random numbers of all steps for the given rows of the batch, in [0, 1).
+    """Returns the random numbers of all steps for the given rows of the batch, in [0, 1).
 
-    Each comes from its own key, of the row and then the step, so what a row draws depends neither
-    on the other rows nor on how many steps there are or how the batch is sharded.
+    Each has its own key, derived from the row and then the step, so a row's draws are independent
+    of the other rows, the number of steps and the sharding of the batch.
     """
 
     def one(row: Array, step: Array) -> Array:
@@ -129,7 +129,7 @@ def uniforms(key: Key[Array, ""], row: Int[Array, "B"], steps: int) -> Float[Arr
 
 
 def ends(token: Int[Array, "B"], stops: tuple[int, ...]) -> Bool[Array, "B"]:
-    """Whether the token is one of `stops`."""
+    """Returns True for tokens that are in `stops`."""
     done = jnp.zeros(token.shape, bool)
     for stop in stops:
         done |= token == stop
