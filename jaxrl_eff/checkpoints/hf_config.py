@@ -1,12 +1,13 @@
-"""Hugging Face's `config.json` -> `LMConfig`; `hf_export.py` is the converse.
+"""Conversion of Hugging Face's `config.json` to `LMConfig`; `hf_config_write` is the inverse.
 
-These two, `hf_rope.py`, `hf.py` and `known.py` are the only places where the name of a family
-decides anything. What a file leaves out takes the default of its family's configuration class, as
-in transformers; what it holds besides is known to be harmless, or it is refused by name.
+Only this module, `hf_config_write`, `hf_rope`, `hf_load` and `known_fields` depend on the name of a
+model family. Missing fields take the default of the family's configuration class, as in
+transformers; additional fields must be known to be harmless, else the file is rejected with the
+field's name.
 
-Left out: everything that `LMConfig` cannot say (mixtures of experts, partial rotary dimensions,
-run-time rotary scalings, bidirectional attention, quantized weights). A file that asks for one of
-these is refused by name instead of being run as something else.
+Not supported: everything that `LMConfig` cannot represent (mixtures of experts, partial rotary
+dimensions, run-time rotary scalings, bidirectional attention, quantized weights). A file that needs
+one of these is rejected with the field's name instead of being run as another model.
 """
 
 from collections.abc import Collection
@@ -62,7 +63,7 @@ _QWEN = {
     "max_window_layers": 28,
     "sliding_window": 4096,
 }
-# What each family's configuration class assumes for a field that the file does not hold.
+# Defaults of each family's configuration class for fields missing from the file.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
     "mistral": {
@@ -90,7 +91,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-# Sizes: name in the file -> name in LMConfig, where its bound is.
+# Sizes: name in the file -> name in LMConfig, which has its bound.
 _SIZES = {
     "vocab_size": "vocab",
     "num_hidden_layers": "layers",
@@ -106,20 +107,20 @@ _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_w
 def read_config(
     source: dict[str, Any] | str | PathLike[str], *, ignore: Collection[str] = ()
 ) -> LMConfig:
-    """Reads a configuration given as a dict, as the path of a `config.json` or as its directory.
+    """Reads a configuration: a dict, the path of a `config.json`, or its directory.
 
-    From a path, the end-of-sequence ids of a `generation_config.json` beside it come first in
-    `eos`: instruction-tuned checkpoints often name the end of a turn only there. A directory of a
-    sequence classifier with one label gives `head="value"`.
+    Given a path, the end-of-sequence ids of a `generation_config.json` in the same directory come
+    first in `eos`: instruction-tuned checkpoints often name the end of a turn only there. A
+    directory of a sequence classifier with one label gives `head="value"`.
 
     Args:
-        ignore: names of fields that are read as if the file did not hold them; one within an
-            object has a dot ("rope_scaling.factor").
+        ignore: names of fields to ignore; a dot selects a field within an object
+            ("rope_scaling.factor").
 
     Raises:
         FileNotFoundError: there is no `config.json`.
-        ValueError: an architecture or the value of a field that is not supported, a field that is
-            not known and says something; named. Unknown ones that say nothing are a warning.
+        ValueError: an architecture or a field's value is not supported, or an unknown field has an
+            effect; the message names it. Unknown fields without effect cause a warning.
     """
     if isinstance(source, dict):
         return _parse("config.json", fields.without(source, ignore))
@@ -159,7 +160,7 @@ def _parse(where: str, raw: dict[str, Any]) -> LMConfig:
 
 
 def _text_config(where: str, raw: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The decoder's fields, and those around it that are unknown and say nothing."""
+    """Returns the decoder's fields, and the outer fields that are unknown but have no effect."""
     if raw.get("model_type") != "gemma3":
         return raw, []
     if not isinstance(raw.get("text_config"), dict):
@@ -169,14 +170,14 @@ def _text_config(where: str, raw: dict[str, Any]) -> tuple[dict[str, Any], list[
     )
     inner = raw["text_config"]
     outer = {k: raw[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in raw}
-    # Tying is the whole model's matter, which ties unless it says otherwise.
+    # Tying is a setting of the whole model, which ties by default.
     around = {"tie_word_embeddings": raw.get("tie_word_embeddings", True)}
     around |= {k: raw[k] for k in ("id2label", "num_labels") if k in raw}
     return outer | inner | around | {"model_type": "gemma3_text"}, idle
 
 
 def _head(where: str, family: str, names: list[str], raw: dict[str, Any]) -> str:
-    """What the model ends in, by the names of its architectures and its number of labels."""
+    """Returns the head, from the names of the architectures and the number of labels."""
     tasks = ("ForCausalLM", "ForSequenceClassification", "ForConditionalGeneration", "Model")
     name = CLASSES[family]
     allowed = [f"{name}{text}{task}" for text in ("", "Text") for task in tasks]
@@ -268,7 +269,7 @@ def _above_zero(where: str, name: str, given: dict[str, Any]) -> int | float:
 
 
 def _score_cap(where: str, family: str, given: dict[str, Any]) -> float | None:
-    """The cap on scores; transformers' Gemma 3 holds one in its configuration and applies none."""
+    """Returns the cap on scores; transformers' Gemma 3 has one in its config but applies none."""
     cap = _cap(where, "attn_logit_softcapping", given)
     if cap is not None and family == "gemma3_text":
         raise ValueError(
@@ -287,7 +288,7 @@ def _ids(where: str, name: str, value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    # -1 is how some files say "none".
+    # Some files use -1 for "none".
     found = [fields.integer(where, name, i, -1, LARGEST["vocab"]) for i in ids]
     return tuple(i for i in found if i >= 0)
 
@@ -295,7 +296,7 @@ def _ids(where: str, name: str, value: Any) -> tuple[int, ...]:
 def _windows(
     where: str, family: str, given: dict[str, Any], switched: bool
 ) -> tuple[int | None, tuple[bool, ...]]:
-    """The window in tokens, and for each layer whether it applies."""
+    """Returns the window in tokens, and for each layer True if it applies."""
     layers, window = given["num_hidden_layers"], given.get("sliding_window")
     if window is not None:
         fields.integer(where, "sliding_window", window, 1, LARGEST["max_length"])

@@ -1,6 +1,6 @@
-"""`LMConfig` -> Hugging Face's `config.json`, and whether it can be said there at all.
+"""Conversion of `LMConfig` to Hugging Face's `config.json`, with a check that it is lossless.
 
-What is written is read back and compared, since a family's format may have no word for a field.
+The result is read back and compared, since a family's format can lack a field.
 """
 
 import dataclasses
@@ -11,15 +11,15 @@ from jaxrl_eff.checkpoints.hf_names import CODES
 from jaxrl_eff.checkpoints.hf_rope import scaling
 from jaxrl_eff.models.config import LMConfig
 
-# Fields of LMConfig that a checkpoint does not decide.
+# Fields of LMConfig that are not stored in a checkpoint.
 _RUNTIME = ("dtype", "param_dtype", "remat", "mlp_chunk", "unroll", "head", "init_std")
 
 
 def write_config(cfg: LMConfig) -> dict[str, Any]:
-    """The `config.json` that transformers reads as this model.
+    """Returns the `config.json` that transformers reads as this model.
 
     Raises:
-        ValueError: the family's format cannot say what a field says; the fields are named.
+        ValueError: the family's format cannot represent some fields; the message names them.
     """
     if cfg.family not in CLASSES:
         raise ValueError(f"family={cfg.family!r} is not supported; there is {', '.join(CLASSES)}.")
@@ -78,10 +78,10 @@ def write_config(cfg: LMConfig) -> dict[str, Any]:
 
 
 def check_exportable(cfg: LMConfig) -> None:
-    """Tries what an export of this model would write, without its parameters.
+    """Checks that this model can be exported, without its parameters.
 
     Raises:
-        ValueError: its family's format cannot say what a field says; the field is named.
+        ValueError: its family's format cannot represent a field; the message names it.
     """
     write_config(cfg)
     if cfg.param_dtype not in CODES.values():
@@ -101,13 +101,13 @@ def _one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
 
 
 def _scalar(scale: float) -> int | float:
-    """query_pre_attn_scalar; transformers wants it whole."""
+    """Returns query_pre_attn_scalar, as an integer if possible, which transformers expects."""
     exact = scale**-2
     return round(exact) if abs(exact - round(exact)) < 1e-6 * exact else exact
 
 
 def _verify(cfg: LMConfig, raw: dict[str, Any]) -> None:
-    """Reads back what was written: the format may have no word for a field."""
+    """Reads the result back and compares: the format can lack a field."""
     again = read_config(raw)
     for field in dataclasses.fields(cfg):
         mine, theirs = getattr(cfg, field.name), getattr(again, field.name)

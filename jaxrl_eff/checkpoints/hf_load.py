@@ -1,10 +1,10 @@
-"""Hugging Face checkpoints -> parameters, a slice at a time.
+"""Loading of Hugging Face checkpoints into parameters, one slice at a time.
 
-Every shard of the target sharding is filled with the bytes it needs and no others, so neither a
-host nor a device ever holds the whole model. `hf_names.py` says which tensor is which parameter,
-`hf_config.py` reads the configuration, `hf_save.py` writes.
+Every shard of the target sharding reads only the bytes it needs, so neither a host nor a device
+ever holds the whole model. `hf_names` maps tensors to parameters, `hf_config` reads the
+configuration, `hf_save` writes checkpoints.
 
-Left out: pickled checkpoints (`.bin`, `.pt`), which run code when read; quantized tensors.
+Not supported: pickled checkpoints (`.bin`, `.pt`), which run code when read; quantized tensors.
 """
 
 import dataclasses
@@ -33,16 +33,16 @@ from jaxrl_eff.types import Array, PyTree
 __all__ = ["load_hf", "read_config", "save_hf", "write_config"]
 
 _VALUE_NAMES = ("score.weight", "v_head.weight", "v_head.summary.weight", "value_head.weight")
-# Where a checkpoint keeps the decoder: alone, within an image-text model (two spellings), bare.
+# Prefixes of the decoder: alone, within an image-text model (two spellings), without prefix.
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 _IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
-_ROWS = 16_384  # of a table, compared at once
+_ROWS = 16_384  # of a table, compared at a time
 _BUFFERS = re.compile(r".*rotary_emb\.inv_freq")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
-    """The tensors of a directory, by name: a safetensors slice that reads on indexing."""
+    """The tensors of a directory, by name: safetensors slices that are read on indexing."""
 
     directory: Path
     slices: dict[str, Any]
@@ -65,28 +65,27 @@ def load_hf(
     keep: Callable[[str, Array], dict[str, Array]] | None = None,
     ignore: Collection[str] = (),
 ) -> PyTree:
-    """Reads a checkpoint into parameters placed as asked.
+    """Loads a checkpoint into parameters with the given shardings.
 
     Args:
-        directory: holds `model.safetensors`, or `model.safetensors.index.json` and its files.
-        cfg: what the directory's `config.json` says, with the `head` that is wanted.
+        directory: has `model.safetensors`, or `model.safetensors.index.json` and its files.
+        cfg: configuration from the directory's `config.json`, with the desired `head`.
         shardings: of each parameter, or one for all; None: uncommitted, on the default device.
-        dtype: of the parameters; None: `cfg.param_dtype`. The files may be f32, bf16 or f16.
-        value_std: for `head="value"` where the directory holds no value head: standard deviation
-            of the normal distribution its weights are drawn from. With 0 every value is 0.
-        keep: name, parameter -> what is kept of it, by name, and done to each as soon as it is
-            read, so that never more than one of them is there as a whole; None: itself.
-        ignore: names of files and of tensors that are passed over; in a tensor's name `*` stands
-            for anything.
+        dtype: of the parameters; None: `cfg.param_dtype`. The files can be f32, bf16 or f16.
+        value_std: for `head="value"` if the directory has no value head: standard deviation of the
+            normal distribution of its initial weights. With 0 every value is 0.
+        keep: name, parameter -> the arrays to keep of it, by name. Applied to each parameter as
+            soon as it is read, so that at most one whole parameter exists at a time; None: keep it.
+        ignore: names of files and tensors to skip; in a tensor's name `*` matches anything.
 
     Returns:
-        The parameters of `params.abstract(cfg)`, or what is kept of them. In several processes,
-        each reads its own part.
+        The parameters of `params.abstract(cfg)`, or the arrays that `keep` returned. With several
+        processes, each reads its own part.
 
     Raises:
-        FileNotFoundError: no safetensors files, or one that the index names is missing.
-        ValueError: a missing, extra or misshapen tensor, or one of another dtype; a damaged file;
-            two files that cannot both be the model; a tied head that is not the table.
+        FileNotFoundError: there are no safetensors files, or a file in the index is missing.
+        ValueError: a tensor is missing, unexpected, or has a wrong shape or dtype; a file is
+            damaged; two files could both be the model; a tied head differs from the table.
     """
     dtype = cfg.param_dtype if dtype is None else str(jnp.dtype(dtype))
     if dtype not in DTYPES:
@@ -120,7 +119,7 @@ def load_hf(
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """A sharding as a leaf: shardings are leaves, but None is not."""
+    """A sharding wrapped as a pytree leaf, since None is not a leaf."""
 
     sharding: Any
 
@@ -128,16 +127,16 @@ class _Given:
 def check_weights(
     directory: str | PathLike[str], cfg: LMConfig, *, ignore: Collection[str] = ()
 ) -> None:
-    """Compares the tensors of a directory with those that a model needs; reads almost nothing.
+    """Compares the tensors of a directory with those that a model needs; reads almost no data.
 
-    Names, shapes and dtypes come from the files' headers. Only a head that is stored beside the
-    table it is tied to is read, since it must be the same.
+    Names, shapes and dtypes come from the files' headers. Only a head that is stored in addition to
+    the table it is tied to is read, since the two must be equal.
 
     Args:
         cfg, ignore: as for `load_hf`.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_hf`.
+        FileNotFoundError, ValueError: see `load_hf`.
     """
     with ExitStack() as stack:
         files = _open(Path(directory), stack, ignore)
@@ -169,10 +168,10 @@ def _open(directory: Path, stack: ExitStack, ignore: Collection[str]) -> _Files:
 
 
 def weight_files(directory: Path, *, ignore: Collection[str] = ()) -> list[Path]:
-    """The safetensors files of a checkpoint; see `load_hf` for what is raised.
+    """Returns the safetensors files of a checkpoint; see `load_hf` for the errors raised.
 
-    `model.safetensors` is what transformers reads where there is an index as well, so the two must
-    not differ. Other files are nobody's, and are left alone.
+    transformers reads `model.safetensors` even if there is an index, so the two must not differ.
+    Other files are ignored.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}.")
@@ -206,7 +205,7 @@ def weight_files(directory: Path, *, ignore: Collection[str] = ()) -> list[Path]
 
 
 def _indexed(index: Path) -> list[Path]:
-    """The files that an index names, all of its own directory."""
+    """Returns the files in an index, which must be in its own directory."""
     weight_map = fields.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map={fields.short(weight_map)}; it should name files.")
@@ -217,14 +216,14 @@ def _indexed(index: Path) -> list[Path]:
             )
     names = sorted(set(weight_map.values()))
     for name in names:
-        # Nothing outside of the directory is opened, whatever an index of a stranger says.
+        # Nothing outside the directory is opened, since the index can be untrusted.
         if Path(name).name != name or not (index.parent / name).is_file():
             raise FileNotFoundError(f"{index} names {name!r}, which is not in {index.parent}.")
     return [index.parent / name for name in names]
 
 
 def _with_value_head(table: dict[str, Tensor], files: _Files) -> dict[str, Tensor]:
-    """The table with the name that the directory gives its value head, or without one."""
+    """Returns the table with the directory's name of the value head, or without a value head."""
     if "value/kernel" not in table:
         return table
     found = [name for name in _VALUE_NAMES if name in files.slices]
@@ -236,7 +235,7 @@ def _with_value_head(table: dict[str, Tensor], files: _Files) -> dict[str, Tenso
 
 
 def _check(files: _Files, table: dict[str, Tensor], shapes: PyTree, cfg: LMConfig) -> None:
-    """Compares what is there with what the model needs, before anything is read."""
+    """Compares the stored tensors with those the model needs, before any data is read."""
     expected: dict[str, tuple[int, ...]] = {}
     for path, like in jax.tree_util.tree_leaves_with_path(shapes):
         if (tensor := table.get(tree.path_name(path))) is None:
@@ -268,7 +267,7 @@ def _check(files: _Files, table: dict[str, Tensor], shapes: PyTree, cfg: LMConfi
 
 
 def _check_tied(files: _Files) -> None:
-    """Refuses a stored head that differs from the table: transformers would not tie the two."""
+    """Rejects a stored head that differs from the table: transformers would not tie the two."""
     head = files.name(Tensor("", "/lm_head.weight", ()))
     table = files.name(Tensor("", "embed_tokens.weight", ()))
     if head not in files.slices:
@@ -277,7 +276,7 @@ def _check_tied(files: _Files) -> None:
     rows = b.get_shape()[0]
     same = list(a.get_shape()) == list(b.get_shape())
     for start in range(0, rows, _ROWS) if same else ():
-        part = slice(start, min(start + _ROWS, rows))  # the file refuses a slice beyond its end
+        part = slice(start, min(start + _ROWS, rows))  # safetensors rejects slices beyond the end
         same = same and np.array_equal(a[part], b[part])
     if not same:
         raise ValueError(
@@ -299,7 +298,7 @@ def _some(names: list[str]) -> str:
 
 
 def _reader(files: _Files, tensor: Tensor, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-    """A function from an index of the parameter to that block of it."""
+    """Returns a function from an index of the parameter to that block of it."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         spans = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
@@ -316,9 +315,10 @@ def _reader(files: _Files, tensor: Tensor, shape: tuple[int, ...], dtype: np.dty
 
 
 def _slice(stored: Any, tensor: Tensor, shape: tuple[int, ...], spans: list[range]) -> np.ndarray:
-    """Part of a tensor, with the parameter's axes.
+    """Reads part of a tensor, with the parameter's axes.
 
-    Of each folded group of axes, only the first can be cut in the file; the others are cut after.
+    In each group of flattened axes, only the first can be sliced in the file; the others are sliced
+    afterwards.
     """
     cuts, unfolded = [], []
     for group in tensor.axes:
@@ -333,7 +333,7 @@ def _slice(stored: Any, tensor: Tensor, shape: tuple[int, ...], spans: list[rang
 
 
 def _drawn(shape: tuple[int, ...], std: float) -> Any:
-    """A reader of normally distributed numbers, the same in every process."""
+    """Returns a reader of normally distributed numbers, the same in every process."""
     values = std * np.random.default_rng(0).standard_normal(shape, np.float32)
     return lambda index: values[index]
 
@@ -344,7 +344,7 @@ def _place(shape: tuple[int, ...], dtype: str, sharding: Any, read: Any) -> Arra
     blocks: dict[tuple[Any, ...], np.ndarray] = {}
 
     def once(index: tuple[slice, ...]) -> np.ndarray:
-        # Replicas ask for the same block; read it once.
+        # Replicas request the same block; read it once.
         key = tuple((s.start, s.stop) for s in index)
         if key not in blocks:
             blocks[key] = np.asarray(read(index), jnp.dtype(dtype))

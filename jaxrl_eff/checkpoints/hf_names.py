@@ -1,6 +1,6 @@
-"""Which tensor of a checkpoint each parameter is, and how its axes are folded.
+"""The table of parameters and their tensors in a checkpoint, and how their axes are flattened.
 
-Reading (`hf.py`) and writing (`hf_save.py`) both follow this one table.
+Reading (`hf_load`) and writing (`hf_save`) both use this table.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors'
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """How one parameter is stored.
+    """Storage of one parameter.
 
     Attributes:
         path: of the parameter; those under `layers/` have a leading axis L.
-        name: of the tensor, behind the decoder's prefix; `{}` is the layer. A leading "/" means
-            no prefix.
-        axes: axis i of the tensor is the parameter's axes `axes[i]` (L not counted), flattened.
+        name: of the tensor, after the decoder's prefix; `{}` is the layer. A leading "/" means no
+            prefix.
+        axes: axis i of the tensor is the parameter's axes `axes[i]` (not counting L), flattened.
     """
 
     path: str
@@ -33,30 +33,30 @@ class Tensor:
         return self.path.startswith("layers/")
 
     def shape(self, param: tuple[int, ...]) -> tuple[int, ...]:
-        """The tensor's shape, from the parameter's shape without L."""
+        """Returns the tensor's shape, given the parameter's shape without L."""
         return tuple(math.prod(param[a] for a in group) for group in self.axes)
 
     @property
     def order(self) -> list[int]:
-        """The parameter's axes (without L) in the order in which the tensor has them."""
+        """The parameter's axes (without L) in the tensor's order."""
         return [axis for group in self.axes for axis in group]
 
     def fold(self, array: np.ndarray) -> np.ndarray:
-        """The tensor of a parameter (of one layer)."""
+        """Converts a parameter (of one layer) to its tensor."""
         return np.ascontiguousarray(array.transpose(self.order).reshape(self.shape(array.shape)))
 
     def unfold(self, stored: np.ndarray, param: tuple[int, ...]) -> np.ndarray:
-        """The converse, for a parameter of this shape (without L)."""
+        """Inverts `fold`, for a parameter of this shape (without L)."""
         return stored.reshape([param[a] for a in self.order]).transpose(np.argsort(self.order))
 
     def full_name(self, layer: int | None, prefix: str = "model.") -> str:
-        """The tensor's name in a checkpoint whose decoder has this prefix."""
+        """Returns the tensor's name in a checkpoint whose decoder has this prefix."""
         name = self.name.format(layer)
         return name[1:] if name[0] == "/" else prefix + name
 
 
 def tensors(cfg: LMConfig) -> tuple[Tensor, ...]:
-    """The table of a model's parameters. Matrices are stored [out, in], so most are transposed."""
+    """Returns a model's table. Matrices are stored [out, in], so most are transposed."""
     flip, heads, merge = ((1,), (0,)), ((1, 2), (0,)), ((2,), (0, 1))
     rows = [("embed/table", "embed_tokens.weight", ((0,), (1,)))]
     for x, axes, bias in (

@@ -1,9 +1,9 @@
-"""Rotary embeddings in Hugging Face's `config.json` <-> `Rope`.
+"""Conversion between rotary embeddings in Hugging Face's `config.json` and `Rope`.
 
-Both spellings are read, with transformers' precedence: `rope_scaling` (transformers 4), where it
-says anything, stands in place of `rope_parameters` (transformers 5); in Gemma 3 it is added to
-those of the full layers. The base is `rope_theta` within either, else that of the file, else the
-family's. The older spelling is written, since both versions read it.
+Both spellings are read, with transformers' precedence: a non-empty `rope_scaling` (transformers 4)
+replaces `rope_parameters` (transformers 5); in Gemma 3 it is merged into those of the full layers.
+The base is the `rope_theta` within either, else that of the file, else the family's default. The
+older spelling is written, since both versions read it.
 """
 
 from typing import Any
@@ -19,15 +19,15 @@ _LONGEST = 2**31 - 1
 def ropes(
     where: str, family: str, given: dict[str, Any], idle: list[str]
 ) -> tuple[Rope, Rope | None]:
-    """Rotations of the global layers and, where the family has others, of the windowed ones.
+    """Returns the rotations of the global layers and, if the family differs, of the windowed ones.
 
     Args:
-        where: what holds the fields, for messages.
-        given: the fields of `config.json`, the family's defaults included.
-        idle: takes the names of unknown fields that say nothing.
+        where: source of the fields, for messages.
+        given: the fields of `config.json`, with the family's defaults.
+        idle: receives the names of unknown fields without effect.
 
     Raises:
-        ValueError: a field of another type, of another value, or that is not known; named.
+        ValueError: a field has a wrong type or value, or is unknown; the message names it.
     """
     old = fields.mapping(where, "rope_scaling", given.get("rope_scaling"))
     new = fields.mapping(where, "rope_parameters", given.get("rope_parameters"))
@@ -51,7 +51,7 @@ def ropes(
 def _rope(
     where: str, name: str, raw: dict[str, Any], base: str, given: dict[str, Any], idle: list[str]
 ) -> Rope:
-    """One rotation from its object; `base` names the field that says theta if that does not."""
+    """Reads one rotation from its object; `base` names the fallback field for theta."""
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind not in ROPE_KINDS:
         raise ValueError(
@@ -112,7 +112,7 @@ def _yarn(where: str, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def scaling(rope: Rope) -> dict[str, Any] | None:
-    """The `rope_scaling` of a rotation; None says that there is none."""
+    """Returns the `rope_scaling` of a rotation; None for the default rotation."""
     if rope.kind == "default":
         return None
     raw: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}

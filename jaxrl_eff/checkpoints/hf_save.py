@@ -1,7 +1,7 @@
-"""Parameters -> a directory that transformers loads.
+"""Saving of parameters as a directory that transformers loads.
 
-One layer's tensor is fetched at a time and streamed into its file, so the model is never whole on
-the host; the sizes, and with them a file's header, are known before any value is.
+One layer's tensor is fetched at a time and streamed to its file, so the host never holds the whole
+model; sizes, and therefore a file's header, are known before any value is.
 """
 
 import dataclasses
@@ -47,25 +47,25 @@ def save_hf(
     tokenizer_from: Any = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a directory that transformers (and `load_hf`) read.
+    """Writes a directory that transformers (and `load_hf`) can read.
 
-    Holds `config.json`, `generation_config.json`, the weights in the dtype they have, and the
-    tokenizer. `head="value"` is written as a sequence classifier with one label, its head as
-    `score.weight`. The directory appears whole or not at all; one that this function wrote earlier
-    is replaced. In several processes all must call it; process 0 writes.
+    It has `config.json`, `generation_config.json`, the weights in their current dtype, and the
+    tokenizer. `head="value"` is written as a sequence classifier with one label, with the head as
+    `score.weight`. The directory is written atomically; one written earlier by this function is
+    replaced. With several processes all must call it; process 0 writes.
 
     Args:
-        directory: to write.
+        directory: output directory.
         cfg: of the model.
-        params: as `params.abstract(cfg)`, sharded in any way.
+        params: structured as `params.abstract(cfg)`, with any sharding.
         tokenizer_from: a directory whose tokenizer files and generation settings are copied, or a
             tokenizer with `save(directory)`; None: none.
-        shard_bytes: no file of weights is larger, unless one tensor is.
+        shard_bytes: maximum size of a weight file, unless a single tensor is larger.
 
     Raises:
-        FileExistsError: the directory holds something that this function does not write.
-        NotADirectoryError: it is a link, or no directory.
-        ValueError: the family's format cannot say what `cfg` says; parameters of another shape.
+        FileExistsError: the directory has files that this function does not write.
+        NotADirectoryError: it is a link or not a directory.
+        ValueError: the family's format cannot represent `cfg`, or parameters have a wrong shape.
     """
     directory = Path(directory)
     leaves = {tree.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
@@ -130,7 +130,7 @@ def _write_texts(to: Path, cfg: LMConfig, raw: dict[str, Any], tokenizer_from: A
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """One tensor to be written."""
+    """One tensor to write."""
 
     name: str
     tensor: Tensor
@@ -156,7 +156,7 @@ def _pieces(cfg: LMConfig, leaves: dict[str, Array]) -> Iterator[_Piece]:
 def _write_weights(
     to: Path | None, pieces: list[_Piece], leaves: dict[str, Array], shard_bytes: int
 ) -> None:
-    """Writes the files and their index; `to=None` only takes part in the gathering."""
+    """Writes the files and their index; with `to=None` only takes part in the gathering."""
     files: list[list[_Piece]] = [[]]
     for piece in pieces:
         if files[-1] and sum(p.nbytes for p in files[-1]) + piece.nbytes > shard_bytes:
@@ -183,9 +183,9 @@ def _write_weights(
 
 
 def _header(pieces: list[_Piece]) -> bytes:
-    """The start of a safetensors file: its length in 8 bytes, then JSON, padded to 8 bytes."""
+    """Returns the start of a safetensors file: 8 bytes of length, then JSON, padded to 8 bytes."""
     codes = {dtype: code for code, dtype in CODES.items()}
-    # transformers refuses files that do not say which framework's layout they have.
+    # transformers rejects files that do not name their framework's layout.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for piece in pieces:
@@ -204,9 +204,9 @@ def _header(pieces: list[_Piece]) -> bytes:
 
 
 def gathered(leaf: Array, layer: int | None, *, fetch: bool) -> np.ndarray | None:
-    """One layer of a parameter (or all of one without layers), whole, on this host."""
+    """Gathers one layer of a parameter (or all of one without layers) on this host."""
     if jax.process_count() > 1:
-        # Every process takes part, so that the one that writes can see the others' shards.
+        # Every process takes part, so that the writing process receives the others' shards.
         leaf = _whole(leaf.sharding.mesh)(leaf, layer).addressable_data(0)
     elif layer is not None:
         leaf = _whole(None)(leaf, layer)
@@ -215,7 +215,7 @@ def gathered(leaf: Array, layer: int | None, *, fetch: bool) -> np.ndarray | Non
 
 @lru_cache(maxsize=8)
 def _whole(mesh: jax.sharding.Mesh | None) -> Any:
-    """Takes one layer (`None`: all of a parameter without layers), replicated over the mesh."""
+    """Returns a function that takes one layer (`None`: the whole array), replicated on the mesh."""
 
     def take(leaf: Array, layer: Array | None) -> Array:
         if layer is None:

@@ -1,9 +1,9 @@
-"""Names of the fields in Hugging Face's files of models and adapters, and what is done with each.
+"""Names of the fields in Hugging Face's model and adapter files, and how each is handled.
 
-Read: the parsers of `hf_config.py` and `peft.py` use them. Harmless: whatever they say, the
-model's logits are the same (they are about training, generation, storage or labels). Only: they
-may have a few values. Every other field is refused, see `fields.checked`. A test with the marker
-`parity` compares these lists with the classes of the installed transformers and PEFT.
+Read: used by the parsers in `hf_config` and `peft_config`. Harmless: their values cannot change the
+model's logits (they concern training, generation, storage or labels). Only: only some values are
+supported. Every other field is rejected, see `fields.checked`. A test with the marker `parity`
+compares these lists with the classes of the installed transformers and PEFT.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ _READ = {
     "tie_word_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "bos_token_id",
     "eos_token_id", "pad_token_id",
 }  # fmt: skip
-# Family -> what its parser reads besides.
+# Family -> fields that its parser reads.
 READ: dict[str, set[str]] = {
     "llama": _READ | {"attention_bias", "mlp_bias", "layer_types"},
     "mistral": _READ | _WINDOW,
@@ -29,7 +29,7 @@ READ: dict[str, set[str]] = {
     "gemma2": _READ | _GEMMA,
     "gemma3_text": _READ | _GEMMA | {"rope_local_base_freq", "sliding_window_pattern"},
 }
-# Parameters of generation, which old files hold and transformers takes out of them unread.
+# Generation parameters, which old files contain and transformers removes from them unread.
 GENERATION = {
     "max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "max_time",
     "stop_strings", "do_sample", "num_beams", "num_beam_groups", "temperature", "top_k", "top_p",
@@ -50,23 +50,23 @@ GENERATION = {
     "generation_config",
 }  # fmt: skip
 HARMLESS = GENERATION | {
-    # Storage and origin: parameters are cast to the dtype that a run asks for.
+    # Storage and origin: parameters are cast to the run's dtype.
     "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype",
     "unsloth_version", "unsloth_fixed", "_unsloth_fixed", "transformers.js_config", "license",
     # Kernels and outputs of transformers' own code.
     "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
     "_flash_attn_2_enabled", "experts_implementation", "return_dict", "torchscript",
     "pretraining_tp", "use_bfloat16", "tf_legacy_loss", "is_decoder", "tie_last_hidden_states",
-    # Training there: dropout, and what a loss is made of.
+    # Training there: dropout, and the loss.
     "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "classifier_dropout", "problem_type", "label2id", "finetuning_task", "task_specific_params",
     "tokenizer_class", "prefix",
-    # Written by transformers 5 for Gemma 3 beside the layer_types that it decided.
+    # Written by transformers 5 for Gemma 3 in addition to layer_types.
     "_sliding_window_pattern",
 }  # fmt: skip
 _NONE = (None,)
 _OFF = (None, False)
-# Known, and supported with these values only; first of all transformers' own default.
+# Known, and supported with these values only; transformers' own default comes first.
 ONLY: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": _OFF,
     "partial_rotary_factor": (None, 1),
@@ -92,9 +92,9 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "attention_chunk_size": _NONE,
     "no_rope_layers": (None, []),
 }
-# Biases of these projections are part of Qwen 2 whatever the field says.
+# Qwen 2 always has biases on these projections, whatever the field says.
 ONLY_OF = {"qwen2": {"attention_bias": (None, True, False)}}
-# The image-text model around Gemma 3's decoder, of which the decoder alone is run.
+# The image-text model around Gemma 3's decoder; only the decoder is run.
 GEMMA3 = {
     "text_config", "vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
     "image_token_index", "model_type", "architectures", "tie_word_embeddings", "bos_token_id",
@@ -120,7 +120,7 @@ LORA_READ = {
 LORA_HARMLESS = {
     "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
     "lora_dropout", "runtime_config",
-    # Settings of what another field switches on, and that field is read.
+    # Settings of features that another field enables, and that field is read.
     "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
     "lora_ga_config",
 }  # fmt: skip
@@ -144,6 +144,6 @@ LORA_ONLY: dict[str, tuple[Any, ...]] = {
     "monteclora_config": _NONE,
     "velora_config": _NONE,
 }
-# First values of LoRA's matrices that leave the base model as it is. Others (PiSSA, OLoRA, CorDA,
-# LoftQ, LoRA-GA) change the base as they are made, or the form of the adapter.
+# Initializations of LoRA's matrices that do not change the base model. Others (PiSSA, OLoRA, CorDA,
+# LoftQ, LoRA-GA) change the base, or the form of the adapter.
 INITS = (True, False, None, "gaussian", "eva", "orthogonal")

@@ -1,12 +1,11 @@
-"""The files of a checkpoint on the disk: their names, their manifest, the arrays that they hold.
+"""Files of a checkpoint on disk: their names, their manifest, and the arrays they hold.
 
-A name is this package's only in the exact form in which it is written, and a directory under such a
-name only if nothing else lies in it. Everything else in the folder of checkpoints belongs to
-somebody else and is left alone.
+A name belongs to this package only in the exact form in which it is written, and a directory with
+such a name only if it has no other files. Everything else in the checkpoint folder is left alone.
 
-The manifest has size and CRC-32 of every file, so it tells what happened to a checkpoint after it
-was made. Whether it was whole then is told by its own index: every array that the record names must
-be there with its shape and dtype, and all its pieces must lie inside of files that exist.
+The manifest has the size and CRC-32 of every file, so it detects changes after a checkpoint was
+made. Its own index shows that it was complete then: every array in the record must be there with
+its shape and dtype, and all its chunks must be within existing files.
 """
 
 import itertools
@@ -28,17 +27,17 @@ PARTS = ("state", "still")
 _CONTENT = re.compile(
     r"(record|manifest|noted)\.json|\.(record|manifest|noted)\.json\.partial|(state|still).*"
 )
-# Nine digits at most, so that processes can tell each other a step in 32 bits.
+# At most nine digits, so that processes can exchange a step in 32 bits.
 _NAME = re.compile(rf"({SAVING}|{DELETING}|)([0-9]{{8,9}})")
 
 
 def name(step: int, kind: str = "") -> str:
-    """The directory of a checkpoint, or with SAVING or DELETING before it, one on its way."""
+    """Returns the directory of a checkpoint; with SAVING or DELETING, of one in transition."""
     return f"{kind}{step:08d}"
 
 
 def steps(folder: Path, kind: str = "") -> list[int]:
-    """Steps of the directories whose names have the form of `name(step, kind)`, newest first."""
+    """Returns steps of directories whose names match `name(step, kind)`, newest first."""
     if not folder.is_dir():
         return []
     found = []
@@ -50,14 +49,14 @@ def steps(folder: Path, kind: str = "") -> list[int]:
 
 
 def ours(path: Path) -> bool:
-    """True if this is a directory that holds nothing but parts of a checkpoint."""
+    """Returns True if this is a directory that has only parts of a checkpoint."""
     if path.is_symlink() or not path.is_dir():
         return False
     return all(_CONTENT.fullmatch(p.name) for p in path.iterdir())
 
 
 def make_room(path: Path) -> Path | None:
-    """Frees a name: what is ours is deleted, anything else gets another name, which is returned."""
+    """Frees a name: deletes our own directory; renames anything else and returns the new name."""
     if not path.exists() and not path.is_symlink():
         return None
     if ours(path):
@@ -73,7 +72,10 @@ def make_room(path: Path) -> Path | None:
 
 
 def foreign(path: Path, fingerprints: tuple[str, ...] | None) -> str | None:
-    """Why a checkpoint is none of the run with these fingerprints, or None; `None` takes any."""
+    """Returns why a checkpoint is not of the run with these fingerprints, or None.
+
+    `fingerprints=None` accepts any.
+    """
     try:
         theirs = read(path / "record.json")["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -85,13 +87,13 @@ def foreign(path: Path, fingerprints: tuple[str, ...] | None) -> str | None:
 
 
 def marks(path: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file below a directory: what writing to one would alter."""
+    """Returns size and modification time of every file below a directory; a write alters them."""
     found = [(p, p.stat()) for p in path.rglob("*") if p.is_file()]
     return {str(p.relative_to(path)): (s.st_size, s.st_mtime_ns) for p, s in found}
 
 
 def damage(path: Path) -> str | None:
-    """The first thing in a checkpoint that doesn't fit its manifest or its record, or None."""
+    """Returns the first mismatch of a checkpoint with its manifest or its record, or None."""
     if path.is_symlink() or not path.is_dir():
         return "it is no directory of its own"
     try:
@@ -106,7 +108,7 @@ def damage(path: Path) -> str | None:
             return f"{name} is missing"
         if (actual := (path / name).stat().st_size) != size:
             return f"{name} has {actual} bytes and should have {size}"
-    with ThreadPoolExecutor(4) as pool:  # crc32 lets go of the interpreter
+    with ThreadPoolExecutor(4) as pool:  # crc32 releases the GIL
         sums = pool.map(lambda name: crc(path / name), manifest)
         for (name, (_, total)), actual in zip(manifest.items(), sums, strict=True):
             if actual != total:
@@ -115,9 +117,9 @@ def damage(path: Path) -> str | None:
 
 
 def lacking(path: Path) -> str | None:
-    """The first array of the record that the files do not hold, or None.
+    """Returns the first array of the record that the files lack, or None.
 
-    Reads indexes alone, so it takes as long for large arrays as for small ones.
+    Reads only indexes, so its time does not depend on the size of the arrays.
     """
     try:
         record = read(path / "record.json")
@@ -132,7 +134,7 @@ def lacking(path: Path) -> str | None:
             continue
         try:
             reason = _lacking(path / part, mine)
-        except Exception as error:  # of tensorstore: of many kinds
+        except Exception as error:  # tensorstore raises many types
             reason = f"cannot be read: {first_line(error)}"
         if reason:
             return f"{part} {reason}"
@@ -140,14 +142,14 @@ def lacking(path: Path) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line; libraries append where in their sources it arose."""
+    """Returns an error in one line, without the source locations that libraries append."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).split(" [source locations=")[0]
 
 
 def _lacking(part: Path, leaves: dict[str, tuple[tuple[int, ...], str]]) -> str | None:
     for about in (part / "_sharding", part / "_CHECKPOINT_METADATA", *part.glob("array_meta*/*")):
-        if about.is_file():  # they are not needed, but orbax stumbles over half a one
+        if about.is_file():  # not needed, but orbax fails on a truncated one
             read(about)
     tree = read(part / "_METADATA")["tree_metadata"].values()
     if absent := sorted(set(leaves) - {entry["key_metadata"][-1]["key"] for entry in tree}):
@@ -174,14 +176,14 @@ def _lacking(part: Path, leaves: dict[str, tuple[tuple[int, ...], str]]) -> str 
 
 
 def _pieces(name: str, about: dict[str, Any]) -> Iterator[str]:
-    """Keys of the pieces of an array in zarr's format."""
+    """Yields the keys of an array's chunks in zarr's format."""
     counts = [-(-n // c) for n, c in zip(about["shape"], about["chunks"], strict=True)]
     for index in itertools.product(*map(range, counts)):
         yield f"{name}/{about['dimension_separator'].join(map(str, index)) or '0'}"
 
 
 def _entries(way: Path) -> Iterator[tuple[str, bytes | tuple[str, int, int]]]:
-    """Key, and value or (file, first byte, bytes), of everything in an OCDBT database."""
+    """Yields (key, value or (file, first byte, bytes)) for all entries of an OCDBT database."""
     import tensorstore as ts
 
     base = ts.KvStore.open({"driver": "file", "path": f"{way}/"}).result()
@@ -206,14 +208,14 @@ def _holds(part: Path, name: str, start: int, size: int) -> bool:
 
 
 def few(names: Iterable[str]) -> str:
-    """The first names of many."""
+    """Joins the first few names."""
     names = list(names)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
 def crc(path: Path) -> int:
-    """CRC-32 of a file."""
+    """Computes the CRC-32 of a file."""
     total = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -222,7 +224,7 @@ def crc(path: Path) -> int:
 
 
 def meta(path: Path) -> dict[str, Any]:
-    """A checkpoint's record.json, with what was noted later; a note that is damaged is none."""
+    """Returns a checkpoint's record.json with later notes; a damaged note is ignored."""
     known = read(path / "record.json")
     try:
         noted = read(path / "noted.json")
@@ -232,7 +234,7 @@ def meta(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, value: Any) -> None:
-    """Writes JSON, and waits until it is on the disk."""
+    """Writes JSON durably: returns once it is on disk."""
     files.write(path, json.dumps(value, allow_nan=False), durable=True)
 
 

@@ -1,8 +1,8 @@
-"""PEFT's `adapter_config.json`, read as PEFT reads it or refused by name.
+"""Reading of PEFT's `adapter_config.json`, as PEFT reads it; unsupported fields are rejected.
 
-What a LoRA file means depends on more than its matrices: which modules are adapted and which are
-kept whole, by patterns; what their first values did to the base model; and variants that compute
-something else from the same tensors. `known.py` lists the fields.
+The meaning of a LoRA file depends on more than its matrices: which modules are adapted and which
+are saved in full, by patterns; how their initialization changed the base model; and variants that
+compute something else from the same tensors. `known_fields` lists the fields.
 """
 
 import dataclasses
@@ -20,16 +20,16 @@ _LARGEST = 2**20  # of a rank
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of an adapter that decide what it computes.
+    """The fields of an adapter that determine what it computes.
 
     Attributes:
         where: the file, for messages.
         rank, alpha: r and lora_alpha.
         method: of `lora.lora_scale`: "lora" or "rslora".
-        dora: whether columns have a magnitude of their own.
-        targets, excluded: a pattern, or names that modules end in.
-        whole: names that modules kept whole end in.
-        tied: a table that is kept whole stays tied to the head.
+        dora: True if columns have their own magnitude.
+        targets, excluded: a pattern, or suffixes of module names.
+        whole: suffixes of names of modules that are saved in full.
+        tied: True if a table that is saved in full stays tied to the head.
     """
 
     where: str
@@ -43,7 +43,7 @@ class AdapterConfig:
     tied: bool
 
     def adapts(self, module: str) -> bool:
-        """True if a module ("model.layers.0.self_attn.q_proj") has LoRA."""
+        """Returns True if a module ("model.layers.0.self_attn.q_proj") has LoRA."""
         if _named(self.excluded, module):
             return False
         if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", module) for m in self.whole):
@@ -51,7 +51,7 @@ class AdapterConfig:
         return _named(self.targets, module)
 
     def keeps(self, module: str) -> bool:
-        """True if a module is kept whole: PEFT compares the ends of names, without their dots."""
+        """Returns True if a module is saved in full: PEFT compares suffixes, not dotted parts."""
         return any(module.endswith(name) for name in self.whole)
 
 
@@ -65,12 +65,12 @@ def read(path: Path, ignore: Collection[str] = ()) -> AdapterConfig:
     """Reads an `adapter_config.json`.
 
     Args:
-        ignore: names of fields that are read as if the file did not hold them.
+        ignore: names of fields to ignore.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a field of another type or value than what is supported, or one that is not
-            known and says something; named. Unknown ones that say nothing are a warning.
+        ValueError: a field has an unsupported type or value, or an unknown field has an effect; the
+            message names it. Unknown fields without effect cause a warning.
     """
     where = str(path)
     raw = fields.without(fields.read_json(path), ignore)
@@ -90,7 +90,7 @@ def read(path: Path, ignore: Collection[str] = ()) -> AdapterConfig:
     fields.warn(where, idle)
     whole = fields.texts(where, "modules_to_save", raw.get("modules_to_save"))
     if raw.get("task_type") == "SEQ_CLS":
-        whole = [*whole, "classifier", "score"]  # as PEFT adds by itself
+        whole = [*whole, "classifier", "score"]  # PEFT adds these implicitly
     return AdapterConfig(
         where=where,
         rank=fields.integer(where, "r", raw["r"], 1, _LARGEST),

@@ -1,10 +1,10 @@
-"""LoRA and DoRA as directories that Hugging Face's PEFT reads and writes.
+"""Reading and writing of LoRA and DoRA as directories of Hugging Face's PEFT.
 
     adapter_config.json, adapter_model.safetensors
 
-PEFT multiplies by lora_alpha / r, so that is what the file says whatever the scale came from.
-Parameters that were trained whole, such as a value head, are PEFT's `modules_to_save`. A sparse
-change has no such format: a model that has one is exported merged.
+PEFT multiplies by lora_alpha / r, so the file always stores the scale in this form. Parameters that
+were trained in full, such as a value head, are PEFT's `modules_to_save`. Sparse changes have no
+such format: a model with them is exported merged.
 """
 
 import json
@@ -47,16 +47,16 @@ def save_peft(
     base_model: str = "",
     whole: Collection[str] = (),
 ) -> None:
-    """Writes a model's LoRA for PEFT. In several processes all must call it; process 0 writes.
+    """Writes a model's LoRA for PEFT. With several processes all must call it; process 0 writes.
 
     Args:
-        directory: made if it is not there; files of an adapter in it are replaced.
-        params: with LoRA's leaves, sharded in any way.
-        base_model: where the base model is, for PEFT's own loading.
-        whole: names of parameters that are saved as they are; with them those of the same module.
+        directory: created if missing; files of an adapter in it are replaced.
+        params: with LoRA's leaves and any sharding.
+        base_model: location of the base model, for PEFT's own loading.
+        whole: names of parameters to save in full, together with others of the same module.
 
     Raises:
-        ValueError: there is no LoRA, or one that PEFT's format cannot say.
+        ValueError: there is no LoRA, or PEFT's format cannot represent it.
     """
     flat, stored, modules = tree.flat(params), {}, []
     scales: set[float] = set()
@@ -113,7 +113,7 @@ def save_peft(
         "use_dora": any(k.endswith("lora_magnitude_vector") for k in stored),
         "fan_in_fan_out": False,
         "modules_to_save": sorted(kept) or None,
-        # Without it PEFT's copy of a table is not the head's.
+        # Without this, PEFT's copy of a table would not be the head's.
         "ensure_weight_tying": tied,
         "inference_mode": True,
     }
@@ -127,17 +127,17 @@ def save_peft(
 def check_exportable(
     cfg: LMConfig, adapted: Collection[str], whole: Collection[str] = ()
 ) -> list[str]:
-    """Tries whether PEFT's format can say which modules have LoRA and which are trained whole.
+    """Checks that PEFT's format can represent the adapted modules and those trained in full.
 
     Args:
-        adapted: PEFT's modules with LoRA ("q_proj"), or parameters' names (".../q/kernel").
-        whole: names of parameters that are trained whole.
+        adapted: PEFT's modules with LoRA ("q_proj"), or parameter names (".../q/kernel").
+        whole: names of parameters that are trained in full.
 
     Returns:
-        The modules to save, by names that PEFT does not confuse with others.
+        The modules to save, by names that PEFT does not confuse with other modules.
 
     Raises:
-        ValueError: a module is both.
+        ValueError: a module is in both.
     """
     modules = {_module(t): t for t in tensors(cfg)}
     kept = {_module(t) for t in tensors(cfg) if t.path in whole}
@@ -150,18 +150,18 @@ def check_exportable(
 def load_peft(
     directory: str | PathLike[str], cfg: LMConfig, *, ignore: Collection[str] = ()
 ) -> dict[str, Array]:
-    """LoRA's leaves by name, float32, and the parameters saved whole, for `tree.with_leaves`.
+    """Loads LoRA's leaves by name, float32, and parameters saved in full, for `tree.with_leaves`.
 
     Args:
-        cfg: of the base model, with the head that is wanted.
-        ignore: names of fields of `adapter_config.json` that are read as if it did not hold them,
-            and of tensors that are passed over; in a tensor's name `*` stands for anything.
+        cfg: of the base model, with the desired head.
+        ignore: names of fields of `adapter_config.json` and of tensors to ignore; in a tensor's
+            name `*` matches anything.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: another kind of adapter; a field that is not supported or not known; tensors
-            that are missing in some layer, of another shape, not what the configuration names, or
-            of modules that the model does not have; a tied table without its head.
+        ValueError: another kind of adapter; an unsupported or unknown field; tensors that are
+            missing in some layer, have a wrong shape, are not named by the configuration, or belong
+            to modules that the model lacks; a tied table without its head.
     """
     directory = Path(directory)
     path = directory / "adapter_model.safetensors"
@@ -233,7 +233,7 @@ def _stored(path: Path, ignore: Collection[str]) -> dict[str, np.ndarray]:
 
 
 def _targeted(config: AdapterConfig, modules: list[str]) -> bool:
-    """Whether a projection has LoRA, which it must have in all layers or in none."""
+    """Returns True if a projection has LoRA, which it must have in all layers or in none."""
     have = [config.adapts(f"model.{module}") for module in modules]
     if any(have) and not all(have):
         raise ValueError(
@@ -256,7 +256,7 @@ def _load_whole(
     rest: set[str],
     out: dict[str, Array],
 ) -> set[str]:
-    """Adds the parameters that were saved whole to `out`; returns the tensors that they are."""
+    """Adds the parameters that were saved in full to `out`; returns the names of their tensors."""
     flat, used = tree.flat(abstract(cfg)), set()
     table, head = (f"{_BASE}{name}.weight" for name in _TIED)
     kept = {m: config.keeps(m) for m in _TIED}
@@ -285,7 +285,7 @@ def _load_whole(
             continue
         if missing := [k for k, here in zip(names, there, strict=True) if not here]:
             raise ValueError(f"{directory} has no {missing[0]!r}, which modules_to_save names.")
-        # PEFT stores tables that it adapted or resized as well, and loads these into the base.
+        # PEFT also stores tables that it adapted or resized, and loads these into the base.
         if not all(wanted) and modules[0] not in _TIED:
             raise ValueError(
                 f"{config.where}: modules_to_save={list(config.whole)} does not name the module "
@@ -302,17 +302,17 @@ def _load_whole(
 
 
 def _module(t: Tensor) -> str:
-    """A name that ends PEFT's names of a tensor's modules and of no others: "q_proj", "score".
+    """Returns a suffix of PEFT's names for only this tensor's modules: "q_proj", "score".
 
-    PEFT compares ends of names, and "norm" is the end of "input_layernorm": what is not in a layer
-    has its full name.
+    PEFT compares suffixes, and "norm" is one of "input_layernorm": a tensor outside the layers has
+    its full name.
     """
     module = t.full_name(0).rpartition(".")[0]
     return module.rpartition(".")[2] if t.stacked else module
 
 
 def _projections(cfg: LMConfig) -> list[tuple[str, str, int]]:
-    """Of each projection: its parameters' path, PEFT's module with {} for the layer, input axes."""
+    """Returns for each projection: its path, PEFT's module with {} for the layer, input axes."""
     able = lora.targets(cfg, (".*",))
     return [
         (t.path.removesuffix("kernel"), re.sub(r"\.weight$", "", t.name),

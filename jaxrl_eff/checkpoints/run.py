@@ -1,28 +1,28 @@
-"""Checkpoints that a kill at any moment cannot spoil, and that name what is wrong with them.
+"""Checkpoints that survive a kill at any time, with a diagnosis of damaged ones.
 
-Orbax writes the arrays, asynchronously, each process its own shards. Around it stands a small
-protocol on an ordinary (shared) file system:
+Orbax writes the arrays asynchronously, each process its own shards, within a small protocol on an
+ordinary (shared) file system:
 
     saving-00000040/state/          orbax, in the background
-    saving-00000040/still/          likewise, what has not changed since the checkpoint before
+    saving-00000040/still/          likewise, arrays unchanged since the previous checkpoint
     saving-00000040/record.json     stage, data position, seed, ...; and the shape of every leaf
     saving-00000040/manifest.json   size and CRC-32 of every file, written last
     00000040/                       the same directory renamed: only now is it a checkpoint
-    00000040/noted.json             later: what an evaluation of it gave
+    00000040/noted.json             later: results of its evaluation
 
-So a directory with a plain number is complete: before the manifest is written, orbax' own index has
-been compared with the leaves. One that was truncated or altered later no longer fits its manifest;
-one that cannot be restored all the same is refused by name, and the one before it is used. What the
-directory holds under other names is left alone. The tree is stored as a flat table from names to
-arrays: namedtuples, `None` and `()` of optimizer states are structure, which the reader supplies.
+So a directory with a plain number is complete: before the manifest is written, orbax' own index is
+compared with the leaves. A checkpoint that was truncated or altered later does not match its
+manifest; one that still cannot be restored is rejected by name, and the previous one is used. Other
+names in the directory are left alone. The tree is stored as a flat table from names to arrays:
+namedtuples, `None` and `()` of optimizer states are structure, which the reader supplies.
 
-Arrays that training leaves alone (a reference policy, the base under an adapter) are the very same
-objects at every save. They are written apart once that is seen, at the second save, and from then
-on their files are hard links: every checkpoint is whole, and the disk holds them once. What spoils
-such a file spoils it for all.
+Arrays that training does not change (a reference policy, the base of an adapter) are the same
+objects at every save. From the second save, which detects this, they are written separately, and
+after that their files are hard links: every checkpoint is complete, and the disk holds them once.
+Damage to such a file affects all checkpoints.
 
-Left out: object stores without atomic rename (mount them), and PRNG keys, which the loop derives
-from seed and step.
+Not supported: object stores without atomic rename (mount them), and PRNG keys, which the loop
+derives from seed and step.
 """
 
 import functools
@@ -50,7 +50,7 @@ from jaxrl_eff.types import Array
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held: the step after which it was saved, the arrays, and the record."""
+    """Contents of a checkpoint: the step after which it was saved, the arrays, and the record."""
 
     step: int
     state: Any
@@ -58,7 +58,7 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run; `messages` says in a line each why one was refused."""
+    """The checkpoints of one run; `messages` has a line for each rejected one."""
 
     def __init__(
         self,
@@ -71,17 +71,17 @@ class Checkpoints:
         accepted: tuple[str, ...] = (),
         guard: Callable[[], None] = lambda: None,
     ):
-        """Touches nothing yet.
+        """Does not access the directory yet.
 
         Args:
             directory: created by the first save. All processes must see the same one.
-            keep: how many of the newest to keep.
-            keep_best: how many of the best by score to keep besides.
-            mode: whether a larger ("max") or a smaller ("min") score is better.
-            fingerprint: what must agree for a checkpoint to belong to this run. `None` accepts
-                any (to look at a run rather than continue it).
-            accepted: fingerprints of older checkpoints that belong to it all the same.
-            guard: called before anything is written; raises if the directory is another run's now.
+            keep: number of newest checkpoints to keep.
+            keep_best: number of best checkpoints by score to keep in addition.
+            mode: "max" if larger scores are better, "min" if smaller.
+            fingerprint: must match for a checkpoint to belong to this run. `None` accepts any (to
+                inspect a run rather than continue it).
+            accepted: fingerprints of older checkpoints that also belong to the run.
+            guard: called before anything is written; raises if another run now has the directory.
 
         Raises:
             ValueError: `keep`, `keep_best` or `mode` is out of range.
@@ -92,43 +92,43 @@ class Checkpoints:
             raise ValueError(f"mode is {mode!r}; allowed are 'max' and 'min'.")
         self.directory = Path(directory).absolute()
         self.messages: list[str] = []
-        self.unfit: list[str] = []  # messages of those that are whole, but hold other arrays
+        self.unfit: list[str] = []  # messages of intact checkpoints that hold other arrays
         self._keep, self._keep_best, self._sign = keep, keep_best, 1 if mode == "max" else -1
         self._fingerprint, self._guard = fingerprint, guard
         self._mine = None if fingerprint is None else (fingerprint, *accepted)
         self._refused: set[int] = set()
         self._verified: set[int] = set()
-        self._saved: dict[str, weakref.ref[Array]] = {}  # what the last save was given
-        self._still: tuple[int, frozenset[str]] = (-1, frozenset())  # a step, what is apart in it
-        self._marks: dict[str, tuple[int, int]] = {}  # of the files of that part
+        self._saved: dict[str, weakref.ref[Array]] = {}  # arrays of the last save
+        self._still: tuple[int, frozenset[str]] = (-1, frozenset())  # a step, its unchanged arrays
+        self._marks: dict[str, tuple[int, int]] = {}  # of the files of the unchanged part
         self._last = -1  # the step saved or restored last
         self._pending: Future[None] | None = None
-        self._broken = False  # whether a save has failed
+        self._broken = False  # True if a save has failed
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     @functools.cached_property
     def _orbax(self) -> Any:
-        return stored.writer()  # a second of imports, which runs that never save don't pay
+        return stored.writer()  # imports take a second, which runs that never save avoid
 
     def save(
         self, step: int, state: Any, record: dict[str, Any], *, score: float | int | None = None
     ) -> None:
-        """Starts to save; returns once the arrays are safe from donation.
+        """Starts a save; returns once the arrays can be donated.
 
         On accelerators that is when they are on the host. Simulated CPU devices share the buffers
-        with the writer, and XLA copies instead of overwriting one that is still read.
+        with the writer, and XLA copies instead of overwriting a buffer that is still read.
 
         Args:
             step: number of steps taken. A checkpoint of the same step is replaced.
             state: any pytree of jax.Arrays.
-            record: JSON-able; comes back from `peek` and `restore`.
+            record: JSON-serializable; returned by `peek` and `restore`.
             score: ranks the checkpoint for `keep_best`; NaN counts as no score.
 
         Raises:
-            ValueError: the tree holds no array, or good checkpoints of later steps exist, which
-                this run should have restored.
-            TypeError: a leaf is no jax.Array.
-            OSError: what made this save or the one before it fail, with the path.
+            ValueError: the tree has no array, or good checkpoints of later steps exist, which this
+                run should have restored.
+            TypeError: a leaf is not a jax.Array.
+            OSError: this save or the previous one failed; the message has the path.
         """
         import orbax.checkpoint as ocp
 
@@ -152,7 +152,7 @@ class Checkpoints:
             "record": record,
         }
         first_says(lambda: self._begin(saving, meta), f"{saving} could not be made")
-        arrays = {name: x for name, x in table.items() if x.size}  # orbax refuses empty ones
+        arrays = {name: x for name, x in table.items() if x.size}  # orbax rejects empty ones
         parts = {"state": {name: x for name, x in arrays.items() if name not in still}}
         if still and not linked:
             parts["still"] = {name: arrays[name] for name in still}
@@ -169,14 +169,14 @@ class Checkpoints:
         self._pending = self._threads.submit(self._commit, step, saving, source, writing)
 
     def note(self, changes: dict[str, Any], *, score: float | int | None = None) -> None:
-        """Adds to the record of the checkpoint saved or restored last what became known since.
+        """Adds later results to the record of the checkpoint saved or restored last.
 
         Args:
             changes: replace values of the record.
             score: ranks the checkpoint, as in `save`.
 
         Raises:
-            Exception: whatever made that save fail.
+            Exception: the error of that save, if it failed.
         """
         self.wait()
         if jax.process_index() == 0:
@@ -186,24 +186,24 @@ class Checkpoints:
             manifest.write(self._path(self._last) / "noted.json", noted)
 
     def peek(self) -> dict[str, Any] | None:
-        """The record of the newest good checkpoint, or None. No array is read into memory."""
+        """Returns the record of the newest good checkpoint, or None. Reads no array."""
         self.wait()
         step = self._newest()
         return None if step is None else manifest.meta(self._path(step))["record"]
 
     def restore(self, abstract: Any, *, partial: bool = False) -> Restored | None:
-        """The newest good checkpoint, or None if there is none.
+        """Restores the newest good checkpoint; returns None if there is none.
 
         Args:
             abstract: the wanted tree of jax.ShapeDtypeStructs with their shardings (on any mesh),
                 or a function from a checkpoint's record to that tree.
-            partial: leave out what the checkpoint has and `abstract` doesn't.
+            partial: True to skip arrays of the checkpoint that `abstract` lacks.
 
         The arrays are fresh buffers, which the next step can donate.
 
         Raises:
-            OSError, jax.errors.JaxRuntimeError, MemoryError: what keeps a checkpoint from being
-                read lies not in it.
+            OSError, jax.errors.JaxRuntimeError, MemoryError: reading failed for a reason outside
+                the checkpoint.
         """
         self.wait()
         while (step := self._newest()) is not None:
@@ -222,18 +222,18 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Blocks until the save under way is a checkpoint; raises what made it fail."""
+        """Blocks until the running save has become a checkpoint; raises its error, if any."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             try:
                 pending.result()
             except BaseException:
-                self._still = -1, frozenset()  # it is no checkpoint, and nothing to link to
+                self._still = -1, frozenset()  # not a checkpoint, so it cannot be linked to
                 self._broken = True
                 raise
 
     def close(self) -> None:
-        """Waits, and frees the writer's threads."""
+        """Waits for the running save, and frees the writer's threads."""
         try:
             self.wait()
         finally:
@@ -245,11 +245,11 @@ class Checkpoints:
         try:
             self._orbax.close()
         except Exception:
-            if not self._broken:  # else it only repeats what `wait` has raised
+            if not self._broken:  # otherwise it repeats the error that `wait` raised
                 raise
 
     def _unchanged(self, table: dict[str, Array]) -> frozenset[str]:
-        """Names of the arrays that the last save was given too; all processes say the same."""
+        """Returns names of the arrays that the last save also had; all processes agree."""
         names = sorted(name for name, x in table.items() if x.size)
         same = np.array([n in self._saved and self._saved[n]() is table[n] for n in names])
         if jax.process_count() > 1:
@@ -261,13 +261,13 @@ class Checkpoints:
         return frozenset(name for name, s in zip(names, same, strict=True) if s)
 
     def _whole(self, step: int) -> bool:
-        """Whether the part that has not changed is as it was written, as process 0 sees it."""
+        """Returns True if the unchanged part is as it was written, as seen by process 0."""
         still = self._path(step) / "still"
         reason = f"{still} cannot be read"
         return bool(first_says(lambda: int(manifest.marks(still) == self._marks), reason))
 
     def _begin(self, saving: Path, meta: dict[str, Any]) -> int:
-        """Removes what kills left behind, and makes the directory of a new checkpoint."""
+        """Removes leftovers of killed saves, and makes the directory of a new checkpoint."""
         self._guard()
         files.directory(self.directory)
         for kind in (SAVING, DELETING):
@@ -290,7 +290,7 @@ class Checkpoints:
         return self.directory / manifest.name(step)
 
     def _own(self) -> list[int]:
-        """Steps whose checkpoints are this run's, newest first."""
+        """Returns steps of this run's checkpoints, newest first."""
         return [
             s
             for s in manifest.steps(self.directory)
@@ -301,11 +301,11 @@ class Checkpoints:
         return manifest.foreign(path, self._mine)
 
     def _commit(self, step: int, saving: Path, source: Path | None, writing: ExitStack) -> None:
-        """Turns what orbax has written into a checkpoint, and removes old ones.
+        """Turns the files written by orbax into a checkpoint, and removes old checkpoints.
 
         Args:
-            source: the checkpoint whose part that has not changed is this one's too.
-            writing: to be closed once orbax has written.
+            source: the checkpoint whose unchanged part is linked into this one.
+            writing: closed once orbax has finished writing.
         """
         try:
             with writing:
@@ -329,7 +329,7 @@ class Checkpoints:
             raise self._failed(step, saving, error) from error
 
     def _failed(self, step: int, saving: Path, error: Exception) -> OSError:
-        """The error that tells that a save failed; what it wrote makes room."""
+        """Returns the error for a failed save; in a single process, deletes its files."""
         if jax.process_count() == 1 and manifest.ours(saving):
             shutil.rmtree(saving, ignore_errors=True)
         return OSError(
@@ -352,12 +352,12 @@ class Checkpoints:
         ranked = [s for s in now if scores[s] is not None]
         ranked.sort(key=lambda s: -self._sign * scores[s])
         kept = {*now[: self._keep], *ranked[: self._keep_best]}
-        for old in own:  # later ones that were refused belong to a future that is being rewritten
+        for old in own:  # rejected later checkpoints belong to a future that is being rewritten
             if old not in kept and (old <= step or old in self._refused):
                 self._delete(old)
 
     def _delete(self, step: int) -> None:
-        # Renamed first: a kill in the middle must not leave half a directory under a good name.
+        # Renamed first: a kill during deletion must not leave a partial directory under its name.
         doomed = self.directory / manifest.name(step, DELETING)
         self._make_room(doomed)
         self._path(step).rename(doomed)
@@ -373,14 +373,14 @@ class Checkpoints:
                 self._adopt(step, saving)
 
     def _newest(self) -> int | None:
-        """The newest step that process 0 finds whole and of this run."""
+        """Returns the newest step that process 0 finds intact and of this run, or None."""
         found = first_says(self._first_good, f"{self.directory} could not be read")
         if jax.process_count() > 1:
             self._refused |= {s for s in manifest.steps(self.directory) if s > found}
         return None if found < 0 else found
 
     def _first_good(self) -> int:
-        """The newest step whose checkpoint is whole and of this run, or -1."""
+        """Returns the newest step whose checkpoint is intact and of this run, or -1."""
         self._recover()
         for step in manifest.steps(self.directory):
             if step in self._refused:

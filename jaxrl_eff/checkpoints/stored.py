@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint, as orbax writes and reads them, and its errors in a few words."""
+"""Reading and writing of a checkpoint's arrays with orbax, and short forms of its errors."""
 
 import functools
 import logging
@@ -19,12 +19,12 @@ from jaxrl_eff.parallel.processes.agreement import everywhere
 from jaxrl_eff.tree import flat
 from jaxrl_eff.types import Array
 
-# Statuses of errors that say something about the machine and nothing about a checkpoint.
+# Statuses of errors caused by the machine rather than by a checkpoint.
 _MACHINE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED", "CANCELLED")
 
 
 def writer() -> Any:
-    """Orbax' checkpointer that writes in the background."""
+    """Returns Orbax' checkpointer that writes in the background."""
     import orbax.checkpoint as ocp
 
     if not os.environ.get("JAXRL_EFF_TRACEBACK"):
@@ -35,13 +35,13 @@ def writer() -> Any:
 
 @functools.cache
 def _keep_quiet() -> None:
-    """Keeps what a failed save prints from threads off the terminal; the error itself is raised."""
+    """Suppresses what threads of a failed save print; the error itself is still raised."""
     for logger in ("absl", "asyncio"):
         logging.getLogger(logger).addFilter(_said_elsewhere)
     before = sys.unraisablehook
 
     def hook(args: Any) -> None:
-        # Tensorstore ends writes for a loop that orbax has closed after the first that failed.
+        # After the first failed write, tensorstore ends others on a loop that orbax has closed.
         if str(args.exc_value) != "Event loop is closed":
             before(args)
 
@@ -49,19 +49,19 @@ def _keep_quiet() -> None:
 
 
 def _said_elsewhere(record: logging.LogRecord) -> bool:
-    """Lets all records pass but reports, with stacks, of errors that orbax raises as well.
+    """Filters out log records with stack traces of errors that orbax also raises.
 
-    Those of the many other writes that fail with the first one come from asyncio.
+    asyncio logs those of the many other writes that fail together with the first one.
     """
     orbax = "orbax" in Path(record.pathname).parts
     return not (record.exc_info and (orbax or "never retrieved" in record.getMessage()))
 
 
 def table(state: Any) -> dict[str, Array]:
-    """The leaves of a tree by name.
+    """Returns the leaves of a tree by name.
 
     Raises:
-        TypeError: a leaf is no jax.Array.
+        TypeError: a leaf is not a jax.Array.
         ValueError: there is nothing to save.
     """
     leaves = flat(state)
@@ -74,10 +74,10 @@ def table(state: Any) -> dict[str, Array]:
 
 
 def tried(path: Path, target: Any, still: frozenset[str]) -> tuple[Any, str | None]:
-    """The arrays as by `load`, or in words why they cannot be restored; all processes agree.
+    """Returns the arrays from `load`, or the reason for a failed restore; all processes agree.
 
     Raises:
-        OSError, jax.errors.JaxRuntimeError, MemoryError: the reason lies not in the checkpoint.
+        OSError, jax.errors.JaxRuntimeError, MemoryError: the failure is not due to the checkpoint.
     """
     state, reason = None, None
     try:
@@ -93,15 +93,15 @@ def tried(path: Path, target: Any, still: frozenset[str]) -> tuple[Any, str | No
 
 
 def load(path: Path, target: Any, still: frozenset[str]) -> Any:
-    """The arrays of a checkpoint as the tree `target`.
+    """Loads the arrays of a checkpoint as the tree `target`.
 
     Args:
         path: of the checkpoint.
         target: jax.ShapeDtypeStructs with their shardings, on any mesh.
-        still: names of the leaves that lie in the part that does not change.
+        still: names of the leaves that are stored in the unchanged part.
 
     Raises:
-        Exception: orbax cannot read them; of many kinds.
+        Exception: orbax cannot read them; of various types.
     """
     import orbax.checkpoint as ocp
 
@@ -111,7 +111,7 @@ def load(path: Path, target: Any, still: frozenset[str]) -> Any:
         name: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)
         for name, x in wanted.items()
     }
-    handler = ocp.PyTreeCheckpointHandler()  # waits for no other process, which may have failed
+    handler = ocp.PyTreeCheckpointHandler()  # has no barrier with processes that may have failed
     arrays: dict[str, Array] = {}
     with jax.transfer_guard("allow"), files.plainly(path) as way:
         for part, names in (("state", wanted.keys() - still), ("still", wanted.keys() & still)):
@@ -139,7 +139,7 @@ def _placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _fresh(x: Array) -> Array:
-    """A copy: restored buffers may alias host memory and can then not be donated (jax#18617)."""
+    """Copies, since restored buffers can alias host memory and cannot be donated (jax#18617)."""
     return _copy(x.sharding)(x)
 
 
@@ -153,7 +153,7 @@ def _empty(x: jax.ShapeDtypeStruct) -> Array:
 
 
 def difference(saved: dict[str, Any], target: Any, partial: bool) -> str | None:
-    """The difference between saved and wanted leaves, in words."""
+    """Describes the first difference between saved and wanted leaves."""
     wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(target).items()}
     if missing := sorted(set(wanted) - set(saved)):
         return f"it lacks {manifest.few(missing)}"
@@ -167,7 +167,7 @@ def difference(saved: dict[str, Any], target: Any, partial: bool) -> str | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in a few words; the system's own ones where it was the system's."""
+    """Describes an error briefly, using the system's message for system errors."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     found = re.search(r"\[OS error (\d+)|os_error_code=.(\d+)", str(error))
@@ -175,6 +175,6 @@ def reason_of(error: BaseException) -> str:
 
 
 def _is_of_the_machine(error: Exception) -> bool:
-    """True if a read failed for a reason outside the file: no memory, no permission."""
+    """Returns True if a read failed for a reason outside the file: no memory, no permission."""
     kinds = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)
     return isinstance(error, kinds) or str(error).startswith(_MACHINE)
