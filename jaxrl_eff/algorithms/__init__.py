@@ -1,7 +1,7 @@
-"""Algorithms: each file is one paper, a frozen `Config`, a table of calls, and a record of them.
+"""Algorithms: each file is one paper, a frozen `Config`, a table of calls, and an `Algorithm`.
 
-The difference between two files is the difference between two papers. `losses` and `advantages`
-hold the equations on arrays; `policy` the rows that several tables share.
+Files differ only as their papers do. `losses` and `advantages` have the equations on arrays;
+`policy` has the rows that several tables share.
 """
 
 from jaxrl_eff.algorithms import dpo, grpo, ppo, raft, remax, reward_model, rloo, sft

@@ -1,8 +1,8 @@
-"""How good was each token: advantages from rewards, on arrays alone.
+"""Advantages from rewards, on arrays alone.
 
 Per token with a critic (`gae`), or per response against the other answers to the same prompt
-(`group_normalized`, `leave_one_out`) or against the greedy answer (`greedy_baseline`). Rows of one
-group are found by their group id, never by where they stand, so the order of rows does not matter.
+(`group_normalized`, `leave_one_out`) or against the greedy answer (`greedy_baseline`). The rows of
+a group are identified by group id, never by position, so the order of rows does not matter.
 """
 
 import jax
@@ -21,23 +21,23 @@ def gae(
     discount: float,
     lam: float,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Generalized advantage estimates and value targets.
+    """Computes generalized advantage estimates and value targets.
 
     d_t = r_t + g v_{t+1} - v_t        A_t = d_t + g l A_{t+1}        R_t = A_t + v_t
 
     Schulman et al. 2016, arXiv:1506.02438, Eq. 16. The value after a segment's last masked token
-    is 0: a response that was cut off is treated as finished.
+    is 0: a truncated response is treated as finished.
 
     Args:
         reward: for choosing token t; the KL penalty on each, plus the score on the last.
         value: critic's estimate before token t, in units of reward.
         mask: 1 where the policy chose the token. Other positions are skipped, not treated as
             steps, so tool output does not discount.
-        segment: the recursion never crosses from one packed sequence into the next.
+        segment: the recursion never crosses between packed sequences.
         discount, lam: g and l.
 
     Returns:
-        A_t and R_t, 0 outside the mask. No gradient is stopped here; callers do.
+        A_t and R_t, 0 outside the mask. No gradient is stopped here; callers must do so.
     """
 
     def step(after, here):
@@ -64,13 +64,13 @@ def gae(
 def reward_to_go(
     reward: Float[Array, "B T"], mask: Float[Array, "B T"], segment: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Undiscounted sum of a segment's rewards from token t on; 0 outside the mask."""
+    """Computes the undiscounted sum of a segment's rewards from token t; 0 outside the mask."""
     zero = jnp.zeros_like(reward)
     return gae(reward, zero, mask, segment, discount=1.0, lam=1.0)[0]
 
 
 def last_chosen(mask: Float[Array, "B T"], segment: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """1 at the last masked token of each segment, 0 elsewhere."""
+    """Returns 1 at the last masked token of each segment, 0 elsewhere."""
     at = jnp.broadcast_to(jnp.arange(1, mask.shape[1] + 1, dtype=jnp.int32), mask.shape)
     index = jnp.where(mask > 0, at, 0)
     last = jax.vmap(lambda i, ids: jax.ops.segment_max(i, ids, num_segments=i.shape[0] + 1))(
@@ -86,9 +86,9 @@ def ended(
     *,
     ends: tuple[int, ...],
 ) -> Float[Array, "B T"]:
-    """1 on every token of a segment whose last chosen token is one of `ends`.
+    """Returns 1 on every token of a segment whose last chosen token is one of `ends`.
 
-    The others were cut off at the length limit. Without `ends` nothing ever ends.
+    The others were truncated at the length limit. Without `ends`, no segment counts as ended.
     """
     is_end = jnp.isin(tokens, jnp.asarray(ends, jnp.int32)).astype(jnp.float32)
     return masked.spread(masked.segment_sum(is_end * last_chosen(mask, segment), segment), segment)
@@ -102,14 +102,14 @@ def shaped_reward(
     *,
     kl_coef: float | Float[Array, "B"],
 ) -> Float[Array, "B T"]:
-    """r_t = -beta KL_t, plus the score at the row's last chosen token; 0 outside the mask.
+    """Computes r_t = -beta KL_t, plus the score at the row's last chosen token.
 
-    Ziegler et al. 2019, arXiv:1909.08593, Eq. 2, spread over the tokens. Rows of one sequence,
-    since a score belongs to a row.
+    0 outside the mask. Ziegler et al. 2019, arXiv:1909.08593, Eq. 2, spread over the tokens. Each
+    row must be one sequence, since a score belongs to a row.
 
     Args:
         kl: from `losses.kl`, nats.
-        kl_coef: beta, reward per nat; one number or one per row.
+        kl_coef: beta, reward per nat; one number, or one per row.
     """
     beta = jnp.broadcast_to(jnp.asarray(kl_coef, jnp.float32), score.shape)
     return score[:, None] * last_chosen(mask, segment) - beta[:, None] * kl * mask
@@ -122,12 +122,12 @@ def group_normalized(
     scale_by_std: bool = True,
     eps: float = 1e-4,
 ) -> Float[Array, "B"]:
-    """(r_i - mean of the group) / (std of the group + eps).
+    """Computes (r_i - mean of the group) / (std of the group + eps).
 
     GRPO, Shao et al. 2024, arXiv:2402.03300, Sec. 4.1.2; `scale_by_std=False` is Dr. GRPO,
-    arXiv:2503.20783, which only centres. The paper does not say which std: it is the sample's
-    (divided by n - 1), as in the common implementations. A group of equal scores, or of one row,
-    gets exactly 0: rounding in its mean must not be scaled up to an advantage.
+    arXiv:2503.20783, which only centers. The paper does not specify the std: this is the sample std
+    (divided by n - 1), as in common implementations. A group of equal scores, or of one row, gets
+    exactly 0: rounding in its mean must not be scaled up to an advantage.
     """
     mean = _group_sum(score, group) / _group_sum(jnp.ones_like(score), group)
     centred = jnp.where(group_spread(score, group) > 0, score - mean, 0.0)
@@ -139,10 +139,10 @@ def group_normalized(
 
 
 def leave_one_out(score: Float[Array, "B"], group: Int[Array, "B"]) -> Float[Array, "B"]:
-    """r_i - mean of the *other* rows of the group.
+    """Computes r_i - mean of the *other* rows of the group.
 
-    RLOO, Ahmadian et al. 2024, arXiv:2402.14740, Sec. 2.3; Kool et al. 2019. A row alone in its
-    group has no baseline and keeps its score.
+    RLOO, Ahmadian et al. 2024, arXiv:2402.14740, Sec. 2.3; Kool et al. 2019. A row that is alone in
+    its group has no baseline and keeps its score.
     """
     others = _group_sum(jnp.ones_like(score), group) - 1
     return score - (_group_sum(score, group) - score) / jnp.maximum(others, 1.0)
@@ -151,13 +151,13 @@ def leave_one_out(score: Float[Array, "B"], group: Int[Array, "B"]) -> Float[Arr
 def greedy_baseline(
     greedy_score: Float[Array, "P"], greedy_group: Int[Array, "P"], group: Int[Array, "B"]
 ) -> Float[Array, "B"]:
-    """b_i: the score of the greedy response to row i's prompt (ReMax, arXiv:2310.10505, Eq. 4)."""
+    """Returns b_i, the greedy score for row i's prompt (ReMax, arXiv:2310.10505, Eq. 4)."""
     by_group = jnp.zeros_like(greedy_score).at[greedy_group].set(greedy_score)
     return by_group[group]
 
 
 def group_spread(score: Float[Array, "B"], group: Int[Array, "B"]) -> Float[Array, "B"]:
-    """Largest minus smallest score of each row's group: 0 where the group teaches nothing."""
+    """Returns largest minus smallest score of each row's group; 0 gives no learning signal."""
     rows = score.shape[0]
     high = jax.ops.segment_max(score, group, num_segments=rows)
     low = jax.ops.segment_min(score, group, num_segments=rows)

@@ -1,4 +1,4 @@
-"""The record of an algorithm, and how a configuration refuses a value."""
+"""The record of an algorithm, and validation of config values."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +15,10 @@ Head = Literal["lm", "value"]
 
 
 class Rollout(NamedTuple):
-    """How answers are sampled and scored.
+    """Sampling and scoring of responses.
 
     Attributes:
-        reward: a function of the text; None: the model of the role "reward".
+        reward: a function of the text; None: the model with role "reward".
     """
 
     sampling: Sampling
@@ -26,11 +26,11 @@ class Rollout(NamedTuple):
 
 
 class Own(NamedTuple):
-    """A small model that an algorithm brings itself.
+    """A small model that an algorithm defines itself.
 
     Attributes:
         spec: see `core.Spec`.
-        init: the algorithm's config -> the first parameters.
+        init: the algorithm's config -> the initial parameters.
     """
 
     spec: Spec
@@ -39,14 +39,14 @@ class Own(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """What a run must know of an algorithm.
+    """Description of an algorithm for a run.
 
     Attributes:
-        config: the frozen dataclass of its numbers.
-        graph: `(config, role -> shape of its model, Rollout or None) -> Graph`.
-        batch: the rows that it reads: packed "sft" rows, "preference" pairs, or "prompts".
-        roles: the models that it may have, and their heads. The first one starts from the base.
-        own: models that it brings itself.
+        config: the frozen dataclass of its settings.
+        graph: `(config, role -> config of its model, Rollout or None) -> Graph`.
+        batch: rows that it reads: packed "sft" rows, "preference" pairs, or "prompts".
+        roles: possible models, and their heads. The first one starts from the base model.
+        own: models that it defines itself.
     """
 
     config: type
@@ -57,12 +57,12 @@ class Algorithm:
 
 
 def require(config: Any, field: str, ok: bool, allowed: str) -> None:
-    """Raises ValueError with the field's value and what is allowed, unless `ok`."""
+    """Raises ValueError with the field's value and the allowed values, unless `ok`."""
     if not ok:
         name = f"{type(config).__name__}.{field}"
         raise ValueError(f"{name} is {getattr(config, field)!r}; it must be {allowed}.")
 
 
 def require_one_of(config: Any, field: str, allowed: Sequence[str]) -> None:
-    """`require` that the field's value is in `allowed`."""
+    """Requires the field's value to be in `allowed`."""
     require(config, field, getattr(config, field) in allowed, f"one of {', '.join(allowed)}")

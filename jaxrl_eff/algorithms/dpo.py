@@ -1,11 +1,11 @@
-"""Direct preference optimization: a reward model that is the policy itself. Two calls.
+"""Direct preference optimization: the policy is its own reward model. Two calls.
 
     h = [log pi(y_c) - log ref(y_c)] - [log pi(y_r) - log ref(y_r)]        L = -log sigmoid(beta h)
 
-Rafailov et al. 2023, arXiv:2305.18290, Eq. 7, with IPO, hinge and smoothed labels as choices of
-`losses.preference`. `length_normalised` takes means over a response's tokens instead of sums (as
-in SimPO, arXiv:2405.14734, but with the reference kept), against the pull towards long answers.
-Both responses of a pair lie in one row as segments 2k + 1 and 2k + 2.
+Rafailov et al. 2023, arXiv:2305.18290, Eq. 7, with IPO, hinge and smoothed labels as options of
+`losses.preference`. `length_normalised` takes means over a response's tokens instead of sums (as in
+SimPO, arXiv:2405.14734, but keeping the reference), against the bias towards long answers. Both
+responses of a pair are in one row as segments 2k + 1 and 2k + 2.
 """
 
 from collections.abc import Mapping
@@ -26,13 +26,13 @@ from jaxrl_eff.types import Array, Float
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig:
-    """Which preference loss, and how strong.
+    """Settings of the preference loss.
 
     Attributes:
         beta: strength of the pull to the reference; for "ipo" its tau.
         loss: "sigmoid", "ipo" or "hinge".
-        label_smoothing: chance that a label is wrong (cDPO); "sigmoid" only.
-        length_normalised: means over tokens instead of sums. Wants a beta larger by about the
+        label_smoothing: probability that a label is wrong (cDPO); "sigmoid" only.
+        length_normalised: means over tokens instead of sums. Needs a beta larger by about the
             length of a response.
     """
 
@@ -50,7 +50,7 @@ class DPOConfig:
 
 
 def graph(cfg: DPOConfig, models: Mapping[str, LMConfig], rollout: Rollout | None = None) -> Graph:
-    """The reference reads the pairs, then the actor learns from them."""
+    """Returns DPO's calls: the reference reads the pairs, then the actor trains on them."""
     del rollout
     lm, row = models["actor"], "tokens segment position"
     return Graph(inputs=f"{row} mask", calls=(
@@ -64,13 +64,13 @@ def graph(cfg: DPOConfig, models: Mapping[str, LMConfig], rollout: Rollout | Non
 def preference_loss(
     cfg: DPOConfig, numbers: tuple[Array, Array], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
-    """Loss of the pairs: sum, number of pairs, meters.
-
-    Args:
-        numbers: log-probabilities `[B, T]`, and entropies that are not looked at.
+    """Computes the loss of the pairs: sum, number of pairs, meters.
 
     Meters, with the implicit reward beta (log pi - log ref) of a response: `accuracy` (ties count
     half), `margin`, `chosen_reward`, `rejected_reward`.
+
+    Args:
+        numbers: log-probabilities `[B, T]`, and entropies, which are not used.
     """
     del key
     (logp, _), segment, position = numbers, batch["segment"], batch["position"]

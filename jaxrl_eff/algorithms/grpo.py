@@ -1,16 +1,16 @@
-"""GRPO and its descendants: PPO whose baseline is the other answers to the same prompt.
+"""GRPO and its variants: PPO whose baseline is the other answers to the same prompt.
 
     A_i = (score_i - mean of the group) / std of the group        advantages.group_normalized
     L   = -min(rho A, clip(rho, 1 - low, 1 + high) A) + beta KL(pi || ref)
 
-Shao et al. 2024, arXiv:2402.03300, Eq. 3: no critic. What later papers changed is a field each:
+Shao et al. 2024, arXiv:2402.03300, Eq. 3: no critic. Each change of later papers is a field:
 
     Dr. GRPO   arXiv:2503.20783   scale_by_std=False, loss_agg="constant"
     DAPO       arXiv:2503.14476   clip_high=0.28, loss_agg="token_mean", beta=0, mask_truncated=True
     GSPO       arXiv:2507.18071   ratio="sequence", clip_low=3e-4, clip_high=4e-4, beta=0
 
-Left out: DAPO's resampling of groups without a gradient and its soft length penalty (which is a
-reward), and GSPO's token variant.
+Not supported: DAPO's resampling of groups without a gradient and its soft length penalty (which is
+a reward), and GSPO's token variant.
 """
 
 from collections.abc import Mapping
@@ -39,21 +39,21 @@ from jaxrl_eff.types import Array, Float
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig:
-    """Which member of GRPO's family.
+    """Settings that select a variant of GRPO.
 
     Attributes:
         beta: weight of the KL penalty in the loss; 0 drops the reference.
         kl_estimator: "k1", "k2" or "k3".
-        scale_by_std: divide the centred score by the group's standard deviation.
+        scale_by_std: divide the centered score by the group's standard deviation.
         ratio: "token", or "sequence" for the geometric mean over a response (GSPO).
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
-        dual_clip: c > 1 bounds the loss of bad tokens (arXiv:1912.09729); None for none.
+        dual_clip: c > 1 bounds the loss of tokens with A < 0 (arXiv:1912.09729); None: no bound.
         loss_agg: "sequence_mean" (GRPO), "token_mean" (DAPO), "constant" (Dr. GRPO) or
             "sequence_sum".
-        mask_truncated: responses cut off at the length limit teach nothing. They still count in
-            their group's mean and deviation.
-        entropy: coefficient of the entropy bonus; 0 does not compute it.
-        epochs, minibatches: passes over a rollout, updates a pass.
+        mask_truncated: excludes responses truncated at the length limit from the loss. They still
+            count in their group's mean and deviation.
+        entropy: coefficient of the entropy bonus; 0 skips its computation.
+        epochs, minibatches: passes over a rollout, updates per pass.
     """
 
     beta: float = 0.04
@@ -83,10 +83,10 @@ class GRPOConfig:
 
 
 def graph(cfg: GRPOConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> Graph:
-    """GRPO's calls. The models are actor, ref (unless beta is 0) and reward (if it is one).
+    """Returns GRPO's calls. Models: actor, ref (unless beta is 0), reward (if it is a model).
 
     Raises:
-        ValueError: fewer than two samples a prompt; `mask_truncated` where no token ends a
+        ValueError: fewer than two samples per prompt; `mask_truncated` where no token ends a
             response.
     """
     sampling, actor = rollout.sampling, models["actor"]
@@ -114,7 +114,7 @@ def graph(cfg: GRPOConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> 
 
 
 def advantage(cfg: GRPOConfig, batch: dict[str, Array], key: Array) -> dict[str, Any]:
-    """The group-normalized score, on every token of the response; and `policy.group_meters`."""
+    """Puts the group-normalized score on every response token; meters: `policy.group_meters`."""
     del key
     adv = advantages.group_normalized(batch["score"], batch["group"], scale_by_std=cfg.scale_by_std)
     return {"adv": adv[:, None] * batch["mask"], "metrics": group_meters(batch)}
@@ -128,7 +128,7 @@ def policy_loss(
     batch: dict[str, Array],
     key: Array,
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
-    """The clipped surrogate and the KL penalty: sum, weight, `policy.policy_meters`.
+    """Computes clipped surrogate plus KL penalty: sum, weight, `policy.policy_meters`.
 
     The weight is the number of sequences, or of tokens with "token_mean".
 

@@ -1,11 +1,11 @@
-"""The equations of fine-tuning, on arrays alone: no model, no graph.
+"""Loss functions of fine-tuning, on arrays alone: no model, no graph.
 
-Policy losses come back per token, `[B, T]`, so that `aggregate` can say in one place how tokens are
-averaged, which is where GRPO, DAPO and Dr. GRPO differ. Everything that concerns a whole sequence
-goes through `masked.segment_sum`, so a packed row and one row per sequence give the same numbers.
+Policy losses are returned per token, `[B, T]`, so that only `aggregate` defines how tokens are
+averaged, which is where GRPO, DAPO and Dr. GRPO differ. Everything that depends on a whole sequence
+uses `masked.segment_sum`, so packed rows and one row per sequence give the same numbers.
 
-Left out: losses that need the whole distribution of both models (full KL, distillation), and
-importance weights for the KL term off policy (see `kl_penalty`).
+Not supported: losses that need the whole distribution of both models (full KL, distillation), and
+off-policy importance weights for the KL term (see `kl_penalty`).
 """
 
 import jax
@@ -18,8 +18,8 @@ ESTIMATORS = ("k1", "k2", "k3")
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 PREFERENCES = ("sigmoid", "ipo", "hinge")
 
-# exp(20) is far outside any clip range, and stays finite where a policy has run away: the gradient
-# of `minimum` multiplies the branch not taken by 0, and 0 * inf would be NaN.
+# exp(20) is far outside any clip range, and stays finite if a policy diverges: the gradient of
+# `minimum` multiplies the branch not taken by 0, and 0 * inf would be NaN.
 _LOG_LIMIT = 20.0
 
 
@@ -31,20 +31,20 @@ def aggregate(
     *,
     max_tokens: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum and weight of a per-token loss, so that sum / weight over the whole batch is its mean.
+    """Returns sum and weight of a per-token loss; sum / weight over the whole batch is its mean.
 
     - `token_mean`: every token counts the same (DAPO, arXiv:2503.14476, Eq. 8).
     - `sequence_mean`: the mean over a sequence's tokens, then over sequences (GRPO,
       arXiv:2402.03300, Eq. 3).
     - `sequence_sum`: the sum over a sequence's tokens, then the mean over sequences: the gradient
       of log pi(whole response) (REINFORCE).
-    - `constant`: `sequence_sum` divided by `max_tokens`, so that length has no part in the scale
+    - `constant`: `sequence_sum` divided by `max_tokens`, so that length does not affect the scale
       (Dr. GRPO, arXiv:2503.20783, Sec. 3.2).
 
-    A sequence counts if it has a masked token. x may hold anything finite or not outside the mask.
+    A sequence counts if it has a masked token. Outside the mask x can have any value, even NaN.
 
     Raises:
-        ValueError: `how` is none of these, or `constant` comes without `max_tokens`.
+        ValueError: `how` is none of these, or is `constant` without `max_tokens`.
     """
     x = jnp.where(mask > 0, x, 0.0) * mask
     if how == "token_mean":
@@ -65,7 +65,7 @@ def aggregate(
 def token_ratio(
     logp: Float[Array, "B T"], old: Float[Array, "B T"], mask: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """r_t = pi(t) / pi_old(t), each token by itself; 1 outside the mask.
+    """Computes r_t = pi(t) / pi_old(t) for each token; 1 outside the mask.
 
     Schulman et al. 2017, arXiv:1707.06347, Eq. 6.
     """
@@ -78,10 +78,10 @@ def sequence_ratio(
     mask: Float[Array, "B T"],
     segment: Int[Array, "B T"],
 ) -> Float[Array, "B T"]:
-    """s = (pi(y) / pi_old(y))^(1/|y|), the geometric mean of a sequence's token ratios.
+    """Computes s = (pi(y) / pi_old(y))^(1/|y|), the geometric mean of a sequence's token ratios.
 
-    GSPO, Zheng et al. 2025, arXiv:2507.18071, Eq. 7. Every token carries its sequence's s, so that
-    `sequence_mean` of the clipped surrogate is the paper's Eq. 5. 1 where there is no sequence.
+    GSPO, Zheng et al. 2025, arXiv:2507.18071, Eq. 7. Every token has its sequence's s, so that
+    `sequence_mean` of the clipped surrogate is the paper's Eq. 5. 1 outside sequences.
     """
     total = masked.segment_sum(_log_ratio(logp, old, mask), segment)
     length = jnp.maximum(masked.segment_sum(mask, segment), 1.0)
@@ -100,7 +100,7 @@ def clipped_surrogate(
     clip_high: float | None,
     dual_clip: float | None = None,
 ) -> Float[Array, "B T"]:
-    """Loss of each token: -min(r A, clip(r, 1 - low, 1 + high) A).
+    """Computes the loss of each token: -min(r A, clip(r, 1 - low, 1 + high) A).
 
     PPO, arXiv:1707.06347, Eq. 7; `clip_high > clip_low` is DAPO's asymmetric clip,
     arXiv:2503.14476, Eq. 10. At r = 1 the gradient is the policy gradient, -A grad log pi.
@@ -128,7 +128,7 @@ def clipped(
     clip_low: float | None,
     clip_high: float | None,
 ) -> Float[Array, "B T"]:
-    """1 where clipping has taken a token's gradient away."""
+    """Returns 1 for tokens whose gradient is removed by clipping."""
     over = (adv > 0) & (ratio > (jnp.inf if clip_high is None else 1 + clip_high))
     under = (adv < 0) & (ratio < (-jnp.inf if clip_low is None else 1 - clip_low))
     return (over | under).astype(jnp.float32)
@@ -140,7 +140,7 @@ def kl(
     mask: Float[Array, "B T"],
     estimator: str,
 ) -> Float[Array, "B T"]:
-    """Estimates of KL(pi || ref) in nats from tokens drawn from pi; 0 outside the mask.
+    """Estimates KL(pi || ref) in nats from tokens drawn from pi; 0 outside the mask.
 
     With d = log pi - log ref:  k1 = d,  k2 = d^2 / 2,  k3 = exp(-d) - 1 + d.
     (Schulman 2020, joschu.net/blog/kl-approx.html.) k1 and k3 are unbiased, k2 and k3 never
@@ -148,7 +148,7 @@ def kl(
     differentiating one.
 
     Raises:
-        ValueError: an estimator that is none of k1, k2, k3.
+        ValueError: the estimator is not one of k1, k2, k3.
     """
     d = _log_ratio(logp, ref_logp, mask)
     if estimator == "k1":
@@ -166,14 +166,13 @@ def kl_penalty(
     mask: Float[Array, "B T"],
     estimator: str,
 ) -> Float[Array, "B T"]:
-    """`kl` as a term of a loss: the same values, with a gradient that means something.
+    """Computes `kl` as a loss term: the same values, with a meaningful gradient.
 
-    On tokens of the policy itself, the mean of d grad log pi is grad KL(pi || ref). That is what
-    differentiating k2 gives. Differentiating k1 gives grad log pi, whose mean is 0, so k1 takes
-    k2's gradient here. k3 keeps its own, (1 - ref/pi) grad log pi, as GRPO publishes it
-    (arXiv:2402.03300, Eq. 4): its mean is the gradient of KL(ref || pi), which agrees to first
-    order around pi = ref. After several updates the tokens are no longer the policy's own, and no
-    importance weight corrects for it.
+    On tokens sampled from the policy, the mean of d grad log pi is grad KL(pi || ref). This is the
+    gradient of k2. The gradient of k1 is grad log pi, whose mean is 0, so k1 uses k2's gradient
+    here. k3 keeps its own, (1 - ref/pi) grad log pi, as published for GRPO (arXiv:2402.03300,
+    Eq. 4): its mean is the gradient of KL(ref || pi), which agrees to first order around pi = ref.
+    After several updates the tokens are off-policy, and no importance weight corrects for it.
     """
     value = kl(logp, ref_logp, mask, estimator)
     if estimator != "k1":
@@ -189,10 +188,10 @@ def value_loss(
     *,
     clip: float | None,
 ) -> Float[Array, "B T"]:
-    """Loss of each value: max((v - R)^2, (clip(v, old - c, old + c) - R)^2) / 2.
+    """Computes the loss of each value: max((v - R)^2, (clip(v, old - c, old + c) - R)^2) / 2.
 
-    The clipping of OpenAI's PPO code, described by Engstrom et al. 2020, arXiv:2005.12729, Sec. 3;
-    `clip=None` is (v - R)^2 / 2. R and old get no gradient.
+    This is the clipping in OpenAI's PPO code, described by Engstrom et al. 2020, arXiv:2005.12729,
+    Sec. 3; `clip=None` is (v - R)^2 / 2. R and old get no gradient.
     """
     old, ret = jax.lax.stop_gradient((old, ret))
     error = jnp.square(value - ret)
@@ -204,7 +203,7 @@ def value_loss(
 def bradley_terry(
     chosen: Float[Array, "..."], rejected: Float[Array, "..."], *, margin: float = 0.0
 ) -> Float[Array, "..."]:
-    """-log sigmoid(r_chosen - r_rejected - m), the loss of each pair.
+    """Computes -log sigmoid(r_chosen - r_rejected - m), the loss of each pair.
 
     Ouyang et al. 2022, arXiv:2203.02155, Eq. 1; the margin m is Llama 2's, arXiv:2307.09288, Eq. 2.
     """
@@ -214,19 +213,19 @@ def bradley_terry(
 def preference(
     gap: Float[Array, "..."], *, beta: float, loss: str, label_smoothing: float = 0.0
 ) -> Float[Array, "..."]:
-    """The DPO family: loss of each pair from h = log-ratio(chosen) - log-ratio(rejected).
+    """Computes a DPO-family loss per pair from h = log-ratio(chosen) - log-ratio(rejected).
 
     A log-ratio is log pi(y) - log ref(y) of a whole response, in nats.
 
     - `sigmoid`: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h); e = `label_smoothing` is the
-      chance that a label is wrong. Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; cDPO, Mitchell
-      2023.
+      probability that a label is wrong. Rafailov et al. 2023, arXiv:2305.18290, Eq. 7; cDPO,
+      Mitchell 2023.
     - `ipo`: (h - 1 / (2 beta))^2. Azar et al. 2023, arXiv:2310.12036, Eq. 17.
     - `hinge`: max(0, 1 - beta h). SLiC-HF, arXiv:2305.10425, with DPO's reward (RSO,
       arXiv:2309.06657, Eq. 10).
 
     Raises:
-        ValueError: a loss that is none of these.
+        ValueError: the loss is none of these.
     """
     if loss == "sigmoid":
         right, wrong = jax.nn.log_sigmoid(beta * gap), jax.nn.log_sigmoid(-beta * gap)
@@ -239,10 +238,10 @@ def preference(
 
 
 def pairs(per_segment: Float[Array, "B T1"]) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
-    """Numbers of the chosen and of the rejected response of every pair a row could hold.
+    """Returns numbers of the chosen and rejected responses of every possible pair of a row.
 
-    Segments 2k + 1 and 2k + 2 of a row are pair k. A row of T tokens holds at most T // 2 pairs;
-    what a row does not hold reads as `masked.segment_sum` filled it: 0.
+    Segments 2k + 1 and 2k + 2 of a row are pair k. A row of T tokens has at most T // 2 pairs;
+    absent pairs are 0, as filled in by `masked.segment_sum`.
     """
     last = (per_segment.shape[1] - 1) // 2 * 2
     return per_segment[:, 1 : last + 1 : 2], per_segment[:, 2 : last + 1 : 2]

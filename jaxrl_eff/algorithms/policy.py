@@ -1,7 +1,7 @@
-"""What the policy-gradient papers share: the rows of rollout and reward, and the actor's meters.
+"""Parts shared by policy-gradient algorithms: rollout and reward calls, and the actor's meters.
 
 A reward is either a model, which scores the whole row, or a function of the text, which runs on the
-host. Every algorithm takes either, through `reward_call`.
+host. Every algorithm supports both, through `reward_call`.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ ROLLOUT = "tokens segment position mask logp group example"
 
 
 def rollout_call(lm: LMConfig, sampling: Sampling) -> Call:
-    """The actor answers the prompts, `sampling.samples` times each."""
+    """Returns the call in which the actor answers the prompts, `sampling.samples` times each."""
     fn = sample(lm, sampling)
     return generate("actor_gen", of="actor", fn=fn, reads=PROMPTS, writes=ROLLOUT)
 
@@ -31,9 +31,9 @@ def rollout_call(lm: LMConfig, sampling: Sampling) -> Call:
 def greedy_calls(
     lm: LMConfig, sampling: Sampling, reward: LMConfig | HostReward
 ) -> tuple[Call, Call]:
-    """The actor's greedy answer to each prompt and its reward: `greedy_tokens`, `greedy_score`, ...
+    """Returns the calls for greedy answers and their reward: `greedy_tokens`, `greedy_score`, ...
 
-    Truncation is dropped with the temperature: the likeliest token is never cut off.
+    Truncation is disabled too: it never removes the likeliest token.
     """
     greedy = replace(sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, samples=1)
     fn = _prefixed(sample(lm, greedy), reads="", writes="greedy_")
@@ -45,22 +45,22 @@ def greedy_calls(
 
 
 def reference_call(lm: LMConfig, sampling: Sampling) -> Call:
-    """The frozen policy's log-probabilities, tempered and truncated as the sampler's are."""
+    """Returns the call for the reference's log-probabilities, warped as by the sampler."""
     fn = logprobs(lm, warp=sampling.warp, name="ref_logp")
     return infer("ref_inf", of="ref", fn=fn, reads="tokens segment position", writes="ref_logp")
 
 
 def reward_of(models: Mapping[str, LMConfig], rollout: Rollout) -> LMConfig | HostReward:
-    """A function of the text, or the shape of the model that scores."""
+    """Returns the reward: a function of the text, or the config of the scoring model."""
     return models["reward"] if rollout.reward is None else rollout.reward
 
 
 def reward_call(reward: LMConfig | HostReward, *, prefix: str = "") -> Call:
-    """The reward of each response: `rew_inf` of a model, or `rew`, a function on the host.
+    """Returns the call that scores responses: `rew_inf` of a model, or `rew` on the host.
 
     Args:
         reward: a model with `head="value"`, or a `HostReward`.
-        prefix: of the call's name and of every array it reads and writes.
+        prefix: prefix of the call's name and of every array it reads and writes.
 
     Raises:
         ValueError: the reward model has no value head.
@@ -81,7 +81,7 @@ def reward_call(reward: LMConfig | HostReward, *, prefix: str = "") -> Call:
 
 
 def _prefixed(fn: Callable, *, reads: str, writes: str) -> Callable:
-    """fn on a batch whose names carry a prefix. The batch is the last argument but one, the key."""
+    """Wraps fn for a batch with prefixed names. The batch is the second-to-last argument."""
     if not reads and not writes:
         return fn
 
@@ -94,12 +94,12 @@ def _prefixed(fn: Callable, *, reads: str, writes: str) -> Callable:
 
 
 def ends(lm: LMConfig, sampling: Sampling) -> tuple[int, ...]:
-    """The tokens that end a response."""
+    """Returns the tokens that end a response."""
     return (*lm.eos, *sampling.stop)
 
 
 def rollout_meters(batch: dict[str, Array]) -> dict[str, meters.Meter]:
-    """Of the rollout: score, length in tokens, and KL to the reference in nats per response.
+    """Returns score, length in tokens, and KL to the reference in nats, each per response.
 
     KL(pi || ref) is the mean of the summed k1, the sampled log-ratio of the whole response. The
     batch needs `score` and `mask`, and the KL needs `logp` and `ref_logp`.
@@ -117,7 +117,7 @@ def rollout_meters(batch: dict[str, Array]) -> dict[str, meters.Meter]:
 
 
 def group_meters(batch: dict[str, Array]) -> dict[str, meters.Meter]:
-    """`rollout_meters`, and `degenerate`, the share of rows whose group has one score."""
+    """Returns `rollout_meters`, and `degenerate`, the fraction of rows with equal group scores."""
     flat = advantages.group_spread(batch["score"], batch["group"]) == 0
     rows = jnp.float32(flat.shape[0])
     return rollout_meters(batch) | {"degenerate": meters.Mean(flat.astype(jnp.float32).sum(), rows)}
@@ -132,14 +132,14 @@ def policy_meters(
     clipped: Float[Array, "B T"],
     entropy: Float[Array, "B T"] | None = None,
 ) -> dict[str, meters.Meter]:
-    """How far the policy has moved from the sampler's, over the masked tokens.
+    """Measures the policy's distance from the sampler's, over the masked tokens.
 
-    - `kl`: KL(sampler || policy) in nats a token, by k3.
-    - `clip_fraction`: share of tokens whose gradient clipping took away.
+    - `kl`: KL(sampler || policy) in nats per token, by k3.
+    - `clip_fraction`: fraction of tokens whose gradient is removed by clipping.
     - `ratio_max`: the largest probability ratio.
     - `logp_gap`, `logp_gap_p95`, `logp_gap_max`: |policy - sampler| in nats on a call's first
-      update, when both have the same weights: what the two programs disagree by.
-    - `entropy`: nats a token, if it was computed.
+      update, when both have the same weights: the numerical difference of the two programs.
+    - `entropy`: nats per token, if it was computed.
     """
     gap = jnp.where(mask > 0, jnp.abs(logp - old), 0.0)
     tokens = mask.sum()
@@ -164,14 +164,14 @@ def reinforce_loss(
     batch: dict[str, Array],
     key: Array,
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
-    """Loss of RLOO and ReMax: -A r with r = pi / pi_sampler, clipped if `clip` is given.
+    """Computes the loss of RLOO and ReMax: -A r with r = pi / pi_sampler, clipped to 1 +- `clip`.
 
     On a rollout's first update r is 1 and the gradient is REINFORCE's, -A grad log pi.
 
     Args:
         clip: r is clipped to 1 +- clip where that bounds the gain; None never clips.
         loss_agg, max_tokens: see `losses.aggregate`.
-        numbers: log-probabilities `[B, T]`, and entropies that are not looked at.
+        numbers: log-probabilities `[B, T]`, and entropies, which are not used.
 
     Returns:
         Sum, weight and `policy_meters`.
@@ -188,7 +188,7 @@ def reinforce_loss(
 
 
 def require_samples(algorithm: str, sampling: Sampling) -> None:
-    """Raises ValueError unless every prompt gets at least two samples to compare."""
+    """Raises ValueError unless every prompt gets at least two samples, which are compared."""
     if sampling.samples < 2:
         raise ValueError(
             f"{algorithm} compares the answers to one prompt, but sampling.samples is "

@@ -1,4 +1,4 @@
-"""PPO for language models: the six calls of ReaL's figure, and the advantages.
+"""PPO for language models: the six calls of ReaL's figure, plus the advantages.
 
     r_t = -beta KL_t + [t last] score                       advantages.shaped_reward
     A_t, R_t = GAE(r, V)                                     advantages.gae
@@ -9,7 +9,7 @@ Schulman et al. 2017, arXiv:1707.06347; Ouyang et al. 2022, arXiv:2203.02155. Th
 of the reward, or of the loss (`kl_in`). Its coefficient is fixed, or a model of one parameter that
 a seventh call trains (Ziegler et al. 2019, arXiv:1909.08593, Sec. 2.2).
 
-Left out: sharing weights between actor and critic, and mixing in pretraining data.
+Not supported: shared weights of actor and critic, and mixing in pretraining data.
 """
 
 from collections.abc import Mapping
@@ -42,23 +42,23 @@ from jaxrl_eff.types import Array, Float, PyTree
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """PPO's numbers and choices.
+    """Settings of PPO.
 
     Attributes:
         clip: the ratio is clipped to 1 +- clip.
-        dual_clip: c > 1 bounds the loss of bad tokens (arXiv:1912.09729); None for none.
-        value_clip: a value may move this far from its old one; None for any distance.
+        dual_clip: c > 1 bounds the loss of tokens with A < 0 (arXiv:1912.09729); None: no bound.
+        value_clip: maximum change of a value from its old value; None: no limit.
         discount, lam: gamma and lambda of GAE.
         whiten_advantages: shift and scale a batch's advantages to mean 0, variance 1.
         whiten_rewards: scale the shaped rewards to variance 1, keeping their mean.
-        entropy: coefficient of the entropy bonus; 0 does not compute it.
-        kl_coef: beta; the first one if adaptive. 0 drops the reference.
+        entropy: coefficient of the entropy bonus; 0 skips its computation.
+        kl_coef: beta; the initial value if adaptive. 0 drops the reference.
         kl_in: "reward" or "loss".
         kl_estimator: "k1", "k2" or "k3".
-        kl_target: nats per response that an adaptive beta steers to; None keeps it fixed.
-        kl_gain: K, how fast the adaptive beta moves.
-        missing_eos_penalty: taken off the score of a response that did not end by itself.
-        epochs, minibatches: passes over a rollout, updates a pass.
+        kl_target: nats per response targeted by an adaptive beta; None keeps beta fixed.
+        kl_gain: K, the adaptation rate of beta.
+        missing_eos_penalty: subtracted from the score of a response without an end token.
+        epochs, minibatches: passes over a rollout, updates per pass.
     """
 
     clip: float = 0.2
@@ -103,11 +103,13 @@ class PPOConfig:
 
 
 def graph(cfg: PPOConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> Graph:
-    """PPO's calls. The models are actor, ref, critic, reward (if it is one), kl (if adaptive).
+    """Returns PPO's calls.
+
+    Models: actor, ref (unless kl_coef is 0), critic, reward (if it is a model), kl (if adaptive).
 
     Raises:
-        ValueError: the critic or reward model has no value head, or a penalty for a missing end
-            is asked for where no token ends a response.
+        ValueError: the critic or reward model has no value head, or there is a penalty for a
+            missing end token but no token ends a response.
     """
     (sampling, _), actor, critic = rollout, models["actor"], models["critic"]
     if critic.head != "value":
@@ -120,7 +122,7 @@ def graph(cfg: PPOConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> G
         )
     row = "tokens segment position"
     logprob = partial(token_logprobs, actor, warp=sampling.warp, with_entropy=cfg.entropy > 0)
-    # What depends on there being a reference, on an adaptive beta, and on where the penalty goes.
+    # Arrays that exist only with a reference, an adaptive beta, or the penalty in the loss.
     ref_logp = " ref_logp" * (cfg.kl_coef > 0)
     beta, error = " kl_coef" * cfg.adaptive, " kl_error" * cfg.adaptive
     in_loss = (ref_logp + beta) * (cfg.kl_in == "loss")
@@ -152,12 +154,12 @@ def graph(cfg: PPOConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> G
 def advantage(
     cfg: PPOConfig, stop: tuple[int, ...], batch: dict[str, Array], key: Array
 ) -> dict[str, Any]:
-    """Shapes the reward and estimates advantages. Rows of one sequence.
+    """Shapes the reward and estimates advantages. Each row must be one sequence.
 
     Returns:
         `adv`, `ret`; with an adaptive beta also `kl_error`, clip(KL / target - 1, -0.2, 0.2) of
         the whole batch, repeated for every row; and meters: those of `policy.rollout_meters`,
-        `ended` (share of responses that ended by themselves) and `beta`, its reward per nat.
+        `ended` (fraction of responses with an end token) and `beta`, in reward per nat.
     """
     del key
     mask, segment, score = batch["mask"], batch["segment"], batch["score"]
@@ -191,7 +193,7 @@ def advantage(
 def policy_loss(
     cfg: PPOConfig, numbers: tuple[Array, Array], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
-    """The clipped surrogate over tokens: sum, tokens, `policy.policy_meters`.
+    """Computes the clipped surrogate over tokens: sum, tokens, `policy.policy_meters`.
 
     Args:
         numbers: log-probabilities and entropies, `[B, T]` each.
@@ -205,7 +207,7 @@ def policy_loss(
         loss = loss - cfg.entropy * entropy
     if "ref_logp" in batch:
         beta = batch.get("kl_coef", jnp.full_like(mask, cfg.kl_coef))
-        beta = beta if beta.ndim == 2 else beta[:, None]  # of packed rows it comes a token
+        beta = beta if beta.ndim == 2 else beta[:, None]  # per token in packed rows
         loss = loss + beta * losses.kl_penalty(logp, batch["ref_logp"], mask, cfg.kl_estimator)
     total, weight = losses.aggregate(loss, mask, batch["segment"], "token_mean")
     return (
@@ -225,9 +227,9 @@ def policy_loss(
 def value_loss(
     cfg: PPOConfig, value: Float[Array, "B T"], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
-    """The critic's clipped squared error over tokens: sum, tokens, meters.
+    """Computes the critic's clipped squared error over tokens: sum, tokens, meters.
 
-    Meters: `error` ((v - R)^2), `value`, `ret` (their means) and `clip_fraction`, the share of
+    Meters: `error` ((v - R)^2), `value`, `ret` (their means) and `clip_fraction`, the fraction of
     values that moved further than `value_clip`.
     """
     del key
@@ -251,12 +253,12 @@ def value_loss(
 
 
 def kl_params(cfg: PPOConfig) -> dict[str, Array]:
-    """The first parameters of the model "kl"."""
+    """Returns the initial parameters of the model "kl"."""
     return {"beta": jnp.float32(cfg.kl_coef)}
 
 
 def kl_spec() -> Spec:
-    """What `core.compile` must know of the model "kl".
+    """Returns the `Spec` of the model "kl".
 
     Plain gradient descent with rate 1 makes `coefficient_loss` the paper's update.
     """
@@ -264,7 +266,7 @@ def kl_spec() -> Spec:
 
 
 def coefficient(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
-    """Gives every row the coefficient beta."""
+    """Returns the coefficient beta for every row."""
     del key
     return {"kl_coef": jnp.broadcast_to(params["beta"], batch["score"].shape)}
 
@@ -272,10 +274,10 @@ def coefficient(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str
 def coefficient_loss(
     cfg: PPOConfig, params: PyTree, batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
-    """A loss whose gradient step is beta <- beta (1 + K e), e = clip(KL / target - 1, -0.2, 0.2).
+    """Computes a loss whose gradient step is beta <- beta (1 + K e).
 
-    Ziegler et al. 2019, arXiv:1909.08593, Sec. 2.2. Every row carries the batch's e, so rows can
-    be summed and split like any others.
+    e = clip(KL / target - 1, -0.2, 0.2). Ziegler et al. 2019, arXiv:1909.08593, Sec. 2.2. Every row
+    has the batch's e, so rows can be summed and split like any others.
     """
     del key
     beta, error = params["beta"], batch["kl_error"]

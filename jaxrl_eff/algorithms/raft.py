@@ -1,10 +1,10 @@
-"""RAFT: of several answers keep the best, and fine-tune on it. Generate, score, select, SFT.
+"""RAFT: fine-tuning on the best of several answers. Generate, score, select, SFT.
 
     y* = argmax_i score(x, y_i)        L = -sum_t log pi(y*_t | x, y*_<t) / tokens
 
-Dong et al. 2023, arXiv:2304.06767, Algorithm 1 (best of each prompt's answers). A response that was
-cut off never wins: its score says nothing of how it would have gone on, and imitating it teaches
-not to stop. Left out: the KL-penalized score and the global top share of the paper's appendix.
+Dong et al. 2023, arXiv:2304.06767, Algorithm 1 (best of each prompt's answers). A truncated
+response never wins: its score does not cover the missing rest, and imitating it teaches not to
+stop. Not supported: the KL-penalized score and the global top share of the paper's appendix.
 """
 
 from collections.abc import Mapping
@@ -37,12 +37,12 @@ WINNERS = " ".join(f"best_{name}" for name in ROW.split())
 
 @dataclass(frozen=True, kw_only=True)
 class RAFTConfig:
-    """How winners are chosen and imitated.
+    """Settings for selecting and imitating winners.
 
     Attributes:
-        drop_ties: prompts whose candidates all score the same teach nothing; False keeps the first.
+        drop_ties: True to skip prompts whose candidates have equal scores; False keeps the first.
         loss_agg: "token_mean" or "sequence_mean", as in SFT.
-        epochs, minibatches: passes over the winners, updates a pass.
+        epochs, minibatches: passes over the winners, updates per pass.
     """
 
     drop_ties: bool = True
@@ -57,10 +57,10 @@ class RAFTConfig:
 
 
 def graph(cfg: RAFTConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> Graph:
-    """RAFT's calls. The models are actor and reward (if it is one).
+    """Returns RAFT's calls. Models: actor and reward (if it is a model).
 
     Raises:
-        ValueError: fewer than two samples a prompt, or no token ends a response.
+        ValueError: fewer than two samples per prompt, or no token ends a response.
     """
     sampling, actor = rollout.sampling, models["actor"]
     require_samples("RAFT", sampling)
@@ -71,7 +71,7 @@ def graph(cfg: RAFTConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> 
             "sampling.stop names a token that ends one."
         )
     select = partial(best_of, cfg, stop, sampling.samples)
-    # Its own warp is left out: what is imitated is the whole distribution, not the truncated one.
+    # Without the sampler's warp: the loss is on the full distribution, not the truncated one.
     forward = partial(token_logprobs, actor, with_entropy=False)
     loss = partial(winner_loss, sft.SFTConfig(loss_agg=cfg.loss_agg))
     return Graph(inputs=PROMPTS, calls=(
@@ -86,9 +86,9 @@ def graph(cfg: RAFTConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> 
 def best_of(
     cfg: RAFTConfig, stop: tuple[int, ...], samples: int, batch: dict[str, Array], key: Array
 ) -> dict[str, Any]:
-    """The winning row of each group, `[P, T]`; an empty mask where nobody won.
+    """Returns the winning row of each group, `[P, T]`; with an empty mask if there is no winner.
 
-    Meters: those of `policy.group_meters`, `kept` (share of prompts with a winner) and
+    Meters: those of `policy.group_meters`, `kept` (fraction of prompts with a winner) and
     `best_score` (mean score of the winners).
     """
     del key
@@ -113,15 +113,15 @@ def winners(
     prompts: int,
     ties: bool,
 ) -> tuple[Int[Array, "P"], Array]:
-    """The best row of each group among those that may win, the first of equals.
+    """Selects the best eligible row of each group, the first among equals.
 
     Args:
-        may: bool `[B]`.
+        may: eligible rows, bool `[B]`.
         prompts: number of groups; ids are below it.
-        ties: whether a group may win all of whose candidates score the same.
+        ties: True if a group can win although all its candidates have equal scores.
 
     Returns:
-        Its index in the batch (0 where there is none), and whether there is one.
+        The winner's index in the batch (0 without a winner), and True for groups with a winner.
     """
     rows = score.shape[0]
     best = jax.ops.segment_max(jnp.where(may, score, -jnp.inf), group, num_segments=prompts)
@@ -135,7 +135,7 @@ def winners(
 def winner_loss(
     cfg: sft.SFTConfig, numbers: tuple[Array, Array], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
-    """SFT's loss on the winners."""
+    """Computes SFT's loss on the winners."""
     row = {name.removeprefix("best_"): x for name, x in batch.items()}
     return sft.likelihood_loss(cfg, numbers, row, key)
 

@@ -3,9 +3,9 @@
     A_t = sum_{s >= t} r_s - score(greedy answer)        r_t = -beta KL_t + [t last] score
     L   = -sum_t A_t log pi(y_t)
 
-Li et al. 2023, arXiv:2310.10505, Eq. 4 and 5. RLOO with another baseline: a second generation, of
-one greedy answer a prompt, which needs the same weights and nothing else, so that a plan may run it
-beside the first.
+Li et al. 2023, arXiv:2310.10505, Eq. 4 and 5. RLOO with another baseline: a second generation of
+one greedy answer per prompt, which needs only the weights, so a plan can run it in parallel with
+the first.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ from jaxrl_eff.types import Array
 
 @dataclass(frozen=True, kw_only=True)
 class ReMaxConfig:
-    """ReMax's numbers and choices.
+    """Settings of ReMax.
 
     Attributes:
         kl_coef: beta, reward per nat; 0 drops the reference.
@@ -44,7 +44,7 @@ class ReMaxConfig:
         whiten_advantages: shift and scale a batch's advantages to mean 0, variance 1.
         clip: token ratios are clipped to 1 +- clip; None never clips.
         loss_agg: "sequence_sum" is the paper's; see `losses.aggregate`.
-        epochs, minibatches: passes over a rollout, updates a pass.
+        epochs, minibatches: passes over a rollout, updates per pass.
     """
 
     kl_coef: float = 0.05
@@ -65,7 +65,7 @@ class ReMaxConfig:
 
 
 def graph(cfg: ReMaxConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> Graph:
-    """ReMax's calls. The models are actor, ref (unless kl_coef is 0) and reward (if it is one)."""
+    """Returns ReMax's calls. Models: actor, ref (unless kl_coef is 0), reward (if a model)."""
     sampling, actor = rollout.sampling, models["actor"]
     forward = partial(token_logprobs, actor, warp=sampling.warp, with_entropy=False)
     loss = partial(reinforce_loss, cfg.clip, cfg.loss_agg, sampling.max_tokens)
@@ -87,7 +87,7 @@ def graph(cfg: ReMaxConfig, models: Mapping[str, LMConfig], rollout: Rollout) ->
 
 
 def advantage(cfg: ReMaxConfig, batch: dict[str, Array], key: Array) -> dict[str, Any]:
-    """Reward to go against the greedy answer's score; meters of the rollout and `greedy_score`."""
+    """Computes reward to go minus the greedy score; meters of the rollout and `greedy_score`."""
     del key
     mask, segment, greedy = batch["mask"], batch["segment"], batch["greedy_score"]
     penalty = jnp.zeros_like(mask)

@@ -1,11 +1,11 @@
-"""Reward modelling from pairs (Bradley-Terry). One call.
+"""Reward modeling from pairs (Bradley-Terry). One call.
 
     L = -log sigmoid(r(x, y_chosen) - r(x, y_rejected) - m)  +  c (r_chosen + r_rejected)^2
 
 Ouyang et al. 2022, arXiv:2203.02155, Eq. 1. The second term (Eisenstein et al. 2023,
-arXiv:2312.09244) centres the scores, which the first leaves free up to a constant a prompt.
-r is read at the response's last token, where the whole of it has been seen. Both responses of a
-pair lie in one row as segments 2k + 1 and 2k + 2.
+arXiv:2312.09244) centers the scores, which the first determines only up to a constant per prompt. r
+is read at the response's last token, after the whole response. Both responses of a pair are in one
+row as segments 2k + 1 and 2k + 2.
 """
 
 from collections.abc import Mapping
@@ -25,11 +25,11 @@ from jaxrl_eff.types import Array, Float
 
 @dataclass(frozen=True, kw_only=True)
 class RewardModelConfig:
-    """A reward model's loss.
+    """Settings of a reward model's loss.
 
     Attributes:
-        margin: m, by how much the chosen response should win.
-        center: c, 0 for none; 0.01 is usual.
+        margin: m, the margin by which the chosen response should win.
+        center: c, 0 for none; 0.01 is typical.
     """
 
     margin: float = 0.0
@@ -43,7 +43,7 @@ class RewardModelConfig:
 def graph(
     cfg: RewardModelConfig, models: Mapping[str, LMConfig], rollout: Rollout | None = None
 ) -> Graph:
-    """One train call over packed pairs, of the model `reward`.
+    """Returns one train call over packed pairs, of the model `reward`.
 
     Raises:
         ValueError: the model has no value head.
@@ -61,13 +61,13 @@ def graph(
 def pair_loss(
     cfg: RewardModelConfig, each: Float[Array, "B T"], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
-    """Bradley-Terry loss of the pairs: sum, number of pairs, meters.
+    """Computes the Bradley-Terry loss of the pairs: sum, number of pairs, meters.
+
+    Meters: `accuracy` (ties count half), `margin` = r_chosen - r_rejected, and `score`, the mean
+    of both, which centering keeps at 0.
 
     Args:
         each: the value head's number after every token.
-
-    Meters: `accuracy` (ties count half), `margin` = r_chosen - r_rejected, and `score`, the mean
-    of both, which centring holds at 0.
     """
     del key
     segment, mask = batch["segment"], batch["mask"]
@@ -89,13 +89,13 @@ def pair_loss(
 
 
 def pairs_there(mask: Float[Array, "B T"], segment: Array) -> Float[Array, "B K"]:
-    """1 for the pairs that a row really holds: both responses have a masked token."""
+    """Returns 1 for the pairs that a row has: both responses have a masked token."""
     chosen, rejected = losses.pairs(masked.segment_sum(mask, segment))
     return ((chosen > 0) & (rejected > 0)).astype(jnp.float32)
 
 
 def wins(chosen: Float[Array, "B K"], rejected: Float[Array, "B K"]) -> Float[Array, "B K"]:
-    """1 where the chosen response scores higher, 1/2 for a tie."""
+    """Returns 1 where the chosen response scores higher, 1/2 for a tie."""
     return 0.5 * (jnp.sign(chosen - rejected) + 1)
 
 

@@ -1,11 +1,11 @@
-"""RLOO: REINFORCE with the mean of the other answers as baseline. A whole response is one action.
+"""RLOO: REINFORCE with the mean of the other answers as baseline. A response is one action.
 
     R_i = score_i - beta sum_t KL_t        A_i = R_i - mean of R_j over the group's other rows j
-    L   = -A_i log pi(y_i)                  the sum over the response's tokens
+    L   = -A_i log pi(y_i)                  summed over the response's tokens
 
-Ahmadian et al. 2024, arXiv:2402.14740, Sec. 2.3. GRPO without the division by the deviation, with
-the KL in the reward. Updates after a rollout's first are off policy; there the token ratios are
-clipped as in PPO, which the paper, with one update a rollout, does not need.
+Ahmadian et al. 2024, arXiv:2402.14740, Sec. 2.3. Equals GRPO without the division by the deviation
+and with the KL in the reward. Updates after a rollout's first are off policy; their token ratios
+are clipped as in PPO, which the paper, with one update per rollout, does not need.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ from jaxrl_eff.types import Array
 
 @dataclass(frozen=True, kw_only=True)
 class RLOOConfig:
-    """RLOO's numbers and choices.
+    """Settings of RLOO.
 
     Attributes:
         kl_coef: beta, reward per nat; 0 drops the reference.
@@ -44,7 +44,7 @@ class RLOOConfig:
         whiten_advantages: shift and scale a batch's advantages to mean 0, variance 1.
         clip: token ratios are clipped to 1 +- clip; None never clips.
         loss_agg: "sequence_sum" is the paper's; see `losses.aggregate`.
-        epochs, minibatches: passes over a rollout, updates a pass.
+        epochs, minibatches: passes over a rollout, updates per pass.
     """
 
     kl_coef: float = 0.05
@@ -65,10 +65,10 @@ class RLOOConfig:
 
 
 def graph(cfg: RLOOConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> Graph:
-    """RLOO's calls. The models are actor, ref (unless kl_coef is 0) and reward (if it is one).
+    """Returns RLOO's calls. Models: actor, ref (unless kl_coef is 0), reward (if it is a model).
 
     Raises:
-        ValueError: fewer than two samples a prompt.
+        ValueError: fewer than two samples per prompt.
     """
     sampling, actor = rollout.sampling, models["actor"]
     require_samples("RLOO", sampling)
@@ -89,7 +89,7 @@ def graph(cfg: RLOOConfig, models: Mapping[str, LMConfig], rollout: Rollout) -> 
 
 
 def advantage(cfg: RLOOConfig, batch: dict[str, Array], key: Array) -> dict[str, Any]:
-    """R_i against the mean of its group's others, on every token; and `policy.group_meters`."""
+    """Puts R_i - mean of its group's others on every token; meters: `policy.group_meters`."""
     del key
     total, mask = batch["score"], batch["mask"]
     if "ref_logp" in batch:

@@ -3,7 +3,7 @@
     L = -sum_t m_t log pi(y_t | y_<t) / sum_t m_t
 
 Masked tokens are the assistant's (or all, for continued pretraining). The weight is their number
-over the whole batch, so rows, packing and microbatches do not change what a token counts.
+over the whole batch, so rows, packing and microbatches do not change a token's weight.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from jaxrl_eff.types import Array, Float
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
-    """What to learn by imitation.
+    """Settings of supervised fine-tuning.
 
     Attributes:
         loss_agg: "token_mean", or "sequence_mean" so that short answers count as much as long ones.
@@ -35,7 +35,7 @@ class SFTConfig:
 
 
 def graph(cfg: SFTConfig, models: Mapping[str, LMConfig], rollout: Rollout | None = None) -> Graph:
-    """One train call over packed rows, of the model `actor`."""
+    """Returns one train call over packed rows, of the model `actor`."""
     del rollout
     forward = partial(token_logprobs, models["actor"], with_entropy=False)
     loss, row = partial(likelihood_loss, cfg), "tokens segment position mask"
@@ -46,14 +46,15 @@ def graph(cfg: SFTConfig, models: Mapping[str, LMConfig], rollout: Rollout | Non
 def likelihood_loss(
     cfg: SFTConfig, numbers: tuple[Array, Array], batch: dict[str, Array], key: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""], dict[str, meters.Meter]]:
-    """Negative log-likelihood: sum, weight and meters.
+    """Computes the negative log-likelihood: sum, weight and meters.
 
-    A segment's first token is never learned, since nothing stands before it, whatever its mask.
+    A segment's first token is never learned, whatever its mask, since it has no context.
+
+    Meters: `nll` (nats per token, the log of the perplexity) and `token_prob`, the mean probability
+    of the correct token.
+
     Args:
-        numbers: log-probabilities `[B, T]`, and entropies that are not looked at.
-
-    Meters: `nll` (nats a token, of which the perplexity is the exponential) and `token_prob`, the
-    mean probability of the right token.
+        numbers: log-probabilities `[B, T]`, and entropies, which are not used.
     """
     del key
     (logp, _), position, segment = numbers, batch["position"], batch["segment"]

@@ -1,1 +1,1 @@
-"""From a config to trained weights: settings, assembly, the training loop, evaluation, export."""
+"""Training from a config: settings, assembly, the training loop, evaluation, export."""

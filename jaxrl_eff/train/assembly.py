@@ -1,7 +1,7 @@
-"""From settings to what a stage needs: models, data, graph, plan, step, evaluation.
+"""Assembly of a run's stages from settings: models, data, graph, plan, step, evaluation.
 
-Everything that can be wrong with a config is found here, in milliseconds to seconds, before
-weights are read or a program is compiled: files, formats, plans, sizes that do not divide.
+All errors of a config are found here, in milliseconds to seconds, before weights are read or a
+program is compiled: files, formats, plans, sizes that do not divide.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from jaxrl_eff.train import balanced, examples, fits, held_out, parts, replan, u
 from jaxrl_eff.train.evaluate import Evaluation
 from jaxrl_eff.train.settings import Run, StageSettings
 
-_TRIED_SECONDS = 20.0  # how long a reward is tried on examples before training, a stage
+_TRIED_SECONDS = 20.0  # time limit for trying a reward on examples before training, per stage
 _SIZES = ("vocab", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "max_length")
 
 
@@ -42,18 +42,18 @@ class Stage:
 
     Attributes:
         name, settings: as in the config.
-        lms: role -> shape of its model.
-        origins: role -> where its first parameters come from, as (kind, name): ("base", ""),
-            ("stage", "sft/actor"), ("directory", path) or ("own", ""), the algorithm.
+        lms: role -> config of its model.
+        origins: role -> source of its initial parameters, as (kind, name): ("base", ""),
+            ("stage", "sft/actor"), ("directory", path), or ("own", "") for the algorithm's own.
         step: the compiled graph's executor, checked for the stage's batches.
-        loader: batches, this process's rows.
-        batch: name -> global shape and dtype; or of a scheduled stage a list of micro-batches.
-        evaluation: held-out measurement, if any.
+        loader: batches of this process's rows.
+        batch: name -> global shape and dtype; for a scheduled stage, a list of micro-batches.
+        evaluation: held-out evaluation, if any.
         schedules: trained role -> learning rate by optimizer update.
         source: the examples, for samples.
-        searched: how the plan was found, if it was searched.
-        placed: plan -> `step` under it, checked; None for those over sequences of a data set.
-        notes: what a person should know of the stage's examples before training.
+        searched: result of the plan search, if there was one.
+        placed: plan -> `step` under it, checked; None for schedules over a data set's sequences.
+        notes: remarks on the stage's examples for the user, before training.
     """
 
     name: str
@@ -72,16 +72,16 @@ class Stage:
     notes: tuple[str, ...] = ()
 
     def told(self) -> dict[str, Any]:
-        """Of a scheduled stage: what schedules are made for, see `BalancedLoader.told`."""
+        """Returns a scheduled stage's schedule arguments, see `BalancedLoader.told`."""
         return (self.loader if isinstance(self.loader, BalancedLoader) else self.step).told()
 
     @property
     def trained(self) -> str:
-        """The role that a later stage means by this stage's name: the first one trained."""
+        """The role that later stages get by this stage's name: the first one trained."""
         return next(c.of for c in self.step.graph.calls if c.kind == "train")
 
     def updates(self, role: str) -> int:
-        """Optimizer updates of a role a step."""
+        """Returns the optimizer updates of a role per step."""
         return sum(c.epochs * c.minibatches for c in self.step.graph.of(role) if c.kind == "train")
 
 
@@ -95,7 +95,7 @@ class Assembled:
     stages: tuple[Stage, ...]
 
     def needed_after(self, index: int) -> list[str]:
-        """ "stage/role" of models of stages up to `index` that stages after it start from."""
+        """Returns "stage/role" of models of stages up to `index` that later stages start from."""
         earlier = {s.name for s in self.stages[: index + 1]}
         wanted = [
             name
@@ -110,7 +110,7 @@ def assemble(run: Run) -> Assembled:
     """Checks a run's settings against files and devices and builds its stages.
 
     Raises:
-        ValueError, FileNotFoundError: with the config's path of what is wrong.
+        ValueError, FileNotFoundError: the message has the path in the config.
     """
     with parts.at_path("config.tokenizer"):
         tokenizer = tokenizer_of(run)
@@ -179,13 +179,13 @@ def base_model(run: Run, tokenizer: Tokenizer) -> LMConfig:
 
 
 def stretched(lm: LMConfig, changes: Mapping[str, Any]) -> Rope:
-    """The rotation of a model with some fields changed.
+    """Returns a model's rotation with some fields changed.
 
-    "ntk" is a larger base of the frequencies, so that the slowest turns `factor` times slower and
-    the fastest as before: theta factor^(H / (H - 2)).
+    "ntk" increases the base of the frequencies, so that the slowest frequency is divided by
+    `factor` and the fastest is unchanged: theta factor^(H / (H - 2)).
 
     Raises:
-        ValueError: a field that there is not, or of another type; "ntk" of a scaled rotation.
+        ValueError: a field is unknown or has a wrong type, or "ntk" of a scaled rotation.
     """
     there, factor = dataclasses.asdict(lm.rope), changes.get("factor", 1.0)
     if type(factor) not in (int, float) or not 0 < factor < math.inf:
@@ -321,7 +321,7 @@ def _scheduled(
     seed: int,
     tokenizer: Tokenizer,
 ) -> tuple[Any, Any, Any, dict[str, Placement], fates.Survey]:
-    """Step, loader, shapes, plan and survey of a stage over sequences of many lengths."""
+    """Returns step, loader, shapes, plan and survey of a stage over sequences of many lengths."""
     with parts.at_path(f"config.{name}.plan"):
         plan = plan_rules.plan(s.plan, graph, jax.device_count())
         place = next(iter(plan.values()))
@@ -356,7 +356,7 @@ def _notes(
     survey: fates.Survey,
     evaluation: Evaluation | None,
 ) -> tuple[str, ...]:
-    """Of the examples that are trained on, and those that are held out."""
+    """Returns notes on the training examples and the held-out ones."""
     own = examples.notes(s, kind, source, tokenizer, survey)
     return own if evaluation is None else (*own, *evaluation.notes)
 
@@ -381,5 +381,5 @@ def _check_expectation(out: Assembled) -> None:
 
 
 def words(seed: int, stage: str, step: int) -> np.ndarray:
-    """The two words of a step's key."""
+    """Returns the two words of a step's key."""
     return np.array([(seed + zlib.crc32(stage.encode())) % 2**32, step], np.uint32)

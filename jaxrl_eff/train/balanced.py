@@ -1,7 +1,7 @@
-"""Stages over sequences of many lengths: from settings to a schedule's cost, room and shapes.
+"""Stages over sequences of many lengths: cost, room and shapes of their schedules, from settings.
 
-Lengths are those of examples (`prepared`), or of what will be sampled (`rollouts`), which are
-guessed.
+Lengths are those of examples (`prepared`), or guesses of what will be sampled (`rollouts`). The
+*room* is the maximum number of tokens on a device in a micro-batch.
 """
 
 import dataclasses
@@ -28,23 +28,23 @@ from jaxrl_eff.planner import packed_rows, problem, schedule_cost
 from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.train.settings import ScheduleSettings
 
-TRIES = 6  # sizes at which room is looked for
-SHARE = 0.9  # of a device's memory that may be planned for
-DRAWN = 3  # batches of each pool of guessed lengths and each number of sequences
+TRIES = 6  # sizes tried when searching for the room
+SHARE = 0.9  # fraction of a device's memory to plan for
+DRAWN = 3  # batches per pool of guessed lengths and number of sequences
 BLOCK = 128  # tokens: columns of micro-batches are multiples of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Long:
-    """What a scheduled stage needs.
+    """Components of a scheduled stage.
 
     Attributes:
         step: checked for micro-batches of all shapes.
-        shapes, room: tokens of a device: of micro-batches, and at most.
-        cost: by which schedules are judged at first.
-        batch: a micro-batch of every shape, shapes and dtypes alone.
+        shapes, room: tokens per device: shapes of micro-batches, and the maximum.
+        cost: initial cost of schedules.
+        batch: a micro-batch of every shape, as shapes and dtypes.
         lengths: of some units.
-        measure: whether measured steps correct the cost.
+        measure: True if measured steps correct the cost.
     """
 
     step: mixed.Mixed
@@ -56,9 +56,9 @@ class Long:
     measure: bool = True
 
     def batches(self, source: loader.Loader, *, pad: int) -> BalancedLoader:
-        """Its loader, from one that gives an example a row."""
+        """Returns the stage's loader, given one with an example per row."""
         place = next(iter(self.step.plan.values()))
-        # Processes that cannot tell each other their schedules plan alike by a cost that stays.
+        # Processes that cannot exchange schedules plan identically, by a fixed cost.
         group = processes.group()
         alike = jax.process_count() == 1 or group is not None
         return BalancedLoader(
@@ -83,15 +83,15 @@ def prepared(
     """Finds room and shapes, and checks the step.
 
     Args:
-        lm: of the model that is trained.
+        lm: config of the trained model.
         lengths: of some units.
-        batch: units a step.
-        longest: tokens of a unit, at most; 0: what fits.
+        batch: units per step.
+        longest: maximum tokens of a unit; 0: what fits.
         cluster: rates of the devices.
 
     Raises:
         ValueError: the graph or the plan cannot be scheduled, nothing fits into memory, or units
-            may be longer than fits.
+            can be longer than fits.
     """
     step = mixed.compile(graph, plan, specs)
     place = next(iter(step.plan.values()))
@@ -122,7 +122,7 @@ def prepared(
 
 
 def cost_on(cluster: Cluster, place: Placement, lm: LMConfig) -> Cost:
-    """Estimated seconds of a training micro-step where a call runs."""
+    """Returns estimated seconds of a training micro-step on a placement."""
     return schedule_cost.cost_on(
         cluster, schedule_cost.model_of(lm), seq=place.seq, tensor=place.tensor,
         itemsize=jnp.dtype(lm.dtype).itemsize,
@@ -132,7 +132,7 @@ def cost_on(cluster: Cluster, place: Placement, lm: LMConfig) -> Cost:
 def of_shape(
     names: Sequence[str], shape: Shape, place: Placement
 ) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """A micro-batch of a shape: shapes and dtypes alone."""
+    """Returns a micro-batch of a shape, as shapes and dtypes."""
     sizes = {
         "local": (place.row_shards * place.seq, shape.local),
         "shared": (place.row_shards, shape.distributed * place.seq),
@@ -145,7 +145,7 @@ def of_shape(
 
 
 def _useful(lengths: Sequence[int], place: Placement, *, batch: int, longest: int) -> int:
-    """Tokens of a device beyond which a step would not have fewer micro-steps."""
+    """Returns the tokens per device above which a step has no fewer micro-steps."""
     ranks = place.row_shards * place.seq
     fair = 1.25 * batch * float(np.mean(lengths)) / ranks
     need = max(fair, (longest or max(lengths)) / place.seq, 1.0)
@@ -161,15 +161,15 @@ def rollouts(
     *,
     cluster: Cluster,
 ) -> packed.Packed:
-    """Finds room and shapes for sequences that will be sampled, on every mesh for itself.
+    """Finds room and shapes for sequences to be sampled, separately on every mesh.
 
-    Of several processes the first one on a mesh decides for all; every process must call.
+    With several processes the first one on a mesh decides for all; every process must call.
 
     Args:
         step: checked.
-        lms: role -> shape of its model. A mesh is judged by one that is trained there, if any is.
-        prompts: lengths of some.
-        answer: tokens of a response, at most.
+        lms: role -> config of its model. A mesh's cost is that of a model trained there, if any.
+        prompts: lengths of some prompts.
+        answer: maximum tokens of a response.
         cluster: rates of the devices.
 
     Raises:
@@ -186,7 +186,7 @@ def rollouts(
         if jax.process_count() == 1:
             raise
         mine["error"] = str(error)
-    # Rates of CPUs are measured, by every process for itself.
+    # Every process measures the rates of CPUs itself, so they can differ.
     said: dict[str, Any] = {}
     for text in reversed(program_order.texts_of_all(json.dumps(mine))):
         said |= json.loads(text)
@@ -207,7 +207,7 @@ def _packing(
     pools: Sequence[np.ndarray],
     cluster: Cluster,
 ) -> packed.Packing:
-    """What schedules on one mesh are made for."""
+    """Returns the arguments of schedules on one mesh."""
     sizes = step.sizes(place)
     longest = max(length for _, length in sizes.values())
     counts = sorted({count for count, _ in sizes.values()})
@@ -219,7 +219,7 @@ def _packing(
     first = min(step.on(place), key=lambda c: c.kind != "train")
     cost = cost_on(cluster, place, lms[first.of])
     shapes = (Shape(0, room),)
-    if room * place.seq >= longest:  # or `scheduled` says so
+    if room * place.seq >= longest:  # otherwise `scheduled` raises
         rng = np.random.default_rng(0)
         drawn = [rng.choice(pool, n) for _ in range(DRAWN) for n in counts for pool in pools]
         shapes = fitted(
@@ -233,15 +233,15 @@ def _packing(
 def guessed(
     prompts: Sequence[int] | np.ndarray, answer: int, *, count: int = 512
 ) -> list[np.ndarray]:
-    """Lengths of sequences that nobody has sampled yet, from short responses to cut-off ones.
+    """Guesses lengths of sequences before sampling, from short responses to truncated ones.
 
     Every pool has the given prompts, repeated. Responses have exponential lengths, cut off at the
-    limit, of means that double from a 32nd of it; in the last pool all are cut off.
+    limit, with means that double from a 32nd of it; in the last pool all are cut off.
 
     Args:
         prompts: tokens of each.
-        answer: tokens of a response, at most.
-        count: of a pool.
+        answer: maximum tokens of a response.
+        count: sequences per pool.
     """
     rng = np.random.default_rng(0)
     before = np.resize(np.asarray(prompts), count)
@@ -253,13 +253,13 @@ def guessed(
 def expected(
     s: ScheduleSettings, graph: Graph, prompts: Sequence[int] | np.ndarray, answer: int
 ) -> dict[str, problem.ExpectedRows]:
-    """What a planner may expect of the rows of the calls that will be packed.
+    """Returns the expected rows of the calls to be packed, for a planner.
 
-    All pools of `guessed` count alike.
+    All pools of `guessed` have equal weight.
 
     Args:
-        prompts: tokens of some.
-        answer: tokens of a response, at most.
+        prompts: tokens of some prompts.
+        answer: maximum tokens of a response.
     """
     responses = packed_rows.guessed(np.concatenate(guessed([0], answer)))
     prompt = round(float(np.mean(np.asarray(prompts))))
@@ -270,13 +270,13 @@ def expected(
 def found_room(
     need: Callable[[list[Shape]], float], place: Placement, capacity: float, most: int
 ) -> int:
-    """Tokens that a device holds while it trains, by the memory that compiled programs need.
+    """Finds the tokens a device can hold in training, from the memory of compiled programs.
 
     Args:
-        need: shapes of micro-batches -> bytes of a device.
+        need: shapes of micro-batches -> bytes per device.
         place: where they run.
         capacity: bytes of a device.
-        most: tokens beyond which there is no use.
+        most: maximum useful number of tokens.
 
     Raises:
         ValueError: there is no room for one block of tokens.
@@ -291,7 +291,7 @@ def found_room(
         bytes_ = bytes_of(room)
         if bytes_ <= budget:
             return room
-        # Memory is nearly a line through the static part; what a token takes shows at two sizes.
+        # Memory is nearly linear in tokens, plus a static part; two sizes determine both.
         smaller = max(BLOCK, room // 2)
         each = (bytes_ - bytes_of(smaller)) / max(room - smaller, 1)
         static = bytes_ - each * room
@@ -311,10 +311,10 @@ def needed(
     place: Placement,
     shapes: Sequence[Shape],
 ) -> float:
-    """Bytes that a device needs for micro-batches of these shapes, the most of any process.
+    """Returns bytes per device for micro-batches of these shapes, the maximum over processes.
 
     Args:
-        make: a step that is not checked yet.
+        make: returns a step that is not checked yet.
         names: of the graph's inputs.
     """
     step = make().build([of_shape(names, shape, place) for shape in shapes])
@@ -325,7 +325,7 @@ def needed(
 
 
 def _beside(step: mixed.Mixed) -> float:
-    """Bytes of a device for models that its calls only read, while another is trained."""
+    """Returns bytes per device of models that calls only read, while another is trained."""
     place = next(iter(step.plan.values()))
     trained = {c.of for c in step.calls if c.kind == "train"}
     others = [step.home(m).params for m in step.graph.models if m not in trained]
@@ -333,7 +333,7 @@ def _beside(step: mixed.Mixed) -> float:
 
 
 def lengths_of(source: Any, encode: Callable[[Any], Any], kind: str, count: int) -> list[int]:
-    """Tokens of some examples, evenly from the whole source."""
+    """Returns the tokens of some examples, evenly spaced over the whole source."""
     at = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).astype(int))
     out = []
     for i in at:

@@ -1,4 +1,4 @@
-"""The rhythm of checkpoints: every so many steps, or every so many minutes."""
+"""Timing of checkpoints: every so many steps, or every so many minutes."""
 
 import time
 
@@ -8,10 +8,10 @@ from jaxrl_eff.parallel.processes.agreement import first_says
 
 
 class Cadence:
-    """Says after which steps to save.
+    """Decides after which steps to save.
 
-    With several processes the first one's clock decides, which is asked only when half of the
-    time that was left must have gone by, not at every step.
+    With several processes the first one's clock decides. To avoid communication at every step, it
+    is asked only when half of the remaining time should have passed.
     """
 
     def __init__(self, every: int, minutes: float):
@@ -19,17 +19,17 @@ class Cadence:
 
         Args:
             every: steps between two saves; 0: by time.
-            minutes: between two saves, if `every` is 0; 0: never.
+            minutes: time between two saves, if `every` is 0; 0: never.
         """
         self._every, self._seconds = every, 60.0 * minutes
         self.saved()
 
     def saved(self) -> None:
-        """Starts the clock anew."""
+        """Restarts the clock."""
         self._began, self._steps, self._look = time.monotonic(), 0, 2
 
     def due(self, step: int) -> bool:
-        """True if the run must be saved after this step (from 1). To be called once a step."""
+        """Returns True if the run must be saved after this step (from 1). Call once per step."""
         if self._every:
             return step % self._every == 0
         if not self._seconds:
@@ -44,7 +44,7 @@ class Cadence:
         return steps == 0
 
     def _steps_to_next_look(self) -> int:
-        """Half of the steps that the time left is good for, at least 1; 0 if none is left."""
+        """Returns half of the steps that fit in the time left, at least 1; 0 if none is left."""
         gone = time.monotonic() - self._began
         half = (self._seconds - gone) * self._steps / max(gone, 1e-9) / 2
         return 0 if half <= 0 else max(1, int(min(half, 2**30)))

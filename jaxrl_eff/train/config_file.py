@@ -1,10 +1,10 @@
-"""The command line's part of a config: the file, its argument, and values changed one by one.
+"""Configs on the command line: the file, its argument, and overrides of single values.
 
     --config=configs/grpo.py:model=DIR --config.grpo.steps=50 --config.seed=1
 
-A config file is Python with `get_config()`, or `get_config(arg)` for what stands behind the colon.
-Any field of `settings` can be set, whether the file mentions it or not; a value is read as Python
-("50", "1e-4", "(1, 2)", "true"), and as text where the file's own value is text or it is no Python.
+A config file is Python with `get_config()`, or `get_config(arg)` for the text after the colon. Any
+field of `settings` can be set, even if the file omits it; a value is parsed as Python ("50",
+"1e-4", "(1, 2)", "true"), or kept as text if the file's value is text or it is not Python.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from typing import Any, NoReturn
 from jaxrl_eff import secret
 
 FLAG = "config."  # absl collects the overrides under this name
-TRACEBACK = "JAXRL_EFF_TRACEBACK"  # the environment variable that asks for tracebacks
-_LONGEST = 2000  # characters of a message; values of a config may be of any size
+TRACEBACK = "JAXRL_EFF_TRACEBACK"  # environment variable that enables tracebacks
+_LONGEST = 2000  # characters of a message; values of a config can have any size
 
 
 class ConfigError(ValueError):
@@ -32,14 +32,14 @@ class ConfigError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that tells a mistake in one line."""
+    """An argument parser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; see --help.")
 
 
 def number(kind: type, low: float | int, high: float | int = math.inf) -> Callable[[str], Any]:
-    """A parser's type: an int or a float within a range, to which NaN does not belong."""
+    """Returns a parser's type: an int or a float within a range, which excludes NaN."""
 
     def read(text: str) -> Any:
         try:
@@ -59,10 +59,10 @@ SEED = number(int, 0, 2**32 - 1)
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Whatever goes wrong within becomes one line "error: ..." and exit code 2.
+    """Context that turns any error into one line "error: ..." and exit code 2.
 
-    With JAXRL_EFF_TRACEBACK=1 in the environment errors pass as they are. A reader of standard
-    output that has left ends the command quietly, Ctrl-C with exit code 130.
+    With JAXRL_EFF_TRACEBACK=1 in the environment errors propagate unchanged. A closed standard
+    output ends the command quietly, Ctrl-C with exit code 130.
     """
     try:
         yield
@@ -78,13 +78,13 @@ def explained() -> Iterator[None]:
 
 
 def fail(message: str) -> NoReturn:
-    """Prints "error: ..." and leaves with exit code 2."""
+    """Prints "error: ..." and exits with code 2."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def said(error: BaseException) -> str:
-    """An error in one line. Types whose messages are made for users go without their names."""
+    """Returns an error in one line, without the type's name if messages are meant for users."""
     text = " ".join(str(error).split())
     if not isinstance(error, ValueError | OSError | ImportError) or not text:
         text = f"{type(error).__name__}: {text or 'no message'} ({TRACEBACK}=1 tells where)"
@@ -92,7 +92,7 @@ def said(error: BaseException) -> str:
 
 
 def rewrite(argv: Sequence[str]) -> list[str]:
-    """`--config.a.b=c` or `--config.a.b c` becomes `--config.=a.b=c`, which absl can collect."""
+    """Rewrites `--config.a.b=c` or `--config.a.b c` as `--config.=a.b=c`, which absl collects."""
     out, rest = [], list(argv)
     while rest:
         word = rest.pop(0)
@@ -109,7 +109,7 @@ def rewrite(argv: Sequence[str]) -> list[str]:
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The config of a file as plain dicts, with overrides `"a.b=c"` applied.
+    """Loads the config of a file as plain dicts, with overrides `"a.b=c"` applied.
 
     Raises:
         ConfigError: the file is missing, fails, or does not give a config.
@@ -123,7 +123,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if hasattr(config, "to_dict"):
         try:
             config = config.to_dict()
-        except Exception as error:  # placeholders without a value, sections that hold themselves
+        except Exception as error:  # placeholders without a value, self-referencing sections
             raise ConfigError(f"get_config of {path}: {said(error)}") from error
     if not isinstance(config, Mapping):
         raise ConfigError(f"get_config of {path} gave {type(config).__name__}, but no config.")
@@ -135,7 +135,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _get(path: Path, arg: str) -> Any:
-    # So that a config may import configs.common, wherever the command was started.
+    # So that a config can import configs.common from any working directory.
     for place in (str(Path.cwd()), str(path.resolve().parent.parent)):
         if place not in sys.path:
             sys.path.append(place)
@@ -161,7 +161,7 @@ def _get(path: Path, arg: str) -> Any:
 
 
 def _told(error: BaseException, path: Path) -> str:
-    """One line: a ValueError speaks for itself, others with their type and place."""
+    """Returns one line: the message of a ValueError, or type, place and message."""
     if isinstance(error, ValueError):
         return str(error)
     if isinstance(error, SyntaxError):
@@ -173,10 +173,10 @@ def _told(error: BaseException, path: Path) -> str:
 
 
 def override(config: dict[str, Any], where: str, text: str) -> None:
-    """Sets the value at `"a.b"`, making sections on the way; what they may hold is checked later.
+    """Sets the value at `"a.b"`, creating sections as needed; fields are validated later.
 
     Raises:
-        ConfigError: a name on the way is empty, or holds a value rather than a section.
+        ConfigError: a name is empty, or a section's name has a value that is not a section.
     """
     *way, last = where.split(".")
     section = config
@@ -214,7 +214,7 @@ def _unquoted(text: str) -> str:
 
 
 def files() -> list[Path]:
-    """The configs at hand: of the current directory, else of the package's repository."""
+    """Lists available configs: of the current directory, else of the package's repository."""
     for folder in (Path("configs"), Path(__file__).resolve().parent.parent / "configs"):
         found = sorted(p for p in folder.glob("*.py") if p.stem not in ("__init__", "common"))
         if found:
@@ -223,7 +223,7 @@ def files() -> list[Path]:
 
 
 def describe() -> str:
-    """A line for every config at hand: its path and the first line of its docstring."""
+    """Returns a line per available config: its path and the first line of its docstring."""
     rows = []
     for path in files():
         try:
@@ -236,7 +236,7 @@ def describe() -> str:
 
 
 def flat(value: Any, path: str = "config") -> list[str]:
-    """`config.a.b = c` for every value of nested dicts; of what is `secret`, a hash."""
+    """Returns `config.a.b = c` for every value of nested dicts; a hash for `secret` values."""
     if isinstance(value, Mapping) and value:
         return [line for k, v in _shown(value, path).items() for line in flat(v, f"{path}.{k}")]
     return [f"{path} = {value!r}"]

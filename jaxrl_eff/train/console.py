@@ -1,10 +1,11 @@
-"""What a person sees of a run.
+"""User-visible output of a run.
 
-On a terminal a progress bar stays at the bottom, with the loss or reward, tokens/s, the time left
-and how the step divides into calls; everything else scrolls above it. Without a terminal the same
-facts come as plain lines, at a cadence a log file can bear. `quiet` leaves the final lines.
+On a terminal a progress bar stays at the bottom, with the loss or reward, tokens/s, the remaining
+time and the share of each call in a step; everything else scrolls above it. Without a terminal the
+same facts are printed as plain lines, rarely enough for a log file. `quiet` prints only the final
+lines.
 
-Text from a model goes through `clean`: it may hold control characters, which terminals obey.
+A model's text goes through `clean`, since terminals would execute control characters in it.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from typing import Any
 
 
 class Console:
-    """Writes to one stream; nothing else should while it is open."""
+    """Writer to one stream, which nothing else should use while it is open."""
 
     def __init__(
         self,
@@ -30,11 +31,11 @@ class Console:
         width: int | None = None,
         seconds_between_lines: float | int = 10.0,
     ):
-        """Prints nothing yet.
+        """Does not print yet.
 
         Args:
-            quiet: only `table` and `final` and `verdict` print.
-            terminal: whether to draw a bar; None finds out.
+            quiet: True to print only `table`, `final` and `verdict`.
+            terminal: True to draw a bar; None: detected.
             stream: standard output by default.
             width: in columns; None is the terminal's, or 100.
             seconds_between_lines: of progress, without a terminal. First and last always print.
@@ -56,7 +57,7 @@ class Console:
     # Opening ------------------------------------------------------------------------------------
 
     def header(self, title: str, facts: Mapping[str, str]) -> None:
-        """A title and a few aligned `name  value` lines (devices, meshes, parameters, memory)."""
+        """Prints a title and aligned `name  value` lines (devices, meshes, parameters, memory)."""
         if self._quiet:
             return
         self._print(title, style="bold")
@@ -68,12 +69,12 @@ class Console:
         self._gap()
 
     def line(self, text: str) -> None:
-        """A remark, wrapped."""
+        """Prints a remark, wrapped."""
         if not self._quiet:
             self._wrapped(text)
 
     def warn(self, text: str) -> None:
-        """A remark that `quiet` doesn't silence; on standard error then."""
+        """Prints a warning; if quiet, to standard error."""
         if self._quiet:
             print(_encodable(clean(text), sys.stderr), file=sys.stderr, flush=True)
         else:
@@ -82,7 +83,7 @@ class Console:
     # Progress -----------------------------------------------------------------------------------
 
     def stage(self, name: str, steps: int, *, start: int = 0) -> None:
-        """Begins the progress of a stage of `steps` steps, of which `start` were taken before."""
+        """Begins the progress of a stage of `steps` steps, `start` of them already taken."""
         self.end_stage()
         self._progress = _Progress(name, steps, start)
         if self._rich is not None:
@@ -107,8 +108,8 @@ class Console:
         """Shows step `step` (1 is the first) of the stage.
 
         Args:
-            values: the one or two numbers to watch: loss or reward.
-            seconds: by call; shown as shares of the step.
+            values: the one or two main numbers: loss or reward.
+            seconds: by call; shown as fractions of the step.
         """
         progress = self._progress
         if progress is None or self._quiet:
@@ -129,7 +130,7 @@ class Console:
         self._progress = None
 
     def samples(self, title: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """What the model says: `prompt`, `completion` and, where given, `reward` of each row."""
+        """Prints samples: `prompt`, `completion` and, if given, `reward` of each row."""
         if self._quiet:
             return
         self._print(cut(f"  {title}", self._width), style="dim")
@@ -153,10 +154,10 @@ class Console:
         *,
         final: bool = True,
     ) -> None:
-        """An aligned table; columns whose cells are all numbers stand to the right.
+        """Prints an aligned table; columns of only numbers are right-aligned.
 
         Args:
-            final: prints even if quiet.
+            final: True to print even if quiet.
         """
         if self._quiet and not final:
             return
@@ -183,17 +184,17 @@ class Console:
         self._gap()
 
     def final(self, text: str) -> None:
-        """A closing line that prints even if quiet: a path, say. Unwrapped, to be copied."""
+        """Prints a closing line even if quiet, such as a path. Unwrapped, for copying."""
         self._print(clean(text))
 
     def verdict(self, passed: bool, text: str) -> None:
-        """The last line: PASS or FAIL, and of what."""
+        """Prints the last line: PASS or FAIL, and its subject."""
         self.end_stage()
         style = "bold green" if passed else "bold red"
         self._wrapped(f"{'PASS' if passed else 'FAIL'}  {text}", style=style)
 
     def close(self) -> None:
-        """Takes the bar down. May be called twice."""
+        """Removes the bar. Can be called twice."""
         self.end_stage()
 
     def __enter__(self) -> "Console":
@@ -207,7 +208,7 @@ class Console:
             self._print(line, style=style)
 
     def _gap(self) -> None:
-        """One blank line, never two."""
+        """Prints one blank line, never two."""
         if not self._blank:
             self._print("")
 
@@ -223,7 +224,7 @@ class Console:
 
 
 class _Progress:
-    """The state of one stage's bar."""
+    """State of one stage's bar."""
 
     def __init__(self, name: str, steps: int, start: int):
         self.name, self.steps, self.at = name, max(steps, 1), start
@@ -242,7 +243,7 @@ class _Progress:
         seconds: Mapping[str, float | int],
     ) -> None:
         self._last = time.monotonic()
-        if self.steps_seen == 0:  # the time left is counted from here: this step compiled
+        if self.steps_seen == 0:  # this step includes compilation, so timing starts after it
             self._began, self._start = self._last, step
         self.at = step
         self.steps_seen += 1
@@ -263,13 +264,13 @@ class _Progress:
         )
 
     def words(self) -> list[str]:
-        """The facts of a plain line."""
+        """Returns the facts of a plain line."""
         count = f"{self.at:>{len(str(self.steps))}}/{self.steps}"
         parts = [f"{self.name:<8}", count, *self._facts, self.time_left(), self._split]
         return [part for part in parts if part]
 
     def renderable(self) -> Any:
-        """The bar and, below it, the split of the step."""
+        """Returns the bar and, below it, the split of the step."""
         from rich.console import Group
         from rich.progress_bar import ProgressBar
         from rich.table import Table
@@ -290,7 +291,7 @@ class _Progress:
 
 
 def number(value: Any, *, short: bool = False) -> str:
-    """Four significant digits; `short` with k, M, G."""
+    """Formats four significant digits; if `short`, with k, M, G, T."""
     value = float(value)
     if short and math.isfinite(value):
         for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -305,14 +306,14 @@ def number(value: Any, *, short: bool = False) -> str:
 
 
 def clock(seconds: float | int) -> str:
-    """`1:02:03` or `2:03`."""
+    """Formats as `1:02:03` or `2:03`."""
     minutes, s = divmod(max(round(seconds), 0), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
 
 
 def clean(text: str) -> str:
-    """One line without control characters: newlines become ⏎, others their escape."""
+    """Returns one line without control characters: newlines become ⏎, others their escape."""
     text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " ")
     safe = (
         c if unicodedata.category(c)[0] != "C" or c == "\u200d" else ascii(c)[1:-1] for c in text
@@ -321,7 +322,7 @@ def clean(text: str) -> str:
 
 
 def cells(text: str) -> int:
-    """Columns a terminal uses for the text."""
+    """Returns the terminal columns of the text."""
     if text.isascii():
         return len(text)
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
@@ -329,7 +330,7 @@ def cells(text: str) -> int:
 
 
 def cut(text: str, width: int) -> str:
-    """The text in at most `width` columns, `...` at the end of what was longer."""
+    """Truncates the text to at most `width` columns, ending in `...`."""
     if cells(text) <= width:
         return text
     while text and cells(text) > width - 3:
@@ -338,20 +339,20 @@ def cut(text: str, width: int) -> str:
 
 
 def pad(text: str, width: int, *, right: bool = False) -> str:
-    """The text filled with spaces to `width` columns, standing left or right."""
+    """Pads the text with spaces to `width` columns, aligned left or right."""
     fill = " " * (width - cells(text))
     return fill + text if right else text + fill
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` columns. At least one."""
+    """Wraps into lines of at most `width` columns. Returns at least one line."""
     text = clean(text)
     columns = max(width, 8) * len(text) // max(cells(text), 1) if text else max(width, 8)
     return textwrap.wrap(text, max(columns, 8), break_on_hyphens=False) or [""]
 
 
 def _encodable(text: str, stream: TextIOBase) -> str:
-    """The text with what the stream's encoding lacks replaced by `?`."""
+    """Replaces characters that the stream's encoding lacks by `?`."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, errors="replace").decode(encoding)
 
@@ -367,7 +368,7 @@ def _cell(x: Any) -> str:
 
 
 def _fit(rows: Sequence[Sequence[str]], width: int) -> list[int]:
-    """Column widths whose sum, with two spaces between, is at most `width`."""
+    """Returns column widths whose sum, with two spaces between, is at most `width`."""
     widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 4:
         widths[widths.index(max(widths))] -= 1

@@ -1,7 +1,7 @@
-"""Held-out generation and scoring: the same graph machinery, with one call.
+"""Held-out generation and scoring, as a graph with one call.
 
-Problems are asked a few rows at a time by one compiled program, so that memory does not grow with
-their number. What is sampled for a problem depends on its number alone, not on the rows beside it.
+One compiled program answers a few problems at a time, so that memory does not grow with their
+number. The samples of a problem depend only on its index, not on other rows of the batch.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from jaxrl_eff.parallel import global_arrays
 from jaxrl_eff.rollout import Sampling, sample
 from jaxrl_eff.rollout.rewards import verify
 
-# The random numbers of a row are those of its problem.
+# A row's random numbers are determined by its problem.
 ASKED = f"{PROMPTS} prompt_row"
 
 
@@ -30,9 +30,9 @@ class Evaluation:
     """Answers to held-out problems, scored by a function of the text. Made by `of`.
 
     Attributes:
-        calls: batches that hold all problems.
-        problems: how many are asked; `wanted`: how many should have been.
-        notes: why these differ, in words.
+        calls: number of batches that cover all problems.
+        problems: number of problems asked; `wanted`: number requested.
+        notes: remarks on why these differ.
     """
 
     step: Step
@@ -68,18 +68,18 @@ class Evaluation:
         """Checks shapes; compiles on first use.
 
         Args:
-            lm: the model that answers.
-            spec: its parameters.
-            sampling: how; temperature 0 is greedy.
-            placement: where; its microbatches and what it offloads do not matter.
+            lm: config of the model that answers.
+            spec: of its parameters.
+            sampling: temperature 0 is greedy.
+            placement: its microbatches and offloading are ignored.
             source: held-out examples; the first `problems` are used.
             encode: example -> prompt ids.
-            problems: how many.
+            problems: number of problems.
             prompt_length: tokens of the longest prompt.
             reward: (example, response) -> number.
             tokenizer: for the response's text.
-            seed: of sampling at a temperature.
-            batch: problems that are asked at once, at most; 0: all.
+            seed: for sampling with a temperature.
+            batch: maximum number of problems per batch; 0: all.
             wanted, notes: see the attributes; by default all problems are asked.
         """
         placement = dataclasses.replace(placement, microbatches=1, offload="")
@@ -115,13 +115,13 @@ class Evaluation:
 
     @property
     def of_how_many(self) -> str:
-        """What the mean is of, as " of 4 of 8 problems", if some could not be asked; or ""."""
+        """Text for the mean, " of 4 of 8 problems", if some could not be asked; else ""."""
         if self.problems == self.wanted:
             return ""
         return f" of {self.problems} of {self.wanted} problems"
 
     def __call__(self, params_: Any) -> tuple[float, list[dict[str, Any]]]:
-        """Mean reward over the problems, and one dict a problem of this process.
+        """Returns the mean reward over the problems, and one dict per problem of this process.
 
         Args:
             params_: the actor's parameters on the placement.
@@ -150,7 +150,7 @@ class Evaluation:
         return float(total[0] / max(total[1], 1)), rows
 
     def _build(self, batch: Mapping[str, np.ndarray]) -> None:
-        """Compiles the step for batches of which this is one process's share."""
+        """Compiles the step for batches; `batch` is one process's share."""
         if not self.step.built:
             count = self.step.share[1]
             self.step.build(
@@ -164,7 +164,7 @@ class Evaluation:
 def responses(
     data: Mapping[str, jax.Array], source: Any, tokenizer: Tokenizer, limit: int | None = None
 ) -> list[dict[str, Any]]:
-    """Prompt, completion, example (and reward, if scored) of this process's rows as text."""
+    """Returns this process's rows as text: prompt, completion, example, and reward if scored."""
     mine = {k: global_arrays.local_rows(v) for k, v in data.items()}
     out = []
     for i in range(len(mine["tokens"]))[:limit]:

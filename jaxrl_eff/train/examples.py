@@ -1,4 +1,4 @@
-"""From a config's data section to examples and the function that makes tokens of one."""
+"""Examples of a config's data section, and the functions that tokenize them."""
 
 import math
 import time
@@ -9,9 +9,9 @@ from jaxrl_eff.data import borders, encode, fates, needles, sources, toys
 from jaxrl_eff.data.tokenizer import Tokenizer
 from jaxrl_eff.train.settings import DataSettings, StageSettings
 
-_BORDERS = 16  # examples whose prompts are compared with what is trained on
+_BORDERS = 16  # examples whose prompts are compared with the training text
 
-# Format -> kind of batch and encoder. Chat formats write their own special tokens.
+# Format -> kind of batch, and encoder. Chat formats write their own special tokens.
 FORMATS: dict[str, tuple[str, Callable]] = {
     "text": ("sft", encode.encode_text),
     "completion": ("sft", encode.encode_prompt_completion),
@@ -23,7 +23,7 @@ FORMATS: dict[str, tuple[str, Callable]] = {
 
 
 def check(what: str, fn: Callable, source: Any) -> None:
-    """Applies a function to the first example, so that one that cannot work is found now."""
+    """Applies a function to the first example, to detect early that it always fails."""
     if not len(source):
         name = getattr(source, "name", "the source")
         raise ValueError(f"{what}: there are no examples in {name}.")
@@ -31,17 +31,17 @@ def check(what: str, fn: Callable, source: Any) -> None:
 
 
 def try_all(what: str, fn: Callable, source: Any, seconds: float = math.inf) -> tuple[str, ...]:
-    """Applies a function to every example, so that one that cannot work is found now, not later.
+    """Applies a function to every example, to detect early those for which it fails.
 
     Args:
-        what: the function, in words.
-        seconds: after these the rest is left untried.
+        what: description of the function.
+        seconds: time limit; the remaining examples are not tried.
 
     Returns:
-        A note that says how many were tried, if some were not.
+        A note with the number of examples tried, if some were not.
 
     Raises:
-        ValueError: there are no examples, or the function raised for one, which is named.
+        ValueError: there are no examples, or the function raised for one; the message names it.
     """
     check(what, fn, source)
     until = time.monotonic() + seconds
@@ -60,7 +60,7 @@ def _try(what: str, fn: Callable, source: Any, i: int) -> None:
 
 
 def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
-    """Training and held-out examples."""
+    """Returns training and held-out examples."""
     if data.source == "needles":
         return _needles(data)
     if data.source in toys.TASKS:
@@ -112,7 +112,7 @@ def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
 
 
 def _parted(found: Any, data: DataSettings, seed: int) -> tuple[Any, Any]:
-    """Training and held-out examples of one source."""
+    """Splits one source into training and held-out examples."""
     if not data.held_out:
         return found, None
     if data.held_out >= len(found) > 0:
@@ -145,7 +145,7 @@ def _needles(data: DataSettings) -> tuple[Any, Any]:
 
 
 def templated(source: Any, data: DataSettings) -> Any:
-    """Examples with the section's template around their prompt."""
+    """Returns examples with the section's template applied to their prompt."""
     if "{prompt}" not in data.template:
         raise ValueError(f"data.template {data.template!r} has no {{prompt}} in it.")
     if data.template == "{prompt}":
@@ -160,7 +160,7 @@ def templated(source: Any, data: DataSettings) -> Any:
 
 
 def check_format(s: StageSettings, kind: str) -> None:
-    """Refuses a format that gives no batches of a kind.
+    """Checks that a format gives batches of a kind.
 
     Raises:
         ValueError: the format is unknown or of another kind.
@@ -174,7 +174,7 @@ def check_format(s: StageSettings, kind: str) -> None:
 
 
 def encoder(s: StageSettings, kind: str, tokenizer: Tokenizer) -> Callable:
-    """What makes tokens of an example, for batches of a kind.
+    """Returns the function that tokenizes an example, for batches of a kind.
 
     Raises:
         ValueError: the format is unknown, of another kind, or lacks a field.
@@ -196,10 +196,10 @@ def encoder(s: StageSettings, kind: str, tokenizer: Tokenizer) -> Callable:
 def notes(
     s: StageSettings, kind: str, source: Any, tokenizer: Tokenizer, survey: fates.Survey
 ) -> tuple[str, ...]:
-    """What a person should know of a stage's examples before training, one line each.
+    """Returns notes on a stage's examples for the user before training, one line each.
 
-    Examples that are dropped or truncated, prompts that do not continue as what is trained on does,
-    and prompts that hold their completions.
+    Examples that are dropped or truncated, prompts whose tokens are not a prefix of the training
+    text, and prompts that contain their completions.
     """
     field = "data.prompt_length" if kind == "prompts" else "data.length"
     return (*survey.notes(field, kind), *_border_notes(s.data, source, tokenizer))
@@ -229,15 +229,15 @@ def _border_notes(data: DataSettings, source: Any, tokenizer: Tokenizer) -> list
 
 
 def prompt_encoder(data: DataSettings, tokenizer: Tokenizer, *, own_rows: bool) -> Callable:
-    """Makes the prompt of a held-out example, for a stage of any format.
+    """Returns the function that makes a held-out example's prompt, for a stage of any format.
 
     Args:
         data: the stage's section.
         tokenizer: the run's.
-        own_rows: whether the rows are held out from the stage's data, or from another file.
+        own_rows: True if the rows are held out from the stage's data, False if from another file.
 
     Raises:
-        ValueError: the prompt would be all of the text that others are trained on.
+        ValueError: the prompt would be the whole text that other examples are trained on.
     """
     field = data.fields.get("prompt") or data.fields.get("field")
     if data.format == "text" and own_rows and field:
@@ -254,20 +254,20 @@ def prompt_encoder(data: DataSettings, tokenizer: Tokenizer, *, own_rows: bool) 
 def asked(
     held_out: Any, encoder: Callable, problems: int, data: DataSettings
 ) -> tuple[sources.Examples, tuple[str, ...]]:
-    """Those of the first `problems` held-out examples whose prompts can be given to the model.
+    """Selects the examples among the first `problems` whose prompts can be given to the model.
 
     Args:
         held_out: examples.
         encoder: example -> prompt ids.
-        problems: how many.
-        data: the stage's section; `overlong` "error" refuses what does not fit.
+        problems: number of examples.
+        data: the stage's section; `overlong` "error" rejects prompts that do not fit.
 
     Returns:
-        The examples, and a note that says how many were left out, if any were.
+        The examples, and a note with the number left out, if any were.
 
     Raises:
-        ValueError: a prompt that cannot be made, that is too long although nothing may be dropped,
-            or none that fits.
+        ValueError: a prompt cannot be made, is too long although none can be dropped, or no prompt
+            fits.
     """
     limit, lengths = data.prompt_length, []
     for i in range(problems):

@@ -17,12 +17,12 @@ from jaxrl_eff.train import state
 
 @contextlib.contextmanager
 def _telling(path: Path) -> Iterator[None]:
-    """Errors of the system that name no file are raised with this path, those of libraries too."""
+    """Adds this path to system errors without a file name, including those of libraries."""
     try:
         yield
     except Exception as error:
         number = getattr(error, "errno", None)
-        if found := re.search(r"\(os error (\d+)\)", str(error)):  # of what is written in Rust
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # format of Rust libraries
             number = int(found[1])
         if number is None or getattr(error, "filename", None):
             raise
@@ -32,12 +32,12 @@ def _telling(path: Path) -> Iterator[None]:
 def write(assembled: Any, done: Any, workdir: Path, console: Any) -> Path:
     """Writes the last trained model to WORKDIR/export, adapters merged, and returns that path.
 
-    LoRA is also written in PEFT's format to WORKDIR/adapter, with its base model in WORKDIR/base if
-    that is in no directory yet. Sparse changes of a model from a directory are also written as a
-    delta file.
+    LoRA is also written in PEFT's format to WORKDIR/adapter, with its base model in WORKDIR/base
+    unless it is already in a directory. Sparse changes of a model from a directory are also written
+    as a delta file.
 
-    A quantized base is dequantized, not read again from where it came: adapters were trained beside
-    its codes and make up for some of what these lose.
+    A quantized base is dequantized instead of read again from its source: the adapters were trained
+    with its codes and compensate some of their error.
     """
     stage, role = done.stage, done.stage.trained
     lm, part = stage.lms[role], stage.settings.adapt.get(role)
@@ -67,7 +67,7 @@ def write(assembled: Any, done: Any, workdir: Path, console: Any) -> Path:
 
 
 def _delta(base: str, workdir: Path, method: str, console: Any) -> None:
-    """Writes the entries that training changed as a file that `jaxrl_eff.cli.delta` takes back."""
+    """Writes the entries that training changed as a file that `jaxrl_eff.cli.delta` can revert."""
     before, after = (deltas.read_directory(d) for d in (base, workdir / "export"))
     if {k: v.dtype for k, v in before.items()} != {k: v.dtype for k, v in after.items()}:
         console.final(

@@ -1,7 +1,7 @@
-"""Does a stage fit into the memory there is? Lower bounds, told before anything long starts.
+"""Checks that a stage fits into memory, by lower bounds, before anything slow starts.
 
-Activations are left out, since recomputation and micro-batches decide about them: what passes here
-may still be too much, and what is refused could not have run.
+Activations are not counted, since they depend on rematerialization and micro-batches: a stage that
+passes can still be too large, but one that is rejected could not have run.
 """
 
 from jaxrl_eff.core import Step
@@ -14,12 +14,12 @@ from jaxrl_eff.train.settings import StageSettings
 def check_batch(s: StageSettings, sampling: Sampling | None) -> None:
     """Compares the tokens of a step with the memory of this machine.
 
-    Every process draws and encodes all examples of a batch, and holds two numbers of 4 bytes a
-    token: ids and masks. Rollouts are at least tokens, masks and log-probabilities, on all devices
+    Every process draws and encodes all examples of a batch, and holds two 4-byte numbers per token:
+    ids and masks. Rollouts have at least tokens, masks and log-probabilities, over all devices
     together.
 
     Raises:
-        ValueError: naming the batch.
+        ValueError: the message names the batch.
     """
     import jax
 
@@ -46,7 +46,7 @@ def check_models(step: Step) -> None:
     """Compares parameters, optimizer states and gradients with the memory of their devices.
 
     Raises:
-        ValueError: naming the role that takes most.
+        ValueError: the message names the role with the largest share.
     """
     import jax
 
@@ -54,7 +54,7 @@ def check_models(step: Step) -> None:
     largest: dict[int, tuple[int, str]] = {}
     for role in step.graph.models:
         place = step.plan[step.graph.home(role).name]
-        if place.offload:  # some of it waits in the host's memory
+        if place.offload:  # partly in host memory
             continue
         mine = footprint.planned(step, role)
         size = mine.parameters + mine.state
@@ -78,7 +78,7 @@ def check_models(step: Step) -> None:
 
 
 def _of_all_devices(devices: list) -> int | None:
-    """Memory of all devices together; of simulated ones each process has one."""
+    """Returns the memory of all devices; simulated devices of a process share one memory."""
     if devices[0].platform == "cpu":
         memory = hardware.host_memory_bytes()
         return None if memory is None else memory * len({d.process_index for d in devices})

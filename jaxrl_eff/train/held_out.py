@@ -1,4 +1,4 @@
-"""From a stage's settings to its held-out measurement."""
+"""The held-out evaluation of a stage, from its settings."""
 
 from typing import Any
 
@@ -23,15 +23,15 @@ def evaluation(
     held_out: Any,
     sampling: Sampling | None,
 ) -> Evaluation | None:
-    """The held-out measurement of a stage, if its settings ask for one.
+    """Returns the held-out evaluation of a stage, if its settings ask for one.
 
     Args:
-        held_out: the examples that the stage's data sets apart, if any.
+        held_out: the examples held out from the stage's data, if any.
         sampling: of the stage, if it samples.
 
     Raises:
-        ValueError: the stage trains nothing that generates, there are too few examples, responses
-            are longer than the model, or an example cannot be asked or scored.
+        ValueError: the stage trains no model that generates, there are too few examples, responses
+            are longer than the model allows, or an example cannot be asked or scored.
     """
     e, s = run.stage[name].evaluate, run.stage[name]
     if not e.problems:
