@@ -1,8 +1,8 @@
-"""The identity of a run: the settings that decide its results, and contents of files they name.
+"""The identity of a run: the settings that affect its results, and hashes of the files they name.
 
-A run that is continued must compute what it computed before. Settings that say only where it runs
-and how often it reports are left out, by their place in the schema; data, models and adapters count
-by their contents, wherever they lie.
+A resumed run must compute the same results. Settings that affect only where it runs and how often
+it reports are left out, by field name; data, models and adapters are compared by contents,
+independently of their location.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from typing import Any
 from jaxrl_eff.train import config_file
 from jaxrl_eff.train.settings import Run, StageSettings
 
-# Fields that change nothing of what is computed. A path counts by the contents of its file.
+# Fields that do not affect results. A path is replaced by a hash of its contents.
 FREE_RUN = ("simulate_devices", "checkpoint", "expect", "wandb", "export", "nonfinite", "stage")
 FREE_STAGE = ("plan", "search", "evaluate", "samples_every", "sync")
-# Files up to this size are hashed whole, larger ones at evenly spaced places.
+# Files up to this size are hashed completely, larger ones at evenly spaced positions.
 WHOLE_BYTES = 256 << 20
 SAMPLES, SAMPLE_BYTES = 256, 1 << 20
 
@@ -26,7 +26,7 @@ Contents = dict[str, str]
 
 
 def essence(run: Run, contents: Mapping[str, str]) -> dict[str, str]:
-    """Everything that decides what a run computes: the path of a value in the config -> the value.
+    """Returns all values that affect a run's results: path in the config -> value.
 
     Args:
         run: the settings.
@@ -50,14 +50,14 @@ def _stage(run: Run, stage: StageSettings) -> dict[str, Any]:
     for part in kept["adapt"].values():
         part["start"] = _unless_path(part["start"])
     if not stage.sync.exact:
-        # After a checkpoint weights are sent whole, so its steps decide about later rounding.
+        # After a checkpoint weights are sent in full, so its steps affect later rounding.
         kept["sync"] = dataclasses.asdict(stage.sync)
         kept["checkpoint_every"] = run.checkpoint.every
     return kept
 
 
 def _of_run(run: Run, name: str) -> bool:
-    """True if a role starts from the base or a stage, whatever directory is called so, too."""
+    """Returns True if a role starts from the base or a stage, even if a directory has that name."""
     return name == "base" or name.partition("/")[0] in run.stages
 
 
@@ -66,10 +66,10 @@ def _unless_path(name: str) -> str:
 
 
 def contents_of(run: Run) -> Contents:
-    """The config's path of every file or directory that a run learns from -> a hash of it.
+    """Returns hashes of all files and directories that a run reads, by their path in the config.
 
-    Directories count by their files, sorted by name. What cannot be read is left out: whoever needs
-    it says so.
+    A directory's hash is that of its files, sorted by name. Unreadable paths are left out: the code
+    that needs them raises an error.
     """
     named = {"config.model.path": run.model.path}
     if not run.tokenizer.startswith("chars:") and run.tokenizer != "model":
@@ -91,7 +91,7 @@ def contents_of(run: Run) -> Contents:
 
 
 def digest_of(path: Path) -> str:
-    """Bytes and a hash of a file, or of all files of a directory; "" if it cannot be read."""
+    """Returns size and hash of a file, or of all files of a directory; "" if unreadable."""
     try:
         if path.is_file():
             size = path.stat().st_size
@@ -109,7 +109,7 @@ def digest_of(path: Path) -> str:
 
 
 def _counts(path: Path) -> bool:
-    """True if a file of a directory decides what is computed; of a model's, files that are read."""
+    """Returns True if a file of a directory affects results; for a model's, if it is read."""
     models = ("config.json", "adapter_config.json")
     if not any((path.parent / name).is_file() for name in models):
         return True
@@ -130,7 +130,7 @@ def _hash(path: Path, size: int) -> str:
 
 
 def fingerprint(run: Run, contents: Mapping[str, str] | None = None) -> str:
-    """A hash of a run's essence, 16 hexadecimal digits; reads the files if `contents` is None."""
+    """Hashes a run's essence, 16 hexadecimal digits; reads the files if `contents` is None."""
     return _hash_of(essence(run, contents_of(run) if contents is None else contents))
 
 
@@ -140,7 +140,7 @@ def _hash_of(essence_: Mapping[str, str]) -> str:
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """One line for every value that two essences differ in, the config's path first."""
+    """Returns one line for every value that differs between two essences, its path first."""
     names = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
     return [f"{k} was {before.get(k, 'unset')}, is {now.get(k, 'unset')}" for k in names]
 
@@ -150,10 +150,10 @@ class Identity:
     """The identity of a workdir's run, and of the same run before accepted changes.
 
     Attributes:
-        fingerprint: of checkpoints that are written.
-        accepted: fingerprints of older checkpoints, from before changes that were accepted.
-        changes: lines of `differences` to the run so far.
-        values: `essence`.
+        fingerprint: for new checkpoints.
+        accepted: fingerprints of older checkpoints, from before accepted changes.
+        changes: lines of `differences` from the run so far.
+        values: the run's `essence`.
     """
 
     fingerprint: str
@@ -162,16 +162,16 @@ class Identity:
     values: dict[str, str]
 
     def document(self) -> dict[str, Any]:
-        """The contents of WORKDIR/identity.json."""
+        """Returns the contents of WORKDIR/identity.json."""
         return {
             "fingerprint": self.fingerprint, "accepted": self.accepted, "values": self.values
         }  # fmt: skip
 
 
 def _holds(workdir: Path) -> str | None:
-    """What of a run is in a workdir and would be lost to another one: metrics, checkpoints."""
+    """Returns the kind of a run's data in a workdir that another run would destroy, or None."""
     from jaxrl_eff.checkpoints import (
-        manifest,  # late: it takes JAX with it, which mistakes need not wait for
+        manifest,  # imported late: it imports JAX, and config errors should be reported first
     )
 
     metrics, folder = workdir / "metrics.jsonl", workdir / "checkpoints"
@@ -182,11 +182,11 @@ def _holds(workdir: Path) -> str | None:
 
 
 def identify(run: Run, workdir: Path, *, accept_changes: bool = False) -> Identity:
-    """Compares a run with the one that a workdir holds.
+    """Compares a run with the one in a workdir.
 
     Raises:
-        ValueError: they differ and changes are not accepted, naming the first values that do; or
-            the workdir has metrics or checkpoints and does not say of what.
+        ValueError: they differ and changes are not accepted, with the first differing values; or
+            the workdir has metrics or checkpoints but no identity.
     """
     values = essence(run, contents_of(run))
     mine = _hash_of(values)

@@ -1,9 +1,9 @@
-"""Signals to a run, and readers of its output that go away.
+"""Handling of signals to a run, and of closed output streams.
 
-SIGTERM and SIGINT (Ctrl-C) ask a run to stop. While it trains, the step under way is finished and
-saved first; before and after that (assembly, compilation, restoring, export, report) it stops at
-once, since nothing would be lost. A second SIGINT ends the process. SIGHUP, and output that nobody
-takes any more, do not concern the training.
+SIGTERM and SIGINT (Ctrl-C) ask a run to stop. During training, the running step is finished and
+saved first; before and after training (assembly, compilation, restoring, export, report) the run
+stops at once, since nothing would be lost. A second SIGINT ends the process. SIGHUP and closed
+output do not affect training.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and has saved what there was to save.
+    """The run was asked to stop, and has saved its state.
 
-    No `Exception`, so that nothing on the way takes it for a failure of its own.
+    Not an `Exception`, so that no handler in between takes it for an error.
     """
 
 
 class Interrupts:
-    """Signals seen so far. Made by `listening`.
+    """Signals received so far. Made by `listening`.
 
     Attributes:
-        phase: of the run, for messages: where a signal that stops it at once finds it.
+        phase: current phase of the run, for messages about a stop.
     """
 
     def __init__(self):
@@ -38,7 +38,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """While the body runs, signals wait for `asked` to be called."""
+        """Context in which signals wait until `asked` is called."""
         self._training = True
         try:
             yield
@@ -46,23 +46,23 @@ class Interrupts:
             self._training = False
 
     def over(self) -> None:
-        """From now on signals wait: what is left is to close files, which takes a moment."""
+        """Makes signals wait from now on: only closing files remains, which is quick."""
         self._training = True
 
     def check(self) -> None:
-        """Stops if a signal came when it had to wait, and nobody asked since.
+        """Stops if a signal arrived while it had to wait, and `asked` was not called since.
 
         Raises:
-            Stopped: so it was. With several processes `asked` alone decides.
+            Stopped: a signal arrived. With several processes only `asked` decides.
         """
         if self._asked.is_set() and _alone():
             raise Stopped(self.phase)
 
     def asked(self, step: int) -> bool:
-        """True if the run must stop after this step; all processes get the same answer.
+        """Returns True if the run must stop after this step; all processes agree.
 
         Args:
-            step: steps taken in the whole run: JAX's agreement needs a number that rises.
+            step: steps taken in the whole run; JAX's agreement needs an increasing number.
         """
         if _alone():
             return self._asked.is_set()
@@ -80,7 +80,7 @@ class Interrupts:
             return
         self._asked.set()
         if not _alone():
-            # JAX tells all processes of a SIGTERM, which then stop after the same step.
+            # JAX forwards a SIGTERM to all processes, which then stop after the same step.
             os.kill(os.getpid(), signal.SIGTERM)
         elif not self._training:
             raise Stopped(self.phase)
@@ -90,12 +90,12 @@ class Interrupts:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Interrupts]:
-    """Listens to signals while the body runs; in the main thread only."""
+    """Context that listens to signals; has no effect outside the main thread."""
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():
         yield interrupts
         return
-    # With several processes JAX listens to SIGTERM itself.
+    # With several processes JAX handles SIGTERM itself.
     taken = {signal.SIGINT: interrupts.receive}
     if _alone():
         taken[signal.SIGTERM] = interrupts.receive
@@ -106,35 +106,35 @@ def listening() -> Iterator[Interrupts]:
         yield interrupts
     finally:
         for number, handler in before.items():
-            # None: a handler that was not installed from Python, which cannot be put back.
+            # None: a handler that was not installed from Python, which cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _alone() -> bool:
-    import jax  # late: the command's mistakes are told before this second of imports
+    import jax  # imported late: errors in the command are reported before this second of imports
 
     return jax.process_count() == 1
 
 
 def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):  # straight to the terminal: a signal can come in a print
+    with contextlib.suppress(OSError):  # unbuffered: the signal can arrive during a print
         os.write(2, f"\n{text}\n".encode())
 
 
 def outlast_readers() -> None:
-    """Makes standard output and error streams that never fail: see `Outlasting`."""
+    """Replaces standard output and error by streams that never fail: see `Outlasting`."""
     sys.stdout, sys.stderr = (Outlasting(s) for s in (sys.stdout, sys.stderr))
 
 
 class Outlasting(TextIOBase):
-    """A stream whose reader may go away (closed pipe or terminal, full disk): the rest is dropped.
+    """A stream that survives its reader (closed pipe or terminal, full disk): the rest is dropped.
 
-    Its file descriptor then leads to the null device, so that what libraries write there, and the
-    interpreter at its end, meets no error either.
+    Its file descriptor then points to the null device, so that libraries that write to it, and the
+    interpreter at exit, see no error either.
     """
 
     def __init__(self, stream: Any):
-        """Wraps a text stream; None, a closed standard stream, is taken for the null device."""
+        """Wraps a text stream; None, a closed standard stream, becomes the null device."""
         self._stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, text: str) -> int:
@@ -175,5 +175,5 @@ class Outlasting(TextIOBase):
 
     @property
     def buffer(self) -> Any:
-        """The stream's bytes, for those that write them themselves."""
+        """The underlying byte stream, for code that writes bytes."""
         return self._stream.buffer

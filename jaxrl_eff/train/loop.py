@@ -1,8 +1,8 @@
-"""The one training loop: every stage of every algorithm runs through it.
+"""The training loop, which runs every stage of every algorithm.
 
-A step is dispatched before the numbers of the one before it are looked at, so the devices never
-wait for the log. A step is a function of the parameters, the batch and two integers (seed and
-step), so a run that is killed and resumed ends where one that was never stopped ends.
+A step is dispatched before the metrics of the previous one are read, so the devices never wait for
+logging. A step is a function of the parameters, the batch and two integers (seed and step), so a
+run that is killed and resumed gives the same results as an uninterrupted one.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ from jaxrl_eff.train.writer import Writer
 
 @dataclasses.dataclass(frozen=True)
 class Outlets:
-    """Where a run's words, numbers and checkpoints go, and who may stop it.
+    """Destinations of a run's messages, metrics and checkpoints, and its stop signals.
 
     Attributes:
-        changed: whether the run goes on although its config or its files are others now.
+        changed: True if the run is resumed with an accepted change of its config or files.
     """
 
     console: Console
@@ -45,15 +45,15 @@ class Outlets:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """The end of a run.
+    """Results of a run.
 
     Attributes:
         results: "stage/eval" and "stage/eval_before" -> mean held-out reward.
         samples: the same keys -> rows of prompt, completion, reward.
         models, stage: of the last stage.
         summary: stage -> last metrics.
-        withheld: "stage/call" -> steps whose update was withheld.
-        counts: stage -> what became of its examples, see `progress.COUNTED`.
+        withheld: "stage/call" -> number of steps whose update was skipped as non-finite.
+        counts: stage -> counts of its examples, see `progress.COUNTED`.
     """
 
     results: dict[str, float]
@@ -70,7 +70,7 @@ def fit(assembled: Assembled, out: Outlets) -> Finished:
 
     Raises:
         NonFinite: see there, unless the run skips such updates.
-        Stopped: after a signal.
+        Stopped: a signal arrived.
     """
     models, shelf, at = resume.restored(assembled, out)
     samples: dict[str, list] = {}
@@ -116,7 +116,7 @@ def _run_stage(
         measure(stage, models, "eval_before")
 
     def evaluate_held_out(saved: bool) -> None:
-        """Evaluates the actor; loses nothing if that fails."""
+        """Evaluates the actor; saves first, so that a failure loses nothing."""
         try:
             score = measure(stage, models, "eval")
         except Exception:
@@ -128,7 +128,7 @@ def _run_stage(
         if saved:
             out.checkpoints.note({"results": at.results, "evaluated": True}, score=score)
 
-    if not at.evaluated:  # the run ended between a save and its evaluation
+    if not at.evaluated:  # the previous run ended between a save and its evaluation
         evaluate_held_out(saved=True)
 
     def save() -> None:
@@ -154,7 +154,7 @@ def _run_stage(
     pending = None
 
     def flush() -> None:
-        """Writes the line of the step that was dispatched last; it must be done for that."""
+        """Logs the step that was dispatched last, which waits for it to finish."""
         nonlocal pending
         if pending is not None:
             log(pending)
@@ -182,7 +182,7 @@ def _run_stage(
             stop = out.interrupts.asked(at.offset + at.step)
             due = cadence.due(at.step) or at.step == total or stop
             if due or not at.evaluated:
-                flush()  # what is saved or measured has finite numbers
+                flush()  # raises on non-finite metrics before they are saved or evaluated
             if due:
                 save()
                 log.pause()
@@ -215,12 +215,12 @@ def _dispatched(stage: Stage, step: int, metrics: Any, batch: Any) -> Dispatched
 
 
 def _counts(stage: Stage) -> dict[str, float]:
-    """What became of the examples of a stage up to the newest batch."""
+    """Returns counts of a stage's examples up to the newest batch."""
     return {k: v for k, v in stage.loader.stats().items() if k in COUNTED}
 
 
 def _evaluates(stage: Stage, step: int) -> bool:
-    """Whether held-out problems are answered after a step."""
+    """Returns True if held-out problems are evaluated after a step."""
     if stage.evaluation is None:
         return False
     every = stage.settings.evaluate.every
@@ -228,10 +228,10 @@ def _evaluates(stage: Stage, step: int) -> bool:
 
 
 def _steps_between_saves(run: Run, stage: Stage) -> int:
-    """Steps, or 0 where the clock decides.
+    """Returns the steps between saves, or 0 if the clock decides.
 
-    Weights that are sent as rounded differences are sent as a whole after every save, so that a
-    save is part of what is computed then, and no clock may decide about it.
+    With `sync` by rounded differences, weights are sent in full after every save. Saves then affect
+    the results, so they must not depend on the clock.
     """
     if run.checkpoint.every or stage.settings.sync.exact:
         return run.checkpoint.every
@@ -240,9 +240,10 @@ def _steps_between_saves(run: Run, stage: Stage) -> int:
 
 @contextlib.contextmanager
 def getting_ready(stage: Stage) -> Iterator[None]:
-    """Compiles a stage's calls and opens its data while the body runs; waits for both at its end.
+    """Context that compiles a stage's calls and opens its data in the background.
 
-    The body is where the models are read, which takes the disk rather than the cores.
+    It waits for both at its end. Its body reads the models, which is limited by the disk rather
+    than the cores.
     """
     pool = ThreadPoolExecutor(2)
     try:
@@ -250,7 +251,7 @@ def getting_ready(stage: Stage) -> Iterator[None]:
         yield
         for one in started:
             one.result()
-    finally:  # an error in the body is told at once
+    finally:  # an error in the body is raised without waiting
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -282,7 +283,7 @@ def _calibration(stage: Stage, step: int) -> Calibration | None:
 def _replanned(
     stage: Stage, models: state.Models, calibration: Calibration, out: Outlets
 ) -> tuple[Stage, state.Models]:
-    """Corrects the cost model by what was measured; takes up a better plan if there is one."""
+    """Corrects the cost model by measurements; switches to a better plan if there is one."""
     new = calibration.corrected()
     gain = calibration.gain(new)
     out.console.line(f"{stage.name}: predicted and measured seconds")
@@ -297,7 +298,7 @@ def _replanned(
     out.console.line(f"{stage.name}: {new}; saves {gain:.0%}")
     try:
         step = stage.placed(new.plan)
-    except ValueError as error:  # of packed rows: no room in the memory that programs really need
+    except ValueError as error:  # for packed rows: real programs leave no room in memory
         out.console.line(f"{stage.name}: it cannot run: {error}")
         calibration.keep(new)
         return stage, models
@@ -311,7 +312,7 @@ def _replanned(
 
 
 def _measure(out: Outlets, at: resume.Position, samples: dict[str, list]):
-    """A function that evaluates a stage's actor and notes the result."""
+    """Returns a function that evaluates a stage's actor and records the result."""
 
     def measure(stage: Stage, models: state.Models, kind: str) -> float:
         held_out = stage.evaluation
@@ -333,7 +334,7 @@ def _measure(out: Outlets, at: resume.Position, samples: dict[str, list]):
 
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[dict[str, int]]:
-    """Counts what the persistent compilation cache had and lacked."""
+    """Context that counts hits and misses of the persistent compilation cache."""
     counts = {"hits": 0, "misses": 0}
 
     def listen(event: str, **_: Any) -> None:

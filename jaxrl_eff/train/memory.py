@@ -1,6 +1,6 @@
-"""Bytes on a device: what a way to train will hold, said beforehand, and what there is now.
+"""Memory on a device: what a training method will need, computed in advance, and current use.
 
-Activations are not here; `Step.analysis` has what the compiled programs need of them.
+Activations are not included; `Step.analysis` has the needs of the compiled programs.
 """
 
 from typing import Any, NamedTuple
@@ -14,14 +14,13 @@ from jaxrl_eff.peft import lora, quantized
 
 
 class Footprint(NamedTuple):
-    """Bytes that the fullest device holds of one model.
+    """Bytes of one model on the fullest device.
 
     Attributes:
-        parameters: adapters included; of quantized kernels codes and scales.
-        state: of the optimizer, with indices, original values and remainders, and what rounding
-            left over of gradients that were sent, and what nodes hold of weights whose differences
-            are sent.
-        gradients: of what is trained, as they leave the backward pass.
+        parameters: including adapters; for quantized kernels, codes and scales.
+        state: optimizer state, including indices, original values and remainders, residuals of
+            gradients sent with error feedback, and nodes' copies of weights sent as differences.
+        gradients: of the trained leaves, as returned by the backward pass.
     """
 
     parameters: int
@@ -39,7 +38,7 @@ class Footprint(NamedTuple):
 
 
 def planned(step: Step, model: str) -> Footprint:
-    """What a compiled graph will hold of a model at home, from shapes and layouts alone."""
+    """Returns a model's memory at home in a compiled graph, from shapes and shardings alone."""
     home, spec = step.home(model), step.specs[model]
     params, state = _bytes(home.params), _bytes((home.opt, home.left, home.held))
     if not any(c.kind == "train" for c in step.graph.of(model)):
@@ -47,7 +46,7 @@ def planned(step: Step, model: str) -> Footprint:
     if not isinstance(spec.tx, Adaptation):
         return Footprint(params, state, params)
     there, gradients = tree.flat(home.params), 0
-    # A tap has a number for every original value.
+    # A tap has one number per original value.
     originals = [x for name, x in tree.flat(home.opt).items() if name.endswith("/original")]
     for name, leaf in jax.eval_shape(spec.tx.leaves, spec.shapes, home.opt).items():
         if name in there:
@@ -59,7 +58,7 @@ def planned(step: Step, model: str) -> Footprint:
 
 
 def whole(step: Step, model: str) -> Footprint:
-    """The same model with all parameters trained by Adam with float32 moments, to compare with."""
+    """Returns the memory if all parameters were trained by Adam with float32 moments."""
     there = lora.base(step.home(model).params)
     if quantized.inside(there):
         dtype = tree.flat(there)["embed/table"].dtype
@@ -71,14 +70,14 @@ def whole(step: Step, model: str) -> Footprint:
 
 
 def _bytes(arrays: Any, itemsize: int = 0) -> int:
-    """Of the part that one device holds."""
+    """Returns the bytes of one device's shards."""
     return sum(shard_bytes(x, itemsize) for x in jax.tree.leaves(arrays))
 
 
 def used() -> tuple[int, str]:
-    """Bytes on this process's fullest device, and what they are.
+    """Returns bytes on this process's fullest device, and a description of them.
 
-    The peak of the run where the device tells it; elsewhere (CPU) the arrays alive now.
+    The peak of the run if the device reports it; otherwise (CPU) the arrays alive now.
     """
     stats = [d.memory_stats() or {} for d in jax.local_devices()]
     if all("peak_bytes_in_use" in s for s in stats):

@@ -1,7 +1,7 @@
-"""From a stage's settings to its parts that need neither devices nor data.
+"""Parts of a stage that need neither devices nor data, from its settings.
 
-The algorithm's graph, the models' roles and optimizers, sampling, rewards, the shapes of a batch:
-what `stages` makes steps of, and `plan` a planner's problem.
+The algorithm's graph, the models' roles and optimizers, sampling, rewards, and the shapes of a
+batch. `assembly` makes steps from them, and the command `plan` a planner's problem.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ REWARDS: dict[str, Callable[..., Callable]] = {
 
 
 class at_path:
-    """Puts the config's path before an error's message."""
+    """Context that prefixes error messages with a path in the config."""
 
     def __init__(self, path: str):
         self._path = path
@@ -59,7 +59,7 @@ class at_path:
     def __exit__(self, kind, error, trace):
         if not isinstance(error, Exception):
             return
-        kept = (FileNotFoundError, OSError, ImportError)  # others are made for messages of theirs
+        kept = (FileNotFoundError, OSError, ImportError)  # other types need special arguments
         told = next((t for t in kept if isinstance(error, t)), ValueError)
         message = str(error)
         if not isinstance(error, (ValueError, *kept)):
@@ -70,19 +70,19 @@ class at_path:
 
 
 def algorithm_of(s: StageSettings) -> Algorithm:
-    """The record of the stage's algorithm."""
+    """Returns the record of the stage's algorithm."""
     if s.algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm is {s.algorithm!r}; there are {list(ALGORITHMS)}.")
     return ALGORITHMS[s.algorithm]
 
 
 def loss_of(s: StageSettings, name: str) -> Any:
-    """The algorithm's config."""
+    """Returns the algorithm's config."""
     return build(ALGORITHMS[s.algorithm].config, s.loss, f"config.{name}.loss")
 
 
 def changes_of(s: StageSettings) -> SyncConfig | None:
-    """How trained weights are synced, if not as a whole."""
+    """Returns the settings for syncing trained weights as changes; None: sent in full."""
     if s.sync.name == "whole":
         return None
     if s.sync.name in ("int8", "int4"):
@@ -93,18 +93,18 @@ def changes_of(s: StageSettings) -> SyncConfig | None:
 
 
 def nodes_of(s: StageSettings) -> int:
-    """Between how many nodes train calls send; 1: wherever the compiler wants."""
+    """Returns the number of nodes of train calls; 1 leaves communication to the compiler."""
     return s.zero.nodes if s.zero.name else 1
 
 
 def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
-    """The spec of a role with what its train call sends between nodes, if the stage says that.
+    """Adds to a role's spec the precision of data sent between nodes, if the stage sets it.
 
-    What is frozen is not sent at all: every node has it whole.
+    Frozen weights are not sent at all: every node has them.
 
     Raises:
-        ValueError: an unknown name, blocks that there cannot be, or something else in the stage
-            that it does not go with.
+        ValueError: an unknown name, an invalid block size, or a combination with other settings of
+            the stage that is not supported.
     """
     if not s.zero.name or spec.tx is None or lm is None:
         return spec
@@ -124,7 +124,7 @@ def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
 
 
 def sampling_of(s: StageSettings, name: str, tokenizer: Tokenizer) -> Sampling | None:
-    """How the stage samples, if it does."""
+    """Returns the stage's sampling settings, if it samples."""
     if ALGORITHMS[s.algorithm].batch != "prompts":
         return None
     pad = tokenizer.pad if tokenizer.pad is not None else 0
@@ -132,10 +132,10 @@ def sampling_of(s: StageSettings, name: str, tokenizer: Tokenizer) -> Sampling |
 
 
 def reward_fn(reward: RewardSettings) -> Callable:
-    """The function of the text that a reward's settings name; its `__name__` is that name.
+    """Returns the function of the text that a reward's settings name, as its `__name__`.
 
     Raises:
-        ValueError: an unknown name or option.
+        ValueError: the name or an option is unknown.
     """
     if reward.name not in REWARDS:
         raise ValueError(f"the reward is {reward.name!r}; there are {['model', *REWARDS]}.")
@@ -154,10 +154,10 @@ def reward_fn(reward: RewardSettings) -> Callable:
 def roles_of(
     s: StageSettings, base: LMConfig, earlier: Sequence[Any], ignore: Sequence[str] = ()
 ) -> tuple[dict[str, tuple[str, str]], dict[str, LMConfig]]:
-    """Where each role's parameters come from, and the shape of its model.
+    """Returns the source of each role's parameters, and the config of its model.
 
     Args:
-        ignore: fields of a directory's `config.json` that are read as if they were not there.
+        ignore: fields of a directory's `config.json` to ignore.
     """
     roles = algorithm_of(s).roles
     given = {next(iter(roles)): "base", **s.models}
@@ -222,14 +222,14 @@ def check_length(s: StageSettings, lms: dict[str, LMConfig], sampling: Sampling 
 def graph_of(
     s: StageSettings, cfg: Any, lms: dict[str, LMConfig], rollout: Rollout | None
 ) -> Graph:
-    """The graph of the stage's algorithm.
+    """Returns the graph of the stage's algorithm.
 
     Args:
         cfg: the algorithm's config.
-        rollout: how it samples, if it does.
+        rollout: sampling and reward, if it samples.
 
     Raises:
-        ValueError: a role has no model, or something does not go with the algorithm.
+        ValueError: a role has no model, or a setting does not fit the algorithm.
     """
     if s.staleness < 0 or (s.staleness and rollout is None):
         raise ValueError(f"staleness is {s.staleness}; it is for algorithms that sample, from 0.")
@@ -249,13 +249,13 @@ def graph_of(
 
 
 def _same_start(s: StageSettings) -> bool:
-    """Whether the reference is what the actor starts from."""
+    """Returns True if the reference equals the initial actor."""
     actor = s.models.get("actor", "base")
     return s.models.get("ref", actor) == actor
 
 
 def _without_ref(c: core.Call) -> core.Call:
-    """A call of the reference, on the actor's own arrays without its adapter."""
+    """Returns a reference call as a call on the actor's arrays without its adapter."""
     if c.of != "ref":
         return c
     return dataclasses.replace(c, of="actor", fn=functools.partial(_on_base, c.fn))
@@ -316,9 +316,9 @@ def model_specs(
 
 
 def _check_options(o: OptimSettings) -> None:
-    """Numbers of an optimizer that are of another type than its own, or out of their range."""
+    """Checks types and ranges of an optimizer's numeric options."""
     if o.name not in optim.optimizer_names():
-        return  # which is told by the one that makes it
+        return  # `optimizer` reports it
     known = inspect.signature(optim.OWN.get(o.name) or getattr(optax, o.name)).parameters
     for name, value in o.options.items():
         if name in ("learning_rate", "mask"):

@@ -1,4 +1,4 @@
-"""Numbers of finished steps: metrics, rates, and the check that they are finite."""
+"""Metrics and rates of finished steps, and the check that they are finite."""
 
 import collections
 import dataclasses
@@ -20,14 +20,14 @@ from jaxrl_eff.parallel import devices
 from jaxrl_eff.train.assembly import Stage
 from jaxrl_eff.train.replan import Calibration
 
-# What the console shows of a step: (label, metric name), the first two that are there.
+# Metrics on the console: (label, metric name); the first two present are shown.
 WATCHED = (
     ("reward", "score"), ("KL", "ref_kl"), ("accuracy", "accuracy"), ("loss", "loss"),
 )  # fmt: skip
-# Rates are taken over a few steps, since the clock of a single one waits for a thread to be
-# scheduled.
+# Rates are averaged over a few steps, since the time of a single one includes the scheduling of a
+# thread.
 RATE_STEPS = 5
-# What is told of a loader's counts.
+# The reported counts of a loader.
 COUNTED = ("examples", "epochs", "dropped", "empty", "truncated")
 
 
@@ -36,20 +36,20 @@ class NonFinite(ArithmeticError):
 
 
 class Volume(NamedTuple):
-    """Tokens of some sequences, and the sum of the squares of their lengths."""
+    """Number of tokens of some sequences, and sum of the squares of their lengths."""
 
     tokens: float
     squares: float
 
     @property
     def context(self) -> float:
-        """Keys that a token sees, on average over all tokens."""
+        """Average number of keys that a token sees."""
         return self.squares / self.tokens / 2 if self.tokens else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Dispatched:
-    """A step on its way.
+    """A dispatched step.
 
     Attributes:
         step: its number in the stage, from 1.
@@ -58,7 +58,7 @@ class Dispatched:
         lengths: `[N]`, tokens of the sequences (sft, pairs) or prompts of its batch: of this
             process's share, or of all with a schedule.
         schedule: of a scheduled batch.
-        counts: examples used, dropped and so on up to this batch, as `Loader.stats`.
+        counts: examples used, dropped and so on up to this batch, as in `Loader.stats`.
     """
 
     step: int
@@ -70,7 +70,7 @@ class Dispatched:
 
 
 def lengths(batch: Any) -> np.ndarray:
-    """Tokens of every sequence, or prompt, of a batch from a loader, `[N]`."""
+    """Returns the tokens of every sequence, or prompt, of a batch from a loader, `[N]`."""
     if isinstance(batch, list):
         found = [lengths(rows) for micro in batch for rows in micro.values()]
         return np.concatenate(found) if found else np.zeros(0, np.int64)
@@ -83,12 +83,12 @@ def lengths(batch: Any) -> np.ndarray:
 
 
 class StepLog:
-    """Turns finished steps into lines of numbers; stops the run at one that is not finite.
+    """Logs the metrics of finished steps; stops the run at a non-finite one.
 
     Attributes:
-        spans: calls of the last step.
+        spans: timed calls of the last step.
         last: metrics of the last step.
-        withheld: train call -> steps in which an update was withheld.
+        withheld: train call -> number of steps in which an update was skipped as non-finite.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class StepLog:
         *,
         withheld: Mapping[str, int] = MappingProxyType({}),
     ):
-        """Writes nothing yet.
+        """Does not write yet.
 
         Args:
-            stage: the stage under way.
+            stage: the running stage.
             out: `train.Outlets`.
             offset: steps of all earlier stages.
-            nonfinite: "stop" raises at a number that is not finite, "skip" warns.
-            seen: is told every step's times; None if plans stay.
+            nonfinite: "stop" raises at a non-finite number, "skip" warns.
+            seen: receives every step's times; None if plans do not change.
             withheld: call -> steps, of this stage before the run was resumed.
         """
         self._stage, self._out, self._offset, self._nonfinite = stage, out, offset, nonfinite
@@ -126,17 +126,17 @@ class StepLog:
         return next(iter(self._stage.lms.values())).dtype
 
     def restart(self, stage: Stage) -> None:
-        """Goes on with another plan."""
+        """Continues with another plan."""
         self._stage = stage
         self.pause()
 
     def pause(self) -> None:
-        """Leaves out of all rates what was done since the last step (saving, evaluating)."""
+        """Excludes the time since the last step (saving, evaluating) from all rates."""
         self._window.clear()
         self._window.append((time.perf_counter(), 0.0, 0.0))
 
     def __call__(self, done: Dispatched) -> None:
-        """Waits for a step and writes its line.
+        """Waits for a step and logs it.
 
         Raises:
             NonFinite: unless such updates are skipped.
@@ -156,7 +156,7 @@ class StepLog:
         values |= {f"data/{k}": float(done.counts[k]) for k in COUNTED if k in done.counts}
         elapsed = self._window[-1][0] - self._window[0][0]
         tokens, flops = (sum(row[i] for row in list(self._window)[1:]) for i in (1, 2))
-        # Steps of microseconds can seem to end together, and have no rate then.
+        # Steps of microseconds can appear to end together, and then have no rate.
         tokens_per_s, flops_per_s = (
             n / elapsed if elapsed > 1e-6 else None for n in (tokens, flops)
         )
@@ -185,15 +185,15 @@ class StepLog:
         self._check(done.step, values)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Writes samples of a step and shows two."""
+        """Writes samples of a step and shows two of them."""
         self._out.writer.samples(self._offset + step, self._stage.name, rows)
         self._out.console.samples(f"samples at step {step}", rows[:2])
 
     def _volumes(self, done: Any, values: Mapping[str, float]) -> dict[str, Volume]:
-        """Sequences that each call reads or makes, over all processes.
+        """Returns the volume of sequences that each call reads or makes, over all processes.
 
-        Responses count with the mean length that the step measured; a greedy answer (ReMax) is
-        taken to be as long as a sampled one.
+        Responses count with the mean length of the step; a greedy answer (ReMax) is assumed to be
+        as long as a sampled one.
         """
         n = done.lengths.astype(float)
         share = 1 if done.schedule is not None else self._stage.step.share[1]
@@ -215,9 +215,9 @@ class StepLog:
         return out
 
     def _of_schedule(self, schedule: Assignment) -> dict[str, float]:
-        """A schedule in numbers; tells the loader how long it took."""
+        """Returns statistics of a schedule; reports its measured time to the loader."""
         seconds = self._window[-1][0] - self._window[-2][0] if len(self._window) > 1 else 0.0
-        if self._scheduled:  # the first step has more to do
+        if self._scheduled:  # the first step is slower than others
             self._stage.loader.measured(schedule, seconds)
         self._scheduled = True
         found = quality(schedule)
@@ -231,7 +231,7 @@ class StepLog:
         }
 
     def _flops(self, volumes: Mapping[str, Volume]) -> float:
-        """Useful FLOPs: a forward pass costs 1, a train pass 3 or less, padding nothing."""
+        """Returns useful FLOPs: a forward pass costs 1, a train pass 3 or less, padding nothing."""
         total = 0.0
         for c in self._stage.step.calls:
             if c.of in self._stage.lms:
@@ -243,10 +243,10 @@ class StepLog:
         return total
 
     def _check(self, step: int, values: dict[str, float]) -> None:
-        """Names what is not finite.
+        """Reports non-finite metrics.
 
         Raises:
-            NonFinite: unless such updates are skipped. A figure of the schedule stops nothing.
+            NonFinite: unless such updates are skipped. Statistics of the schedule only warn.
         """
         warn = self._out.console.warn
         for k in [k for k, v in values.items() if k.endswith("/sync_drifted") and v > 0]:
@@ -281,19 +281,19 @@ class StepLog:
 
 
 def _tokens(stage: Stage, volumes: Mapping[str, Volume]) -> float:
-    """Tokens of a step: of what was sampled, or else of what is trained on."""
+    """Returns the tokens of a step: sampled tokens, or else those of the first train call."""
     kind = "generate" if stage.sampling is not None else "train"
     calls = [c for c in stage.step.calls if c.kind == kind]
     return sum(volumes[c.name].tokens for c in (calls if stage.sampling else calls[:1]))
 
 
 def _response(values: Mapping[str, float]) -> float | None:
-    """Mean tokens of a response, if the step sampled."""
+    """Returns the mean tokens of a response, if the step sampled."""
     return next((v for k, v in values.items() if k.endswith("/length")), None)
 
 
 def _watched(values: dict[str, float]) -> dict[str, float]:
-    """The two numbers worth a glance."""
+    """Returns the two main metrics."""
     found = {}
     for label, name in WATCHED:
         match = next((v for k, v in values.items() if k.split("/")[-1] == name), None)

@@ -1,10 +1,10 @@
-"""Plans that correct themselves: predicted against measured times, and a better plan if there is.
+"""Correction of plans: compares predicted with measured times, and finds a better plan if any.
 
-A searched plan is as good as the cost model. So after some steps the calls and reallocations that
-were timed are laid beside what was predicted, the model's factors are refitted, and the search is
-repeated from the plan that runs. Response lengths count as measured too: they drift in RL. Of plans
-that have run, whole steps were measured, and these count more than any prediction: a plan that
-looked better and was not is left again.
+A searched plan is only as good as the cost model. After some steps the timed calls and
+reallocations are compared with the predictions, the model's factors are refitted, and the search is
+repeated from the current plan. Response lengths are measured too, since they drift in RL. For plans
+that have run, measurements of whole steps override any prediction: a plan that was predicted to be
+better but is not is abandoned.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ from jaxrl_eff.train.settings import SearchSettings
 
 @dataclasses.dataclass(frozen=True)
 class Searched:
-    """A plan, and what it was found with.
+    """A plan, and the inputs of its search.
 
     Attributes:
-        seconds: predicted, of a step; `gap`: how far above a lower bound.
-        rules: rule -> predicted seconds of the plan that it gives, for those that fit.
+        seconds: predicted for a step; `gap`: fraction above a lower bound.
+        rules: rule -> predicted seconds of its plan, for plans that fit.
     """
 
     problem: Problem
@@ -65,10 +65,10 @@ def search(
     corrections: Corrections = NONE,
     start: Mapping[str, Placement] | None = None,
 ) -> Searched:
-    """The best plan found for this job's devices; the same on all its processes.
+    """Searches the best plan for this job's devices; the same on all its processes.
 
     Raises:
-        ValueError: nothing fits, or the cluster is unknown or not of this many devices.
+        ValueError: nothing fits, or the cluster is unknown or has another number of devices.
     """
     cluster = clusters.parse(settings.cluster)
     if cluster.devices != jax.device_count():
@@ -81,7 +81,7 @@ def search(
         corrections=corrections, start=start,
     )  # fmt: skip
     rules = {k: s.seconds for k, s in found.heuristics.items() if not isinstance(s, str)}
-    # Processes measure their hosts each for itself; the first one's plan counts.
+    # Each process measures its own host; the first one's plan is used.
     plan = _from_first(found.plan)
     return Searched(
         problem, cluster, corrections, settings, seed, plan,
@@ -99,15 +99,17 @@ def _from_first(plan: Mapping[str, Placement]) -> dict[str, Placement]:
 
 
 class Calibration:
-    """Watches the steps of a searched plan.
+    """Compares measured with predicted times of a searched plan.
 
     Attributes:
-        rows: predicted and measured seconds, as of the last `corrected`.
+        rows: predicted and measured seconds, from the last `corrected`.
     """
 
     def __init__(self, searched: Searched, first: int):
-        """Args:
-        first: after which step to calibrate first.
+        """Starts without measurements.
+
+        Args:
+            first: step of the first calibration.
         """
         self.searched = searched
         self.rows: tuple[profile.Row, ...] = ()
@@ -120,12 +122,12 @@ class Calibration:
     def see(
         self, spans: Iterable[timing.Span], length: float | None, seconds: float | None = None
     ) -> None:
-        """Notes a step's times.
+        """Records a step's times.
 
         Args:
             spans: of its calls.
             length: its mean response length, if it sampled.
-            seconds: from the end of the step before to its own, if that is known.
+            seconds: from the end of the previous step to its own, if known.
         """
         for span in spans:
             self._measured[span.call].append(span.end - span.start)
@@ -135,22 +137,22 @@ class Calibration:
             self._steps.append(seconds)
 
     def due(self, step: int) -> bool:
-        """Whether it is time to calibrate."""
+        """Returns True if calibration is due."""
         return step >= self._next
 
     def keep(self, new: Searched) -> None:
-        """Goes on with the plan that runs, and with what was learned."""
+        """Keeps the current plan, with the corrected cost model."""
         plan = self.searched.plan
         self.take(dataclasses.replace(new, plan=plan, seconds=self._expected(new, plan)))
 
     def take(self, new: Searched) -> None:
-        """Goes on with a new plan."""
+        """Switches to a new plan."""
         self.searched = new
         self._wait *= 2
         self._next += self._wait
 
     def corrected(self) -> Searched:
-        """The same search with what was learned; its plan may be the one that runs."""
+        """Repeats the search with the measurements; its plan can be the current one."""
         old = self.searched
         problem = old.problem
         if self._lengths:
@@ -170,9 +172,9 @@ class Calibration:
         return dataclasses.replace(found, plan=best, seconds=self._expected(found, best))
 
     def gain(self, new: Searched) -> float:
-        """Share of a step's time that the new plan saves over the one that runs.
+        """Returns the fraction of a step's time that the new plan saves over the current one.
 
-        As the first process sees it, since all must switch together.
+        The first process's value is used, since all must switch together.
         """
         running = self._expected(new, self.searched.plan)
         share = 0.0 if new.plan == self.searched.plan else 1.0 - new.seconds / running
@@ -181,9 +183,9 @@ class Calibration:
         return share
 
     def _expected(self, new: Searched, plan: Mapping[str, Placement]) -> float:
-        """Seconds of a step: as predicted, times what whole steps of the plan were off by.
+        """Returns expected seconds of a step: predicted, times the error for measured steps.
 
-        A plan that has not run yet is taken to be off by as much as the one that runs.
+        A plan that has not run yet is assumed to have the error of the current one.
         """
 
         def predicted(problem: Problem, plan: Mapping[str, Placement]) -> float:
@@ -196,7 +198,7 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class _Ran:
-    """A plan, its measured seconds a step, and the problem (response lengths) of that time."""
+    """A plan, its measured seconds per step, and the problem (response lengths) at that time."""
 
     problem: Problem
     plan: dict[str, Placement]
@@ -208,10 +210,10 @@ def _key(plan: Mapping[str, Placement]) -> tuple:
 
 
 def _with_length(problem: Problem, mean: float) -> Problem:
-    """The problem with responses that are this long on average, none longer than allowed.
+    """Returns the problem with responses of this mean length, none longer than allowed.
 
-    The longest row ends the loop; of the shape in between only the mean is known, so all others
-    are taken to be alike.
+    The longest row ends the loop; of the distribution only the mean is known, so all other rows are
+    assumed to have equal length.
     """
 
     def work(w: Any) -> Any:

@@ -1,8 +1,8 @@
-"""The place where a run goes on: the position that its newest checkpoint tells, if it has one.
+"""The position at which a run resumes: that of its newest checkpoint, if it has one.
 
-Changes of a config that were accepted can make that place one that is not there: a stage that is
-gone, fewer steps than were taken, arrays of other shapes. Such a run is refused, since a start
-from nothing would overwrite what was trained.
+Accepted changes of a config can make that position invalid: a stage was removed, fewer steps are
+configured than were taken, arrays have other shapes. Such a run is rejected, since starting from
+the beginning would overwrite trained models.
 """
 
 import dataclasses
@@ -15,16 +15,16 @@ from jaxrl_eff.train import state
 
 @dataclasses.dataclass
 class Position:
-    """Where the run is; changes as it goes.
+    """The current position of a run; mutable.
 
     Attributes:
         index: of the stage.
         step: steps taken in this stage.
         offset: steps of all earlier stages.
         results: "stage/eval" and "stage/eval_before" -> mean held-out reward.
-        evaluated: whether the evaluation that is due after `step`, if any, is among the results.
-        withheld: "stage/call" -> steps whose update was withheld.
-        counts: stage -> what became of its examples, see `progress.COUNTED`; finished ones.
+        evaluated: True if `results` has the evaluation due after `step`, if any.
+        withheld: "stage/call" -> number of steps whose update was skipped as non-finite.
+        counts: finished stage -> counts of its examples, see `progress.COUNTED`.
     """
 
     index: int = 0
@@ -37,10 +37,10 @@ class Position:
 
 
 def place(stages: Sequence[Any], record: dict[str, Any]) -> tuple[int, int]:
-    """The index of a record's stage among those of a run, and the steps of all stages before it.
+    """Returns the index of a record's stage in a run, and the steps of all stages before it.
 
     Raises:
-        ValueError: the run has no such stage, or fewer steps of it than were taken.
+        ValueError: the run has no such stage, or it has fewer steps than were taken.
     """
     names, (name, step) = [s.name for s in stages], (record["stage"], record["step"])
     if name not in names:
@@ -58,11 +58,11 @@ def place(stages: Sequence[Any], record: dict[str, Any]) -> tuple[int, int]:
 
 
 def restored(assembled: Any, out: Any) -> tuple[state.Models | None, state.Shelf, Position]:
-    """Models, shelf and position of the newest good checkpoint; no models if there is none.
+    """Returns models, shelf and position of the newest good checkpoint; no models without one.
 
     Raises:
-        ValueError: a checkpoint of this run is whole, but the run has become another one: `place`,
-            steps of earlier stages, or arrays that differ.
+        ValueError: a checkpoint of this run is intact but does not fit the config: see `place`, or
+            steps of earlier stages or arrays differ.
     """
     stages, checkpoints = assembled.stages, out.checkpoints
 
@@ -103,7 +103,7 @@ def restored(assembled: Any, out: Any) -> tuple[state.Models | None, state.Shelf
 
 
 def _restore_data(stage: Any, position: dict[str, Any], out: Any) -> None:
-    """Goes on in a stage's data; after changes that were accepted, from their beginning if need be.
+    """Restores a stage's data position; after accepted changes, restarts the data if needed.
 
     Raises:
         ValueError: the position does not fit the data, and no change was accepted.
@@ -117,7 +117,7 @@ def _restore_data(stage: Any, position: dict[str, Any], out: Any) -> None:
 
 
 def written(record: dict[str, Any] | None, stages: Sequence[Any]) -> dict[str, Any]:
-    """What a `metrics.Writer` keeps: the lines up to the checkpoint with this record.
+    """Returns arguments for `writer.Writer` to keep the lines up to this record's checkpoint.
 
     Raises:
         ValueError: see `place`.

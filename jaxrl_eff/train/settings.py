@@ -1,9 +1,9 @@
 """The schema of a config: frozen dataclasses, and the function that fills them.
 
-A config file returns an `ml_collections.ConfigDict`; `run` turns it into a `Run`, naming every
-unknown key and every value of the wrong type or out of its range with its full path, before
-anything is loaded. What needs files, devices or the model to be checked is checked in `stages`,
-and `unused` finds values that nothing would read.
+A config file returns an `ml_collections.ConfigDict`; `run` turns it into a `Run`, reporting every
+unknown key and every value of the wrong type or out of range with its full path, before anything is
+loaded. Checks that need files, devices or the model are in `assembly`, and `unused` finds values
+that nothing would read.
 """
 
 import dataclasses
@@ -35,14 +35,14 @@ class ModelSettings:
         path: a Hugging Face directory (config.json and safetensors); "" starts from scratch.
         shape: fields of `models.LMConfig`, for a model from scratch.
         dtype, param_dtype: of compute and of parameters; "" keeps the shape's or float32.
-        remat: recomputation policy of `models.LMConfig`; "" keeps the shape's.
+        remat: rematerialization policy of `models.LMConfig`; "" keeps the shape's.
         rope: fields of `models.config.Rope` to change, e.g. dict(kind="yarn", factor=4.0), to
-            stretch the context of a model; its `original_length` is the model's if not given. Kinds
-            are "linear", "yarn", "llama3", and "ntk", which changes the base alone.
+            stretch the context of a model; its `original_length` defaults to the model's. Kinds are
+            "linear", "yarn", "llama3", and "ntk", which changes only the base.
         max_length: tokens; 0 keeps the shape's, times the factor if `rope` has one.
-        ignore: names of fields of the files of `path` and of `models.ROLE` (config.json, those of
-            the tokenizer), of tensors and of files, that are read as if they were not there, where
-            a run would be refused because they are not known.
+        ignore: names of unknown fields in the files of `path` and of `models.ROLE` (config.json,
+            those of the tokenizer), of tensors and of files, to ignore where the run would
+            otherwise be rejected.
     """
 
     path: str = ""
@@ -57,7 +57,7 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSettings:
-    """Where examples come from and how they become tokens.
+    """Source of the examples, and their tokenization.
 
     Attributes:
         source: "jsonl", "parquet", "inline", or a toy: "reverse", "sort", "needles".
@@ -65,13 +65,13 @@ class DataSettings:
         format: "text", "completion", "messages", "preference", "prompt" or "chat_prompt".
         fields: the encoder's argument -> the example's field, e.g. {"prompt": "question"}.
         template: for "prompt" and "completion": text around the prompt, with {prompt} in it.
-        bos, eos: whether sequences begin and end with the tokenizer's special tokens.
+        bos, eos: True if sequences begin and end with the tokenizer's special tokens.
         length: tokens of a packed row; prompt_length: the longest prompt kept.
         packed: False puts one example into a row.
-        overlong: "drop", "truncate" (not prompts) or "error": what is done with examples that are
-            too long. With "error" no held-out prompt may be either; otherwise those are left out
-            of the mean, which says of how many it is.
-        held_out: examples set apart for evaluation (files only; toys have their own split).
+        overlong: "drop", "truncate" (not prompts) or "error": handling of examples that are too
+            long. "error" applies to held-out prompts too; otherwise these are left out of the mean,
+            which is reported with their number.
+        held_out: examples held out for evaluation (files only; toys have their own split).
         options: arguments of a toy: digits, train, held_out, wrong, keep_length (of needles:
             shortest, longest, long_share, train, held_out); or of "inline": examples, a tuple of
             dicts.
@@ -97,10 +97,10 @@ class OptimSettings:
     """An optimizer. See `optim.optimizer` and `optim.warmup_then`.
 
     Attributes:
-        store: "bf16x2", "int16", "int8" or "sr": how weights of 16 bits keep changes that are
-            smaller than their rounding; "": not at all. `collage_adamw` does it by itself.
-        descent: whether the metrics say how much of the wanted change reaches the weights that are
-            seen, and those that are stored, and what share of the changes is lost.
+        store: "bf16x2", "int16", "int8" or "sr": how 16-bit weights keep changes smaller than their
+            rounding; "": they do not. `collage_adamw` does so by itself.
+        descent: True to report how much of the intended change reaches the visible weights and the
+            stored ones, and the fraction of changes that is lost.
     """
 
     name: str = "adamw"
@@ -118,7 +118,7 @@ class OptimSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardSettings:
-    """What a response is worth.
+    """The reward of a response.
 
     Attributes:
         name: "model" (a reward model of this run or a directory), or a function of the text:
@@ -133,18 +133,18 @@ class RewardSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalSettings:
-    """Held-out generation, greedy unless said otherwise, scored by a function of the text.
+    """Held-out generation, greedy by default, scored by a function of the text.
 
     Attributes:
-        problems: how many held-out examples; 0 switches evaluation off.
+        problems: number of held-out examples; 0 disables evaluation.
         every: steps between evaluations; 0 evaluates only after the stage's last step.
-        before: also evaluate before the first step.
+        before: True to also evaluate before the first step.
         reward: a function of the text, as in `RewardSettings`.
         max_tokens: of a response; 0 takes the stage's sampling.
         temperature: 0 is greedy.
-        batch: problems asked at once, at most; 0: as many rows as a step of the stage has.
-        data: a file of its own with held-out examples, parquet or JSON lines by its suffix; ""
-            uses the stage's held-out part.
+        batch: maximum number of problems asked at once; 0: as many rows as a step of the stage has.
+        data: a separate file with held-out examples, parquet or JSON lines by its suffix; "" uses
+            the stage's held-out part.
     """
 
     problems: Annotated[int, Within(0), Switch()] = 0
@@ -163,27 +163,27 @@ class StageSettings:
 
     Attributes:
         algorithm: "sft", "reward_model", "dpo", "ppo", "grpo", "rloo", "remax" or "raft".
-        steps: of the graph.
-        batch: rows (sft, reward_model, dpo) or prompts a step, over all devices.
+        steps: steps of the graph.
+        batch: rows (sft, reward_model, dpo) or prompts per step, over all devices.
         data: the examples.
-        models: role -> where its parameters come from: "base"; the name of an earlier stage, for
-            what that stage trained; "stage/role"; or a Hugging Face directory.
+        models: role -> source of its parameters: "base"; the name of an earlier stage, for the
+            role that it trained; "stage/role"; or a Hugging Face directory.
         optim: role -> optimizer, for every role that is trained.
-        adapt: role -> which part of it is trained; all of a role that is not named.
+        adapt: role -> the part of it that is trained; roles not named are trained in full.
         loss: fields of the algorithm's config, e.g. `PPOConfig`.
         sampling: fields of `rollout.Sampling`.
         reward: for algorithms that sample.
         plan: "all" (every call on all devices), "fsdp" (the same, parameters sharded), "halves"
             (the actor's calls on the first half, the others on the second), "search" (the best
-            that the planner finds), or a table call -> dict(devices=[...], tensor=..., ...); see
-            `plans.plan`. With `zero` the first three put train calls on that many nodes.
-        search: how, if the plan is "search".
-        sync: how trained weights get to calls on other devices.
-        schedule: how sequences of many lengths become a step.
-        zero: what train calls send between nodes.
-        staleness: how many steps old the weights are that sample. 0 is synchronous; 1 lets
-            sampling and training overlap on devices of their own.
-        evaluate: held-out measurement.
+            plan that the planner finds), or a table call -> dict(devices=[...], tensor=..., ...);
+            see `plan_rules.plan`. With `zero` the first three put train calls on that many nodes.
+        search: settings of the plan search, if the plan is "search".
+        sync: sending of trained weights to calls on other devices.
+        schedule: formation of steps from sequences of many lengths.
+        zero: precision of train calls' communication between nodes.
+        staleness: age in steps of the weights used for sampling. 0 is synchronous; 1 lets sampling
+            and training overlap on separate devices.
+        evaluate: held-out evaluation.
         samples_every: steps between samples written to samples.jsonl; 0 for none.
     """
 
@@ -209,11 +209,13 @@ class StageSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """Attributes:
-    every: steps between checkpoints; 0: every so many `minutes`. Besides, the end of a stage, what
-        is about to be evaluated, and a run that is asked to stop are always saved.
-    minutes: between checkpoints if `every` is 0; 0: none but these.
-    keep: newest checkpoints kept.
+    """Settings of checkpoints.
+
+    Attributes:
+        every: steps between checkpoints; 0: every so many `minutes`. The end of a stage, a state
+            about to be evaluated, and a run that is asked to stop are always saved too.
+        minutes: time between checkpoints if `every` is 0; 0: none but these.
+        keep: number of newest checkpoints kept.
     """
 
     every: Natural = 0
@@ -223,13 +225,13 @@ class CheckpointSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpectSettings:
-    """What the last line of a run is checked against; an empty metric expects nothing.
+    """Expected results, for the last line of a run; an empty metric expects nothing.
 
     Attributes:
-        metric: "stage/eval" result to look at.
-        at_least: its smallest value.
-        rises_over: another result that it must exceed, by `rise`; "" for none.
-        rise: absolute.
+        metric: "stage/eval" result to check.
+        at_least: its minimum.
+        rises_over: another result that it must exceed by `rise`; "" for none.
+        rise: absolute difference.
     """
 
     metric: Annotated[str, Switch()] = ""
@@ -240,19 +242,19 @@ class ExpectSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A whole run.
+    """Settings of a whole run.
 
     Attributes:
         seed: of parameters, data order and sampling.
-        simulate_devices: CPU devices to simulate; 0 uses the real ones.
+        simulate_devices: number of CPU devices to simulate; 0 uses the real devices.
         model: the base model.
-        tokenizer: "model" (beside the checkpoint), or "chars:" and an alphabet.
+        tokenizer: "model" (stored with the checkpoint), or "chars:" and an alphabet.
         stages: names, in order.
         stage: name -> settings.
-        nonfinite: "stop" at a loss or gradient that is not finite, or "skip" that update.
+        nonfinite: "stop" at a non-finite loss or gradient, or "skip" that update.
         checkpoint, expect: see there.
         wandb: arguments of `wandb.init`; empty for no W&B.
-        export: write the last trained model as a Hugging Face directory.
+        export: True to write the last trained model as a Hugging Face directory.
     """
 
     seed: Seed = 0
@@ -285,10 +287,10 @@ class Run:
 
 
 def run(config: Mapping[str, Any]) -> Run:
-    """The settings of a config: sections with an algorithm are stages, `stages` says which run.
+    """Builds a config's settings: sections with an algorithm are stages, `stages` selects them.
 
     Raises:
-        ValueError: an unknown key or a value of the wrong type or out of its range, with its path.
+        ValueError: an unknown key, or a value of the wrong type or out of range, with its path.
     """
     config = dict(config)
     names = config.get("stages", ())

@@ -1,4 +1,4 @@
-"""First values of what is trained beside a model, from files."""
+"""Initial values of adapters and of parameters trained with them, from files."""
 
 import jax
 
@@ -10,10 +10,10 @@ from jaxrl_eff.peft.ways import whole_names
 
 
 def started(s: AdaptSettings, lm: LMConfig) -> dict[str, jax.Array]:
-    """First values from the files that `start` names: leaves by name, none if it names none.
+    """Loads initial values from the directory `start`: leaves by name, none if it is empty.
 
     Raises:
-        FileNotFoundError, ValueError: there are no such files, or they do not fit the settings.
+        FileNotFoundError, ValueError: the files are missing or do not fit the settings.
     """
     if not s.start:
         return {}

@@ -1,8 +1,8 @@
-"""Values of a stage's settings that nothing would read, refused by name.
+"""Rejection of values in a stage's settings that nothing would read.
 
-A key that does nothing is a run that does something else than was meant. Values that equal their
-defaults are not looked at, nor what several kinds of stages share for convenience: the lengths of
-their data, and how often samples are shown.
+An ignored setting means that the run is not the intended one. Values that equal their defaults are
+not checked, nor are those that several kinds of stages share for convenience: the lengths of their
+data, and how often samples are shown.
 """
 
 from collections.abc import Collection
@@ -13,14 +13,14 @@ from jaxrl_eff.peft.config import AdaptSettings
 from jaxrl_eff.train import parts
 from jaxrl_eff.train.settings import DataSettings, RewardSettings, StageSettings
 
-# Source -> fields of the data that it leaves alone.
+# Source -> fields of the data that it does not read.
 _NOT_OF_SOURCE = {
     "jsonl": ("options",),
     "parquet": ("options",),
     "inline": ("path",),
     "needles": ("path", "held_out", "template"),
 }
-# Way to train a part of a model -> fields that it leaves alone.
+# Name of partial training -> fields that it does not read.
 _CHOICE = ("density", "granularity", "block", "selector", "on_drop", "probe")
 _NOT_OF_ADAPT = {
     "static": ("layers", "every", "share", "decay"),
@@ -34,10 +34,10 @@ _NOT_OF_ADAPT |= dict.fromkeys(("rslora", "dora"), _NOT_OF_ADAPT["lora"])
 
 
 def check(s: StageSettings) -> None:
-    """Refuses what the stage's algorithm, data or way to adapt does not read.
+    """Rejects values that the stage's algorithm, data or partial training does not read.
 
     Raises:
-        ValueError: naming the first such value.
+        ValueError: with the first such value.
     """
     algorithm = parts.algorithm_of(s)
     of = f"{s.algorithm} does not sample"

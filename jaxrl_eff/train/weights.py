@@ -1,4 +1,4 @@
-"""Weights that a run reads and writes, tried before anything is compiled."""
+"""Checks of the weights that a run reads and writes, before anything is compiled."""
 
 from collections.abc import Collection, Mapping
 
@@ -18,13 +18,13 @@ def check_read(
     """Compares the tensors of every directory that parameters come from with its model's.
 
     Args:
-        origins: role -> where its first parameters come from, as in `stages.Stage`.
-        lms: role -> shape of its model.
+        origins: role -> source of its initial parameters, as in `assembly.Stage`.
+        lms: role -> config of its model.
         base: the base model's directory, "" if it has none.
-        ignore: names of tensors and of files that are passed over.
+        ignore: names of tensors and files to ignore.
 
     Raises:
-        FileNotFoundError, ValueError: as `hf.load_hf`.
+        FileNotFoundError, ValueError: see `hf_load.load_hf`.
     """
     for role, (kind, name) in origins.items():
         if directory := {"base": base, "directory": name}.get(kind):
@@ -32,14 +32,14 @@ def check_read(
 
 
 def check_export(stage: str, role: str, lm: LMConfig, part: AdaptSettings | None) -> None:
-    """Refuses a model, and an adapter, that could not be exported at the end.
+    """Rejects a model, and an adapter, that could not be exported at the end.
 
     Args:
         stage, role: the last trained model, for messages.
-        part: how it is trained in part, if it is.
+        part: settings of its partial training, if any.
 
     Raises:
-        ValueError: a format cannot say what a field says; named.
+        ValueError: a format cannot represent a field; the message names it.
     """
     with parts.at_path(f"config.export: {role} of stage {stage}"):
         hf_config_write.check_exportable(lm)
