@@ -1,7 +1,7 @@
 """Efficient RLHF and fine-tuning of language models in JAX.
 
 A *graph* is a short list of named *calls*; a *plan* gives every call a *placement*;
-`core.compile(graph, plan, ...)` makes the step. Rooms are imported on first use, so that
+`core.compile(graph, plan, ...)` makes the step. Subpackages are imported on first use, so that
 `from jaxrl_eff import optim` needs nothing but jax, optax and chex.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m jaxrl_eff NAME ...` runs a command; without a name it lists them."""
+"""Command line: `python -m jaxrl_eff NAME ...` runs a command; without a name, lists them."""
 
 import importlib
 import sys
@@ -15,7 +15,7 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command that the first argument names, and returns its exit code."""
+    """Runs the command named by the first argument, and returns its exit code."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if name in COMMANDS:
         return importlib.import_module(f"jaxrl_eff.cli.{name}").main(rest) or 0

@@ -1,8 +1,8 @@
-"""A process beside this one for work that may take forever, fill the memory, or crash.
+"""A helper process for work that can run forever, exhaust memory, or crash.
 
-`Beside` is this side: it starts a script when it is first asked, once, ends it with this process,
-and starts it anew after a request has made it end. `bound` is the script's side: limits that the
-kernel keeps in the middle of one operation, too. Ctrl-C is for this process alone.
+`Beside` is this process's side: it starts a script on the first request, ends it with this process,
+and restarts it if a request made it end. `bound` is the script's side: limits that the kernel
+enforces even within one operation. Ctrl-C affects only this process.
 """
 
 import atexit
@@ -29,19 +29,19 @@ class Ended(Exception):
 
 
 class Beside:
-    """A script in a process of its own. Requests of several threads come one after the other.
+    """A script in its own process. Requests of several threads run one at a time.
 
     Attributes:
         process: the process; None before the first request and after it was closed.
     """
 
     def __init__(self, script: str, begin: Callable[[subprocess.Popen], Any]):
-        """Starts nothing yet.
+        """Does not start the process yet.
 
         Args:
-            script: path of a file that talks through its standard streams, in bytes. It runs
-                without its folder on the path, whose modules would hide others of their names.
-            begin: called with the process when it was started, e.g. to send `sys.path`.
+            script: path of a file that communicates through its standard streams, in bytes. It runs
+                without its folder on the path, whose modules could shadow others.
+            begin: called with the process after its start, e.g. to send `sys.path`.
         """
         self.process: subprocess.Popen | None = None
         self._script, self._begin = str(Path(script).resolve()), begin
@@ -52,8 +52,8 @@ class Beside:
         """Sends a request and reads its answer.
 
         Args:
-            request: bytes as the script wants them.
-            read: reads one answer from the script's output; EOFError if it is cut off.
+            request: bytes in the script's format.
+            read: reads one answer from the script's output; raises EOFError if it is truncated.
 
         Raises:
             Ended: the process ended instead.
@@ -67,12 +67,12 @@ class Beside:
             except (OSError, EOFError):
                 self._close()
                 raise Ended(process.returncode) from None
-            except BaseException:  # an interrupt: what comes next would not be the answer
+            except BaseException:  # an interrupt: the next output would answer the old request
                 self._close(kill=True)
                 raise
 
     def _running(self) -> subprocess.Popen:
-        """The process; a new one if there is none, it has ended, or this is a fork."""
+        """Returns the process; starts one if there is none, it has ended, or this is a fork."""
         if self.process is not None:
             if self._owner == os.getpid() and self.process.poll() is None:
                 return self.process
@@ -93,11 +93,11 @@ class Beside:
         return self.process
 
     def _close(self, kill: bool = False) -> None:
-        """Waits for the end of the process, which the end of its input brings about."""
+        """Closes the input of the process, which ends it, and waits for its end."""
         if kill:
             self.process.kill()
         for stream in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):  # what was not sent cannot be flushed
+            with contextlib.suppress(OSError):  # unsent data cannot be flushed
                 stream.close()
         self.process.wait()
         self.process = None
@@ -108,16 +108,16 @@ class Beside:
 
 
 def bound(memory: int) -> Callable[[float], None]:
-    """Limits the memory of this process from now on; returns a function that sets its clock.
+    """Limits the memory of this process from now on; returns a function that sets a time limit.
 
     Args:
         memory: bytes of the whole process.
 
     Returns:
-        `clock(seconds)` ends the process after so much computing, or six times that on the wall,
-        which is for one that does not even compute; 0 stops it.
+        `clock(seconds)` ends the process after this much CPU time, or six times that in wall time,
+        in case it does not compute at all; 0 disables it.
     """
-    import resource  # of POSIX systems only, as all that runs in such a process
+    import resource  # POSIX only, like everything that runs in such a process
     import signal
 
     for kind, most in (
@@ -125,7 +125,7 @@ def bound(memory: int) -> Callable[[float], None]:
         (resource.RLIMIT_DATA, memory),
         (resource.RLIMIT_CORE, 0),
     ):
-        with contextlib.suppress(ValueError, OSError):  # a lower limit is there, or none can be set
+        with contextlib.suppress(ValueError, OSError):  # a lower limit exists, or none can be set
             resource.setrlimit(kind, (most, most))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

@@ -1,8 +1,8 @@
-"""JSON that others wrote, read strictly: every field is understood, known or refused.
+"""Strict reading of JSON from other programs: every field is read, known or rejected.
 
-A field that decides what a model computes and is passed over gives another model without a word.
-So readers name every field that they know, and `checked` refuses the rest by name. What a caller
-chooses to ignore is taken out before anything is read, as if the file did not hold it.
+Ignoring a field that affects a model's results would silently give another model. Readers therefore
+list every field that they know, and `checked` rejects the others by name. Fields that a caller
+chooses to ignore are removed before anything is read.
 """
 
 import json
@@ -17,11 +17,11 @@ _SHOWN = 60  # characters of a value in a message
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it does not hold a JSON object, or names a field twice with different values.
+        ValueError: it has no JSON object, or names a field twice with different values.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path.name} in {path.parent}.")
@@ -46,13 +46,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def short(value: Any) -> str:
-    """A value for a message, on one line and not longer than some words."""
+    """Formats a value for a message, on one line and truncated."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def without(given: Mapping[str, Any], ignore: Collection[str]) -> dict[str, Any]:
-    """The fields that are not ignored; a name with a dot ignores a field of a field."""
+    """Returns the fields that are not ignored; a name with a dot ignores a field of a field."""
     kept = {}
     for name, value in given.items():
         if name in ignore:
@@ -72,19 +72,19 @@ def checked(
     only: Mapping[str, tuple[Any, ...]] = {},
     prefix: str = "",
 ) -> list[str]:
-    """Compares the fields of an object with those that its reader knows.
+    """Checks the fields of an object against those that its reader knows.
 
     Args:
-        where: what holds the fields, for messages.
-        known: names that are read, or that are harmless whatever they say.
-        only: names that may have these values alone.
+        where: source of the fields, for messages.
+        known: names that are read, or that are harmless for any value.
+        only: names that are supported with these values only.
         prefix: for an object within another: its own name and a dot.
 
     Returns:
-        The unknown fields that say nothing (null, false, empty); see `warn`.
+        The unknown fields without effect (null, false, empty); see `warn`.
 
     Raises:
-        ValueError: an unknown field says something, or one of `only` says something else.
+        ValueError: an unknown field has an effect, or one of `only` has another value.
     """
     idle = []
     for name, value in given.items():
@@ -109,7 +109,7 @@ def checked(
 
 
 def warn(where: str, idle: Collection[str]) -> None:
-    """Names unknown fields that say nothing, all in one warning."""
+    """Names unknown fields without effect, all in one warning."""
     if idle:
         warnings.warn(
             f"{where} has fields that are not known here; they say nothing and are passed over: "
@@ -119,12 +119,12 @@ def warn(where: str, idle: Collection[str]) -> None:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal, and both or neither a bool: 0 and 1 are no switches."""
+    """Returns True if equal, and both or neither are bools: 0 and 1 are not switches."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 
 def integer(where: str, name: str, value: Any, least: int, most: int) -> int:
-    """The value of a field that should be an integer within two bounds.
+    """Returns the value of a field that must be an integer within two bounds.
 
     Raises:
         ValueError: it is not.
@@ -139,13 +139,13 @@ def integer(where: str, name: str, value: Any, least: int, most: int) -> int:
 def number(
     where: str, name: str, value: Any, least: int | float = -math.inf, *, above: bool = False
 ) -> int | float:
-    """The value of a field that should be a finite number from `least` on, or above it.
+    """Returns the value of a field that must be a finite number from `least` on, or above it.
 
     Raises:
         ValueError: it is not.
     """
     real = isinstance(value, int | float) and not isinstance(value, bool)
-    # An integer of JSON may be too large for a float, which isfinite would not survive.
+    # A JSON integer can be too large for a float, on which isfinite would raise.
     fits = real and abs(value) <= 1e300 and (value > least if above else value >= least)
     if not fits:
         bound = "" if least == -math.inf else f" {'above' if above else 'from'} {least:g}"
@@ -156,7 +156,7 @@ def number(
 
 
 def switch(where: str, name: str, value: Any) -> bool:
-    """The value of a field that should be true or false.
+    """Returns the value of a field that must be true or false.
 
     Raises:
         ValueError: it is neither.
@@ -167,7 +167,7 @@ def switch(where: str, name: str, value: Any) -> bool:
 
 
 def texts(where: str, name: str, value: Any) -> list[str]:
-    """The value of a field that should be a list of strings; null is an empty one.
+    """Returns the value of a field that must be a list of strings; null is an empty one.
 
     Raises:
         ValueError: it is something else.
@@ -179,7 +179,7 @@ def texts(where: str, name: str, value: Any) -> list[str]:
 
 
 def mapping(where: str, name: str, value: Any) -> dict[str, Any]:
-    """The value of a field that should be an object; null is an empty one.
+    """Returns the value of a field that must be an object; null is an empty one.
 
     Raises:
         ValueError: it is something else.

@@ -1,10 +1,9 @@
-"""Files and directories under names that are known beforehand, written without following links.
+"""Writing of files and directories with predictable names, without following links.
 
-A run writes under names that anybody can foresee, into a directory that others may share. Somebody
-may have put a link there, on purpose or not. So a whole file is written beside its name and renamed
-over it, which replaces a link and not what the link leads to; a file that grows is opened only if
-it is nobody else's too; a directory that is a link is refused by name. The directory of the run
-itself may be a link: that is the user's own word.
+A run's file names are predictable, and its directory can be shared with others, who could have
+placed a link there. So a whole file is written under a temporary name and renamed, which replaces a
+link and not its target; a growing file is opened only if it has no other name; a directory that is
+a link is rejected. The run's directory itself can be a link, since the user chose it.
 """
 
 import contextlib
@@ -18,19 +17,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-# Libraries take other characters for patterns, escapes or URLs somewhere; all take these.
+# Some library treats each other character as a pattern, escape or URL; all accept these.
 _PLAIN = re.compile(r"[A-Za-z0-9_./+=,@ -]*")
 _LONG = 1000
 _PARTIAL = re.compile(r"\.(.+?)(?:\.[0-9a-f]{16})?\.partial")  # as `_new` names them
-_LEFT_S = 60.0  # a file that has not been written to for so long was left behind by a kill
+_LEFT_S = 60.0  # a partial file not written to for this long was left behind by a kill
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new empty file beside `path` that takes its place when the body ends, and goes if it fails.
+    """Context with a new empty file that replaces `path` at its end, or is removed on error.
 
     Raises:
-        OSError: with the path: the file cannot be written.
+        OSError: the file cannot be written; the message has the path.
     """
     path = Path(path)
     with naming(path):
@@ -45,15 +44,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write(path: str | os.PathLike[str], content: str | bytes, *, durable: bool = False) -> None:
-    """Writes a whole file, which has the old content or the new one at any moment.
+    """Writes a whole file atomically: it has either the old or the new content at any time.
 
     Args:
-        path: of the file; the directory must be there.
+        path: of the file; the directory must exist.
         content: text is encoded as UTF-8.
-        durable: wait until it is on the disk.
+        durable: True to wait until it is on disk.
 
     Raises:
-        OSError: with the path: the file cannot be written.
+        OSError: the file cannot be written; the message has the path.
     """
     data = content.encode() if isinstance(content, str) else content
     with replacing(path) as partial, naming(path), partial.open("wb") as file:
@@ -64,31 +63,31 @@ def write(path: str | os.PathLike[str], content: str | bytes, *, durable: bool =
 
 
 class Growing:
-    """A file that grows by whole pieces, each handed to the system at once."""
+    """A file that grows by whole pieces, each passed to the system immediately."""
 
     def __init__(self, path: str | os.PathLike[str]):
-        """Opens or creates it.
+        """Opens or creates the file.
 
         Raises:
-            OSError: with the path: it is a link, has a second name, is no ordinary file, or cannot
-                be opened.
+            OSError: it is a link, has a second name, is not a regular file, or cannot be opened;
+                the message has the path.
         """
         self.path = Path(path)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         if shared(self.path):
             raise OSError(f"{self.path} is a link or has a second name; it may be another's file.")
         with naming(self.path):
-            # Not blocking: nobody may read from a pipe of that name.
+            # Non-blocking: a pipe of that name could have no reader.
             self._fd = os.open(self.path, flags | os.O_NONBLOCK, 0o666)
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
             self.close()
             raise OSError(f"{self.path} is no ordinary file.")
 
     def write(self, content: str | bytes) -> None:
-        """Appends all of it.
+        """Appends all of the content.
 
         Raises:
-            OSError: with the path.
+            OSError: it cannot be written; the message has the path.
         """
         data = memoryview(content.encode() if isinstance(content, str) else content)
         with naming(self.path):
@@ -96,14 +95,14 @@ class Growing:
                 data = data[os.write(self._fd, data) :]
 
     def close(self) -> None:
-        """May be called twice."""
+        """Closes the file. Can be called twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 def shared(path: str | os.PathLike[str]) -> bool:
-    """True if a file is a symbolic link or has several hard links."""
+    """Returns True if a file is a symbolic link or has several hard links."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -112,11 +111,11 @@ def shared(path: str | os.PathLike[str]) -> bool:
 
 
 def directory(path: str | os.PathLike[str]) -> Path:
-    """Makes a directory of a run if need be.
+    """Creates a directory of a run if needed.
 
     Raises:
-        NotADirectoryError: it is a link or no directory.
-        OSError: it cannot be made.
+        NotADirectoryError: it is a link or not a directory.
+        OSError: it cannot be created.
     """
     path = Path(path)
     if path.is_symlink():
@@ -132,7 +131,7 @@ def directory(path: str | os.PathLike[str]) -> Path:
 
 
 def linked(source: Path, target: Path) -> None:
-    """A second directory with the same files; copies where the file system has no hard links."""
+    """Creates a second directory with hard links to the files; copies where links fail."""
     shutil.copytree(source, target, copy_function=_link)
 
 
@@ -144,7 +143,7 @@ def _link(source: str, target: str) -> None:
 
 
 def remove(path: str | os.PathLike[str]) -> None:
-    """Removes a file, a link (not what it leads to) or a whole directory; nothing there is fine."""
+    """Removes a file, a link (not its target) or a whole directory, if it exists."""
     path = Path(path)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -154,7 +153,7 @@ def remove(path: str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors of the system that happen inside are raised with this path."""
+    """Context that adds this path to system errors."""
     try:
         yield
     except OSError as error:
@@ -165,10 +164,10 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plainly(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to the same directory without characters that a library takes for something else.
+    """Context with a path to the same directory without characters that some library misreads.
 
-    It is the path itself where that is plain and short; else a way through a descriptor of this
-    process, or where the system has none, through a link in a temporary directory.
+    It is the path itself if that is plain and short; else a path through a descriptor of this
+    process, or on systems without such paths, through a link in a temporary directory.
     """
     path = Path(path).absolute()
     if _PLAIN.fullmatch(str(path)) and len(str(path)) < _LONG:
@@ -188,28 +187,28 @@ def plainly(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def left_behind(name: str) -> str | None:
-    """The name of the file that one of this name was to replace when its writer was killed."""
+    """Returns the name of the file that a partial file of this name was to replace, or None."""
     found = _PARTIAL.fullmatch(name)
     return found[1] if found else None
 
 
 def _new(path: Path) -> Path:
-    """Creates the file that will take the place of `path`."""
+    """Creates the file that will replace `path`."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    usual = path.with_name(f".{path.name}.partial")  # the same each time: a kill leaves one behind
+    usual = path.with_name(f".{path.name}.partial")  # fixed name: a kill leaves at most one behind
     if shared(usual) or _age(usual) > _LEFT_S:
         usual.unlink(missing_ok=True)
     try:
         os.close(os.open(usual, flags, 0o666))
         return usual
-    except FileExistsError:  # of another process that may be at it just now
+    except FileExistsError:  # another process may be writing it now
         other = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
         os.close(os.open(other, flags, 0o666))
         return other
 
 
 def _age(path: Path) -> float:
-    """Seconds since a file was written to; 0 if there is none."""
+    """Returns seconds since a file was written to; 0 if it does not exist."""
     try:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:

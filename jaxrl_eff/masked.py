@@ -1,4 +1,4 @@
-"""Sums and means over the positions that count, and over the segments of packed rows."""
+"""Sums and means over masked positions, and over the segments of packed rows."""
 
 import jax
 import jax.numpy as jnp
@@ -7,30 +7,30 @@ from jaxrl_eff.types import Array, Float, Int
 
 
 def mean(x: Float[Array, "..."], mask: Float[Array, "..."]) -> Float[Array, ""]:
-    """Mean of x where mask is 1; 0 if the mask is empty."""
+    """Computes the mean of x where mask is 1; 0 if the mask is empty."""
     return (x * mask).sum() / jnp.maximum(mask.sum(), 1e-8)
 
 
 def variance(x: Float[Array, "..."], mask: Float[Array, "..."]) -> Float[Array, ""]:
-    """Population variance of x where mask is 1; 0 if the mask is empty."""
+    """Computes the population variance of x where mask is 1; 0 if the mask is empty."""
     return mean(jnp.square(x - mean(x, mask)), mask)
 
 
 def whiten(
     x: Float[Array, "..."], mask: Float[Array, "..."], *, shift_mean: bool = True, eps: float = 1e-8
 ) -> Float[Array, "..."]:
-    """(x - mean) / std over the mask, 0 outside. With `shift_mean=False` the mean is kept."""
+    """Computes (x - mean) / std over the mask, 0 outside. `shift_mean=False` keeps the mean."""
     middle, spread_ = mean(x, mask), jax.lax.rsqrt(variance(x, mask) + eps)
     white = (x - middle) * spread_
     return jnp.where(mask > 0, white if shift_mean else white + middle, 0.0)
 
 
 def segment_sum(x: Float[Array, "B T"], segment: Int[Array, "B T"]) -> Float[Array, "B T1"]:
-    """Sum of x over each packed sequence of a row.
+    """Sums x over each packed sequence of a row.
 
     Args:
-        x: one number a token.
-        segment: 0 for padding, 1.. for the row's sequences. A row of T tokens holds at most T.
+        x: one number per token.
+        segment: 0 for padding, 1.. for the row's sequences. A row of T tokens has at most T.
 
     Returns:
         `[B, T + 1]`: entry s is the sum over segment s; entry 0 sums the padding.
@@ -40,5 +40,5 @@ def segment_sum(x: Float[Array, "B T"], segment: Int[Array, "B T"]) -> Float[Arr
 
 
 def spread(per_segment: Float[Array, "B T1"], segment: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Gives every token the number of its segment: the transpose of `segment_sum`."""
+    """Gathers for every token the number of its segment: the transpose of `segment_sum`."""
     return jnp.take_along_axis(per_segment, segment, axis=1)

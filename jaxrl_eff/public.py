@@ -1,4 +1,4 @@
-"""The public names of a package, opened on first use, so that importing one costs only its own."""
+"""Lazy public names of a package: using one imports only its module."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -8,11 +8,11 @@ from typing import Any
 def table(
     package: str, homes: Mapping[str, tuple[str, ...]]
 ) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
-    """`__all__`, `__getattr__` and `__dir__` of a package.
+    """Returns `__all__`, `__getattr__` and `__dir__` of a package.
 
     Args:
         package: its `__name__`.
-        homes: module of the package -> the names that users may import from the package.
+        homes: module of the package -> the names that it exports through the package.
     """
     home = {name: module for module, names in homes.items() for name in names}
 

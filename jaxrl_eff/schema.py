@@ -1,7 +1,7 @@
 """Dataclasses as schemas: types, ranges, and the function that fills one from a config's section.
 
-A field's annotation says what may stand there. `Annotated[float, Within(0)]` is a number of at
-least 0; a number without a range is any that is finite. What is wrong is named with its path.
+A field's annotation defines its allowed values. `Annotated[float, Within(0)]` is a number of at
+least 0; a number without a range must be finite. Errors name the value's path.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from jaxrl_eff import secret
 
-_DEEPEST = 32  # sections within sections; one that holds itself never ends
+_DEEPEST = 32  # nesting of sections; a self-referencing section never ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Within:
 
     Attributes:
         low, high: the smallest and the largest value. NaN is in no range.
-        above: the smallest value itself is not allowed.
-        infinite: infinite values within the range are allowed.
+        above: True if the smallest value itself is not allowed.
+        infinite: True if infinite values within the range are allowed.
     """
 
     low: float | int = -math.inf
@@ -50,7 +50,7 @@ class Within:
 
 @dataclasses.dataclass(frozen=True)
 class Switch:
-    """Marks the field that turns its section on: without it nothing reads the others."""
+    """Marks the field that enables its section: without it the other fields are not read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,8 @@ def build(cls: type, section: Mapping[Any, Any], path: str) -> Any:
     """Fills a dataclass from a config section.
 
     Raises:
-        ValueError: a key that the class does not have, a missing one, a value of another type or
-            out of its range, or values beside a switch that is left off.
+        ValueError: an unknown key, a missing one, a value of the wrong type or out of range, or
+            values in a section whose switch is not given.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in section:
@@ -105,7 +105,7 @@ def build(cls: type, section: Mapping[Any, Any], path: str) -> Any:
 
 
 def among(key: Any, known: Iterable[str]) -> str:
-    """A key that is not known, what is, and which one may be meant."""
+    """Describes an unknown key, with the known ones and the closest match."""
     known = sorted(known)
     close = difflib.get_close_matches(key, known, n=1) if isinstance(key, str) else []
     return f"{key!r:.200}; it has {known}." + (f" Did you mean {close[0]!r}?" if close else "")
@@ -122,7 +122,7 @@ def _marks(hint: Any) -> tuple[Any, ...]:
 
 
 def _convert(hint: Any, value: Any, path: str, marks: tuple[Any, ...] = ()) -> Any:
-    """`value` as `hint` wants it; integers pass as floats, lists as tuples, numpy's as Python's."""
+    """Converts `value` to `hint`; integers become floats, lists tuples, numpy scalars Python's."""
     if more := _marks(hint):
         return _convert(typing.get_args(hint)[0], value, path, (*marks, *more))
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -177,16 +177,16 @@ def _digits(value: Any) -> str:
 
 
 def _is_huge(value: Any) -> bool:
-    """Python refuses to print integers of thousands of digits."""
+    """Returns True for integers of thousands of digits, which Python refuses to print."""
     return isinstance(value, int) and value.bit_length() > 1000
 
 
 def _plain(value: Any, path: str, depth: int = 0) -> Any:
-    """Containers of the standard library in place of others', and values that can be written down.
+    """Converts containers to the standard library's; all values must be serializable.
 
     Raises:
-        ValueError: a value of another kind, whose identity no checkpoint could keep; or sections
-            nested deeper than any that is meant.
+        ValueError: a value of another kind, which no checkpoint could identify; or sections nested
+            too deeply.
     """
     if depth > _DEEPEST:
         raise ValueError(f"{path:.200}... is nested more than {_DEEPEST} deep.")
@@ -207,7 +207,7 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
 
 
 def _unwrapped(value: Any) -> Any:
-    """A scalar of numpy as Python's."""
+    """Converts a numpy scalar to Python's."""
     if hasattr(value, "dtype") and getattr(value, "shape", None) == ():
         return value.item()
     return value
@@ -220,7 +220,7 @@ def _name(key: Any, path: str) -> str:
 
 
 class _WrongType(ValueError):
-    """A value that is of no allowed type."""
+    """A value with none of the allowed types."""
 
 
 def _wrong(hint: Any, value: Any, path: str) -> _WrongType:

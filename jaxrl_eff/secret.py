@@ -1,9 +1,9 @@
-"""Values of a config that nobody else should read, such as keys of services: never written down.
+"""Redaction of secret values of a config, such as keys of services, which are never written out.
 
-A value is secret by the name that it stands under, at any depth (`api_key`, `authToken`). In a text
-so are what a URL has between `//` and `@`, its parameters of such names (`?token=`), and keys whose
-form gives them away (`hf_...`, `sk-...`, `Bearer ...`). In its place stands a hash, by which a
-change is noticed.
+A value is secret by its name, at any depth (`api_key`, `authToken`). Within text, secrets are the
+part of a URL between `//` and `@`, its parameters with such names (`?token=`), and keys with a
+recognizable format (`hf_...`, `sk-...`, `Bearer ...`). A hash replaces the value, so that changes
+are detected.
 """
 
 import hashlib
@@ -27,27 +27,27 @@ _FORM = re.compile(
 
 
 def named(name: str) -> bool:
-    """True if a value of this name is secret."""
+    """Returns True if a value of this name is secret."""
     words = {w.lower() for w in _PARTS.findall(str(name))}
     return bool(words & _WORDS)
 
 
 def redacted(value: Any, name: str = "") -> Any:
-    """The same value, of plain containers, with hashes in the place of what is secret.
+    """Returns the value, in plain containers, with secrets replaced by hashes.
 
     Args:
         value: of a config: a dict, list, tuple, text, number or None.
-        name: that it stands under.
+        name: its name.
     """
     return _redacted(value, named(name))
 
 
 def told(path: str, value: Any) -> str:
-    """A value of a config for an error message: `repr`, cut to 200 characters, without secrets.
+    """Formats a config value for an error message: `repr`, truncated to 200 characters, redacted.
 
     Args:
-        path: "config.a.b[0]"; below a secret name everything is secret.
-        value: what stands there.
+        path: "config.a.b[0]"; everything below a secret name is secret.
+        value: the value at that path.
     """
     secret = any(named(part) for part in re.split(r"[.\[\]]", path))
     return f"{_redacted(value, secret)!r:.200}"
@@ -68,7 +68,7 @@ def _redacted(value: Any, secret: bool) -> Any:
 
 
 def _parameter(found: re.Match) -> str:
-    """A parameter of a URL, its value hidden if its name says so."""
+    """Returns a parameter of a URL, with its value hidden if its name is secret."""
     return f"{found[1]}={_hidden(found[2])}" if named(found[1]) else found[0]
 
 

@@ -12,28 +12,28 @@ from jaxrl_eff.types import Array, Float
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A key path as text: `layers/attn/q/kernel`."""
+    """Returns a key path as text: `layers/attn/q/kernel`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def names(tree: Any) -> list[str]:
-    """The path of every leaf, in tree order."""
+    """Returns the path of every leaf, in tree order."""
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def map_with_name(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """`fn(name, leaf, ...)` over the leaves."""
+    """Maps `fn(name, leaf, ...)` over the leaves."""
     return jax.tree_util.tree_map_with_path(lambda p, *xs: fn(path_name(p), *xs), tree, *rest)
 
 
 def flat(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """Name -> leaf, in tree order: `layers/attn/q/kernel`; a flat dict's own keys.
+    """Returns name -> leaf, in tree order: `layers/attn/q/kernel`; a flat dict's own keys.
 
     Args:
-        is_leaf: as of `jax.tree.leaves`.
+        is_leaf: see `jax.tree.leaves`.
 
     Raises:
-        ValueError: two leaves have one name, as `{"a": {"b": x}, "a/b": y}` would.
+        ValueError: two leaves have the same name, as in `{"a": {"b": x}, "a/b": y}`.
     """
     found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     pairs = [(path_name(path), leaf) for path, leaf in found]
@@ -46,7 +46,7 @@ def flat(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, A
 
 
 def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """Nested dicts with these leaves set or added, by name; the given tree stays as it is."""
+    """Returns nested dicts with these leaves set or added, by name; does not change the input."""
     out = dict(tree)
     inner: dict[str, dict[str, Any]] = {}
     for name, leaf in leaves.items():
@@ -59,20 +59,20 @@ def with_leaves(tree: Any, leaves: Mapping[str, Any]) -> Any:
 
 
 def without(tree: Any, gone: Callable[[str], bool]) -> Any:
-    """Nested dicts without the leaves whose name is `gone`, nor dicts that only had such."""
+    """Returns nested dicts without leaves whose name is `gone`; drops dicts left empty."""
     return with_leaves({}, {k: v for k, v in flat(tree).items() if not gone(k)})
 
 
 def where(condition: Any, new: Any, old: Any) -> Any:
-    """`new` or `old`, leaf by leaf."""
+    """Selects `new` or `old`, leaf by leaf."""
     return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
 def match(tree: Any, patterns: Iterable[str]) -> Any:
-    """True for the leaves whose whole name matches one of the patterns.
+    """Returns True for the leaves whose whole name matches one of the patterns.
 
     Raises:
-        ValueError: a pattern matches no leaf, which is a typing error far more often than not.
+        ValueError: a pattern matches no leaf, which is almost always a typo.
     """
     patterns = tuple(patterns)
     every = names(tree)
@@ -83,16 +83,16 @@ def match(tree: Any, patterns: Iterable[str]) -> Any:
 
 
 def size(tree: Any) -> int:
-    """Number of elements."""
+    """Returns the number of elements."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def nbytes(tree: Any) -> int:
-    """Bytes of all leaves (arrays or ShapeDtypeStructs), each counted once however replicated."""
+    """Returns the bytes of all leaves (arrays or ShapeDtypeStructs), ignoring replication."""
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 def norm(tree: Any) -> Float[Array, ""]:
-    """Euclidean norm over all leaves, in float32."""
+    """Computes the Euclidean norm over all leaves, in float32."""
     squares = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum(squares, start=jnp.float32(0)))

@@ -1,7 +1,7 @@
 """Array types for signatures: `Float[Array, "B T"]`.
 
-The test suite checks them with jaxtyping and beartype. At run time they are documentation, so
-jaxtyping is a development dependency only, and without it every annotation is the bare type.
+The test suite checks them with jaxtyping and beartype. At run time they are documentation:
+jaxtyping is only a development dependency, and without it every annotation is the bare type.
 
 Letters used throughout: B rows, T query time, S key time, D width, F feed-forward width, N query
 heads, K key/value heads, G = N/K, H head dimension, V vocabulary, L layers, R samples per prompt,
@@ -17,7 +17,7 @@ try:
 except ImportError:
 
     class _Bare:
-        """`Float[T, "B T"]` is just `T`."""
+        """Stand-in for jaxtyping: `Float[T, "B T"]` is `T`."""
 
         def __class_getitem__(cls, item: Any) -> Any:
             return item[0] if isinstance(item, tuple) else item

@@ -1,4 +1,4 @@
-"""Starting JAX for a run: devices, processes, compilation cache."""
+"""Initialization of JAX for a run: devices, processes, compilation cache."""
 
 import atexit
 import contextlib
@@ -22,7 +22,7 @@ from jaxrl_eff.parallel import processes as peers
 from jaxrl_eff.train import config_file, identity, settings
 
 WAIT = 60  # seconds
-# Environment variables that change what JAX computes.
+# Environment variables that change JAX's results.
 _NUMERIC = (
     "JAX_ENABLE_X64", "JAX_DEFAULT_DTYPE_BITS", "JAX_DEFAULT_MATMUL_PRECISION",
     "JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE", "JAX_NUMPY_DTYPE_PROMOTION",
@@ -31,13 +31,13 @@ _VERSIONS = ("jaxrl_eff", "jax", "jaxlib")
 
 
 class Processes(NamedTuple):
-    """The processes of a run as its command names them; None where the command does not.
+    """The processes of a run as given on the command line; None where not given.
 
     Attributes:
         coordinator: host:port of process 0.
-        processes: how many there are.
-        process: which one this is, from 0.
-        wait: seconds until a process that does not come or answer is given up.
+        processes: number of processes.
+        process: index of this process, from 0.
+        wait: timeout in seconds for a process that does not start or respond.
     """
 
     coordinator: str | None = None
@@ -53,13 +53,13 @@ ALONE = Processes()
 def started(
     run: settings.Run, given: Processes = ALONE, alike: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[None]:
-    """Prepares JAX; of several processes, ends this one when another is lost, and the reverse.
+    """Context that prepares JAX; the loss of any process, or an error in it, ends all of them.
 
     Args:
-        alike: further facts that must be equal on all of them.
+        alike: additional facts that must be equal on all processes.
 
     Raises:
-        As `prepare`; and `peers.PeerLost` when another process ends during the block.
+        See `prepare`; and `peers.PeerLost` when another process ends during the block.
     """
     group = prepare(run, given, alike)
     if group is None:
@@ -69,7 +69,7 @@ def started(
         try:
             yield
         except BaseException as error:
-            # What a lost process leaves behind is an error of the runtime here.
+            # The loss of another process appears here as a runtime error.
             runtime = isinstance(error, RuntimeError)
             lost = group.loss(peers.GRACE if runtime else 0.0)
             group.fail(_why(group, error))
@@ -89,15 +89,15 @@ def _why(group: peers.Group, error: BaseException) -> str:
 def prepare(
     run: settings.Run, given: Processes = ALONE, alike: Mapping[str, str] = MappingProxyType({})
 ) -> peers.Group | None:
-    """Sets what must be set before JAX starts: devices, processes, compilation cache.
+    """Configures what must be set before JAX starts: devices, processes, compilation cache.
 
     Returns:
-        The processes of the run, if there are several.
+        The group of the run's processes, if there are several.
 
     Raises:
-        ValueError: flags of several processes that do not fit together, processes that were started
-            with different values, or JAX_PLATFORMS names a platform that is not here.
-        peers.PeerLost: a process does not come.
+        ValueError: flags of several processes are inconsistent, processes were started with
+            different values, or JAX_PLATFORMS names a platform that is not available.
+        peers.PeerLost: a process does not start.
         OSError: process 0 cannot listen at the coordinator's address.
     """
     if run.simulate_devices:
@@ -125,7 +125,7 @@ def prepare(
 
 
 def _place(given: Processes) -> peers.Place | None:
-    """The address at which processes meet, from the command or from the cluster."""
+    """Returns the address at which processes meet, from the command line or the cluster."""
     named = given._replace(wait=None)
     if any(v is not None for v in named):
         if missing := [f"--{n}" for n, v in named._asdict().items() if v is None and n != "wait"]:
@@ -135,7 +135,7 @@ def _place(given: Processes) -> peers.Place | None:
         return peers.Place(*given)
     if not on_cluster():
         return None
-    from jax._src.clusters import ClusterEnv  # what `jax.distributed.initialize` asks
+    from jax._src.clusters import ClusterEnv  # used by `jax.distributed.initialize`
 
     found = ClusterEnv.auto_detect_unset_distributed_params(
         None, None, None, None, None, int(given.wait)
@@ -150,9 +150,9 @@ def _place(given: Processes) -> peers.Place | None:
 
 
 def _initialize(place: peers.Place, group: peers.Group) -> None:
-    """Starts JAX's own service between processes that have met.
+    """Starts JAX's own distributed service, after the processes have met.
 
-    Its times are longer than ours, since it can only abort.
+    Its timeouts are longer than ours, since it can only abort.
     """
     import jax
 
@@ -164,14 +164,14 @@ def _initialize(place: peers.Place, group: peers.Group) -> None:
         heartbeat_timeout_seconds=2 * int(group.wait) + 60,
         shutdown_timeout_seconds=int(group.wait) + 60,
     )
-    atexit.register(group.leave_if_failed)  # goes before JAX's own, which waits
+    atexit.register(group.leave_if_failed)  # runs before JAX's own handler, which waits
     _catch_aborts(group)
 
 
 def _catch_aborts(group: peers.Group) -> None:
-    """Lets an abort that follows from a lost process end this one like any other.
+    """Turns an abort due to a lost process into the usual exit.
 
-    When process 0 is gone, JAX's client aborts from a thread of C++ at once. Other aborts pass.
+    When process 0 is lost, JAX's client aborts at once, from a C++ thread. Other aborts pass.
     """
     kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
@@ -183,15 +183,15 @@ def _catch_aborts(group: peers.Group) -> None:
     ctypes.CDLL(None).signal(int(signal.SIGABRT), _kept[-1])
 
 
-_kept: list[Any] = []  # handlers that C may call as long as the process lives
+_kept: list[Any] = []  # handlers that C can call during the process's lifetime
 
 
 def facts(run: settings.Run) -> dict[str, str]:
-    """Config, files, versions and environment, which must be equal on all processes, by name."""
+    """Returns config, files, versions and environment, by name; must be equal on all processes."""
     values = dataclasses.asdict(run)
     values |= values.pop("stage")
     out = dict(line.split(" = ", 1) for line in config_file.flat(values))
-    for name in [n for n in out if n.startswith("config.wandb.")]:  # may be secret
+    for name in [n for n in out if n.startswith("config.wandb.")]:  # can be secret
         out[name] = f"(hidden, {hashlib.sha256(out[name].encode()).hexdigest()[:8]})"
     contents = identity.contents_of(run)
     out |= {f"the contents of {path}": digest for path, digest in contents.items()}
@@ -202,14 +202,14 @@ def facts(run: settings.Run) -> dict[str, str]:
 
 
 def agree(name: str, mine: dict[str, str]) -> None:
-    """Checks that this process found what the others did; every process must call.
+    """Checks that all processes have the same facts; every process must call.
 
     Args:
-        name: of what is compared, another one for every call.
+        name: of the comparison, unique for every call.
         mine: fact -> value.
 
     Raises:
-        ValueError: naming facts that differ, on every process.
+        ValueError: facts differ, on every process; the message names them.
         peers.PeerLost: a process ended.
     """
     group = peers.group()
@@ -221,13 +221,13 @@ def agree(name: str, mine: dict[str, str]) -> None:
 
 
 def check_shared(workdir: Path, *, seconds: float | int = 20) -> None:
-    """Checks that all processes see one workdir; every process must call.
+    """Checks that all processes see the same workdir; every process must call.
 
     Args:
-        seconds: in which a file of one host must appear on the others.
+        seconds: timeout for a file of one host to appear on the others.
 
     Raises:
-        ValueError: naming a process that has another one, on every process.
+        ValueError: a process has another workdir, on every process; the message names it.
         peers.PeerLost: a process ended.
     """
     group = peers.group()
@@ -239,7 +239,7 @@ def check_shared(workdir: Path, *, seconds: float | int = 20) -> None:
     mark = workdir / group.exchange("workdir mark", mark.name)[0]
     until = time.monotonic() + seconds
     while not mark.exists() and time.monotonic() < until:
-        os.listdir(workdir)  # network file systems look anew
+        os.listdir(workdir)  # makes network file systems refresh
         time.sleep(0.2)
     every = group.exchange("workdir seen", "seen" if mark.exists() else "")
     if group.process == 0:
@@ -256,14 +256,14 @@ def _say(text: str) -> None:
 
 
 def on_cluster() -> bool:
-    """True if a scheduler that JAX can ask started several processes."""
+    """Returns True if a scheduler that JAX supports started several processes."""
     several = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return several or len(hosts.split(",")) > 1 or "OMPI_COMM_WORLD_SIZE" in os.environ
 
 
 def cache() -> Path | None:
-    """Turns the persistent compilation cache on, if there is a place for it."""
+    """Enables the persistent compilation cache, if there is a directory for it."""
     import jax
 
     from jaxrl_eff.parallel.devices import cache_directory

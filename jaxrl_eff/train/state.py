@@ -1,7 +1,7 @@
-"""What a run must remember: the models of the stage under way, and those that later stages need.
+"""The state of a run: the models of the current stage, and those that later stages need.
 
-Model parameters come from scratch, from a Hugging Face directory, or from an earlier stage. Random
-ones depend on the run's seed and the shape alone, never on the mesh.
+Model parameters are initialized randomly, from a Hugging Face directory, or from an earlier stage.
+Random ones depend only on the run's seed and the shape, never on the mesh.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ Shelf = dict[str, Any]  # "stage/role" -> parameters, at home in that stage
 
 
 def initial(assembled: Assembled, stage: Stage, shelf: Shelf) -> Models:
-    """First models of a stage, at home. Takes copies: training donates what it starts from."""
+    """Returns the initial models of a stage, at home. Copies, since training donates them."""
     return {
         role: stage.step.init(role, _params(assembled, stage, role, shelf))
         for role in stage.step.graph.models
@@ -34,7 +34,7 @@ def initial(assembled: Assembled, stage: Stage, shelf: Shelf) -> Models:
 
 
 def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
-    """First parameters of a role at home, with those of an adapter."""
+    """Returns the initial parameters of a role at home, including those of an adapter."""
     where = jax.tree.map(lambda x: x.sharding, stage.step.home(role).params)
     way = stage.step.specs[role].tx
     if role not in stage.settings.adapt or not isinstance(way, Adaptation):
@@ -51,11 +51,11 @@ def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
 
 
 class _Keep(NamedTuple):
-    """Quantizes parameters one by one, as they are read.
+    """Quantizer of parameters one by one, as they are read.
 
     Attributes:
-        kept: which, and how.
-        where: shardings of what is kept.
+        kept: the quantized kernels, and their format.
+        where: shardings of the stored leaves.
     """
 
     kept: quantized.Quantized
@@ -72,7 +72,7 @@ class _Keep(NamedTuple):
 def _base(
     assembled: Assembled, stage: Stage, role: str, shelf: Shelf, where: Any, keep: Any = None
 ) -> Any:
-    """Parameters without an adapter at home; with a `_Keep`, what is kept of each."""
+    """Returns parameters without an adapter at home; with a `_Keep`, their stored leaves."""
     if keep is not None:
         where = quantized.plain_layout(where)
     kind, name = stage.origins[role]
@@ -95,7 +95,7 @@ def _base(
 
 
 def _kept(params_: Any, keep: _Keep | None) -> Any:
-    """What is kept of parameters, which die one by one."""
+    """Applies `keep` to parameters, freeing each one afterwards."""
     if keep is None:
         return params_
     found, flat = {}, tree.flat(params_)
@@ -106,7 +106,7 @@ def _kept(params_: Any, keep: _Keep | None) -> Any:
 
 
 def merged(lm: LMConfig, params_: Any) -> Any:
-    """Parameters with adapters merged into their kernels, dequantized; others as they are."""
+    """Returns parameters with adapters merged into dequantized kernels; others unchanged."""
     where = jax.tree.map(lambda x: x.sharding, lora.base(params_))
     where = quantized.plain_layout(where)
     if jax.tree.structure(where) == jax.tree.structure(params_):
@@ -115,7 +115,7 @@ def merged(lm: LMConfig, params_: Any) -> Any:
 
 
 def moved(models: Models, old: Step, new: Step) -> Models:
-    """Models at home in one step's plan, brought home in another's. Consumes them."""
+    """Moves models from their homes in one step's plan to those in another's. Donates them."""
     out = {}
     for role in list(models):
         out[role] = Route(old.home(role), new.home(role), donate=True)(models.pop(role))
@@ -123,15 +123,15 @@ def moved(models: Models, old: Step, new: Step) -> Models:
 
 
 def shared(tree: Any) -> Any:
-    """The tree with a part on every process, as writers of files need it.
+    """Returns the tree with a part on every process, as file writers need it.
 
-    Arrays that leave out some processes are spread over all devices. Every process must call.
+    Arrays that are not on all processes are sharded over all devices. Every process must call.
     """
     return Route(tree, shared_layout(tree))(tree)
 
 
 def shared_layout(tree: Any) -> Any:
-    """The layouts of `shared`, of arrays or of `jax.ShapeDtypeStruct`s with shardings."""
+    """Returns the layouts of `shared`, for arrays or `jax.ShapeDtypeStruct`s with shardings."""
 
     def layout(x: Any) -> jax.ShapeDtypeStruct:
         everywhere = {d.process_index for d in x.sharding.device_set}
@@ -143,7 +143,7 @@ def shared_layout(tree: Any) -> Any:
 
 
 def _spread(shape: tuple[int, ...]) -> NamedSharding:
-    """Over all devices along the first axis that divides; else whole on each."""
+    """Returns a sharding over all devices along the first axis that divides; else replicated."""
     every = Placement(tuple(range(jax.device_count())))
     axis = next((i for i, n in enumerate(shape) if n % jax.device_count() == 0 and n), None)
     spec = PartitionSpec(*[None] * axis, "data") if axis is not None else PartitionSpec()
@@ -155,9 +155,9 @@ def _stage(assembled: Assembled, name: str) -> Stage:
 
 
 def _adapted(tree: Any, source: LMConfig, target: LMConfig, where: Any) -> Any:
-    """Parameters of one stage for a role of another: moved, copied, and with another head.
+    """Converts parameters of one stage for a role of another: moves, copies, changes the head.
 
-    A new value head starts at 0, so that a fresh critic or reward model says 0 everywhere.
+    A new value head is initialized to 0, so that a new critic or reward model returns 0.
     """
     tree = dict(merged(source, tree))
     if source.head != target.head:
@@ -173,7 +173,7 @@ def _adapted(tree: Any, source: LMConfig, target: LMConfig, where: Any) -> Any:
 
 
 def abstract(assembled: Assembled, index: int) -> dict[str, Any]:
-    """Shapes and shardings of the state of stage `index`."""
+    """Returns shapes and shardings of the state of stage `index`."""
     stage = assembled.stages[index]
     shelf = {}
     for name in assembled.needed_after(index):
@@ -187,16 +187,16 @@ def abstract(assembled: Assembled, index: int) -> dict[str, Any]:
 
 
 def saved(assembled: Assembled, index: int, models: Models, shelf: Shelf) -> dict[str, Any]:
-    """The state of stage `index` as `abstract` describes it.
+    """Returns the state of stage `index` as described by `abstract`.
 
-    What this stage alone started from is left out: a run resumed in it has that no more, and its
-    checkpoints should be the same.
+    Models that only this stage started from are left out: a run resumed in it no longer has them,
+    and its checkpoints should be the same.
     """
     later = assembled.needed_after(index)
     return {"models": models, "shelf": {k: v for k, v in shelf.items() if k in later}}
 
 
 def shelve(assembled: Assembled, index: int, models: Models, shelf: Shelf) -> Shelf:
-    """After stage `index`: what later stages start from, and nothing else."""
+    """Returns the models to keep after stage `index`: those that later stages start from."""
     mine = {f"{assembled.stages[index].name}/{r}": m.params for r, m in models.items()}
     return {name: {**shelf, **mine}[name] for name in assembled.needed_after(index)}

@@ -13,7 +13,7 @@ from jaxrl_eff.train import settings
 
 
 def facts(assembled: Any, workdir: Path) -> dict[str, str]:
-    """The header's lines: devices, meshes, parameters, cache, workdir."""
+    """Returns the header's lines: devices, meshes, parameters, cache, workdir."""
     kind, n = jax.devices()[0].device_kind, jax.device_count()
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     lines = {"devices": f"{n} x {kind}{processes} (jax {jax.__version__})"}
@@ -60,10 +60,10 @@ def facts(assembled: Any, workdir: Path) -> dict[str, str]:
 
 
 def scheduled_rows(told: dict[str, Any]) -> str:
-    """The shapes that schedules are made for, in words; see `Stage.told`."""
+    """Describes the shapes of schedules; see `Stage.told`."""
     places, out = told.get("places", [told]), []
     for place in places:
-        # One device shares with nobody.
+        # A single device has no shared rows.
         alone = place["parts"] == 1
         shapes = ", ".join(
             f"{own + shared}" if alone else f"{own}+{shared}" for own, shared in place["shapes"]
@@ -75,11 +75,11 @@ def scheduled_rows(told: dict[str, Any]) -> str:
 
 
 def data(assembled: Any, done: Any) -> dict[str, dict[str, float]]:
-    """Counts of each stage's examples, and of the problems that held-out rewards are means over.
+    """Returns counts of each stage's examples, and of the problems in held-out rewards.
 
     Returns:
-        stage -> `examples`, `epochs`, `dropped`, ... as of `Loader.stats`; and, if the stage is
-        evaluated, `problems`, how many should be asked, and `problems_asked`.
+        stage -> `examples`, `epochs`, `dropped`, ... as in `Loader.stats`; and, if the stage is
+        evaluated, `problems`, the number requested, and `problems_asked`.
     """
     out = {name: dict(counts) for name, counts in done.counts.items()}
     for stage in assembled.stages:
@@ -90,7 +90,7 @@ def data(assembled: Any, done: Any) -> dict[str, dict[str, float]]:
 
 
 def table(assembled: Any, done: Any, seconds: float) -> list[list[Any]]:
-    """Rows of the final table: held-out rewards, what the last steps measured, memory, time."""
+    """Returns rows of the final table: held-out rewards, last metrics, memory, time."""
     rows: list[list[Any]] = []
     of = {s.name: s.evaluation.of_how_many for s in assembled.stages if s.evaluation is not None}
     for key, value in done.results.items():
@@ -119,7 +119,7 @@ def table(assembled: Any, done: Any, seconds: float) -> list[list[Any]]:
 
 
 def show_change(done: Any, console: Any) -> None:
-    """The same held-out prompts, answered after the first and the last evaluation."""
+    """Shows answers to the same held-out prompts in the first and the last evaluation."""
     keys = list(done.samples)
     if not keys:
         return
@@ -134,7 +134,7 @@ def show_change(done: Any, console: Any) -> None:
 
 
 def expectation(run: settings.Run, results: dict[str, float]) -> bool:
-    """True if the results are as the config expects them."""
+    """Returns True if the results meet the config's expectations."""
     e = run.expect
     if not e.metric:
         return True
@@ -144,7 +144,7 @@ def expectation(run: settings.Run, results: dict[str, float]) -> bool:
 
 
 def untrained(run: settings.Run, withheld: Mapping[str, int]) -> list[str]:
-    """Train calls, "stage/call", all of whose steps had an update withheld: nothing was learned."""
+    """Returns train calls, "stage/call", that learned nothing: every step skipped an update."""
     return [call for call, n in withheld.items() if n >= run.stage[call.partition("/")[0]].steps]
 
 

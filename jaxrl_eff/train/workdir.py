@@ -1,13 +1,13 @@
-"""The directory of a run: fit to be written to, and held by one run at a time.
+"""The directory of a run: checked to be writable, and locked by one run at a time.
 
-The holder is written into a file, `run.lock`: host, process, when both began. The file is created
-exclusively, which file systems do right that several hosts share, and touched every few seconds.
-The holder is gone if it ran on this host and its process has ended, or if it ran elsewhere and has
-not touched the file for a while; the next run then takes over and says so.
+The holder is written to a file, `run.lock`: host, process, and the start times of both. The file is
+created exclusively, which also works on file systems shared by several hosts, and touched every few
+seconds. The holder is gone if it ran on this host and its process has ended, or if it ran elsewhere
+and has not touched the file for a while; the next run then takes over and reports it.
 
-Who takes over creates `run.lock.NAME`, NAME being the digest of what the file of the dead holder
-says, and renames it over that file: of several that find the same dead holder, one can create it.
-If that one dies, too, the next one takes over from it in the same way.
+The new run creates `run.lock.NAME`, where NAME is the digest of the dead holder's file, and renames
+it over that file: of several runs that find the same dead holder, only one can create it. If that
+one dies too, the next one takes over from it in the same way.
 """
 
 import contextlib
@@ -32,20 +32,20 @@ from jaxrl_eff.parallel.processes.agreement import first_says
 
 NAME = "run.lock"
 BEAT_S = 15.0  # between two touches of the file
-STALE_S = 180.0  # without a touch: the holder on another host is gone
+STALE_S = 180.0  # without a touch, after which a holder on another host is considered gone
 DIRECTORIES = ("checkpoints", "tensorboard", "export", "adapter", "base")
 FILES = (
     "config.json", "plan.json", "schedule.json", "calibration.json", "timeline.json", "result.json",
     "metrics.jsonl", "samples.jsonl", "report.html", "delta.safetensors",
 )  # fmt: skip
-# A URL that a path was made of has lost a slash.
+# A URL that was converted to a path has lost a slash.
 _URL = re.compile(r"(gs|s3|az|abfss?|hdfs|https?|file|memory):/")
-# Names that orbax gives to files below the directory.
+# Length of the names that orbax gives to files below the directory.
 _ROOM = len("/checkpoints/deleting-000000000/state.orbax-checkpoint-tmp/ocdbt.process_0000/d/") + 64
 
 
 class HeldError(OSError):
-    """Another run is in the directory."""
+    """Another run holds the directory."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class _Holder:
 
     Attributes:
         host: its name.
-        kernel: what tells hosts of one name apart, and containers on one host: the boot and the
+        kernel: distinguishes hosts of the same name, and containers on one host: the boot and the
             process namespace.
         process: its id there.
-        began: when the process began, in the kernel's ticks; another one may get the same id.
-        since: when it took the directory, as text.
-        token: of this holder alone.
+        began: start time of the process, in the kernel's ticks; process ids can be reused.
+        since: time when it took the directory, as text.
+        token: unique to this holder.
     """
 
     host: str
@@ -71,11 +71,11 @@ class _Holder:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Makes the directory, and looks at what is in it under names that a run writes.
+    """Creates the directory, and checks existing entries under names that a run writes.
 
     Raises:
-        OSError: naming what cannot be written to: a URL, a path that is too long or no text, a
-            file in place of a directory or the other way round, a link to a directory.
+        OSError: a path cannot be used; the message names it: a URL, a path that is too long or not
+            text, a file in place of a directory or vice versa, a link to a directory.
     """
     if _URL.match(str(workdir)):
         raise OSError(f"--workdir={workdir} is a URL; an object store must be mounted.")
@@ -115,10 +115,10 @@ def _make(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator["Lock"]:
-    """Holds the directory while the body runs. In several processes, the first one holds it.
+    """Context that holds the directory. With several processes, the first one holds it.
 
     Raises:
-        HeldError: another run holds it, named by host and process.
+        HeldError: another run holds it; the message has its host and process.
         OSError: the directory cannot be written to.
     """
     lock = Lock(workdir)
@@ -130,12 +130,12 @@ def held(workdir: Path) -> Iterator["Lock"]:
 
 
 class Lock:
-    """A directory's file that says who holds it. Process 0 takes it; elsewhere it does nothing."""
+    """The lock file of a directory. Process 0 takes it; other processes do nothing."""
 
     def __init__(self, workdir: Path):
         self.path = workdir / NAME
         self._mine: bytes | None = None
-        self._seen = 0.0  # when the file was last found to be this run's
+        self._seen = 0.0  # time when the file was last found to be this run's
         self._stop = threading.Event()
         self._beats = threading.Thread(target=self._beat, name="lock", daemon=True)
 
@@ -144,7 +144,7 @@ class Lock:
 
         Raises:
             HeldError: another run holds it.
-            OSError: with the path: the file cannot be written.
+            OSError: the file cannot be written; the message has the path.
         """
         holder = _this()
         mine = json.dumps(vars(holder)).encode()
@@ -155,13 +155,13 @@ class Lock:
         return 0
 
     def check(self) -> None:
-        """Makes sure that the directory is still this run's.
+        """Checks that the directory is still this run's.
 
-        The file is looked at only if it has not been for a while: this process may have been
-        stopped for so long that another run took the directory over.
+        The file is read only if the last check is old: this process may have been suspended so long
+        that another run took over the directory.
 
         Raises:
-            HeldError: it is another's now.
+            HeldError: another run holds it now.
         """
         if self._mine is None or time.time() - self._seen < 2 * BEAT_S:
             return
@@ -173,29 +173,29 @@ class Lock:
         self._seen = time.time()
 
     def release(self) -> None:
-        """Gives the directory back. May be called twice."""
+        """Releases the directory. Can be called twice."""
         self._stop.set()
         if self._mine is None:
             return
         self._beats.join()
-        with contextlib.suppress(OSError):  # a disk that fails must not hide why the run ended
+        with contextlib.suppress(OSError):  # a failing disk must not hide why the run ended
             if _read(self.path) == self._mine:
                 self.path.with_name(f"{NAME}.time").unlink(missing_ok=True)
                 self.path.unlink()
         self._mine = None
 
     def _take_over(self, mine: bytes) -> None:
-        """Follows the holders and those that took over from them to the last one; takes its place.
+        """Follows the chain of holders and their successors to the last one, and replaces it.
 
         Raises:
-            HeldError: that one is alive.
+            HeldError: the last one is alive.
         """
         chain, path = [], self.path
         while (content := _read(path)) is not None:
             self._refuse_living(path, content)
             chain.append((path, content))
             path = self.path.with_name(f"{NAME}.{hashlib.sha256(content).hexdigest()[:16]}")
-        if not chain:  # it was given back just now
+        if not chain:  # it was released in the meantime
             if not _create(self.path, mine):
                 raise HeldError(f"{self.path.parent} is being taken by another run just now.")
             return
@@ -224,7 +224,7 @@ class Lock:
             )
 
     def _is_mine(self) -> bool:
-        """True if the file is this run's; one that somebody removed is created again."""
+        """Returns True if the file is this run's; creates it again if it was removed."""
         found = _read(self.path)
         return found == self._mine or (found is None and _create(self.path, self._mine or b""))
 
@@ -232,7 +232,7 @@ class Lock:
         while not self._stop.wait(BEAT_S):
             with contextlib.suppress(OSError):
                 if not self._is_mine():
-                    return  # `check` tells
+                    return  # `check` raises
                 os.utime(self.path)
                 self._seen = time.time()
 
@@ -250,7 +250,7 @@ def _this() -> _Holder:
 
 
 def _kernel() -> str:
-    """The boot of this host and its namespace of processes, where the system tells."""
+    """Returns the boot id and the process namespace of this host, if the system has them."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -259,7 +259,7 @@ def _kernel() -> str:
 
 
 def _began(process: int) -> str | None:
-    """The start time of a process; None if there is none or it has ended, waited for or not."""
+    """Returns the start time of a process; None if it does not exist or has ended (zombies too)."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -268,12 +268,12 @@ def _began(process: int) -> str | None:
 
 
 def _is_here(holder: _Holder) -> bool:
-    """True if a holder's process would be seen from here if it lived."""
+    """Returns True if a holder's process would be visible from here."""
     return holder.host == socket.gethostname() and holder.kernel == _kernel()
 
 
 def _alive(holder: _Holder) -> bool:
-    """True if the process of a holder on this host lives."""
+    """Returns True if the process of a holder on this host is alive."""
     if holder.began:
         return _began(holder.process) == holder.began
     try:
@@ -286,8 +286,8 @@ def _alive(holder: _Holder) -> bool:
 
 
 def _age(path: Path) -> float:
-    """Seconds since a file was touched, by the clock of the file system, which may be another."""
-    probe = path.with_name(f"{NAME}.time")  # always the same: a kill may leave it behind
+    """Returns seconds since a file was touched, by the file system's clock, which can differ."""
+    probe = path.with_name(f"{NAME}.time")  # fixed name: a kill can leave it behind
     try:
         files.write(probe, b"")
         return probe.stat().st_mtime - path.stat().st_mtime
@@ -298,7 +298,7 @@ def _age(path: Path) -> float:
 
 
 def _create(path: Path, content: bytes) -> bool:
-    """Creates a file with this content; False if there is one."""
+    """Creates a file with this content; returns False if it exists."""
     try:
         with files.naming(path):
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -316,10 +316,10 @@ def _create(path: Path, content: bytes) -> bool:
 
 
 def _read(path: Path) -> bytes | None:
-    """The content of a file; None if there is none.
+    """Returns the content of a file; None if it does not exist.
 
     Raises:
-        OSError: it is a link or no ordinary file.
+        OSError: it is a link or not a regular file.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -336,7 +336,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _parsed(content: bytes) -> _Holder | None:
-    """A holder; None if its file was cut short or is something else."""
+    """Parses a holder; returns None if its file was truncated or is something else."""
     try:
         row: dict[str, Any] = json.loads(content)
         holder = _Holder(**row)

@@ -1,9 +1,8 @@
-"""The numbers of a run, one line a step, in a form that outlives the run.
+"""Metrics and samples of a run, one line per step, in files that outlive the run.
 
-`metrics.jsonl` and `samples.jsonl` are the truth; TensorBoard and Weights & Biases are copies for
-those who look there. Every line is flushed, so a killed run loses at most the line it was writing,
-and a run that resumes drops the lines after the step it resumes from: the curve is what one run
-that never stopped would have drawn.
+`metrics.jsonl` and `samples.jsonl` are authoritative; TensorBoard and Weights & Biases get copies.
+Every line is flushed, so a killed run loses at most the line being written, and a resumed run drops
+the lines after the step it resumes from: the curves are those of an uninterrupted run.
 """
 
 import json
@@ -19,7 +18,7 @@ from jaxrl_eff import files
 
 
 class Writer:
-    """Appends to the files of one run directory. Used by process 0; elsewhere `enabled=False`."""
+    """Appends to the files of a run directory. For process 0; elsewhere use `enabled=False`."""
 
     def __init__(
         self,
@@ -36,20 +35,20 @@ class Writer:
         """Opens, or creates, the run directory.
 
         Args:
-            workdir: holds metrics.jsonl, samples.jsonl and tensorboard/.
-            resume_step: the last step that counts (0: none does). Lines of later steps, and a
-                line cut short by a kill, are removed. None: append.
-            resume_stage: the stage of that step. What the next stage measured before its first
-                step has the same number and will be measured again.
-            evaluated: False: what was measured on held-out examples after `resume_step` will be
-                measured again, and its lines are removed.
+            workdir: has metrics.jsonl, samples.jsonl and tensorboard/.
+            resume_step: the last valid step (0: none). Lines of later steps, and a line truncated
+                by a kill, are removed. None: append.
+            resume_stage: the stage of that step. Measurements of the next stage before its first
+                step have the same number and will be repeated.
+            evaluated: False: held-out measurements after `resume_step` will be repeated, so their
+                lines are removed.
             wandb: arguments of `wandb.init` (project, name, ...); None: no W&B.
             enabled: False writes nothing at all.
-            guard: called before anything is written; raises if the directory is another run's now.
+            guard: called before anything is written; raises if another run now has the directory.
 
         Raises:
-            ImportError: W&B is asked for and not installed.
-            OSError: with the path, here and wherever something is written: it cannot be.
+            ImportError: W&B is requested but not installed.
+            OSError: a file cannot be written, here or later; the message has the path.
         """
         self._workdir = Path(workdir)
         self._enabled = enabled
@@ -81,9 +80,9 @@ class Writer:
 
         Args:
             step: steps taken in the whole run, this one included, over all stages.
-            values: metrics by name (`actor_train/kl`): anything `float` understands.
+            values: metrics by name (`actor_train/kl`): anything that `float` accepts.
             seconds: by call.
-            mfu: share of the peak in [0, 1], where the peak is known.
+            mfu: fraction of the peak in [0, 1], if the peak is known.
         """
         if not self._enabled:
             return
@@ -99,13 +98,13 @@ class Writer:
         if self._tensorboard:
             events = self._open_events()
             for name, value in flat.items():
-                if math.isfinite(value):  # others cannot be drawn
+                if math.isfinite(value):  # others cannot be plotted
                     events.scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(flat, step=step)
 
     def samples(self, step: int, stage: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Writes one line a row: prompt, completion, reward and whatever else is in it."""
+        """Writes one line per row: prompt, completion, reward and any other keys."""
         if not self._enabled:
             return
         self._guard()
@@ -113,10 +112,10 @@ class Writer:
             _append(self._samples, {"step": step, "stage": stage, **row})
 
     def document(self, name: str, value: Any, *, merge: bool = False) -> None:
-        """Writes `NAME.json` (config, plan, timeline, result) into the run directory, whole.
+        """Writes `NAME.json` (config, plan, timeline, result) into the run directory, atomically.
 
         Args:
-            merge: keep what the file has under other keys, from before the run was resumed.
+            merge: True to keep the file's other keys, from before the run was resumed.
         """
         if not self._enabled:
             return
@@ -127,7 +126,7 @@ class Writer:
         files.write(path, json.dumps(encodable(value), indent=1) + "\n")
 
     def close(self) -> None:
-        """Flushes and closes what is open. May be called twice."""
+        """Flushes and closes open files. Can be called twice."""
         if not self._enabled:
             return
         self._metrics.close()
@@ -147,12 +146,12 @@ class Writer:
 
 
 class _Events:
-    """A file of scalars that TensorBoard reads. Written at once and not by a thread of its own,
-    which would die of a full disk without a word and let the run wait for it."""
+    """A file of scalars for TensorBoard. Written synchronously, not by a thread of its own: on a
+    full disk such a thread would die silently and block the run."""
 
     def __init__(self, directory: Path, purge: int | None):
-        """Creates the file; TensorBoard forgets what earlier files say of steps from `purge` on."""
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # slow to import: not before
+        """Creates the file; TensorBoard discards earlier files' data of steps from `purge` on."""
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # slow import, hence late
         from tensorboardX.record_writer import masked_crc32c
         from tensorboardX.summary import scalar
 
@@ -183,10 +182,10 @@ class _Events:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; none if it is missing. A line cut short is left out.
+    """Returns the objects of a .jsonl file; none if it is missing. Skips a truncated line.
 
-    NaN and infinities, which JSON doesn't know, stand in the file as strings; in `values`,
-    `seconds` and the rates they come back as floats.
+    NaN and infinities, which JSON lacks, are stored as strings; in `values`, `seconds` and the
+    rates they are converted back to floats.
     """
     path = Path(path)
     if not path.is_file():
@@ -198,7 +197,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def encodable(value: Any) -> Any:
-    """The same value as strict JSON can hold it: NaN and infinities as strings, arrays as lists."""
+    """Converts a value to strict JSON: NaN and infinities as strings, arrays as lists."""
     if isinstance(value, Mapping):
         return {str(name): encodable(v) for name, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -237,10 +236,10 @@ def _open(path: Path, step: int | None, stage: str | None, evaluated: bool) -> f
         kept = [
             line for line in lines if (row := _parse(line)) and _counts(row, step, stage, evaluated)
         ]
-        # A link is replaced by a file of this run's own, with the lines that are a run's.
+        # A link is replaced by this run's own file, with the valid lines.
         if kept != lines or not path.read_bytes().endswith(b"\n") or files.shared(path):
             files.write(path, "".join(line + "\n" for line in kept))
-    elif path.is_symlink():  # to nothing
+    elif path.is_symlink():  # dangling
         path.unlink()
     return files.Growing(path)
 
