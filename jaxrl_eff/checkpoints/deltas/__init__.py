@@ -1,9 +1,9 @@
-"""Delta files: the few entries that a sparse fine-tune changed, apart from the model.
+"""Delta files: the few entries that a sparse fine-tune changed, stored separately from the model.
 
-`diff` or `from_entries` makes a `Delta`; `save` and `load` keep it in about 3 bytes an entry;
-`apply` and `remove` put it into parameters and take it out again, bit for bit; `compose` adds
-deltas; `audit` measures what one does, and `merge` writes a Hugging Face directory with it only if
-the audit is passed.
+`diff` or `from_entries` makes a `Delta`; `save` and `load` store it in about 3 bytes per entry;
+`apply` and `remove` write it into parameters and revert it, bit for bit; `compose` adds deltas;
+`audit` measures the effect of one, and `merge` writes a Hugging Face directory with it only if the
+audit passes.
 """
 
 from jaxrl_eff.checkpoints.deltas.algebra import (

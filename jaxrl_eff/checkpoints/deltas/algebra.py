@@ -1,7 +1,7 @@
-"""Deltas with deltas: sums, multiples, overlaps, masks.
+"""Operations on deltas: sums, multiples, overlaps, masks.
 
-What is summed is the change, new minus original, so deltas to be set must hold their originals. The
-sums are exact to one rounding to float32, and do not depend on the order of the deltas.
+Sums are of changes, new minus original, so deltas to be set must have their originals. They are
+exact up to one rounding to float32, and do not depend on the order of the deltas.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from jaxrl_eff.checkpoints.deltas.tensors import bits
 
 
 def as_add(delta: Delta) -> Delta:
-    """The same delta with changes to be added, rounded to float32.
+    """Converts a delta to changes to be added, rounded to float32.
 
     Raises:
-        ValueError: it is to be set and holds no originals, so the changes are not known.
+        ValueError: it is to be set and has no originals, so the changes are unknown.
     """
     tensors = {}
     for name, change in _changes(delta).items():
@@ -27,9 +27,9 @@ def as_add(delta: Delta) -> Delta:
 
 
 def as_dtype(delta: Delta, dtype: str, *, base: str = "") -> Delta:
-    """The same delta for the base kept in another dtype: of a float32 copy, for its files.
+    """Converts a delta to a base in another dtype: for example from a float32 copy to its files.
 
-    New values are rounded to it, and entries whose value rounds to the original are left out.
+    New values are rounded to it, and entries whose value rounds to the original are dropped.
 
     Args:
         delta: to be set or added.
@@ -37,7 +37,7 @@ def as_dtype(delta: Delta, dtype: str, *, base: str = "") -> Delta:
         base: content hash of the base in that dtype.
 
     Raises:
-        ValueError: an original is no number of this dtype, so the base never was of it.
+        ValueError: an original is not representable in this dtype, so the base never had it.
     """
     tensors = {}
     for name, e in delta.tensors.items():
@@ -56,26 +56,26 @@ def as_dtype(delta: Delta, dtype: str, *, base: str = "") -> Delta:
 
 
 def scale(delta: Delta, weight: float | int) -> Delta:
-    """The changes times a number, to be added."""
+    """Multiplies the changes by a number; the result is to be added."""
     return dataclasses.replace(compose([delta], [weight]), method=delta.method)
 
 
 def compose(
     deltas: Sequence[Delta], weights: Sequence[float | int] | None = None, *, method: str = ""
 ) -> Delta:
-    """The weighted sum of changes of one base, to be added.
+    """Computes the weighted sum of changes of one base, to be added.
 
     Args:
-        deltas: of the same base; where some do not know theirs, that of the others.
-        weights: one a delta; None: 1 each.
-        method: of the result; "": made of the deltas' own.
+        deltas: of the same base; a delta with unknown base is assumed to have that of the others.
+        weights: one per delta; None: 1 each.
+        method: of the result; "": composed of the deltas' methods.
 
     Returns:
-        Entries of any of the deltas, with originals where each that changes the tensor has them.
+        Entries of any of the deltas, with originals if all deltas that change the tensor have them.
 
     Raises:
-        ValueError: no delta, or not as many weights; other bases, shapes or dtypes; changes that
-            are not known.
+        ValueError: no delta, or a wrong number of weights; different bases, shapes or dtypes;
+            unknown changes.
     """
     deltas = list(deltas)
     weights = [1.0] * len(deltas) if weights is None else list(weights)
@@ -99,7 +99,7 @@ def compose(
 
 
 def _summed(name: str, parts: list[Entries], terms: np.ndarray) -> Entries:
-    """Concatenated, sorted, and equal indices summed."""
+    """Concatenates and sorts entries, and sums those with equal indices."""
     first = parts[0]
     for part in parts[1:]:
         if (part.shape, part.dtype) != (first.shape, first.dtype):
@@ -108,7 +108,7 @@ def _summed(name: str, parts: list[Entries], terms: np.ndarray) -> Entries:
                 f"{part.dtype}{list(part.shape)} in another."
             )
     indices = np.concatenate([part.indices for part in parts])
-    # By value within an index, so that the sum is the same in whatever order the deltas came.
+    # Sorted by value within an index, so that the sum does not depend on the order of the deltas.
     order = np.lexsort((terms, indices)) if len(parts) > 1 else np.arange(len(indices))
     indices, terms = indices[order], terms[order]
     starts = np.flatnonzero(np.diff(indices, prepend=-1))
@@ -121,7 +121,7 @@ def _summed(name: str, parts: list[Entries], terms: np.ndarray) -> Entries:
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """What two deltas have in common.
+    """Counts of entries changed by two deltas.
 
     Attributes:
         shared: entries that both change.
@@ -148,7 +148,7 @@ def overlap(a: Delta, b: Delta) -> Overlap:
     """Counts the entries that both change, and those that they change in opposite directions.
 
     Raises:
-        ValueError: other bases; changes that are not known.
+        ValueError: different bases; unknown changes.
     """
     _same_base([a, b])
     ours, theirs = _changes(a), _changes(b)
@@ -163,13 +163,13 @@ def overlap(a: Delta, b: Delta) -> Overlap:
 
 
 def overlaps(deltas: Sequence[Delta]) -> dict[tuple[int, int], Overlap]:
-    """`overlap` of every pair i < j."""
+    """Computes `overlap` of every pair i < j."""
     pairs = itertools.combinations(range(len(deltas)), 2)
     return {(i, j): overlap(deltas[i], deltas[j]) for i, j in pairs}
 
 
 def disjoint(a: Delta, b: Delta) -> bool:
-    """Whether no entry is changed by both; such deltas can be applied in any order."""
+    """Returns True if no entry is changed by both; such deltas can be applied in any order."""
     return not any(
         np.intersect1d(a.tensors[name].indices, b.tensors[name].indices, True).size
         for name in a.tensors.keys() & b.tensors.keys()
@@ -177,7 +177,7 @@ def disjoint(a: Delta, b: Delta) -> bool:
 
 
 def without(a: Delta, b: Delta) -> Delta:
-    """The entries of `a` that `b` does not change."""
+    """Returns the entries of `a` that `b` does not change."""
     tensors = {}
     for name, entries in a.tensors.items():
         if name in b.tensors:
@@ -188,9 +188,9 @@ def without(a: Delta, b: Delta) -> Delta:
 
 
 def mask_of(delta: Delta) -> dict[str, np.ndarray]:
-    """True where it changes an entry: a bool array of each tensor's shape, by name.
+    """Returns a bool array of each tensor's shape, by name: True for changed entries.
 
-    The negation is where another task can be trained without touching this one.
+    Its negation has the entries where another task can be trained without affecting this one.
     """
     masks = {}
     for name, entries in delta.tensors.items():
@@ -201,7 +201,7 @@ def mask_of(delta: Delta) -> dict[str, np.ndarray]:
 
 
 def _changes(delta: Delta) -> dict[str, np.ndarray]:
-    """New minus original in float64, by name."""
+    """Returns new minus original in float64, by name."""
     if delta.semantics == "add":
         return {name: e.values.astype(np.float64) for name, e in delta.tensors.items()}
     if not delta.reversible:
@@ -209,7 +209,7 @@ def _changes(delta: Delta) -> dict[str, np.ndarray]:
             "the delta is to be set and holds no originals, so its changes are not known; "
             "`resolved` takes them from the base."
         )
-    with np.errstate(invalid="ignore"):  # inf - inf is NaN, and stays one
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is kept
         return {
             name: e.values.astype(np.float64) - e.originals.astype(np.float64)
             for name, e in delta.tensors.items()

@@ -1,7 +1,7 @@
-"""Model and model -> delta; model and delta -> model; and back, bit for bit.
+"""Conversion between models and deltas: diff, apply and remove, bit for bit.
 
-Trees may be nested or flat, with leaves of numpy or JAX; what comes out is of the same kind and in
-the same place. Entries are written as bits, so -0.0 and the payload of a NaN survive.
+Trees can be nested or flat, with numpy or JAX leaves; the output has the same kind and placement.
+Entries are written as bits, so -0.0 and the payload of a NaN survive.
 """
 
 import functools
@@ -18,15 +18,15 @@ from jaxrl_eff.tree import flat, map_with_name
 def diff(
     base: Any, tuned: Any, *, originals: bool = True, method: str = "", granularity: str = "element"
 ) -> Delta:
-    """The entries whose bits differ, to be set; one tensor at a time is on the host.
+    """Computes the entries whose bits differ, to be set; holds one tensor at a time on the host.
 
     Args:
-        base, tuned: trees of the same names, shapes and dtypes.
-        originals: whether to keep what the base has there.
+        base, tuned: trees with the same names, shapes and dtypes.
+        originals: True to keep the base's values of these entries.
         method, granularity: for the record.
 
     Raises:
-        ValueError: the trees do not fit; named.
+        ValueError: the trees do not match; the message names the tensor.
     """
     old, new = flat(base), flat(tuned)
     if odd := sorted(set(old) ^ set(new)):
@@ -48,15 +48,15 @@ def diff(
 
 
 def check(params: Any, delta: Delta, *, content: bool = True) -> None:
-    """Whether the delta was made for this model.
+    """Checks that the delta was made for this model.
 
     Args:
         params: the base.
         delta: to be applied to it.
-        content: whether to hash the base as well, which reads all of it.
+        content: True to hash the base as well, which reads all of it.
 
     Raises:
-        ValueError: a tensor is missing, or of another shape or dtype; the base has another hash.
+        ValueError: a tensor is missing, or has another shape or dtype; the base has another hash.
     """
     table = flat(params)
     for name, entries in delta.tensors.items():
@@ -69,15 +69,15 @@ def check(params: Any, delta: Delta, *, content: bool = True) -> None:
 
 
 def apply(params: Any, delta: Delta, *, content: bool = True) -> Any:
-    """The model with the delta; `params` is untouched, and leaves without entries are shared.
+    """Applies the delta; `params` is unchanged, and leaves without entries are shared.
 
     Args:
         params: the base, a tree of arrays.
         delta: to set, or to add: round(float32(W) + v) in the tensor's dtype.
-        content: whether to compare the base's hash.
+        content: True to compare the base's hash.
 
     Raises:
-        ValueError: as `check`.
+        ValueError: see `check`.
     """
     check(params, delta, content=content)
     new = resolved(params, delta, content=False).tensors
@@ -85,15 +85,15 @@ def apply(params: Any, delta: Delta, *, content: bool = True) -> Any:
 
 
 def remove(params: Any, delta: Delta, *, content: bool = True) -> Any:
-    """The base again, bit for bit, from a model with the delta: originals overwrite.
+    """Restores the base, bit for bit, from a model with the delta: originals overwrite.
 
     Args:
-        params: what `apply` gave.
+        params: the output of `apply`.
         delta: with originals.
-        content: whether to prove by the hash that the result is the base.
+        content: True to verify by the hash that the result is the base.
 
     Raises:
-        ValueError: the delta holds no originals; tensors do not fit; the result is not the base.
+        ValueError: the delta has no originals; tensors do not match; the result is not the base.
     """
     if not delta.reversible:
         raise ValueError("the delta holds no originals, so it cannot be taken back.")
@@ -111,15 +111,15 @@ def remove(params: Any, delta: Delta, *, content: bool = True) -> Any:
 
 
 def resolved(params: Any, delta: Delta, *, content: bool = True) -> Delta:
-    """The same change of this base as a delta to be set, with originals: exact and reversible.
+    """Converts a delta to one to be set on this base, with originals: exact and reversible.
 
     Args:
         params: the base.
         delta: of either semantics.
-        content: whether to compare the base's hash, or to find it out if the delta does not know.
+        content: True to compare the base's hash, or to compute it if the delta lacks it.
 
     Raises:
-        ValueError: as `check`; originals are not what the base holds.
+        ValueError: see `check`; or originals differ from the base.
     """
     check(params, delta, content=content)
     table = flat(params)
@@ -140,7 +140,7 @@ def resolved(params: Any, delta: Delta, *, content: bool = True) -> Delta:
 
 
 def _at(x: Any, entries: Entries) -> np.ndarray:
-    """What a leaf holds at the entries; of one on devices only that comes to the host."""
+    """Reads a leaf at the entries; for a device array, only these are copied to the host."""
     if isinstance(x, jax.Array):
         if not x.shape:
             return np.array(x).reshape(1)
@@ -151,7 +151,7 @@ def _at(x: Any, entries: Entries) -> np.ndarray:
 
 
 def _put(x: Any, entries: Entries, *, originals: bool = False) -> Any:
-    """A copy of the leaf with the entries' bits written into it."""
+    """Copies the leaf and writes the entries' bits into the copy."""
     if isinstance(x, jax.Array):
         new = entries.originals if originals else entries.values
         if not entries.shape:
@@ -163,11 +163,11 @@ def _put(x: Any, entries: Entries, *, originals: bool = False) -> Any:
 
 
 def _coordinates(entries: Entries) -> tuple[np.ndarray, ...]:
-    """Not flat: flattening a sharded array would gather it, and int32 would overflow."""
+    """Returns indices per axis: flattening a sharded array would gather it, and overflow int32."""
     return tuple(i.astype(np.int32) for i in np.unravel_index(entries.indices, entries.shape))
 
 
-# As integers both ways, since a device may change the payload of a NaN when it copies a float.
+# As integers both ways, since a device can change the payload of a NaN when it copies a float.
 @jax.jit
 def _gather(x: jax.Array, where: tuple[jax.Array, ...]) -> jax.Array:
     return x.view(f"u{x.dtype.itemsize}")[where]
@@ -185,6 +185,6 @@ def _scatter(sharding: jax.sharding.Sharding) -> Any:
 
 
 def put_into(x: np.ndarray, entries: Entries, *, originals: bool = False) -> None:
-    """Writes the entries into an array that is there, such as one mapped from a file."""
+    """Writes the entries into an existing array, such as one mapped from a file."""
     new = entries.originals if originals else entries.values
     bits(x).reshape(-1)[entries.indices] = bits(new)

@@ -1,4 +1,4 @@
-"""What a delta does to a model, measured before it is merged.
+"""Audit of a delta: measures its effect on a model before it is merged.
 
 Per tensor, with W the base and d the change:
 
@@ -6,8 +6,8 @@ Per tensor, with W the base and d the change:
     rms      ||d|| / ||W||, the root mean squares of change and tensor
     largest  max |d_i| / |W_i|; infinite where a zero was changed
 
-and for the whole model what the caller can measure: the KL divergence from the base on a probe set,
-and tests that the tuned model must pass. Only what a limit was given for can fail.
+and for the whole model the caller's measurements: the KL divergence from the base on a probe set,
+and tests that the tuned model must pass. Only quantities with a limit can fail.
 """
 
 import dataclasses
@@ -33,11 +33,11 @@ _PIECE = 2**22  # entries of a tensor that are squared at a time
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What is allowed; None is not asked.
+    """Upper limits; None is not checked.
 
     Attributes:
         share, rms, largest: of every tensor, as above.
-        kl: nats a token, as the caller's function gives it.
+        kl: nats per token, as returned by the caller's function.
     """
 
     share: float | int | None = None
@@ -73,9 +73,9 @@ class Audit:
 
     Attributes:
         rows: of the tensors that change.
-        limits: that were given.
-        kl: nats a token; None if it was not measured.
-        suite: whether each test of the suite was passed.
+        limits: the given limits.
+        kl: nats per token; None if it was not measured.
+        suite: True for each test of the suite that passed.
     """
 
     rows: tuple[Row, ...]
@@ -85,7 +85,7 @@ class Audit:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """What is over a limit or was not passed, a sentence each. A NaN is over every limit."""
+        """Exceeded limits and failed tests, a sentence each. A NaN exceeds every limit."""
         found = []
         for row in self.rows:
             for what in ("share", "rms", "largest"):
@@ -101,7 +101,7 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """True where nothing was asked."""
+        """True also if nothing was checked."""
         return not self.failures
 
     @property
@@ -109,7 +109,7 @@ class Audit:
         return sum(row.changed for row in self.rows)
 
     def text(self) -> str:
-        """A table with a line a tensor, then what concerns the whole model."""
+        """Formats a table with a line per tensor, then the findings for the whole model."""
         head = ["tensor", "entries", "changed", "share", "rms", "largest"]
         lines = [head]
         for row in self.rows:
@@ -128,7 +128,7 @@ class Audit:
         return "\n".join(out)
 
     def json(self) -> str:
-        """All of it, for machines; numbers that are not finite as text."""
+        """Encodes all findings as JSON; non-finite numbers as text."""
 
         def plain(x: Any) -> Any:
             return str(x) if isinstance(x, float) and not math.isfinite(x) else x
@@ -150,7 +150,7 @@ class Audit:
 
 
 class AuditError(ValueError):
-    """A merge that was refused.
+    """A merge was rejected by the audit.
 
     Attributes:
         audit: the findings.
@@ -161,8 +161,8 @@ class AuditError(ValueError):
         self.audit = audit
 
 
-Divergence = Callable[[Any, Any], float]  # (base, tuned) -> nats a token
-Suite = Mapping[str, Callable[[Any], bool]]  # name -> (tuned) -> whether it was passed
+Divergence = Callable[[Any, Any], float]  # (base, tuned) -> nats per token
+Suite = Mapping[str, Callable[[Any], bool]]  # name -> (tuned) -> True if passed
 
 
 def audit(
@@ -173,17 +173,17 @@ def audit(
     kl: Divergence | None = None,
     suite: Suite | None = None,
 ) -> Audit:
-    """Measures what the delta would do to these parameters.
+    """Measures the effect of the delta on these parameters.
 
     Args:
         base: tree of arrays.
         delta: made for it.
-        limits: what is allowed.
+        limits: upper limits.
         kl: of (base, tuned), such as `lm_kl`.
         suite: tests of the tuned parameters, by name: `lambda p: evaluation(p)[0] >= 0.9`.
 
     Raises:
-        ValueError: the delta is for another base; a limit on KL without a function for it.
+        ValueError: the delta is for another base; there is a limit on KL but no function for it.
     """
     asked(limits, kl)
     delta = resolved(base, delta)
@@ -192,7 +192,7 @@ def audit(
 
 
 def asked(limits: Limits, kl: Divergence | None) -> None:
-    """Whether what is limited can be measured."""
+    """Checks that there is a function for every limited quantity."""
     if limits.kl is not None and kl is None:
         raise ValueError(f"the limit kl={limits.kl:g} needs a function that measures it.")
 
@@ -206,12 +206,12 @@ def measured(
     kl: Divergence | None,
     suite: Suite | None,
 ) -> Audit:
-    """The audit of a resolved delta.
+    """Audits a resolved delta.
 
     Args:
         tensors: of the base.
-        delta: as `resolved` gives it.
-        models: base and tuned, as `kl` and `suite` take them.
+        delta: from `resolved`.
+        models: base and tuned, as arguments of `kl` and `suite`.
         limits, kl, suite: as in `audit`.
     """
     table = flat(tensors)
@@ -235,14 +235,14 @@ def _row(name: str, base: np.ndarray, entries: Entries) -> Row:
 
 
 def _norm(x: np.ndarray) -> np.float64:
-    """Euclidean norm in float64, a piece at a time."""
+    """Computes the Euclidean norm in float64, a piece at a time."""
     flat = np.ascontiguousarray(x).reshape(-1)
     pieces = (flat[i : i + _PIECE].astype(np.float64) for i in range(0, flat.size, _PIECE))
     return np.sqrt(np.float64(sum(float(piece @ piece) for piece in pieces)))
 
 
 def lm_kl(cfg: LMConfig, rows: Int[np.ndarray, "B T"]) -> Divergence:
-    """KL(tuned || base) of the next token, in nats, averaged over the tokens of a probe set.
+    """Returns a function for KL(tuned || base) of the next token, in nats per probe token.
 
         mean over t of  sum_v pi(v | t) (log pi(v | t) - log pi_base(v | t))
 
@@ -250,10 +250,10 @@ def lm_kl(cfg: LMConfig, rows: Int[np.ndarray, "B T"]) -> Divergence:
 
     Args:
         cfg: of the model; with `head="lm"`.
-        rows: token ids; negative ones are padding behind the text.
+        rows: token ids; negative ones are padding after the text.
 
     Raises:
-        ValueError: there is no token; an id is not of the vocabulary.
+        ValueError: there is no token; an id is not in the vocabulary.
     """
     rows = np.asarray(rows)
     if not (rows >= 0).any():

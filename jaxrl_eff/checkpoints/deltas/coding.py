@@ -1,17 +1,17 @@
-"""Sorted indices as few bits: Rice-coded gaps, or runs where these are shorter.
+"""Compact coding of sorted indices: Rice-coded gaps, or runs where these are shorter.
 
-A mask that keeps each of n entries with probability p needs H(p)/p bits an index on average, and
+A mask that keeps each of n entries with probability p needs H(p)/p bits per index on average, and
 its gaps are geometric, for which Golomb's code with a power of two (Rice and Plaunt 1971) is
 within 0.1 bit of that:
 
     gap = 2^k q + r:    q zeros and a one,  then r in k bits
 
 All quotients come first, then the remainders as k planes of one bit each, so both directions are a
-few array operations. A quotient of `_LIMIT` or more is written out instead: one long gap among
-many short ones then costs 11 bytes at most. Blocks, rows and whole tensors are runs of adjacent
-indices, of which the starts and the lengths are coded.
+few array operations. A quotient of `_LIMIT` or more is escaped: one long gap among many short ones
+then costs at most 11 bytes. Blocks, rows and whole tensors are runs of adjacent indices, coded by
+starts and lengths.
 
-Left out: entropy coders that adapt, which gain less than the 0.1 bit on random masks.
+Not supported: adaptive entropy coders, which gain less than the 0.1 bit on random masks.
 """
 
 import math
@@ -25,7 +25,7 @@ MOST = 2**62  # indices are below this
 
 
 def bound(count: int, size: int) -> float:
-    """H(p)/p: bits an index of `count` uniformly random ones below `size`, at p = count/size."""
+    """Returns H(p)/p, the bits per index of `count` uniformly random ones, p = count/size."""
     if not 0 < count <= size:
         raise ValueError(f"count={count}, but it should be from 1 to size={size}.")
     p = count / size
@@ -34,7 +34,7 @@ def bound(count: int, size: int) -> float:
 
 
 def encode(indices: np.ndarray, size: int) -> np.ndarray:
-    """Bytes that say which indices these are.
+    """Encodes indices as bytes.
 
     Args:
         indices: [k] integers, strictly increasing, from 0 to size - 1.
@@ -44,7 +44,7 @@ def encode(indices: np.ndarray, size: int) -> np.ndarray:
         [b] uint8; none for no indices.
 
     Raises:
-        ValueError: the indices are not of this kind.
+        ValueError: the indices do not meet these conditions.
     """
     indices = checked(indices, size)
     if not len(indices):
@@ -60,16 +60,16 @@ def encode(indices: np.ndarray, size: int) -> np.ndarray:
 
 
 def decode(code: np.ndarray, size: int, count: int | None = None) -> np.ndarray:
-    """The indices of `encode`, [k] int64.
+    """Decodes the indices of `encode`, [k] int64.
 
     Args:
         code: [b] uint8.
         size: of the flat tensor.
-        count: how many indices there must be; what would expand to another number is refused
-            before it is expanded. None: whatever the bytes say, which may be up to `size`.
+        count: expected number of indices; another number is rejected before it is expanded. None:
+            any number, up to `size`.
 
     Raises:
-        ValueError: the bytes are not those of `count` indices below `size`.
+        ValueError: the bytes do not encode `count` indices below `size`.
     """
     code = np.ascontiguousarray(code, np.uint8)
     if not len(code):
@@ -104,7 +104,7 @@ def _counted(found: int, count: int | None) -> None:
 
 
 def checked(indices: np.ndarray, size: int) -> np.ndarray:
-    """The indices as int64, if they are strictly increasing and from 0 to size - 1."""
+    """Returns the indices as int64, if they are strictly increasing and from 0 to size - 1."""
     indices = np.asarray(indices)
     if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
         raise ValueError(f"indices are {indices.dtype}{list(indices.shape)}, not integers [k].")
@@ -121,7 +121,7 @@ def checked(indices: np.ndarray, size: int) -> np.ndarray:
 
 
 def _rice(numbers: np.ndarray) -> bytes:
-    """Numbers [n] from 0 on, n > 0."""
+    """Encodes numbers [n] >= 0, n > 0."""
     k = _remainder_bits(numbers)
     quotients = numbers >> k
     large = quotients >= _LIMIT
@@ -136,7 +136,7 @@ def _rice(numbers: np.ndarray) -> bytes:
 
 
 def _remainder_bits(numbers: np.ndarray) -> int:
-    """The k of the fewest bits, among those near a typical number and near the mean."""
+    """Returns the k with the fewest bits, among those near the median and near the mean."""
     middle = int(np.partition(numbers, len(numbers) // 2)[len(numbers) // 2])
     mean = int(numbers.mean())
     near = {max(0, x.bit_length() + d) for x in (middle, mean) for d in (-2, -1, 0)}
@@ -150,7 +150,7 @@ def _remainder_bits(numbers: np.ndarray) -> int:
 
 
 def _unrice(code: np.ndarray, at: int, size: int) -> tuple[np.ndarray, int]:
-    """The numbers of a sequence that begins at byte `at`, and where it ends."""
+    """Decodes the sequence that begins at byte `at`; returns its numbers and its end."""
     k, at = _unvarint(code, at)
     width, at = _unvarint(code, at)
     escapes, at = _unvarint(code, at)
@@ -180,7 +180,7 @@ def _unrice(code: np.ndarray, at: int, size: int) -> tuple[np.ndarray, int]:
 
 
 def _varint(number: int) -> bytes:
-    """Seven bits a byte, the lowest first; the eighth says that more follow."""
+    """Encodes seven bits per byte, the lowest first; the eighth marks that more follow."""
     out = bytearray()
     while number >= 128:
         out.append(number & 127 | 128)
@@ -189,7 +189,7 @@ def _varint(number: int) -> bytes:
 
 
 def _unvarint(code: np.ndarray, at: int) -> tuple[int, int]:
-    """The number that begins at byte `at`, and where it ends."""
+    """Decodes the number that begins at byte `at`; returns it and its end."""
     number = 0
     for i, byte in enumerate(code[at : at + 9].tolist()):
         number |= (byte & 127) << 7 * i
@@ -199,5 +199,5 @@ def _unvarint(code: np.ndarray, at: int) -> tuple[int, int]:
 
 
 def _sum(numbers: np.ndarray) -> float:
-    """Which cannot overflow."""
+    """Sums in float64, which cannot overflow."""
     return float(numbers.sum(dtype=np.float64))

@@ -1,4 +1,4 @@
-"""The type: which entries of which tensors a fine-tune changed, and to what."""
+"""The type of deltas: the changed entries of a fine-tune, and their new values."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ class Entries:
         dtype: of the tensor, by name: "bfloat16".
         indices: [k] int64 into the flat tensor (C order), strictly increasing.
         values: [k]. To be set: the new values, in the tensor's dtype. To be added: float32.
-        originals: [k], what the base has there, in the tensor's dtype; or None.
+        originals: [k], the base's values, in the tensor's dtype; or None.
     """
 
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class Entries:
         return len(self.indices)
 
     def take(self, keep: np.ndarray) -> "Entries":
-        """Some of the entries: a mask, or increasing positions."""
+        """Selects entries by a mask, or by increasing positions."""
         originals = None if self.originals is None else self.originals[keep]
         return dataclasses.replace(
             self, indices=self.indices[keep], values=self.values[keep], originals=originals
@@ -62,11 +62,11 @@ class Delta:
     """A sparse change of a model.
 
     Attributes:
-        tensors: by name; tensors without changed entries may be left out.
-        base: `tensors.content_hash` of the model that it changes; "" is unknown, and never checked.
+        tensors: by name; tensors without changed entries can be omitted.
+        base: `tensors.content_hash` of the model that it changes; "" is unknown and never checked.
         semantics: "set" overwrites entries, exactly; "add" adds to them, which rounds.
-        method: how the entries were chosen and trained, in words.
-        granularity: of the choice: element, block, row, ...
+        method: description of how the entries were selected and trained.
+        granularity: of the selection: element, block, row, ...
     """
 
     tensors: Mapping[str, Entries]
@@ -98,7 +98,7 @@ class Delta:
 
     @property
     def reversible(self) -> bool:
-        """Whether it holds what the base had."""
+        """True if it has the base's original values."""
         return all(e.originals is not None for e in self.tensors.values())
 
 
@@ -114,21 +114,21 @@ def from_entries(
     method: str = "",
     granularity: str = "element",
 ) -> Delta:
-    """A delta of plain arrays, as a sparse optimizer holds them.
+    """Makes a delta from plain arrays, as a sparse optimizer has them.
 
-    Entries of which the new value is the original one, bit by bit, are left out.
+    Entries whose new value equals the original one, bit by bit, are dropped.
 
     Args:
         shapes: of every tensor.
         indices: [k] into the flat tensor; or [L, k] into each of the L slices of a stacked tensor,
-            flat. In any order, but each entry once.
-        values: as many; to be set or added.
-        originals: as many, in the tensor's dtype.
+            flat. In any order, but without duplicates.
+        values: same sizes; to be set or added.
+        originals: same sizes, in the tensor's dtype.
         dtypes: of the tensors; None: that of the originals, else that of the values.
         base, semantics, method, granularity: as in `Delta`.
 
     Raises:
-        ValueError: names differ between the tables; arrays do not fit; an entry comes twice.
+        ValueError: names differ between the tables; arrays do not match; an entry is duplicated.
     """
     given = {"indices": indices, "values": values}
     given |= {} if originals is None else {"originals": originals}
@@ -162,7 +162,7 @@ def from_entries(
 
 
 def _flat(name: str, indices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Indices into the flat tensor, from those into its slices."""
+    """Converts indices into slices to indices into the flat tensor."""
     if indices.size and indices.dtype.kind not in "iu":
         raise ValueError(f"the indices of {name!r} are {indices.dtype}, not integers.")
     indices = indices.astype(np.int64)

@@ -1,8 +1,8 @@
-"""Hugging Face directories: a delta merged into one, and taken out again.
+"""Merging of a delta into a Hugging Face directory, and its removal.
 
-The files are copied as they are and the changed entries written into the copies, so memory holds
-the delta, never the model, and what does not change keeps every byte. The new directory appears
-whole, audited, or not at all.
+The files are copied and the changed entries written into the copies, so memory holds the delta but
+never the model, and unchanged data keeps every byte. The new directory is audited and then created
+atomically.
 """
 
 import re
@@ -29,7 +29,7 @@ from jaxrl_eff.checkpoints.deltas.tensors import content_hash, read_directory, r
 from jaxrl_eff.checkpoints.hf_load import load_hf, read_config, weight_files
 from jaxrl_eff.types import Int
 
-# Other copies of the weights, which would be those of the base.
+# Other copies of the weights, which would not have the delta.
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|index\.json)")
 
 
@@ -43,21 +43,21 @@ def merge(
     suite: Suite | None = None,
     undo: str | PathLike[str] | None = None,
 ) -> Audit:
-    """Writes the model with the delta, if the audit is passed.
+    """Writes the model with the delta, if the audit passes.
 
     Args:
         directory: of the base.
         delta: made for it, with the names of the tensors in its files.
-        out: a directory that is not there yet.
+        out: a directory that does not exist yet.
         limits, kl, suite: as in `audit.audit`, but base and tuned are directories; see `hf_kl`.
-            With none of them nothing can fail.
-        undo: a file for the delta with the originals and the base's hash, as `rollback` needs it;
-            None: the delta has them already, or nobody will.
+            Without any of them nothing can fail.
+        undo: output file for the delta with originals and the base's hash, which `rollback` needs;
+            None: the delta has them already, or they are not needed.
 
     Raises:
-        AuditError: something asked was not met; nothing is written then.
-        FileExistsError: `out` is there.
-        ValueError: the delta is for another base; a damaged file.
+        AuditError: the audit failed; nothing is written.
+        FileExistsError: `out` exists.
+        ValueError: the delta is for another base; a file is damaged.
     """
     directory, out = _ends(directory, out)
     asked(limits, kl)
@@ -86,12 +86,12 @@ def audit_directory(
     kl: Divergence | None = None,
     suite: Suite | None = None,
 ) -> Audit:
-    """The audit of `merge`, without the merge.
+    """Audits a delta as `merge` does, without merging.
 
-    If `kl` or `suite` is given, the tuned model is written among the temporary files meanwhile.
+    If `kl` or `suite` is given, the tuned model is written to a temporary directory.
 
     Raises:
-        ValueError: the delta is for another base; a damaged file.
+        ValueError: the delta is for another base; a file is damaged.
     """
     directory = Path(directory)
     asked(limits, kl)
@@ -105,15 +105,15 @@ def audit_directory(
 
 
 def rollback(directory: str | PathLike[str], delta: Delta, out: str | PathLike[str]) -> None:
-    """Writes the base again from the model with the delta, proven by its hash.
+    """Restores the base from the model with the delta, verified by its hash.
 
     Args:
-        directory: what `merge` wrote.
+        directory: the output of `merge`.
         delta: with originals and the base's hash.
-        out: a directory that is not there yet.
+        out: a directory that does not exist yet.
 
     Raises:
-        FileExistsError: `out` is there.
+        FileExistsError: `out` exists.
         ValueError: no originals, no hash; or the result is not the base, and is not written.
     """
     directory, out = _ends(directory, out)
@@ -136,7 +136,7 @@ def rollback(directory: str | PathLike[str], delta: Delta, out: str | PathLike[s
 
 
 def hf_kl(rows: Int[Any, "B T"], *, dtype: str = "float32") -> Divergence:
-    """`audit.lm_kl` between two Hugging Face directories; both models are in memory then."""
+    """Returns `audit.lm_kl` between Hugging Face directories; both models must fit in memory."""
 
     def kl(base: Path, tuned: Path) -> float:
         cfg = read_config(base).replace(dtype=dtype, param_dtype=dtype)
@@ -161,7 +161,7 @@ def _beside(out: Path) -> Path:
 
 
 def _write(directory: Path, to: Path, delta: Delta, *, originals: bool) -> None:
-    """Copies the directory's files, with the entries written into those of the weights."""
+    """Copies the directory's files, and writes the entries into the copied weights."""
     weights = weight_files(directory)
     texts = [p for p in directory.iterdir() if p.is_file() and not _WEIGHTS.fullmatch(p.name)]
     index = directory / "model.safetensors.index.json"

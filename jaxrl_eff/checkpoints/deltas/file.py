@@ -1,13 +1,13 @@
-"""Delta files: safetensors, with the indices coded and a header of JSON.
+"""Delta files: safetensors with coded indices and a JSON header.
 
 For every tensor `name` there are up to three arrays: `name/indices` (uint8, see `coding`),
-`name/values`, and `name/originals` if the delta can be taken back. The metadata's "delta" is the
+`name/values`, and `name/originals` if the delta is reversible. The metadata's "delta" is the
 header: version, base hash, semantics, method, granularity, density, shape, dtype and count of each
-tensor, and the SHA-256 of all of it. At 1 % in bfloat16 an entry takes 3.0 bytes, 5.0 with its
-original.
+tensor, and the SHA-256 of everything. At 1 % density in bfloat16 an entry takes 3.0 bytes, 5.0 with
+its original.
 
-Left out: a seed in place of a random mask's indices. It would save one byte of three, and tie every
-file to a random generator for ever.
+Not supported: storing a seed instead of a random mask's indices. It would save one of three bytes,
+but tie every file to one random generator permanently.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ _KEY = "delta"
 
 
 def save(delta: Delta, path: str | PathLike[str], *, originals: bool = True) -> int:
-    """Writes the file, which appears whole or not at all.
+    """Writes the file atomically.
 
     Args:
-        delta: what to write; tensors without entries are left out.
-        path: of the file; one that is there is replaced.
-        originals: False leaves the originals out: smaller, but it cannot be taken back alone.
+        delta: the delta; tensors without entries are omitted.
+        path: of the file; an existing one is replaced.
+        originals: False omits the originals: smaller, but not reversible by itself.
 
     Returns:
         Bytes written.
@@ -70,20 +70,21 @@ def save(delta: Delta, path: str | PathLike[str], *, originals: bool = True) -> 
 
 
 def load(path: str | PathLike[str], *, base: Mapping[str, Any] | None = None) -> Delta:
-    """Reads a file and checks all of it.
+    """Reads a file and verifies all of it.
 
-    Nothing is expanded before what it says of itself agrees: counts with the lengths of the arrays,
-    and these with what the codes stand for. So memory is in proportion to the file, whatever it
-    claims.
+    Nothing is expanded before its declared sizes are checked: counts against the lengths of the
+    arrays, and these against the codes. So memory is proportional to the file, whatever it
+    declares.
 
     Args:
         path: of the file.
-        base: arrays by name of the model that it is for; tensors that do not fit are refused before
-            their indices are read. None: any.
+        base: arrays by name of the model that it is for; tensors that do not match are rejected
+            before their indices are read. None: any.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is cut off, damaged, no delta file, of another version, or not for `base`.
+        ValueError: it is truncated, damaged, not a delta file, of another version, or not for
+            `base`.
     """
     header, arrays = _open(path)
     tensors = {}
@@ -105,13 +106,13 @@ def load(path: str | PathLike[str], *, base: Mapping[str, Any] | None = None) ->
 
 
 def index_bytes(path: str | PathLike[str]) -> dict[str, int]:
-    """Bytes that each tensor's indices take in a file."""
+    """Returns the bytes of each tensor's indices in a file."""
     header, arrays = _open(path)
     return {name: arrays[f"{name}/indices"].nbytes for name in header["tensors"]}
 
 
 def _open(path: str | PathLike[str]) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
-    """The header, its tensors as `Told`, and the arrays, which fit to each other."""
+    """Returns the header, with its tensors as `Told`, and the arrays, checked for consistency."""
     metadata, arrays = read_file(path)
     if _KEY not in metadata:
         raise ValueError(f"{path} is a safetensors file, but no delta: its header names none.")
@@ -137,7 +138,7 @@ def _open(path: str | PathLike[str]) -> tuple[dict[str, Any], Mapping[str, np.nd
 
 
 def _checksum(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of the header, and of every array's name and bytes."""
+    """Computes the SHA-256 of the header, and of every array's name and bytes."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(arrays):
         digest.update(json.dumps([name, arrays[name].nbytes]).encode())

@@ -1,6 +1,6 @@
 """The header of a delta file, checked field by field, and against the file's arrays.
 
-Anybody can compute a checksum, so a file that has the right one may still lie about everything.
+A checksum does not prove that the header is true, since any program can compute one.
 """
 
 import math
@@ -14,11 +14,11 @@ from jaxrl_eff.checkpoints.deltas.delta import SEMANTICS
 from jaxrl_eff.checkpoints.deltas.tensors import DTYPES
 
 _FIELDS = ("version", "base", "semantics", "method", "granularity", "density", "tensors")
-_AXES = 32  # as many as numpy's arrays could have in every version
+_AXES = 32  # maximum number of axes in every numpy version
 
 
 class Told(NamedTuple):
-    """A tensor as a header describes it.
+    """A tensor as described by a header.
 
     Attributes:
         shape, dtype: of the tensor.
@@ -36,10 +36,10 @@ class Told(NamedTuple):
 
 
 def header_tensors(header: Mapping[str, Any]) -> dict[str, Told]:
-    """The tensors of a header without its checksum, by name.
+    """Returns the tensors of a header without its checksum, by name.
 
     Raises:
-        ValueError: a field is missing, not known, or cannot be what it says.
+        ValueError: a field is missing, unknown or invalid.
     """
     if odd := sorted(set(header) ^ set(_FIELDS)):
         what = "missing" if odd[0] in _FIELDS else "not known"
@@ -74,7 +74,7 @@ def _told(name: str, told: Any) -> Told:
 
 
 def expected(tensors: Mapping[str, Told], arrays: Mapping[str, np.ndarray], semantics: str) -> None:
-    """Compares the arrays of a file with what its header says of the tensors.
+    """Compares the arrays of a file with its header's description of the tensors.
 
     Raises:
         ValueError: an array is missing, belongs to no tensor, or has another shape or dtype.
@@ -102,9 +102,9 @@ def expected(tensors: Mapping[str, Told], arrays: Mapping[str, np.ndarray], sema
 
 
 def _short(value: Any) -> str:
-    """A value in an error, which may be of any length or depth."""
+    """Formats a value for an error, truncated, whatever its length or depth."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # an integer of too many digits; lists in lists
+    except (ValueError, RecursionError):  # an integer of too many digits; deeply nested lists
         text = f"a {type(value).__name__} that is too long to show"
     return text if len(text) <= 80 else f"{text[:77]}..."

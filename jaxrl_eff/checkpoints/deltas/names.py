@@ -1,7 +1,7 @@
-"""A delta of parameters <-> a delta of the tensors of a Hugging Face directory.
+"""Conversion of deltas between parameters and the tensors of a Hugging Face directory.
 
-Parameters are stacked over layers and mostly stored transposed, so an index moves; the values do
-not change. Both follow the table that checkpoints follow.
+Parameters are stacked over layers and mostly stored transposed, so indices change; values do not.
+Both directions use the table of checkpoint tensors, `hf_names`.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ from jaxrl_eff.tree import flat as by_name
 
 
 def to_hf(delta: Delta, cfg: LMConfig, *, base: str = "", prefix: str = "model.") -> Delta:
-    """The delta for the files, from one for the parameters of `cfg`.
+    """Converts a delta of the parameters of `cfg` to one of the files.
 
     Args:
         delta: names and shapes of `models.abstract(cfg)`.
         base: content hash of the directory: `content_hash(read_directory(directory))`.
-        prefix: before the decoder's names in the files.
+        prefix: prefix of the decoder's names in the files.
 
     Raises:
-        ValueError: a name or a shape that the model does not have.
+        ValueError: the model lacks a name or a shape.
     """
     table, shapes = {t.path: t for t in tensors(cfg)}, by_name(abstract(cfg))
     out: dict[str, Entries] = {}
@@ -46,15 +46,15 @@ def to_hf(delta: Delta, cfg: LMConfig, *, base: str = "", prefix: str = "model."
 
 
 def from_hf(delta: Delta, cfg: LMConfig, *, base: str = "", prefix: str = "model.") -> Delta:
-    """The delta for the parameters of `cfg`, from one for the files.
+    """Converts a delta of the files to one of the parameters of `cfg`.
 
     Args:
         delta: names and shapes of the files.
         base: content hash of the parameters.
-        prefix: before the decoder's names in the files.
+        prefix: prefix of the decoder's names in the files.
 
     Raises:
-        ValueError: a name or a shape that the model does not have.
+        ValueError: the model lacks a name or a shape.
     """
     shapes, left = by_name(abstract(cfg)), dict(delta.tensors)
     out: dict[str, Entries] = {}
@@ -79,7 +79,7 @@ def from_hf(delta: Delta, cfg: LMConfig, *, base: str = "", prefix: str = "model
 
 
 def _stored(tensor: Tensor, entries: Entries) -> tuple[np.ndarray, np.ndarray]:
-    """Of each entry: the layer (0 without layers), and the flat index in the file's tensor."""
+    """Returns for each entry the layer (0 without layers) and the flat index in the file."""
     where = np.unravel_index(entries.indices, entries.shape)
     layer, inner = (where[0], where[1:]) if tensor.stacked else (np.zeros(len(entries), int), where)
     shape = entries.shape[1:] if tensor.stacked else entries.shape
@@ -88,7 +88,7 @@ def _stored(tensor: Tensor, entries: Entries) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _param(tensor: Tensor, indices: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The flat index in one layer's parameter, from that in the file's tensor."""
+    """Converts flat indices in the file's tensor to those in one layer's parameter."""
     order = tensor.order
     where = np.unravel_index(indices, [shape[a] for a in order])
     return np.ravel_multi_index([where[order.index(a)] for a in range(len(shape))], shape)

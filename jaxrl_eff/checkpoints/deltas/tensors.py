@@ -1,6 +1,6 @@
-"""Named tensors: of a tree, or of safetensors files as they lie on disk; and what they contain.
+"""Named tensors of a tree or of safetensors files, and their content hash.
 
-Files are mapped, not read: a tensor costs memory only while something looks at it.
+Files are memory-mapped: a tensor uses memory only while it is accessed.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from jaxrl_eff.checkpoints.hf_load import weight_files
 from jaxrl_eff.checkpoints.hf_names import CODES
 from jaxrl_eff.tree import flat
 
-# Names of dtypes in safetensors files: those of weights, and those of what lies beside them.
+# Names of dtypes in safetensors files: those of weights, and of other tensors.
 DTYPES = CODES | {
     "F64": "float64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "BOOL": "bool",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
@@ -29,16 +29,16 @@ DTYPES = CODES | {
 
 
 def content_hash(tree: Any) -> str:
-    """What the tensors are, in 71 characters: `"sha256:..."`.
+    """Computes a hash of the tensors, 71 characters: `"sha256:..."`.
 
-    Depends on every name, dtype, shape and bit, and on nothing else: not on shardings, on files, on
-    order, or on whether the leaves are JAX's or numpy's.
+    It depends on every name, dtype, shape and bit, and on nothing else: not on shardings, files or
+    order, nor on whether the leaves are JAX's or numpy's.
 
     Raises:
         ValueError: a leaf is partly on other processes.
     """
     table = flat(tree)
-    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter
+    with ThreadPoolExecutor(4) as pool:  # hashing releases the GIL
         digests = pool.map(lambda name: _digest(name, table[name]), sorted(table))
         total = hashlib.sha256(b"".join(digests))
     return f"sha256:{total.hexdigest()}"
@@ -53,21 +53,21 @@ def _digest(name: str, x: Any) -> bytes:
 
 
 def host(name: str, x: Any) -> np.ndarray:
-    """A leaf as a whole on this host."""
+    """Returns the whole leaf on this host."""
     if not getattr(x, "is_fully_addressable", True):
         raise ValueError(f"{name!r} is partly on other processes; gather it first.")
     return np.asarray(x)
 
 
 def fits(table: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: str) -> None:
-    """Refuses a change of a tensor that a model does not have like this.
+    """Checks that a model has the tensor that a delta changes.
 
     Args:
         table: arrays of the model by name.
         name, shape, dtype: of the tensor that a delta changes.
 
     Raises:
-        ValueError: the tensor is missing, or of another shape or dtype.
+        ValueError: the tensor is missing, or has another shape or dtype.
     """
     if name not in table:
         some = ", ".join(sorted(table)[:3])
@@ -80,16 +80,16 @@ def fits(table: Mapping[str, Any], name: str, shape: tuple[int, ...], dtype: str
 
 
 def bits(x: np.ndarray) -> np.ndarray:
-    """The array's bits as unsigned integers, so that -0.0 and NaNs are what they are."""
+    """Returns the array's bits as unsigned integers, so that -0.0 and NaNs are compared exactly."""
     return x.view(f"u{x.dtype.itemsize}")
 
 
 def read_directory(directory: str | PathLike[str]) -> dict[str, np.ndarray]:
-    """The tensors of a Hugging Face directory by the names in its files, mapped, read only.
+    """Maps the tensors of a Hugging Face directory by their names in the files, read-only.
 
     Raises:
-        FileNotFoundError: no safetensors files, or one that the index names is missing.
-        ValueError: a file that is damaged; a tensor in two files.
+        FileNotFoundError: there are no safetensors files, or a file in the index is missing.
+        ValueError: a file is damaged; a tensor is in two files.
     """
     table: dict[str, np.ndarray] = {}
     for path in weight_files(Path(directory)):
@@ -103,15 +103,15 @@ def read_directory(directory: str | PathLike[str]) -> dict[str, np.ndarray]:
 def read_file(
     path: str | PathLike[str], *, write: bool = False
 ) -> tuple[Mapping[str, str], dict[str, np.ndarray]]:
-    """The metadata and the mapped tensors of a safetensors file.
+    """Maps the metadata and the tensors of a safetensors file.
 
     Args:
         path: of the file.
-        write: whether what is assigned to the tensors goes into the file.
+        write: True if assignments to the tensors change the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file, or cut off, or of a dtype that is not known.
+        ValueError: it is not a safetensors file, is truncated, or has an unknown dtype.
     """
     from safetensors import SafetensorError, safe_open
 

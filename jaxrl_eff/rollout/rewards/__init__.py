@@ -1,1 +1,1 @@
-"""Rewards that need no model: text in, number out."""
+"""Rewards without a model: functions from text to a number."""

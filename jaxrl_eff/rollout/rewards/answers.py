@@ -1,10 +1,10 @@
-r"""The answer in a response, and the number that stands there.
+r"""Extraction of the answer in a response, and of its number.
 
-The answer stands behind the last `####` or in the last `\boxed{}`, whichever comes later; without
-either in `<answer>...</answer>`, or behind "answer is" or "answer:"; without that it is the whole
-text, if it is one number, or else the last number of the text, if that stands there on its own.
-What stands there is read wholly (`numbers.parse`) or not at all. What a response thinks, up to the
-last `</think>`, says no answer.
+The answer follows the last `####` or is in the last `\boxed{}`, whichever comes later; without
+either, it is in `<answer>...</answer>`, or follows "answer is" or "answer:"; without these, it is
+the whole text, if that is one number, or else the last number of the text, if that stands alone.
+It is parsed completely (`numbers.parse`) or not at all. A response's thoughts, up to the last
+`</think>`, contain no answer.
 """
 
 import re
@@ -14,7 +14,7 @@ from fractions import Fraction
 from jaxrl_eff.rollout.rewards import numbers, words
 
 _TRIES = 8  # headings, phrases
-_WINDOW = 400  # characters around a last number
+_WINDOW = 400  # characters searched around a last number
 _PHRASE = re.compile(
     r"\banswers?\b(?:[ \t]+[a-z]{1,20}){0,6}?[ \t*_]*(?::|=|\bis\b|\bare\b|\bequals\b)[ \t]*[:=]?",
     re.IGNORECASE,
@@ -33,7 +33,7 @@ _TOKEN = re.compile(
 _OPERATORS = "+-*/=^_<>≤≥≠±√|\\"
 _BOX = re.compile(r"\\f?box(?:ed)?\s*\{|\\[{}]|[{}]")
 _BARE_BOX = re.compile(r"\\f?boxed\s*([0-9])")
-# Beside a box: it is part of a formula.
+# Context of a box that makes it part of a formula.
 _TIED_LEFT = re.compile(
     r"(?:[-+/^_*×\\0-9]|(?<![A-Za-z</])[A-Za-z0-9)}]\s*[<>≤≥≠]\s?"
     r"|\\(?:cdot|times|sqrt|[dtc]?frac|leq?|leqslant|lt|geq?|geqslant|gt|neq?)\s?|\\\{\s?"
@@ -73,11 +73,11 @@ _LAST_WORD = re.compile(r"([A-Za-z]+)\.?[\s*_\"“($#]*\Z")
 
 
 def number(text: str, *, anywhere: bool = True) -> Fraction | None:
-    r"""The number that a text gives as its answer, exactly; None if it gives none.
+    r"""Returns the number that a text gives as its answer, exactly; None without an answer.
 
     Args:
         text: a response.
-        anywhere: False reads only what stands behind `####` or in `\boxed{}`.
+        anywhere: False accepts only an answer after `####` or in `\boxed{}`.
     """
     text = spoken(numbers.characters(text))
     marked, value = _marked(text)
@@ -87,20 +87,20 @@ def number(text: str, *, anywhere: bool = True) -> Fraction | None:
 
 
 def truth(text: str) -> Fraction | None:
-    r"""The number that a reference answer is: marked by `####` or `\boxed{}`, or the whole text."""
+    r"""Returns a reference answer's number: after `####`, in `\boxed{}`, or of the whole text."""
     text = numbers.characters(text)
     marked, value = _marked(text)
     return value if marked else numbers.parse(text)
 
 
 def boxed(text: str) -> str | None:
-    r"""The contents of the last closed `\boxed{...}` of a text, braces within included; or None."""
+    r"""Returns the contents of the last closed `\boxed{...}`, with inner braces; or None."""
     found = _box(text)
     return found and text[slice(*found)]
 
 
 def marked(text: str) -> str | None:
-    r"""The text behind the last `####` or in the last `\boxed{}`, whichever is later; or None."""
+    r"""Returns the text after the last `####` or in the last `\boxed{}`, the later one; or None."""
     text = spoken(text)
     box, at = _box(text), text.rfind("####")
     if at > (box[0] if box else -1):
@@ -111,7 +111,7 @@ def marked(text: str) -> str | None:
 
 
 def spoken(text: str) -> str:
-    """What stands behind the thoughts of a response."""
+    """Returns the text after the thoughts of a response."""
     return text.rpartition("</think>")[2]
 
 
@@ -129,7 +129,7 @@ def _box(text: str) -> tuple[int, int] | None:
 
 
 def _marked(text: str) -> tuple[bool, Fraction | None]:
-    """A pair: if a mark says an answer, and its number."""
+    """Returns a pair: True if a mark has an answer, and the answer's number."""
     box = _box(text)
     at, low = len(text), box[0] if box else 0
     for _ in range(_TRIES):
@@ -147,7 +147,7 @@ def _marked(text: str) -> tuple[bool, Fraction | None]:
         at = len(text[:at].rstrip("#"))
     if box is None:
         opened = text.rfind("\\boxed{")
-        return opened >= 0, None  # a box that never closes was cut off
+        return opened >= 0, None  # an unclosed box was truncated
     begin = text.rfind("\\", 0, box[0])
     end = box[1] + (text[box[1] : box[1] + 1] == "}")
     left, right = text[max(begin - 40, 0) : begin], text[end : end + 40]
@@ -159,10 +159,10 @@ def _marked(text: str) -> tuple[bool, Fraction | None]:
 
 
 def _unmarked(text: str) -> Fraction | None:
-    """The number of a text without marks."""
+    """Returns the number of a text without marks."""
     if "<" in text:
         if "<think>" in text:
-            return None  # cut off before it said anything
+            return None  # truncated before any answer
         text = _NOTES.sub("", text)
         begin = text.rfind("<answer>")
         if begin >= 0:
@@ -173,7 +173,7 @@ def _unmarked(text: str) -> Fraction | None:
         behind = text[phrase.end() :]
         said, value = _leading(behind.lstrip().partition("\n")[0])
         if said and _BULLET.match(behind):
-            return None  # "- 7 apples" in a list is no -7
+            return None  # "- 7 apples" in a list is not -7
         if said:
             return value
     if len(text) <= _WINDOW and (value := numbers.parse(text)) is not None:
@@ -182,7 +182,7 @@ def _unmarked(text: str) -> Fraction | None:
 
 
 def _leading(line: str) -> tuple[bool, Fraction | None]:
-    """A pair: if a line begins with an answer rather than a word, and its number."""
+    """Returns a pair: True if a line begins with an answer rather than a word, and its number."""
     line = line[:_WINDOW]
     whole = numbers.parse(line)
     if whole is not None:
@@ -216,7 +216,7 @@ def _leading(line: str) -> tuple[bool, Fraction | None]:
 
 
 def _last(text: str) -> Fraction | None:
-    """The last number of a text, if it stands there on its own."""
+    """Returns the last number of a text, if it stands alone."""
     at = max(text.rfind(digit) for digit in "0123456789")
     if at < 0:
         return None
@@ -253,7 +253,7 @@ def _last(text: str) -> Fraction | None:
 
 
 def _item(text: str, line: str) -> bool:
-    """True if a line is an item of a list, and its number the only one in it."""
+    """Returns True if a line is an item of a list, and its number the only one in it."""
     found = _ITEM.match(line)
     if found is None or re.search("[0-9]", line[found.end(1) :]):
         return False
@@ -262,7 +262,7 @@ def _item(text: str, line: str) -> bool:
 
 
 def _tokens(line: str) -> tuple[list[re.Match], list[bool]]:
-    """The tokens of a line, and for each whether it ends a formula."""
+    """Returns the tokens of a line, and for each True if it ends a formula."""
     tokens = list(_TOKEN.finditer(line))
     return tokens, [_breaks(line, tokens, i) for i in range(len(tokens))]
 
@@ -283,7 +283,7 @@ def _breaks(line: str, tokens: list[re.Match], i: int) -> bool:
 
 
 def _breaks_sign(line: str, at: int, before: str, after: str) -> bool:
-    """True if the sign at line[at] ends a formula."""
+    """Returns True if the sign at line[at] ends a formula."""
     sign = line[at]
     if sign == ".":
         return not after.isdigit() and "." not in (before, after)
@@ -309,7 +309,7 @@ def _breaks_sign(line: str, at: int, before: str, after: str) -> bool:
 
 
 def _bare(left: str, chunk: str) -> str | None:
-    """The chunk without the half of a pair of brackets around more than it."""
+    """Strips unmatched brackets, which enclose more than the chunk; None if that is a formula."""
     chunk = chunk.strip()
     while chunk.endswith(")") and chunk.count(")") > chunk.count("("):
         if not re.search(r"\(\s*[A-Za-z]{2}[^()]*\Z", left):
@@ -321,9 +321,9 @@ def _bare(left: str, chunk: str) -> str | None:
 
 
 def _beside(left: str, chunk: str) -> bool:
-    """True if a chunk in the middle of a text goes on from what stands before it."""
+    """Returns True if a chunk in the middle of a text continues the text before it."""
     if "=" in chunk:
-        return False  # whatever stands before it, the last side is the number
+        return False  # whatever precedes it, the last side is the number
     # A bullet, a dash, or a sum whose first part is a word; "COVID-19".
     if re.match(r"[-+]\s", chunk) or left[-1:].isalnum():
         return True
@@ -336,7 +336,7 @@ def _beside(left: str, chunk: str) -> bool:
 
 
 def _changed(left: str, right: str) -> bool:
-    """True if the words behind a number make another number of it."""
+    """Returns True if the words after a number change its value."""
     if _AND_PARTS.match(right):
         return True
     word = _NEXT_WORD.match(right)

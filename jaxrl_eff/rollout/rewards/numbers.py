@@ -1,23 +1,23 @@
-r"""Numbers as people and LaTeX write them, read exactly: text -> Fraction, or None.
+r"""Exact parsing of numbers as people and LaTeX write them: text -> Fraction, or None.
 
-`parse` reads a text that is one number and nothing else, and gives None for whatever it does not
-understand wholly: a part of a formula is never taken for the number.
+`parse` reads a text that is exactly one number, and returns None for anything that it cannot parse
+completely: a part of a formula is never taken for the number.
 
-Understood are integers, decimals, signs (`- 3`), thousands (`1,234`, `1{,}234`, `10\,000`,
+Supported are integers, decimals, signs (`- 3`), thousands (`1,234`, `1{,}234`, `10\,000`,
 `11,\! 111`, `1'000`, `1 000`, `1_000`), fractions (`1/2`, `\frac12`, `\dfrac{-1}{2}`), proper mixed
 numbers (`1 1/2`, `1\frac{2}{3}`), scientific notation (`1e5`, `3\times10^4`), powers of a number
-(`2^{10}`), currency, units and words behind the number (`5\text{ cm}^2`, `72 clips`), and the last
+(`2^{10}`), currency, units and words after the number (`5\text{ cm}^2`, `72 clips`), and the last
 side of an equation (`5 + 67 = 72`, `x \approx 3.14`).
 
-Choices where a notation has two readings:
-- a percent sign is a unit, so 50% is 50 whoever writes it;
-- commas part thousands, so `1,234` is one number, `1,23` and `1, 234` are none, and neither is a
-  decimal comma (`1.234,5`, `0{,}5`);
-- a plain blank parts thousands only in a text that is nothing else;
-- `10/12` is a fraction, `10/12/2024` and `10-12` are nothing; sums are not worked out;
-- `5!` is nothing (a factorial, or joy), and so is `72...`;
-- a single letter is a unit only if it is m, g, s or L and stands behind a blank.
-Numbers of more than 1,000 digits are nothing.
+Choices for ambiguous notations:
+- a percent sign is a unit, so 50% is always 50;
+- commas separate thousands, so `1,234` is one number, `1,23` and `1, 234` are none, and neither is
+  a decimal comma (`1.234,5`, `0{,}5`);
+- a plain blank separates thousands only if the whole text is the number;
+- `10/12` is a fraction, `10/12/2024` and `10-12` are not numbers; sums are not evaluated;
+- `5!` is not a number (a factorial, or an exclamation), nor is `72...`;
+- a single letter is a unit only if it is m, g, s or L and follows a blank.
+Numbers of more than 1,000 digits are rejected.
 """
 
 import re
@@ -26,7 +26,7 @@ from fractions import Fraction
 
 from jaxrl_eff.rollout.rewards import words
 
-_LONGEST = 2000  # characters of a text that may be a number
+_LONGEST = 2000  # characters of a text that can be a number
 _DIGITS = 1000  # of a number
 _BITS = 4000  # of a power's numerator or denominator
 _DEPTH = 5  # of groups within groups
@@ -75,7 +75,7 @@ _REWRITES = [
 _QUOTED = re.compile(r"(\*\*|[*_`\"'])(.+)\1", re.DOTALL)
 _RELATION = re.compile(r"&?\s*:?={1,2}(?![=<>])")
 _INNER = re.compile(r"[(\[{][^()\[\]{}]*[)\]}]")
-# What makes several answers of the earlier sides of an equation.
+# Signs of several answers in the earlier sides of an equation.
 _SEVERAL = re.compile(
     r",(?![0-9]{3}(?![0-9]))|;|[<>≤≥≠±]|!(?!\s*(?:[-+=*/×)}]|\Z))|\\q?quad|\b(?:and|or|not)\b|\\[pm]m\b"
 )
@@ -105,12 +105,12 @@ _BEHIND = re.compile(
 
 
 def parse(text: str) -> Fraction | None:
-    """The number that a text is, exactly; None if it is not one that is understood wholly."""
+    """Returns the number that a text is, exactly; None if it cannot be parsed completely."""
     return _answer(canonical(text), 0) if len(text) <= _LONGEST else None
 
 
 def characters(text: str) -> str:
-    """The text with ASCII in place of other signs, blanks and wide digits."""
+    """Replaces special signs, blanks and wide digits by ASCII."""
     if text.isascii():
         return text
     text = re.sub(
@@ -123,7 +123,7 @@ def characters(text: str) -> str:
 
 
 def canonical(text: str) -> str:
-    """The text with one spelling for what LaTeX and Unicode spell in many ways."""
+    """Replaces the various LaTeX and Unicode spellings by a single one."""
     text = characters(text).replace("\n", "  ")
     if "\\" in text or "{" in text or "~" in text:
         for pattern, to in _REWRITES:
@@ -137,7 +137,7 @@ def _raised(digits: str) -> str:
 
 
 def _answer(s: str, depth: int) -> Fraction | None:
-    """The number of a canonical text: the last side of an equation, without what wraps it."""
+    """Parses a canonical text: the last side of an equation, without what wraps it."""
     if depth > _DEPTH:
         return None
     s = s.strip()
@@ -166,13 +166,13 @@ def _answer(s: str, depth: int) -> Fraction | None:
 
 
 def _joined(sides: list[str]) -> bool:
-    """True if texts within the sides join several answers."""
+    """Returns True if texts within the sides join several answers."""
     inside = " ".join(re.findall(r"\\text\s*\{([^{}]*)\}", " ".join(sides)))
     return bool(words.of(inside) & {"and", "or", "not"})
 
 
 def _quantity(s: str, depth: int) -> Fraction | None:
-    """A number with currency in front and units behind."""
+    """Parses a number with optional currency before and units after it."""
     prefix = _PREFIX.match(s)
     if prefix.group(1) and prefix.group(2):
         return None
@@ -183,7 +183,7 @@ def _quantity(s: str, depth: int) -> Fraction | None:
 
 
 def _plain(s: str, depth: int) -> Fraction | None:
-    """A number without anything around it, as groups hold it."""
+    """Parses a number without currency or units, as in groups."""
     sign = _SIGN.match(s)
     found = _unsigned(s, sign.end(), depth) if depth <= _DEPTH else None
     if found is None or s[found[1] :].strip():
@@ -192,7 +192,7 @@ def _plain(s: str, depth: int) -> Fraction | None:
 
 
 def _unsigned(s: str, i: int, depth: int) -> tuple[Fraction, int] | None:
-    """The number that begins at s[i], and where it ends."""
+    """Parses the number that begins at s[i]; returns it and its end."""
     found = _atom(s, i, depth)
     if found is None:
         return None
@@ -221,14 +221,14 @@ def _unsigned(s: str, i: int, depth: int) -> tuple[Fraction, int] | None:
 
 
 def _atom(s: str, i: int, depth: int) -> tuple[Fraction, int, str] | None:
-    """A literal, fraction or group at s[i]: its value, its end and its kind."""
+    """Parses a literal, fraction or group at s[i]; returns its value, its end and its kind."""
     if frac := _FRAC.match(s, i):
         top = _argument(s, frac.end(), depth)
         bottom = _argument(s, top[1], depth) if top else None
         return (top[0] / bottom[0], bottom[1], "fraction") if bottom and bottom[0] else None
     if s[i : i + 1] in ("(", "{"):
         end = _closing(s, i)
-        if end is None or (s[i] == "(" and "," in s[i:end]):  # (1,234) may be a pair
+        if end is None or (s[i] == "(" and "," in s[i:end]):  # (1,234) could be a pair
             return None
         value = _plain(s[i + 1 : end], depth + 1)
         return None if value is None else (value, end + 1, "group")
@@ -237,7 +237,7 @@ def _atom(s: str, i: int, depth: int) -> tuple[Fraction, int, str] | None:
     if not whole + part or len(whole + part) > _DIGITS:
         return None
     if found["sep"] == " " and re.match(r"\s*(?:/|\\frac)", s[found.end() :]):
-        return None  # 1 234/567: mixed, or of thousands
+        return None  # 1 234/567: mixed number or thousands
     value = Fraction(re.sub(r"[,' _]", "", whole) + part)
     if found["power"]:
         scale = power(Fraction(10), int(found["power"]))
@@ -246,7 +246,7 @@ def _atom(s: str, i: int, depth: int) -> tuple[Fraction, int, str] | None:
 
 
 def _argument(s: str, i: int, depth: int) -> tuple[Fraction, int] | None:
-    r"""The argument that \frac reads at s[i]: a group or one digit."""
+    r"""Parses the argument of \frac at s[i]: a group or one digit."""
     i += len(s[i:]) - len(s[i:].lstrip())
     if s[i : i + 1] == "{":
         found = _atom(s, i, depth)
@@ -256,7 +256,7 @@ def _argument(s: str, i: int, depth: int) -> tuple[Fraction, int] | None:
 
 
 def _mixed(s: str, i: int, depth: int) -> tuple[Fraction, int] | None:
-    """The fraction behind an integer, if there is one; 0 where it cannot be read."""
+    """Parses the fraction after an integer, if there is one; 0 if it cannot be parsed."""
     if _FRAC.match(s, i):
         found = _atom(s, i, depth)
         return (found[0], found[1]) if found else (Fraction(0), i)
@@ -267,7 +267,7 @@ def _mixed(s: str, i: int, depth: int) -> tuple[Fraction, int] | None:
 
 
 def _raise(value: Fraction, s: str, i: int) -> tuple[Fraction, int] | None:
-    """The value to the power written at s[i], itself if there is none; None if unreadable."""
+    """Applies the power written at s[i], if there is one; None if it cannot be parsed."""
     if not s[i:].lstrip().startswith("^"):
         return value, i
     found = _POWER.match(s, i)
@@ -278,7 +278,7 @@ def _raise(value: Fraction, s: str, i: int) -> tuple[Fraction, int] | None:
 
 
 def power(base: Fraction, exponent: int) -> Fraction | None:
-    """base ** exponent, or None if that is undefined or has more than 4,000 bits."""
+    """Computes base ** exponent, or None if that is undefined or has more than 4,000 bits."""
     size = max(abs(base.numerator).bit_length(), base.denominator.bit_length())
     if size * abs(exponent) > _BITS or (not base and exponent <= 0):
         return None
@@ -286,7 +286,7 @@ def power(base: Fraction, exponent: int) -> Fraction | None:
 
 
 def _closing(s: str, i: int) -> int | None:
-    """The index at which the group that opens at s[i] closes."""
+    """Returns the index at which the group that opens at s[i] closes."""
     depth = 0
     for j in range(i, len(s)):
         depth += (s[j] in "({") - (s[j] in ")}")
@@ -296,7 +296,7 @@ def _closing(s: str, i: int) -> int | None:
 
 
 def _only_units(s: str, i: int) -> bool:
-    """True if nothing but units, words about the number and a full stop stand at s[i:]."""
+    """Returns True if s[i:] has only units, words about the number and a full stop."""
     after = ""  # the kind of piece before this one
     while i < len(s):
         found = _BEHIND.match(s, i)
@@ -310,7 +310,7 @@ def _only_units(s: str, i: int) -> bool:
 
 
 def _fits(found: re.Match, after: str, spaced: bool) -> bool:
-    """True if a piece may stand behind a number, given the kind of piece before it."""
+    """Returns True if a piece can follow a number, given the kind of piece before it."""
     kind = found.lastgroup
     if kind == "word":
         word = found["word"]

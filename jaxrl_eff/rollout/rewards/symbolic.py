@@ -1,7 +1,7 @@
-r"""The reward for answers that are formulas: math-verify, within bounds of time and memory.
+r"""The reward for answers that are formulas: math-verify, with limits on time and memory.
 
-Comparisons are made by `symbolic_worker` in one process beside this one, so that they work in any
-thread. One takes some milliseconds; two numbers are compared here, exactly.
+`symbolic_worker` makes the comparisons in a separate process, so that they work in any thread. One
+takes some milliseconds; two numbers are compared in this process, exactly.
 """
 
 import importlib.util
@@ -15,26 +15,27 @@ from jaxrl_eff.beside import Beside, Ended
 from jaxrl_eff.rollout.rewards import answers
 from jaxrl_eff.rollout.rewards import symbolic_worker as worker
 
-MEMORY = 2**31  # bytes of the whole process that compares
+MEMORY = 2**31  # bytes of the whole worker process
 LONGEST = 4000  # characters of an answer
 
 
 def math(*, field: str = "answer", anywhere: bool = True, seconds: float | int = 5.0) -> Callable:
-    r"""1 if the response's answer is equal to the field's, else 0; both may be formulas.
+    r"""Returns a reward: 1 if the response's answer equals the field's, else 0.
 
-    Two numbers are compared as `numeric` does. Else math-verify compares the LaTeX of the answers:
-    formulas, sets, intervals, tuples, equations. What takes too long to compare scores 0.
+    Both can be formulas. Two numbers are compared as by `numeric`. Otherwise math-verify compares
+    the LaTeX of the answers: formulas, sets, intervals, tuples, equations. A comparison that takes
+    too long scores 0.
 
     Args:
-        field: of the example: LaTeX, a number, or a text that says its answer behind `####` or in
+        field: of the example: LaTeX, a number, or a text with its answer after `####` or in
             `\boxed{}`.
-        anywhere: without `####` or `\boxed{}` in the response, its last LaTeX (or number) counts
-            as the answer; if False there is none then.
-        seconds: of computing, for one comparison.
+        anywhere: True: without `####` or `\boxed{}` in the response, its last LaTeX (or number)
+            counts as the answer; False: it has no answer then.
+        seconds: CPU time limit of one comparison.
 
     Raises:
         ImportError: math-verify is missing.
-        ValueError: `seconds` is out of range; on use, the field holds nothing that is understood.
+        ValueError: `seconds` is out of range; on use, the field has no answer that can be parsed.
     """
     if not 0 < seconds <= 3600:
         raise ValueError(f"seconds is {seconds}, but must be above 0 and at most 3600.")
@@ -59,10 +60,10 @@ def math(*, field: str = "answer", anywhere: bool = True, seconds: float | int =
 
 
 def _truth(example: dict[str, Any], field: str, seconds: float) -> tuple[str, Any]:
-    """LaTeX of the example's answer, and its number if it is one.
+    """Returns the LaTeX of the example's answer, and its number if it is one.
 
     Raises:
-        ValueError: neither is understood.
+        ValueError: neither can be parsed.
     """
     if field not in example:
         raise ValueError(f"there is no field {field!r}; there is {sorted(map(str, example))}.")
@@ -86,7 +87,7 @@ def _truth(example: dict[str, Any], field: str, seconds: float) -> tuple[str, An
 
 
 def _ask(question: list[Any]) -> bool:
-    """The worker's answer; False if the question made it end."""
+    """Returns the worker's answer; False if the question ended the worker."""
     try:
         return _comparer.ask(_line(question), _read)
     except Ended:

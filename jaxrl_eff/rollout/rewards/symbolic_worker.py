@@ -1,11 +1,11 @@
-"""Compares formulas by math-verify in a process of its own, within bounds that the kernel keeps.
+"""Comparison of formulas by math-verify in a separate process, with limits set by the kernel.
 
-`symbolic` starts this file as a script. SymPy works out what a model wrote, which may take forever
-or gigabytes inside one operation; math-verify's own clock is a signal that only a main thread gets
-and that no long multiplication hears. Here the kernel ends the process, and only this one.
+`symbolic` starts this file as a script. SymPy evaluates a model's output, which can take forever or
+gigabytes within one operation; math-verify's own timeout is a signal that only a main thread
+receives and that does not interrupt a long multiplication. Here the kernel ends only this process.
 
-Protocol: a JSON list a line. First [path of modules, bytes of memory], answered by true once
-math-verify is there; then [seconds, truth] (is it understood?) or [seconds, truth, answer] (are
+Protocol: one JSON list per line. First [path of modules, bytes of memory], answered by true once
+math-verify is imported; then [seconds, truth] (can it be parsed?) or [seconds, truth, answer] (are
 they equal?), answered by true or false.
 """
 
@@ -14,12 +14,12 @@ import json
 import sys
 from typing import Any, TextIO
 
-_START = 300.0  # seconds of computing that the imports may take
+_START = 300.0  # CPU time limit of the imports, in seconds
 
 
 @functools.lru_cache(maxsize=4096)
 def understood(truth: str) -> tuple[Any, ...]:
-    """The expressions that math-verify reads in a truth; empty if it understands nothing."""
+    """Returns the expressions that math-verify parses in a truth; empty if it parses none."""
     import math_verify
 
     return tuple(
@@ -28,7 +28,7 @@ def understood(truth: str) -> tuple[Any, ...]:
 
 
 def equal(truth: str, answer: str) -> bool:
-    """True if math-verify finds the LaTeX of an answer equal to the truth."""
+    """Returns True if math-verify finds the LaTeX of an answer equal to the truth."""
     import math_verify
 
     only = [math_verify.LatexExtractionConfig()]
@@ -37,15 +37,15 @@ def equal(truth: str, answer: str) -> bool:
 
 
 def serve(questions: TextIO, answers: TextIO) -> None:
-    """Answers until the other side closes the stream."""
+    """Answers questions until the stream is closed."""
     sys.path[:], memory = json.loads(questions.readline())
-    from jaxrl_eff.beside import bound  # found by the path just read
+    from jaxrl_eff.beside import bound  # found through the path just read
 
     clock = bound(memory)
     clock(_START)
     import logging
 
-    logging.disable(logging.CRITICAL)  # that its clock is off
+    logging.disable(logging.CRITICAL)  # its warning that the timeout is disabled
     ready = bool(understood(r"\boxed{\frac{1}{2}}"))  # also builds the grammar
     clock(0)
     print(json.dumps(ready), file=answers, flush=True)

@@ -1,9 +1,9 @@
-r"""Rewards that a rule can compute: text in, number out.
+r"""Rewards computed by rules: functions from text to a number.
 
-A reward is a function `(example, response) -> float`; the ones here are made by functions that
-take the field names and settings, and `weighted` adds them up. Numbers are compared as exact
-fractions; `symbolic` compares formulas. Nothing a model wrote is ever executed, nor used as a
-pattern. Left out: running code, which needs a sandbox outside this process.
+A reward is a function `(example, response) -> float`; the functions here make rewards from field
+names and settings, and `weighted` adds them up. Numbers are compared as exact fractions; `symbolic`
+compares formulas. A model's output is never executed, nor used as a pattern. Not supported: running
+code, which needs a sandbox outside this process.
 """
 
 import math
@@ -29,7 +29,10 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def exact(*, field: str = "answer", strip: bool = True) -> Reward:
-    """1 if the response is the field's text, else 0; `strip` ignores blanks around both."""
+    """Returns a reward: 1 if the response is the field's text, else 0.
+
+    `strip` ignores blanks around both.
+    """
 
     def reward(example: Example, response: str) -> float:
         want = _text(example, field)
@@ -39,17 +42,17 @@ def exact(*, field: str = "answer", strip: bool = True) -> Reward:
 
 
 def numeric(*, field: str = "answer", anywhere: bool = True) -> Reward:
-    r"""1 if the response's answer is the same number as the field's, else 0.
+    r"""Returns a reward: 1 if the response's answer is the same number as the field's, else 0.
 
-    The field may be a number or text, such as GSM8K's solutions, which end in `#### 1,234`.
+    The field can be a number or text, such as GSM8K's solutions, which end in `#### 1,234`.
 
     Args:
         field: of the example.
-        anywhere: without `####` or `\boxed{}` in the response, its last number counts as the
-            answer; if False there is none then.
+        anywhere: True: without `####` or `\boxed{}` in the response, its last number counts as the
+            answer; False: it has no answer then.
 
     Raises:
-        ValueError: on use, the field holds no number.
+        ValueError: on use, the field has no number.
     """
 
     def reward(example: Example, response: str) -> float:
@@ -59,10 +62,10 @@ def numeric(*, field: str = "answer", anywhere: bool = True) -> Reward:
 
 
 def matches(pattern: str) -> Reward:
-    """1 if the whole response matches the regular expression, in which a dot matches any character.
+    """Returns a reward: 1 if the whole response matches the regular expression, else 0.
 
-    The pattern is the experimenter's: one with nested repetition, such as `(a+)+b`, may take
-    exponential time.
+    A dot matches any character. The pattern is trusted: one with nested repetition, such as
+    `(a+)+b`, can take exponential time.
 
     Raises:
         ValueError: the pattern is not a regular expression.
@@ -75,10 +78,10 @@ def matches(pattern: str) -> Reward:
 
 
 def tagged(*names: str) -> Reward:
-    """1 if the response is `<a>...</a> <b>...</b>` for the names in order, each tag once.
+    """Returns a reward: 1 for `<a>...</a> <b>...</b>` with the names in order, each tag once.
 
     Raises:
-        ValueError: there is no name, one twice, or one that is no name of a tag.
+        ValueError: no name, a duplicate, or an invalid name of a tag.
     """
     if not names or len(set(names)) < len(names):
         raise ValueError(f"names is {names}; it must be at least one name, and none twice.")
@@ -94,7 +97,7 @@ def tagged(*names: str) -> Reward:
 
 
 def contains(words: Iterable[str], *, every: bool = False) -> Reward:
-    """1 if any of the words (or every one) is among the response's words, else 0; case ignored."""
+    """Returns a reward: 1 if the response has any (or every one) of the words; ignores case."""
     wanted = _word_set(words)
     return lambda example, response: float(
         wanted <= set(_words(response)) if every else not wanted.isdisjoint(_words(response))
@@ -102,7 +105,7 @@ def contains(words: Iterable[str], *, every: bool = False) -> Reward:
 
 
 def word_share(words: Iterable[str]) -> Reward:
-    """Share of the response's words that are in the list, 0..1; case ignored, 0 without words."""
+    """Returns a reward: fraction of the response's words in the list; ignores case, 0 if none."""
     wanted = _word_set(words)
 
     def reward(example: Example, response: str) -> float:
@@ -113,7 +116,7 @@ def word_share(words: Iterable[str]) -> Reward:
 
 
 def length_penalty(*, soft: int, hard: int, unit: str = "characters") -> Reward:
-    """0 up to `soft`, then falling evenly to -1 at `hard` and beyond.
+    """Returns a reward: 0 up to `soft`, then linearly down to -1 at `hard` and beyond.
 
     Yu et al. 2025 (DAPO), arXiv:2503.14476, Eq. 13, on text instead of tokens.
 
@@ -134,7 +137,7 @@ def length_penalty(*, soft: int, hard: int, unit: str = "characters") -> Reward:
 
 
 def weighted(*parts: tuple[float | int, Reward]) -> Reward:
-    """The sum of weight * reward over (weight, reward) pairs; weights are finite."""
+    """Returns the sum of weight * reward over (weight, reward) pairs; weights must be finite."""
     for weight, _ in parts:
         if not math.isfinite(weight):
             raise ValueError(f"a weight is {weight}, not a finite number.")
@@ -152,24 +155,25 @@ def host_reward(
     prefix: str = "",
     writes: str = "score",
 ) -> Callable[..., dict[str, np.ndarray]]:
-    """A reward as the function of a host call, `local(..., host=True)`.
+    """Wraps a reward as the function of a host call, `local(..., host=True)`.
 
     Args:
         fn: `(example, response) -> float` (or bool).
-        source: what the loader read, which `example` indexes. Filler rows, where `example` is -1,
-            score 0.
+        source: the loader's source, which `example` indexes. Filler rows, with `example` -1, score
+            0.
         tokenizer: decodes the response.
         stop: ids that end a response, not shown to `fn`; the tokenizer's `stop` by default.
-        prefix: of the arrays read, such as "greedy_".
+        prefix: prefix of the names of the arrays read, such as "greedy_".
         writes: name of the array written.
 
     Returns:
         `(batch, key) -> {writes: float32 [B]}`, which reads tokens [B, T], mask [B, T] and
-        example [B] as numpy arrays. The response is the text of the tokens whose mask is 1, as
-        `data.text.said` reads them.
+        example [B] as numpy arrays. The response is the text of the tokens whose mask is 1,
+        decoded by `data.text.said`.
 
     Raises:
-        ValueError: on use, `fn` raised or gave no finite float32; names example and response.
+        ValueError: on use, `fn` raised or returned no finite float32; the message has example and
+            response.
     """
 
     def call(batch: dict[str, np.ndarray], key: Any = None) -> dict[str, np.ndarray]:
@@ -189,16 +193,16 @@ def host_reward(
 
 
 def score(fn: Reward, example: Example, place: str, response: str) -> float:
-    """The reward of one response, refused if training could not use it.
+    """Computes the reward of one response, and rejects values that training could not use.
 
     Args:
-        fn: the reward; messages call it by its `__name__`.
-        example: what it is given.
-        place: of the example, as by `sources.place`, for messages.
+        fn: the reward; messages use its `__name__`.
+        example: the example.
+        place: location of the example, from `sources.place`, for messages.
         response: text of the response.
 
     Raises:
-        ValueError: `fn` raised, or gave what is not a finite float32; names reward, example and
+        ValueError: `fn` raised, or returned no finite float32; the message has reward, example and
             response.
     """
     name = getattr(fn, "__name__", "")
@@ -217,7 +221,7 @@ def score(fn: Reward, example: Example, place: str, response: str) -> float:
 
 
 def _truth(example: Example, field: str) -> Fraction:
-    """The number of the example's field.
+    """Returns the number in the example's field.
 
     Raises:
         ValueError: there is none.
@@ -229,7 +233,7 @@ def _truth(example: Example, field: str) -> Fraction:
         found = None
     elif isinstance(value, Integral):
         found = Fraction(int(value))
-    else:  # as it is written: 0.1 is 1/10
+    else:  # as printed: 0.1 is 1/10
         found = Fraction(str(value)) if math.isfinite(value) else None
     if found is None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Words beside a number: units, and those that make another number of it or join several."""
+"""Words next to a number: units, and words that change its value or join several numbers."""
 
 import re
 
@@ -19,7 +19,7 @@ CHANGE = _set("""
 """)
 # These join numbers: "3 and 5", "3 to 5".
 JOIN = _set("and or to through until than not but versus vs between")
-# A unit's text may go on with a number behind these: "in 3 days".
+# Words in a unit's text that a number can follow: "in 3 days".
 BEFORE_DIGITS = _set("in per for every each after within by at")
 UNITS = _set("""
     mm cm dm km nm um ft in inch inches foot feet yd yds yard yards mi mile miles meter meters
@@ -30,8 +30,8 @@ UNITS = _set("""
     euros units unit sq cu
 """)
 LETTERS = _set("m g s L")  # units of one letter
-TEXT_LETTERS = _set("m g s h l L N J W V A K C F")  # the same where LaTeX says that it is text
-# A number behind these is a label, not a quantity: "see step 3".
+TEXT_LETTERS = _set("m g s h l L N J W V A K C F")  # units of one letter in LaTeX text
+# A number after these is a label, not a quantity: "see step 3".
 LABELS = _set("""
     step steps section eq equation part case question problem option chapter page figure fig
     table line exercise example theorem lemma version item note round no
@@ -40,10 +40,10 @@ MONTHS = _set("""
     January February March April May June July August September October November December
     Jan Feb Mar Apr Jun Jul Aug Sep Sept Oct Nov Dec
 """)
-# What goes on behind an answer with these tells why: "7 since 3 + 4 = 7".
+# Words after an answer that begin an explanation: "7 since 3 + 4 = 7".
 CLAUSES = _set("since because as so which where when if while not rather instead in per for")
 
 
 def of(text: str) -> set[str]:
-    """The words of a text, in lower case."""
+    """Returns the words of a text, in lower case."""
     return set(re.findall(r"[a-z]+", text.lower()))
