@@ -91,7 +91,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-# Sizes: name in the file -> name in LMConfig, which has its bound.
+# Sizes: name in the file -> name in LMConfig and in its bounds, LARGEST.
 _SIZES = {
     "vocab_size": "vocab",
     "num_hidden_layers": "layers",

@@ -195,7 +195,7 @@ class Checkpoints:
         """Restores the newest good checkpoint; returns None if there is none.
 
         Args:
-            abstract: the wanted tree of jax.ShapeDtypeStructs with their shardings (on any mesh),
+            abstract: the requested tree of jax.ShapeDtypeStructs with their shardings (on any mesh),
                 or a function from a checkpoint's record to that tree.
             partial: True to skip arrays of the checkpoint that `abstract` lacks.
 

@@ -153,7 +153,7 @@ def _empty(x: jax.ShapeDtypeStruct) -> Array:
 
 
 def difference(saved: dict[str, Any], target: Any, partial: bool) -> str | None:
-    """Describes the first difference between saved and wanted leaves."""
+    """Describes the first difference between saved and requested leaves."""
     wanted = {name: [list(x.shape), str(x.dtype)] for name, x in flat(target).items()}
     if missing := sorted(set(wanted) - set(saved)):
         return f"it lacks {manifest.few(missing)}"

@@ -153,7 +153,7 @@ def reselects(layouts: Shardings, c: Call) -> bool:
 
 
 def lower_reselection(layouts: Shardings, c: Call, args: Mapping[str, Any]) -> Lowered:
-    """Lowers the program that reselects what a call trains: an `Update` without metrics."""
+    """Lowers the program that reselects a call's trained part: an `Update` without metrics."""
     model = layouts.home(c.of)._replace(past=())
     away = layouts.plan[c.name].offload == "opt"
     run = functools.partial(programs.reselect_program, c, layouts.specs[c.of].tx, away)

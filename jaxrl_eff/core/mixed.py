@@ -44,7 +44,7 @@ def compile(graph: Graph, plan: Mapping[str, Placement], specs: Mapping[str, Spe
 
     Raises:
         ValueError: calls have different placements, or one generates, runs on the host, offloads,
-            has epochs, minibatches or microbatches of its own, or reselects what it trains.
+            has epochs, minibatches or microbatches of its own, or reselects its trained part.
     """
     full = check_plan(graph, plan)
     for c in graph.calls:

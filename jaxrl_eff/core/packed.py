@@ -19,8 +19,8 @@ sums rounds differently, and sampling would turn that into different tokens, so 
 reproducible. With several processes, each fetches the lengths of all rows that its devices compute
 and plans independently, so the arguments of schedules must be the same on all processes.
 
-A model that reselects what is trained does so by a gradient of padded rows, the same few rows as in
-an unscheduled step.
+A model that reselects its trained part does so by a gradient of padded rows, the same few rows as
+in an unscheduled step.
 """
 
 import dataclasses
@@ -237,7 +237,7 @@ class Packed(step.Step):
         return most
 
     def _choosing(self, c: Call) -> dict[str, float]:
-        """Returns XLA's analysis of the program that reselects what a call trains."""
+        """Returns XLA's analysis of the program that reselects a call's trained part."""
         if c.name not in self._chosen:
             found = lowering.lower_reselection(self._layouts, c, self._args[c.name])
             self._chosen[c.name] = lowering.analysis(found.compile())

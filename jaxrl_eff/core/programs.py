@@ -160,7 +160,7 @@ def read(seen: Mapping[str, Any]) -> dict[str, jax.Array]:
 def reselect_program(
     c: Call, way: Adaptation, opt_in_host: bool, model: Model, batch: dict, words: jax.Array
 ) -> Model:
-    """Reselects what a train call trains, by a gradient on one in `way.probe` of its rows.
+    """Reselects a train call's trained part, by a gradient on one in `way.probe` of its rows.
 
     These rows are not split into microbatches, so that the plan cannot change the selection.
     """

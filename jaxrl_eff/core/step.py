@@ -336,7 +336,7 @@ class Step:
                 way.restart()
 
     def due(self, step: int) -> tuple[str, ...]:
-        """Returns the models that reselect what is trained before this step (from 0) of a stage."""
+        """Returns the models that reselect their trained part before this step (0-based) of a stage."""
         ways = {
             c.of: self.specs[c.of].tx for c in self.calls if lowering.reselects(self._layouts, c)
         }
@@ -344,7 +344,7 @@ class Step:
 
     def memory(self, call: str, *, choosing: bool = False) -> Any:
         """Returns XLA's `memory_analysis` of a compiled call; with `choosing`, of the program that
-        reselects what it trains. None if there is none.
+        reselects its trained part. None if there is none.
         """
         programs = self._reselections if choosing else self._programs
         return programs[call].memory_analysis() if call in programs else None
@@ -386,7 +386,7 @@ class Step:
             models: every model, at home. Trained models are donated: use the returned ones.
             batch: the graph's inputs, as numpy arrays; see `put`.
             key: a jax random key, or its two uint32 words.
-            reselect: models with an `Adaptation` that reselect what is trained, see `due`.
+            reselect: models with an `Adaptation` that reselect their trained part, see `due`.
 
         Returns:
             models after the step; the arrays named by `keep`; metrics `call/name`, scalars on the
@@ -532,7 +532,7 @@ class _Running:
         data: slot -> array, until its last reader.
         borrowed: layout -> parameters that were reallocated to it.
         keys: placement -> the step's key there.
-        reselect: the models that reselect what is trained.
+        reselect: the models that reselect their trained part.
     """
 
     models: dict[str, Model]

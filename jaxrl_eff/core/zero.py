@@ -402,7 +402,7 @@ class NodeGradients:
         return Traffic(self.plan.rung.name, counted, promised, updates * plain, self._notes())
 
     def _notes(self) -> tuple[str, ...]:
-        """Returns what the level's name leaves out about partial training."""
+        """Returns notes on partial training that the level's name omits."""
         leaves, notes = self._leaves, []
         rounded = {n for n, leaf in leaves.items() if leaf.cut is not None and not leaf.cut.raw}
         if not rounded & self._trained:

@@ -301,7 +301,7 @@ class _Layout:
 
 
 def _grid(s: AdaptSettings, axes: Any, shape: tuple[int, ...], n: int) -> tuple[int, int]:
-    """Returns tiles down and across: what divides, `tiles[0]` along `embed`, else `tiles[1]`."""
+    """Returns tiles down and across: divisors of `tiles[0]` along `embed`, else of `tiles[1]`."""
     ways = [s.tiles[0] if axes[i] == "embed" else s.tiles[1] for i in (0, n)]
     return math.gcd(shape[0], ways[0]), math.gcd(shape[n], ways[1])
 
