@@ -4,7 +4,7 @@
 
 Rafailov et al. 2023, arXiv:2305.18290, Eq. 7, with IPO, hinge and smoothed labels as options of
 `losses.preference`. `length_normalised` takes means over a response's tokens instead of sums (as in
-SimPO, arXiv:2405.14734, but keeping the reference), against the bias towards long answers. Both
+SimPO, arXiv:2405.14734, but keeping the reference), against the bias toward long answers. Both
 responses of a pair are in one row as segments 2k + 1 and 2k + 2.
 """
 

@@ -195,8 +195,8 @@ class Checkpoints:
         """Restores the newest good checkpoint; returns None if there is none.
 
         Args:
-            abstract: the requested tree of jax.ShapeDtypeStructs with their shardings (on any mesh),
-                or a function from a checkpoint's record to that tree.
+            abstract: the requested tree of jax.ShapeDtypeStructs with their shardings (on any
+                mesh), or a function from a checkpoint's record to that tree.
             partial: True to skip arrays of the checkpoint that `abstract` lacks.
 
         The arrays are fresh buffers, which the next step can donate.

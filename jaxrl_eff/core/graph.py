@@ -205,7 +205,6 @@ class Adaptation:
 
     Attributes:
         init: params -> optimizer state.
-        init: params -> optimizer state.
         leaves: (params, opt) -> the differentiated arrays, by name.
         attach: (params, opt, leaves) -> the parameters that a call's function reads.
         update: (gradients of the leaves, opt, params, finite) -> (params, opt), both unchanged

@@ -93,10 +93,9 @@ class Step:
 
     Attributes:
         plan: a placement for every call.
-        traces: call -> how often its function was traced; stays at one.
         traces: call -> number of times its function was traced; stays at one.
         timeline: seconds of the calls of the last steps, measured without blocking.
-        notes: call -> axes that its sharding left replicated.
+        notes: call -> a sentence for each axis that its sharding left replicated.
         traffic: train call -> its bytes on every mesh axis, if its model's `Spec` sets `sends`;
             set once traced.
         operations: all operations of a step, in order; set once checked.
@@ -336,7 +335,7 @@ class Step:
                 way.restart()
 
     def due(self, step: int) -> tuple[str, ...]:
-        """Returns the models that reselect their trained part before this step (0-based) of a stage."""
+        """Returns the models that reselect their trained part before a stage's step, from 0."""
         ways = {
             c.of: self.specs[c.of].tx for c in self.calls if lowering.reselects(self._layouts, c)
         }

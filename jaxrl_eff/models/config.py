@@ -58,7 +58,7 @@ class Rope:
         low_freq_factor, high_freq_factor: "llama3": the blend is between the wavelengths
             original_length / low and original_length / high.
         beta_fast, beta_slow, truncate: "yarn": rotations over the original context that bound the
-            blend, and True to round the bounds outwards to whole dimensions.
+            blend, and True to round the bounds outward to whole dimensions.
         attention_factor: "yarn": factor on cos and sin; None: 0.1 ln(factor) + 1, or the ratio of
             its values with `mscale` and with `mscale_all_dim` where both are given.
     """
