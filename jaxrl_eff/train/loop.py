@@ -116,7 +116,7 @@ def _run_stage(
         measure(stage, models, "eval_before")
 
     def evaluate_held_out(saved: bool) -> None:
-        """Evaluates the actor; saves first, so that a failure loses nothing."""
+        """Evaluates the actor; on failure saves first, so that nothing is lost."""
         try:
             score = measure(stage, models, "eval")
         except Exception:
