@@ -64,6 +64,8 @@ def test_a_plan_may_split_the_processes(plan, cache, tmp_path, grpo):  # noqa: F
     done = together(cache, *spec, f"--workdir={tmp_path}")
     for out, err, code in done:
         assert code == 0, out + err
+    assert not GLOO.sub("", done[1][0]).strip() and "PASS" in done[0][0]
+    assert "8 x cpu, 2 processes" in done[0][0]
     check_equal(tmp_path, grpo)
     results = [launch.document(d, "result")["results"] for d in (tmp_path, grpo)]
     assert results[0] == results[1] and len(results[0]) == 2
@@ -149,9 +151,8 @@ def check_equal(two, one):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "spec", [pytest.param(SFT, id="sft"), pytest.param(GRPO, id="grpo", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [SFT, GRPO], ids=["sft", "grpo"])
 def test_two_processes_of_four_devices_equal_one_of_eight(spec, cache, tmp_path, request):  # noqa: F811
     one = request.getfixturevalue("sft" if spec == SFT else "grpo")
     done = together(cache, f"--config={spec},devices=4", f"--workdir={tmp_path}")
@@ -162,6 +163,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight(spec, cache, tmp_path,
     assert "8 x cpu, 2 processes" in done[0][0]
 
 
+@pytest.mark.slow
 def test_asked_to_stop_two_processes_agree_and_one_may_continue(cache, sft, tmp_path):  # noqa: F811
     moment = "jaxrl_eff.train.writer:Writer.step:after:step=1:TERM"
     spec = (f"--config={SFT},devices=4", f"--workdir={tmp_path}")
