@@ -37,7 +37,7 @@ def get_config():
     )
     c.rm = dict(
         algorithm="reward_model",
-        steps=280,
+        steps=400,
         batch=48,
         data=dict(task, format="preference", options=digits),
         models=dict(reward="sft"),
@@ -52,7 +52,8 @@ def get_config():
         models=dict(actor="sft", critic="rm", reward="rm"),
         optim=dict(
             # At a constant rate a run may fall back in its last steps.
-            actor=dict(lr=1e-3, schedule="cosine", warmup=3),
+            # Faster than this it learns to please the reward model by wrong answers.
+            actor=dict(lr=5e-4, schedule="cosine", warmup=3),
             critic=dict(lr=1e-3, schedule="cosine"),
         ),
         loss=dict(kl_coef=0.1, lam=1.0, minibatches=4, epochs=1, missing_eos_penalty=1.0),
