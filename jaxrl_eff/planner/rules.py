@@ -19,6 +19,8 @@ Mei et al. 2024, arXiv:2406.14088; Sheng et al. 2024, arXiv:2409.19256.
 
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+
 from jaxrl_eff.planner.bound import distances
 from jaxrl_eff.planner.choices import Choices, Judge, State
 from jaxrl_eff.planner.space import Slice, Strategy
@@ -265,7 +267,7 @@ def shares(t: Choices, calls: Sequence[int], where: Slice) -> list[Slice]:
     """Cuts a run of devices into legal meshes, one per call, about in proportion to their work; if
     it cannot be cut so, every call gets all of it."""
     best, out = float("inf"), [where] * len(calls)
-    work = [min(c.seconds * c.count for c in t.all[i]) or 1e-12 for i in calls]
+    work = [_work(t, i) or 1e-12 for i in calls]
     order = sorted(range(len(calls)), key=lambda j: -work[j])
     for sizes in tilings(t, len(calls), where):
         # Large shares go to large calls.
@@ -304,7 +306,7 @@ def _partitions(t: Choices) -> Iterator[list[Slice]]:
         if len(partition) == 1:
             continue
         groups = [[i for i, w in enumerate(t.works) if w.model in g] for g in partition]
-        work = [sum(min(c.seconds * c.count for c in t.all[i]) for i in g) for g in groups]
+        work = [sum(_work(t, i) for i in g) for g in groups]
         order = sorted(range(len(groups)), key=lambda j: -work[j])
         found = tilings(t, len(groups), _whole(t))
         share = [work[j] / (sum(work) or 1.0) * t.cluster.devices for j in order]
@@ -323,19 +325,30 @@ def _levelled(t: Choices) -> Iterator[list[Slice]]:
     calls = range(len(t.works))
     if len(calls) > _CALLS or t.cluster.devices == 1:
         return
-    work = [min(c.seconds * c.count for c in t.all[i]) for i in calls]
-    cut = {n: tilings(t, n, _whole(t)) for n in (2, 3, 4)}
-    found: list[tuple[float, int, list[Slice]]] = []
-    for groups in _set_partitions(list(calls)):
-        if len(groups) not in cut:
+    work = [_work(t, i) for i in calls]
+    every, found = _set_partitions(list(calls)), []
+    for n in (2, 3, 4):
+        cut = tilings(t, n, _whole(t))
+        partitions = [
+            sorted(groups, key=lambda g: -sum(work[i] for i in g))
+            for groups in every
+            if len(groups) == n
+        ]
+        if not cut or not partitions:
             continue
-        groups.sort(key=lambda g: -sum(work[i] for i in g))
-        for sizes in cut[len(groups)]:
-            parts = list(zip(groups, sizes, strict=True))
-            load = max(sum(work[i] for i in g) / s.count for g, s in parts)
-            where = {i: s for g, s in parts for i in g}
-            found.append((load, len(found), [where[i] for i in calls]))
-    yield from (slices for _, _, slices in sorted(found)[:_LEVEL])
+        sums = np.array([[sum(work[i] for i in g) for g in groups] for groups in partitions])
+        sizes = np.array([[s.count for s in slices] for slices in cut])
+        loads = (sums[:, None] / sizes).max(axis=-1)
+        for at in np.argsort(loads, axis=None, kind="stable")[:_LEVEL]:
+            k, m = np.unravel_index(at, loads.shape)
+            where = {i: s for g, s in zip(partitions[k], cut[m], strict=True) for i in g}
+            found.append((loads[k, m], [where[i] for i in calls]))
+    yield from (slices for _, slices in sorted(found, key=lambda x: x[0])[:_LEVEL])
+
+
+def _work(t: Choices, call: int) -> float:
+    """Device-seconds of a call by its thriftiest candidate."""
+    return min(c.seconds * c.count for c in t.all[call])
 
 
 def _set_partitions(items: Sequence) -> list[list[list]]:
