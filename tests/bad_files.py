@@ -22,8 +22,7 @@ def home(folder: Path) -> Path:
     import numpy as np
 
     from jaxrl_eff import tree
-    from jaxrl_eff.checkpoints import deltas
-    from jaxrl_eff.checkpoints.hf_load import save_hf
+    from jaxrl_eff.checkpoints import deltas, save_hf
     from jaxrl_eff.checkpoints.peft_files import save_peft
     from jaxrl_eff.data.tokenizer import CharTokenizer
     from jaxrl_eff.models import LMConfig

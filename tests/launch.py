@@ -18,6 +18,10 @@ TINY = str(ROOT / "tests" / "tiny.py")
 CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL within this process."""
+
+
 def config(arg="", *changes):
     """Settings of tests/tiny.py, e.g. config("algorithm=ppo,steps=4", "seed=1")."""
     return settings.run(config_file.load(f"{TINY}:{arg}", changes))

@@ -1,6 +1,7 @@
 """What may import what, and what must work alone."""
 
 import ast
+import importlib
 import subprocess
 import sys
 
@@ -74,6 +75,15 @@ def test_imports_follow_the_table(path):
         allowed = ("optim",)
     for module in imports(path):
         assert any(f"{module}.".startswith(f"{a}.") for a in allowed), f"{name} imports {module}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.name == "__init__.py"], ids=lambda p: p.parent.name
+)
+def test_every_public_name_is_there(path):
+    package = importlib.import_module(".".join(path.parent.relative_to(ROOT).parts))
+    for name in getattr(package, "__all__", ()):
+        assert getattr(package, name) is not None
 
 
 def test_configs_import_nothing_but_configdict_and_their_common():

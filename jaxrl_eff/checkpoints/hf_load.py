@@ -22,15 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff import fields, tree
-from jaxrl_eff.checkpoints.hf_config import read_config
-from jaxrl_eff.checkpoints.hf_config_write import write_config
 from jaxrl_eff.checkpoints.hf_names import CODES, Tensor, tensors
-from jaxrl_eff.checkpoints.hf_save import save_hf
 from jaxrl_eff.models import params as lm_params
 from jaxrl_eff.models.config import DTYPES, LMConfig
 from jaxrl_eff.types import Array, PyTree
-
-__all__ = ["load_hf", "read_config", "save_hf", "write_config"]
 
 _VALUE_NAMES = ("score.weight", "v_head.weight", "v_head.summary.weight", "value_head.weight")
 # Prefixes of the decoder: alone, within an image-text model (two spellings), without prefix.

@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def facts(found: Study, options: argparse.Namespace) -> dict[str, str]:
-    """What was given, in words."""
+    """Returns the given arguments in words."""
     lengths = np.concatenate([s.lengths for s in found.schedules])
     middle, most = np.percentile(lengths, [50, 99]).tolist()
     batches = f"{len(found.schedules)} batch{'es' * (len(found.schedules) > 1)}"

@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_eff.checkpoints import deltas
+from jaxrl_eff.checkpoints import deltas, read_config
 from jaxrl_eff.checkpoints.deltas.coding import bound
 from jaxrl_eff.checkpoints.deltas.file import index_bytes
-from jaxrl_eff.checkpoints.hf_load import read_config
 from jaxrl_eff.data.tokenizer import load_tokenizer
 from jaxrl_eff.train import config_file
 

@@ -40,7 +40,7 @@ def version(distribution: str) -> str | None:
 
 
 def problems(versions: dict[str, str | None]) -> list[str]:
-    """What makes training impossible: missing packages and pairs known to fail."""
+    """Lists what makes training impossible: missing packages and pairs known to fail."""
     missing = [name for name in REQUIRED if versions.get(name) is None]
     found = [f"{', '.join(missing)} missing: pip install jaxrl_eff"] if missing else []
     for a, bad_a, b, bad_b, how in KNOWN_BAD:
@@ -103,7 +103,7 @@ def device_facts(devices: list[Any]) -> dict[str, str]:
 
 
 def cache_fact(directory: str | Path | None) -> str:
-    """Where compiled programs are kept, how many and how large."""
+    """Describes the compilation cache: its directory, number of programs and size."""
     if directory is None:
         return "off: nothing can be written there (JAX_COMPILATION_CACHE_DIR says where)"
     if not Path(directory).is_dir():
@@ -113,7 +113,7 @@ def cache_fact(directory: str | Path | None) -> str:
 
 
 def notes(devices: list[Any]) -> list[str]:
-    """What works but deserves attention."""
+    """Lists what works but deserves attention."""
     import jax
 
     found = []

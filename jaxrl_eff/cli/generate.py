@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.checkpoints.hf_load import load_hf, read_config
+from jaxrl_eff.checkpoints import load_hf, read_config
 from jaxrl_eff.data.chat import render_chat
 from jaxrl_eff.data.text import decode_stream
 from jaxrl_eff.data.tokenizer import Tokenizer, load_tokenizer
@@ -124,7 +124,7 @@ def find(directory: str) -> Path:
 
 
 def _room(cfg: LMConfig, prompt: Sequence[int], asked: int | None) -> int:
-    """How many tokens the response may have: `asked`, or what fits up to `_DEFAULT_TOKENS`.
+    """Returns the longest response in tokens: `asked`, or what fits up to `_DEFAULT_TOKENS`.
 
     Raises:
         ValueError: the prompt is empty, not of this model's vocabulary, or too long with `asked`.

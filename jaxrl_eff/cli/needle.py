@@ -1,4 +1,4 @@
-r"""How far back a model remembers: hidden needles found by depth and length, and loss by position.
+r"""Measures how far back a model remembers: hidden needles by depth and length, loss by position.
 
   python -m jaxrl_eff needle --model=runs/long --lengths=64,128,256,512 --page=needle.html
   python -m jaxrl_eff needle --model=DIR --lengths=1024,4096,16384 --text=book.txt
@@ -13,7 +13,6 @@ Exit codes: 0 measured; 2 something in the command is wrong.
 
 import argparse
 import functools
-import html
 import itertools
 import math
 import sys
@@ -25,10 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff.checkpoints.hf_load import load_hf, read_config
+from jaxrl_eff.checkpoints import load_hf, read_config
 from jaxrl_eff.cli.generate import find
 from jaxrl_eff.cli.pages import page as frame
 from jaxrl_eff.cli.pages import svg as charts
+from jaxrl_eff.cli.pages.svg import escaped
 from jaxrl_eff.data import needles
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.models import LMConfig, apply, unembed
@@ -127,7 +127,7 @@ def _read(
 
 
 def found(cfg: LMConfig, params: PyTree, case: Case) -> bool:
-    """Whether the likeliest tokens are the answer's."""
+    """Returns True where the likeliest tokens are the answer's."""
     row = np.zeros((1, _padded(len(case.tokens))), np.int32)
     row[0, : len(case.tokens)] = case.tokens
     _, best = _read(cfg, params, jnp.asarray(row), jnp.int32(len(case.tokens)))
@@ -198,7 +198,7 @@ def page(title: str, found_: Grid, loss: Sequence[Any]) -> str:
     """Both figures on a page that holds all it shows."""
     mean = sum(found_.values()) / len(found_)
     body = (
-        f"<header><h1>{html.escape(title)}</h1><p class=lead>{mean:.0%} of the needles are "
+        f"<header><h1>{escaped(title)}</h1><p class=lead>{mean:.0%} of the needles are "
         "found.</p></header><section><h2>Needles by depth and length</h2><div class=wide>"
         f"{heat(found_)}</div><p class=dim>Depth 0 % is the begin of the text; lengths are tokens."
         "</p></section>"

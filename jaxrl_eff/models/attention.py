@@ -5,15 +5,12 @@ within the layer's window. `plain` is the definition that every other attention 
 attention) is tested against; all share its signature, so a model takes any of them as its `attend`.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
 from jaxrl_eff.models.config import LMConfig
+from jaxrl_eff.parallel.attention.context import Attend
 from jaxrl_eff.types import Array, Bool, Float, Int
-
-Attend = Callable[..., Array]
 
 BLOCK = 64  # queries; smaller matrix products cost more than the work they save
 FEW = 16  # queries; below this the flash kernel does not pay off

@@ -14,8 +14,7 @@ from golden.make_golden import CASES, HERE, weights
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from jaxrl_eff.checkpoints import read_config, write_config
-from jaxrl_eff.checkpoints.hf_load import load_hf, save_hf
+from jaxrl_eff.checkpoints import load_hf, read_config, save_hf, write_config
 from jaxrl_eff.checkpoints.hf_names import tensors
 from jaxrl_eff.models import LMConfig, abstract, apply, init, params, unembed
 

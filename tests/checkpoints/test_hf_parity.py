@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from golden import make_golden
 
-from jaxrl_eff.checkpoints import read_config
-from jaxrl_eff.checkpoints.hf_load import load_hf, save_hf
+from jaxrl_eff.checkpoints import load_hf, read_config, save_hf
 from jaxrl_eff.data.tokenizer import CharTokenizer
 from jaxrl_eff.models import LMConfig, apply, init, unembed
 from jaxrl_eff.models.transformer import scalar

@@ -13,7 +13,7 @@ import launch
 import numpy as np
 import pytest
 
-from jaxrl_eff.checkpoints.hf_load import save_hf
+from jaxrl_eff.checkpoints import save_hf
 from jaxrl_eff.cli import generate
 from jaxrl_eff.data.tokenizer import CharTokenizer
 from jaxrl_eff.models import LMConfig, init, unstack_layers

@@ -163,10 +163,6 @@ def run(algorithm, steps, **changes):
     return dataclasses.replace(of, stage={algorithm: stage})
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL within this process."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part",
@@ -186,11 +182,11 @@ def test_a_killed_run_ends_bitwise_the_same_across_a_choice(tmp_path, monkeypatc
         left[0] -= 1
         if not left[0]:
             self.close()
-            raise Killed
+            raise launch.Killed
 
     with monkeypatch.context() as m:
         m.setattr(writer.Writer, "step", killing)
-        with pytest.raises(Killed):
+        with pytest.raises(launch.Killed):
             launch.train(of, tmp_path / "killed")
     assert launch.train(of, tmp_path / "killed")
     assert launch.export(tmp_path / "killed") == launch.export(tmp_path / "whole")

@@ -27,20 +27,16 @@ def test_other_errors_pass(tmp_path):
         raise ValueError("a shape")
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL within this process."""
-
-
 def test_killed_while_it_writes_the_tokenizer_it_is_written_by_the_next_run(tmp_path, monkeypatch):
     run = launch.config("algorithm=sft,steps=1")
 
     def killed(self, directory):
         (directory / ".tokenizer.json.partial").touch()
-        raise Killed
+        raise launch.Killed
 
     with monkeypatch.context() as m:
         m.setattr(CharTokenizer, "save", killed)
-        with pytest.raises(Killed):
+        with pytest.raises(launch.Killed):
             launch.train(run, tmp_path)
     assert not (tmp_path / "export").exists()
     assert launch.train(run, tmp_path)

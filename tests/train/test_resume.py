@@ -18,11 +18,6 @@ THREE = f"--config={launch.TINY}:algorithm=three,steps=3,devices=2,every=1,evalu
 CHECKPOINTS = "jaxrl_eff.checkpoints.run:Checkpoints"
 
 # Every moment is in another part of the run; the run resumes in between.
-FEW = (
-    f"{CHECKPOINTS}._adopt:before:1:KILL",  # manifest written, not renamed
-    f"{CHECKPOINTS}.save:after:step=8:KILL",  # while arrays are being written
-    "jaxrl_eff.train.writer:Writer.document:before:4:KILL",  # exported, no result written
-)
 MOMENTS = (
     "jaxrl_eff.train.writer:Writer.step:after:step=1:KILL",  # stage 1, a step logged and not saved
     "jaxrl_eff.checkpoints.run:_crc:before:2:KILL",  # arrays written, no manifest
@@ -36,6 +31,7 @@ MOMENTS = (
     f"{CHECKPOINTS}.save:after:step=8:KILL",  # while arrays are being written
     "jaxrl_eff.train.writer:Writer.document:before:4:KILL",  # exported, no result written
 )
+FEW = (MOMENTS[2], MOMENTS[9], MOMENTS[10])  # in a save, in another one, after the export
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +106,6 @@ def test_killed_after_random_seconds_it_ends_bitwise_the_same(whole, cache, tmp_
     assert launch.numbers(tmp_path) == launch.numbers(whole)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL within this process."""
-
-
 def stopped(monkeypatch, run, workdir, *, after):
     """Runs until `after` lines of metrics are written."""
     step, left = writer.Writer.step, [after]
@@ -123,11 +115,11 @@ def stopped(monkeypatch, run, workdir, *, after):
         left[0] -= 1
         if left[0] == 0:
             self.close()
-            raise Killed
+            raise launch.Killed
 
     with monkeypatch.context() as m:
         m.setattr(writer.Writer, "step", killing)
-        with pytest.raises(Killed):
+        with pytest.raises(launch.Killed):
             launch.train(run, workdir)
 
 

@@ -12,6 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from jaxrl_eff.checkpoints import load_hf, read_config
 from jaxrl_eff.checkpoints.deltas.apply import check, put_into, resolved
 from jaxrl_eff.checkpoints.deltas.audit import (
     Audit,
@@ -26,7 +27,7 @@ from jaxrl_eff.checkpoints.deltas.audit import (
 from jaxrl_eff.checkpoints.deltas.delta import Delta
 from jaxrl_eff.checkpoints.deltas.file import save
 from jaxrl_eff.checkpoints.deltas.tensors import content_hash, read_directory, read_file
-from jaxrl_eff.checkpoints.hf_load import load_hf, read_config, weight_files
+from jaxrl_eff.checkpoints.hf_load import weight_files
 from jaxrl_eff.types import Int
 
 # Other copies of the weights, which would not have the delta.

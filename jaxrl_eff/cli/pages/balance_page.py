@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxrl_eff.cli.pages import plan_page, svg
-from jaxrl_eff.cli.pages.page import escaped, legend, whole
+from jaxrl_eff.cli.pages.page import legend, whole
+from jaxrl_eff.cli.pages.svg import escaped
 from jaxrl_eff.data.balance.assignment import Assignment
 from jaxrl_eff.data.balance.baselines import Study, rows
 from jaxrl_eff.train.console import number
@@ -94,7 +95,7 @@ def timeline(s: Assignment) -> str:
         y = 6 + r * BAR + g * GAP
         if i == 0:
             middle = y + min(s.parts, ranks - r) * BAR / 2 + 3
-            out.append(_label(left - 8, middle, f"group {g}", "end"))
+            out.append(svg.label(left - 8, middle, f"group {g}", "end"))
         for j, start in enumerate(starts):
             out.append(_step(s, j, start, tokens[j, r], attention[j, r], (left, y, scale), r))
     for start in starts[1:]:
@@ -108,14 +109,14 @@ def _axis(total: float, left: float, scale: float, bottom: int) -> list[str]:
         x = left + tick * scale
         text = f"{tick * 1e3:g} ms" if total < 1 else f"{tick:g} s"
         out.append(f'<path class="grid" d="M{x:.1f} 4V{bottom}"/>')
-        out.append(_label(x, bottom + 15, text, "end" if x > WIDTH - 30 else "middle"))
+        out.append(svg.label(x, bottom + 15, text, "end" if x > WIDTH - 30 else "middle"))
     return out
 
 
 def _step(
     s: Assignment, j: int, start: float, tokens: Any, attention: Any, at: tuple, rank: int
 ) -> str:
-    """What one rank does in one micro-step, on the time axis of all."""
+    """Draws the work of one rank in one micro-step, on the time axis of all."""
     left, y, scale = at
     shape, c = s.shapes[j], s.cost
     mine, shared = (float(x) for x in attention)
@@ -143,7 +144,3 @@ def _step(
             )
         x += wide
     return f"<g><title>{escaped(told)}</title>{''.join(bars)}</g>"
-
-
-def _label(x: float, y: float | int, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(text)}</text>'

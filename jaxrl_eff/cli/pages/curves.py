@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxrl_eff.cli.pages.page import Colors, escaped, figure
+from jaxrl_eff.cli.pages.page import Colors, figure
+from jaxrl_eff.cli.pages.svg import escaped
 
 # The last part of a metric's name decides how early its curve stands; others are folded away.
 FIRST = (

@@ -3,7 +3,6 @@
 A page is one file that holds its style and script.
 """
 
-import html
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from importlib import resources
 from typing import Any
 
 from jaxrl_eff.cli.pages import svg as charts
+from jaxrl_eff.cli.pages.svg import escaped
 from jaxrl_eff.train.console import number
 
 Colors = Mapping[str, int]
@@ -106,8 +106,3 @@ def plain(value: Any) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def escaped(value: Any) -> str:
-    """Text with the characters of HTML escaped."""
-    return html.escape(str(value))

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_eff.cli.pages import svg
-from jaxrl_eff.cli.pages.page import escaped, figure, legend, swatch, whole
+from jaxrl_eff.cli.pages.page import figure, legend, swatch, whole
+from jaxrl_eff.cli.pages.svg import escaped
 from jaxrl_eff.parallel import Placement
 from jaxrl_eff.planner import packed_rows
 from jaxrl_eff.planner.clusters import GIB, Cluster
@@ -163,11 +164,11 @@ def timeline(planned: Planned) -> str:
         parts.append(f'<path class="grid" d="M{x:.1f} 4V{bottom}"/>')
         anchor = "end" if x > WIDTH - 30 else "middle"
         text = _seconds(tick, step) + (" s" if last else "")
-        parts.append(_label(x, bottom + 15, text, anchor))
+        parts.append(svg.label(x, bottom + 15, text, anchor))
     x = left + schedule.seconds * scale
     parts.append(f'<path class="next" d="M{x:.1f} 4V{bottom}"/>')
     for i, label in enumerate(labels):
-        parts.append(_label(left - 8, 8 + ROW * i + 17, label, "end"))
+        parts.append(svg.label(left - 8, 8 + ROW * i + 17, label, "end"))
     for bar in drawn:
         parts.append(_bar(bar, colors, left, scale))
     return svg.svg_of("timeline", bottom + 22, parts, width=WIDTH)
@@ -191,13 +192,8 @@ def _bar(bar: Bar, colors: Mapping[str, int], left: float, scale: float) -> str:
         shape = f'{rect} style="{style}"{faint}/>'
     text = ""
     if s.kind not in ("realloc", "move") and len(s.name) * _CHARACTER + 10 <= wide:
-        text = _label(x + wide / 2, y + 17, s.name, "middle", "on")
+        text = svg.label(x + wide / 2, y + 17, s.name, "middle", "on")
     return f"<g><title>{escaped(told)}</title>{shape}{text}</g>"
-
-
-def _label(x: svg.Number, y: svg.Number, text: str, anchor: str, kind: str = "") -> str:
-    kind = f' class="{kind}"' if kind else ""
-    return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(text)}</text>'
 
 
 def _seconds(value: svg.Number, step: svg.Number) -> str:
@@ -220,7 +216,7 @@ def stacked(rows: Sequence[tuple[str, Sequence[tuple[int, float, str]], str]]) -
     out = []
     for i, (label, parts, after) in enumerate(rows):
         y, x = 4 + 26 * i, left
-        out.append(_label(left - 8, y + 13, label, "end"))
+        out.append(svg.label(left - 8, y + 13, label, "end"))
         for color, length, told in parts:
             wide = length * scale
             if wide > 0:
@@ -230,7 +226,7 @@ def stacked(rows: Sequence[tuple[str, Sequence[tuple[int, float, str]], str]]) -
                     f'style="fill:{svg.color(color)}"/></g>'
                 )
             x += wide
-        out.append(_label(x + 8, y + 13, after, "start"))
+        out.append(svg.label(x + 8, y + 13, after, "start"))
     return svg.svg_of("timeline", 8 + 26 * len(rows), out, width=WIDTH)
 
 
@@ -287,7 +283,7 @@ def _memory(planned: Planned) -> str:
 
 
 def packed(planned: Planned) -> dict[str, str]:
-    """What is said of the calls whose rows a schedule packs; empty if there are none."""
+    """Describes the calls whose rows a schedule packs; empty if there are none."""
     told = [packed_rows.told(w) for w in planned.problem.works if w.packed is not None]
     if not told:
         return {}

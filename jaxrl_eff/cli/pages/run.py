@@ -14,7 +14,8 @@ from jaxrl_eff import secret
 from jaxrl_eff.cli.pages import curves
 from jaxrl_eff.cli.pages import samples as samples_
 from jaxrl_eff.cli.pages import svg as charts
-from jaxrl_eff.cli.pages.page import Colors, escaped, figure, legend, swatch, table, whole
+from jaxrl_eff.cli.pages.page import Colors, figure, legend, swatch, table, whole
+from jaxrl_eff.cli.pages.svg import escaped
 from jaxrl_eff.train import writer
 from jaxrl_eff.train.console import clock, number
 
@@ -118,7 +119,7 @@ def _colors(plan: Any, timeline: Any, steps: Sequence[Mapping[str, Any]]) -> dic
 
 
 def _part(name: str, notes: list[str], draw: Callable[..., Any], *given: Any) -> Any:
-    """What `draw` makes of files that may hold anything; a note in its place where it cannot."""
+    """Calls `draw` on files that may hold anything; adds a note in its place where that fails."""
     try:
         return draw(*given)
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -143,7 +144,7 @@ def _head(workdir: Path, result: Mapping[str, Any], steps: Sequence[Mapping[str,
 
 
 def _expected(result: Mapping[str, Any]) -> str:
-    """What was expected, as a sentence: given as one, or as the conditions on a metric."""
+    """Describes the expectation in a sentence: the given one, or the conditions on a metric."""
     expected = result.get("expected")
     if not isinstance(expected, Mapping):
         return str(expected or "")
@@ -182,7 +183,7 @@ def _facts(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How the stage's first-named curve began and ended."""
+    """Describes the beginning and end of the stage's first-named curve."""
     names = {
         name
         for row in rows
@@ -217,7 +218,7 @@ def _summary(result: Mapping[str, Any]) -> str:
 
 
 def _of_data(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What became of each stage's examples, in words."""
+    """Describes what became of each stage's examples."""
     out = []
     for name in ("data", "notes"):
         stages = result.get(name)
@@ -282,7 +283,7 @@ def _timeline(timeline: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
 
 
 def _calibration(workdir: Path, notes: list[str]) -> str:
-    """What a searched plan was predicted to take, and took; empty for other plans."""
+    """Table of predicted and measured times of a searched plan; empty for other plans."""
     if not (workdir / "calibration.json").is_file():
         return ""
     rows = []
@@ -332,7 +333,7 @@ def _schedule(workdir: Path, notes: list[str], steps: Sequence[Mapping[str, Any]
 
 
 def _mesh(stage: str, told: Mapping[str, Any]) -> str:
-    """What schedules on one mesh were made for."""
+    """Describes what schedules on one mesh were made for."""
     shapes = ", ".join(f"{own}+{shared}" for own, shared in told.get("shapes", ()))
     who = ": ".join([stage, *([", ".join(map(str, told["calls"]))] if told.get("calls") else [])])
     return (

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxrl_eff.cli.pages.curves import by_stage
-from jaxrl_eff.cli.pages.page import escaped, plain
+from jaxrl_eff.cli.pages.page import plain
+from jaxrl_eff.cli.pages.svg import escaped
 from jaxrl_eff.train.console import number
 
 _LONGEST_TEXT = 1200

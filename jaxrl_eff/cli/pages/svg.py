@@ -119,9 +119,9 @@ def _smooth(line: Sequence[tuple[Number, Number]]) -> list[tuple[Number, Number]
 
 
 def _hover(series: Mapping[str, Points], left: Number) -> str:
-    """What the page's script needs to show values under the pointer."""
+    """Attributes from which the page's script shows values under the pointer."""
     table = [[name, [[x, f"{y:.4g}"] for x, y in _thin(p)]] for name, p in series.items()]
-    return f'data-left="{left:.1f}" data-series="{html.escape(json.dumps(table))}"'
+    return f'data-left="{left:.1f}" data-series="{escaped(json.dumps(table))}"'
 
 
 def _thin(points: Points) -> Points:
@@ -156,7 +156,7 @@ def timeline(spans: Sequence[Mapping[str, Any]], colors: Mapping[str, int]) -> s
     for i, (label, calls) in enumerate(rows):
         y = 8 + 34 * i
         parts.append(
-            f'<text x="{left - 8:.1f}" y="{y + 18}" text-anchor="end">{_text(label)}</text>'
+            f'<text x="{left - 8:.1f}" y="{y + 18}" text-anchor="end">{escaped(label)}</text>'
         )
         for span in sorted(calls, key=lambda s: s["start"]):
             parts.append(_bar(span, colors, left + span["start"] * scale, y, scale))
@@ -171,9 +171,9 @@ def _bar(
     label = ""
     if len(call) * 6.4 + 10 <= wide:
         middle = f'x="{x + wide / 2:.1f}" y="{y + 18}" text-anchor="middle"'
-        label = f'<text class="on" {middle}>{_text(call)}</text>'
+        label = f'<text class="on" {middle}>{escaped(call)}</text>'
     return (
-        f"<g><title>{_text(call)}: {end - start:.4g} s, from {start:.4g} s</title>"
+        f"<g><title>{escaped(call)}: {end - start:.4g} s, from {start:.4g} s</title>"
         f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="26" rx="3" '
         f'style="fill:{color(colors.get(call, 7))}"/>{label}</g>'
     )
@@ -254,5 +254,17 @@ def svg_of(
     )
 
 
-def _text(value: Any) -> str:
+def label(x: Number, y: Number, text: str, anchor: str, kind: str = "") -> str:
+    """A line of text in a chart.
+
+    Args:
+        anchor: "start", "middle" or "end": which part of the text is at `x`.
+        kind: class in the style sheet.
+    """
+    kind = f' class="{kind}"' if kind else ""
+    return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(text)}</text>'
+
+
+def escaped(value: Any) -> str:
+    """Text with the characters of HTML escaped."""
     return html.escape(str(value))

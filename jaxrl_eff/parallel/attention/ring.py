@@ -28,10 +28,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jaxrl_eff.parallel.attention import blockwise, kernels, token_order
+from jaxrl_eff.parallel.attention.context import Attend
 from jaxrl_eff.parallel.attention.kernels import CHUNK, Kernel
 from jaxrl_eff.types import Array, Float, Int
-
-Attend = Callable[..., Array]
 
 NAMES = ("attend_out", "attend_lse")
 
