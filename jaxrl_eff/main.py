@@ -81,7 +81,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _help(argv: list[str]) -> str:
-    """What the command does, its flags, and the configs at hand or the values of the one given."""
+    """Text of --help: the command, its flags, and the configs at hand or the values of one."""
     lines = [__doc__ or "", "Flags:"]
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
         shown = f"--{flag.name}" if flag.name != config_file.FLAG else "--config.NAME"
