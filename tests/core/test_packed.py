@@ -329,11 +329,9 @@ def test_a_scheduled_algorithm_gives_the_same_parameters(algorithm, place):
     check(models_after(assembly.assemble(run(algorithm, room, **place))), padded(algorithm))
 
 
-def test_meshes_have_schedules_of_their_own_for_rows_whose_lengths_are_fetched_once(wide):
+def test_meshes_have_schedules_of_their_own(wide):
     step = packed_tables("three meshes")
     assert step.places == (FOUR, ONE, SHARDED)
-    asks = [name for name in step.analysis() if name.endswith(" lengths")]
-    assert asks == [f"{step.packed[0].name} lengths"]
     told = {tuple(p["calls"]): p for p in balanced.describe(step, ())["places"]}
     assert told["value_train",] == {
         "calls": ["value_train"], "groups": 1, "parts": 1, "room": 32, "shapes": [[24, 0], [0, 32]],
@@ -422,6 +420,8 @@ def test_a_plan_is_searched_with_packed_calls_priced_by_expected_lengths():
     assert expected.room == 16 and expected.responses.tokens == (1, 2, 3, 4)
     places = {stage.searched.plan[c.name].bare for c in stage.step.packed}
     assert places == {*stage.step.places} == {*stage.step.packings}
+    # Lengths of sampled rows are fetched once.
+    assert [c.name for c in stage.step.packed if stage.step._asks(c)] == ["ref_inf"]
 
 
 @pytest.mark.slow
@@ -433,13 +433,13 @@ def test_a_searched_plan_may_be_given_up_for_another_one():
 
 
 def test_what_is_packed_where_is_said():
-    one = {"room": 16, "parts": 2, "shapes": [[12, 4], [0, 16]]}
+    one = {"calls": ["ref_inf"], "room": 16, "parts": 2, "shapes": [[12, 4], [0, 16]]}
     assert (
-        summary.scheduled_rows(one)
+        summary.scheduled_rows({"places": [one]})
         == "16 tokens a device; micro-batches of 12+4, 0+16 (own + shared)"
     )
     places = [
-        {"calls": ["ref_inf"], **one},
+        one,
         {"calls": ["a", "b"], "room": 8, "parts": 1, "shapes": [[0, 8]]},
     ]
     assert summary.scheduled_rows({"places": places}) == (
