@@ -1,7 +1,9 @@
-"""`python -m jaxrl_eff doctor`: what is installed, what the devices are and give, what is missing.
+"""Checks the installation: versions, devices, measured speed, and what is missing.
 
-Exit status 0 if training can run, 1 if something needed is missing or known not to work, 2 if the
-command or an environment variable asks for what cannot be. Nothing is changed or downloaded.
+  python -m jaxrl_eff doctor
+
+Nothing is changed or downloaded. Exit codes: 0 training can run; 1 something it needs is missing or
+known not to work; 2 the command or an environment variable asks for something impossible.
 """
 
 import importlib.metadata
@@ -12,8 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jaxrl_eff.cli import parser
 from jaxrl_eff.parallel import host
-from jaxrl_eff.train import config_file
 from jaxrl_eff.train.console import Console, number
 
 # Import names differ from the names of distributions; both are needed.
@@ -160,11 +162,9 @@ def rates(device: Any) -> list[list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the findings; returns the exit status."""
-    parser = config_file.Parser(prog="python -m jaxrl_eff doctor", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="don't measure rates")
-    options = parser.parse_args(argv)
-    with config_file.explained():
-        return _examine(options.quick)
+    words = parser.command("doctor", __doc__)
+    words.add_argument("--quick", action="store_true", help="do not measure the speed")
+    return words.run(argv, lambda options: _examine(options.quick))
 
 
 def _examine(quick: bool) -> int:

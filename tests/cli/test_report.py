@@ -12,6 +12,7 @@ import pytest
 from jaxrl_eff.checkpoints import manifest
 from jaxrl_eff.cli import report
 from jaxrl_eff.cli.pages import svg
+from jaxrl_eff.cli.pages.devices import device_range
 from jaxrl_eff.train.writer import Writer
 
 VOID = {"meta", "input", "br"}
@@ -181,7 +182,7 @@ def test_odd_documents_do_not_break_the_page(tmp_path):
 
 
 def test_a_missing_or_empty_directory_is_named(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="nowhere is no directory"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
         report.write(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no run: none of metrics\.jsonl"):
         report.write(tmp_path)
@@ -202,9 +203,9 @@ def test_ticks_are_round():
 
 
 def test_device_ranges_read_well():
-    assert svg.device_range([0, 1, 2, 3, 6]) == "0-3, 6"
-    assert svg.device_range([1, 0]) == "1, 0"
-    assert svg.device_range([]) == ""
+    assert device_range([0, 1, 2, 3, 6]) == "0-3, 6"
+    assert device_range([1, 0]) == "1, 0"
+    assert device_range([]) == ""
 
 
 def test_a_straight_line_is_its_own_trend():

@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxrl_eff.cli.pages.page import Colors, figure
-from jaxrl_eff.cli.pages.svg import escaped
+from jaxrl_eff.cli.pages.page import Colors, charts, figure, folded, section
 
 # The last part of a metric's name decides how early its curve stands; others are folded away.
 FIRST = (
@@ -36,14 +35,8 @@ def curves(steps: Sequence[Mapping[str, Any]], colors: Mapping[str, Colors]) -> 
         behind = [figure for where, figure in figures if where[0] >= len(FIRST)]
         if len(ahead) < 3 or len(behind) < 3:
             ahead, behind = ahead + behind[:6], behind[6:]
-        fold = ""
-        if behind:
-            fold = (
-                f"<details><summary>{len(behind)} more curves</summary>"
-                f"<div class=charts>{''.join(behind)}</div></details>"
-            )
-        grid = f"<div class=charts>{''.join(ahead)}</div>"
-        sections.append(f"<section><h2>{escaped(stage or 'Curves')}</h2>{grid}{fold}</section>")
+        fold = folded(f"{len(behind)} more curves", charts(behind)) if behind else ""
+        sections.append(section(stage or "Curves", charts(ahead), fold))
     return "\n".join(sections)
 
 
