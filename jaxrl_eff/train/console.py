@@ -174,7 +174,7 @@ class Console:
         rows = list(rows)
         drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for i, name in enumerate(columns):
-            numbers = all(_is_number(row[i]) or row[i] is None for row in rows)
+            numbers = all(is_number(row[i]) or row[i] is None for row in rows)
             drawn.add_column(clean(name), justify="right" if numbers else "left", overflow="fold")
         for row in rows:
             drawn.add_row(*map(_cell, row))
@@ -333,7 +333,8 @@ def _grid() -> Table:
     return grid
 
 
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
+    """True for integers and floats, not for booleans."""
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 

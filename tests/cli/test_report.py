@@ -85,11 +85,9 @@ def run(tmp_path):
     w.document(
         "result",
         {
-            "title": "reverse <four> digits",
             "passed": True,
-            "expected": "a rise of 0.30",
-            "columns": ["", "accuracy"],
-            "rows": [["after SFT", 0.31], ["after PPO", 0.912345]],
+            "expected": {"metric": "after <PPO>", "at_least": 0.75},
+            "results": {"after SFT": 0.31, "after <PPO>": 0.912345},
             "exported": "/tmp/hf",
         },
     )
@@ -103,7 +101,7 @@ def test_everything_a_run_wrote_is_on_the_page(run):
     assert path == run / "report.html"
     page = Page(path.read_text())
     for expected in (
-        "reverse <four> digits", "PASS", "a rise of 0.30", "after PPO", "0.9123", "/tmp/hf",
+        "PASS", "after <PPO> 0.9123; expected at least 0.75", "after SFT", "0.3100", "/tmp/hf",
         "40 steps", "659 steps", "sft_train/loss", "gap", "p95", "tokens/s", "seconds by call",
         "data 4 × tensor 2", "0-7", "actor_gen", "host", "0-3", "step 41", "step 699",
         "<script>alert('x')</script> & more", "answer: 7", "</pre><b>",

@@ -4,6 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxrl_eff.cli.pages.page import Colors, charts, figure, folded, section
+from jaxrl_eff.train.console import is_number
+
+Curves = dict[str, list[tuple[int, float | int]]]  # name -> (step, value)
 
 # The last part of a metric's name decides how early its curve stands; others are folded away.
 FIRST = (
@@ -19,11 +22,6 @@ def by_stage(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
     for row in rows:
         stages.setdefault(str(row.get("stage", "")), []).append(row)
     return stages
-
-
-def is_number(value: Any) -> bool:
-    """True for integers and floats, not for booleans."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def curves(steps: Sequence[Mapping[str, Any]], colors: Mapping[str, Colors]) -> str:
@@ -44,33 +42,32 @@ def _figures(
     rows: Sequence[Mapping[str, Any]], colors: Colors
 ) -> Iterable[tuple[tuple[int, str], str]]:
     """(rank, figure) of every curve of one stage; `gap_mean`, `gap_max`, ... share a figure."""
-    groups: dict[str, dict[str, list[tuple[int, float | int]]]] = {}
+    groups: dict[str, Curves] = {}
+    rates: Curves = {}
+    seconds: Curves = {}
     for row in rows:
         for name, value in row["values"].items():
-            if isinstance(value, int | float):
-                base, label = split(name)
-                groups.setdefault(base, {}).setdefault(label, []).append((row["step"], value))
+            base, label = split(name)
+            _add(groups.setdefault(base, {}), label, row["step"], value)
+        for name in ("tokens_per_s", "mfu", "flops_per_s"):
+            _add(rates, name, row["step"], row.get(name))
+        for call, value in (row.get("seconds") or {}).items():
+            _add(seconds, call, row["step"], value)
     for base, series in groups.items():
         order = sorted(series, key=lambda k: _SUFFIXES.index(k) if k in _SUFFIXES else -1)
-        yield rank(base), figure(base, {name: series[name] for name in order})
-    seconds: dict[str, list[tuple[int, float | int]]] = {}
-    for row in rows:
-        for call, value in (row.get("seconds") or {}).items():
-            if isinstance(value, int | float):
-                seconds.setdefault(call, []).append((row["step"], value))
+        if order:
+            yield rank(base), figure(base, {name: series[name] for name in order})
     last = len(FIRST) - 1
-    for name in ("tokens_per_s", "mfu", "flops_per_s"):
-        points = [
-            (row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)
-        ]
-        if points:
-            place = (last + (name == "flops_per_s"), f"~{name}")
-            yield (
-                place,
-                figure(name.replace("_per_s", "/s"), {"": points}, percent=name == "mfu"),
-            )
+    for name, points in rates.items():
+        drawn = figure(name.replace("_per_s", "/s"), {"": points}, percent=name == "mfu")
+        yield (last + (name == "flops_per_s"), f"~{name}"), drawn
     if seconds:
         yield (last, "~~seconds"), figure("seconds by call", seconds, colors=colors)
+
+
+def _add(curves: Curves, name: str, step: int, value: Any) -> None:
+    if is_number(value):
+        curves.setdefault(name, []).append((step, value))
 
 
 def split(name: str) -> tuple[str, str]:

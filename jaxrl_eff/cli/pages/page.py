@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxrl_eff.cli.pages import svg
 from jaxrl_eff.cli.pages.svg import Html, Number, escaped
-from jaxrl_eff.train.console import number
+from jaxrl_eff.train.console import is_number, number
 
 Colors = Mapping[str, int]
 _LONG = 6  # times the result: longer bars of others end there
@@ -141,7 +141,7 @@ def table(
         return ""
     first = len(columns) - right if columns else math.inf
     numeric = [
-        i >= first or any(i < len(row) and _is_number(row[i]) for row in rows)
+        i >= first or any(i < len(row) and is_number(row[i]) for row in rows)
         for i in range(len(columns))
     ]
 
@@ -153,7 +153,7 @@ def table(
     for row in rows:
         shown = (number(x) if isinstance(x, float) else plain(x) for x in row)
         cells = (
-            cell("td", text, i >= first or _is_number(x))
+            cell("td", text, i >= first or is_number(x))
             for i, (x, text) in enumerate(zip(row, shown, strict=True))
         )
         lines.append(f"<tr>{''.join(cells)}</tr>")
@@ -170,7 +170,3 @@ def plain(value: Any) -> str:
     if value is None:
         return ""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)

@@ -17,7 +17,7 @@ from jaxrl_eff.cli.pages.page import Colors
 from jaxrl_eff.cli.pages.samples import answers
 from jaxrl_eff.cli.pages.svg import GRAY, Bar, Html, Row, bars, escaped
 from jaxrl_eff.train import writer
-from jaxrl_eff.train.console import clock, number
+from jaxrl_eff.train.console import clock, is_number, number
 
 FILES = (
     "metrics.jsonl", "samples.jsonl", "result.json", "plan.json", "timeline.json", "config.json",
@@ -46,7 +46,7 @@ def draw(workdir: Path) -> str:
         notes.append("metrics.jsonl holds no step yet: no curves")
     if not samples:
         notes.append("samples.jsonl holds no sample: none is shown")
-    colors = _part("colours", notes, _colors, plan, timeline, steps) or {}
+    colors = _part("colors", notes, _colors, plan, timeline, steps) or {}
     body = [
         _part("head", notes, _head, workdir, result, steps),
         _part("result.json", notes, _summary, result),
@@ -85,12 +85,15 @@ def _is_step(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("step"), int) and isinstance(row.get("values"), dict)
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _calls(plan: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
     """stage -> call -> placement; other values are left out."""
-    stages = {s: calls for s, calls in plan.items() if isinstance(calls, Mapping)}
     return {
-        stage: {call: p for call, p in calls.items() if isinstance(p, Mapping)}
-        for stage, calls in stages.items()
+        stage: {call: p for call, p in _mapping(calls).items() if isinstance(p, Mapping)}
+        for stage, calls in plan.items()
     }
 
 
@@ -131,31 +134,26 @@ def _part(name: str, notes: list[str], draw: Callable[..., Any], *given: Any) ->
 
 
 def _head(workdir: Path, result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
-    title = result.get("title") or workdir.resolve().name
-    passed = result.get("passed")
-    badge = ""
+    badge, passed = "", result.get("passed")
     if isinstance(passed, bool):
         word = "PASS" if passed else "FAIL"
         badge = f' <span class="{word.lower()}">{word}</span>'
-    where = page.note(workdir.resolve())
-    return page.head(Html(escaped(title) + badge), _expected(result), where, _facts(steps))
+    title = Html(escaped(workdir.resolve().name) + badge)
+    return page.head(title, _expected(result), page.note(workdir.resolve()), _facts(steps))
 
 
 def _expected(result: Mapping[str, Any]) -> str:
-    """Describes the expectation in a sentence: the given one, or the conditions on a metric."""
-    expected = result.get("expected")
-    if not isinstance(expected, Mapping):
-        return str(expected or "")
-    metric, results = expected.get("metric"), result.get("results")
+    """Describes the conditions on a metric in a sentence."""
+    expected, results = (_mapping(result.get(k)) for k in ("expected", "results"))
+    metric = expected.get("metric")
     if not metric:
         return ""
-    value = results.get(metric) if isinstance(results, Mapping) else None
     wanted = []
-    if isinstance(expected.get("at_least"), int | float):
+    if is_number(expected.get("at_least")):
         wanted.append(f"at least {expected['at_least']:g}")
     if expected.get("rises_over"):
         wanted.append(f"a rise of {expected.get('rise', 0):g} over {expected['rises_over']}")
-    shown = f" {number(value)}" if isinstance(value, int | float) else ""
+    shown = f" {number(results[metric])}" if is_number(results.get(metric)) else ""
     return f"{metric}{shown}; expected {' and '.join(wanted) or 'nothing of it'}"
 
 
@@ -178,13 +176,8 @@ def _facts(steps: Sequence[Mapping[str, Any]]) -> str:
 
 def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
     """Describes the beginning and end of the stage's first-named curve."""
-    names = {
-        name
-        for row in rows
-        for name in row["values"]
-        if 0 < curves.rank(name)[0] < len(curves.FIRST)
-    }
-    names = sorted(names, key=curves.rank)
+    names = sorted({name for row in rows for name in row["values"]}, key=curves.rank)
+    names = [name for name in names if 0 < curves.rank(name)[0] < len(curves.FIRST)]
     if not names:
         return ""
     rewarded = [n for n in names if n.rsplit("/", 1)[-1] in ("reward", "score")]
@@ -196,28 +189,19 @@ def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _summary(result: Mapping[str, Any]) -> str:
-    rows, columns = result.get("rows") or [], result.get("columns")
-    if rows and all(isinstance(row, Mapping) for row in rows):
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        rows = [[row.get(key, "") for key in columns] for row in rows]
-    rows = [row for row in rows if isinstance(row, list | tuple)]
-    results = result.get("results")
-    told = list(results.items()) if isinstance(results, Mapping) else []
-    own = {"title", "passed", "expected", "rows", "columns", "results", "data", "notes"}
+    own = ("passed", "expected", "results", "data", "notes")
+    told = list(_mapping(result.get("results")).items())
     told += [(k, v) for k, v in result.items() if k not in own and v is not None]
-    return page.section(
-        "Result", page.table(columns or [], rows), page.pairs([*told, *_of_data(result)])
-    )
+    return page.section("Result", page.pairs([*told, *_of_data(result)]))
 
 
 def _of_data(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Describes what became of each stage's examples."""
     out = []
     for name in ("data", "notes"):
-        stages = result.get(name)
-        for stage, value in stages.items() if isinstance(stages, Mapping) else ():
+        for stage, value in _mapping(result.get(name)).items():
             if isinstance(value, Mapping):
-                told = ", ".join(f"{k} {v:g}" for k, v in value.items() if curves.is_number(v))
+                told = ", ".join(f"{k} {v:g}" for k, v in value.items() if is_number(v))
                 out.append((f"{name} of {stage}", told))
             elif isinstance(value, list):
                 out += [(f"note on {stage}", str(note)) for note in value]
@@ -247,9 +231,8 @@ def _where(placement: Mapping[str, Any]) -> tuple[str, str]:
     devices = placement.get("devices")
     if not isinstance(devices, list) or not devices or placement.get("kind") == "host":
         return HOST, "–"
-    axes = placement.get("axes")
-    sizes = axes.items() if isinstance(axes, Mapping) else ()
-    mesh = " × ".join(f"{name} {size}" for name, size in sizes if size != 1)
+    sizes = _mapping(placement.get("axes"))
+    mesh = " × ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
     return device_range(devices), mesh or "one device"
 
 
@@ -303,20 +286,17 @@ def _schedule(workdir: Path, notes: list[str], steps: Sequence[Mapping[str, Any]
     sections = []
     for stage, told in _document(workdir, "schedule.json", notes).items():
         rows = [r for r in steps if r.get("stage") == stage]
+        names = {kind: f"schedule/{kind}_seconds" for kind in ("planned", "measured")}
         times = {
-            kind: [
-                (r["step"], r["values"][name])
-                for r in rows
-                if (name := f"schedule/{kind}_seconds") in r["values"]
-            ]
-            for kind in ("planned", "measured")
+            kind: [(r["step"], r["values"][name]) for r in rows if name in r["values"]]
+            for kind, name in names.items()
         }
-        figures = page.figure("seconds a step", times) if any(times.values()) else ""
+        figures = [page.figure("seconds a step", times)] if any(times.values()) else []
         lengths = told.get("lengths", ())
         cells = [(f"up to {_count(most)}", _share(share)) for most, share in lengths]
         sections += [_mesh(stage, place) for place in told.get("places", [told])]
         sections += [
-            page.charts([figures]),
+            page.charts(figures),
             page.table(["tokens", "of the sequences"], cells, right=1),
         ]
     return page.section("Short and long sequences", *sections)

@@ -107,19 +107,12 @@ def _binned(points: Points, most: int) -> list[tuple[Number, Number, Number, Num
     """(step, mean, least, largest) of at most `most` bins."""
     size = math.ceil(len(points) / most)
     bins = [points[i : i + size] for i in range(0, len(points), size)]
-    return [
-        (
-            sum(x for x, _ in b) / len(b),
-            sum(y for _, y in b) / len(b),
-            min(y for _, y in b),
-            max(y for _, y in b),
-        )
-        for b in bins
-    ]
+    pairs = [tuple(zip(*b, strict=True)) for b in bins]
+    return [(sum(xs) / len(xs), sum(ys) / len(ys), min(ys), max(ys)) for xs, ys in pairs]
 
 
 def _smooth(line: Sequence[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
-    """At every point the straight line through its neighbours, a twelfth of the curve.
+    """At every point the straight line through its neighbors, a twelfth of the curve.
 
     Unlike a moving average it neither lags at the ends of a falling curve nor follows their noise.
     """
