@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--mesh", "AXES", "sizes of the axes, e.g. data4,seq8")
     add("--model", "NAME", f"a directory with a config.json, or one of {', '.join(MODELS)}")
     add("--hardware", "NAME", f"one of {', '.join(_hardware())}")
-    room = "that fit in a rank's memory; the default is of 0.5B parameters in 80 GB"
+    room = "tokens that fit in a rank's memory; of 0.5B parameters in 80 GB"
     add("--room", "TOKENS", room, parser.COUNT, ROOM)
     add("--batch", "N", "examples of a global batch", parser.COUNT, 256)
     add("--shapes", "N", "most shapes to compile; 0: no limit", parser.number(int, 0), 12)

@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sub.option("--out", "DIR", "where to write the base")
     sub = command("compose", _compose, "write the weighted sum of deltas of one base")
     sub.add_argument("files", nargs="+", metavar="FILE", help="deltas, with originals")
-    each = "one weight for each delta: 1,0.5; else all 1"
+    each = "one weight for each delta, e.g. 1,0.5 (default: all 1)"
     sub.option("--weights", "N,N", each, parser.numbers(float), None)
     sub.option("--out", "FILE", "where to write the delta")
     return words.run(argv, lambda args: args.run(args))

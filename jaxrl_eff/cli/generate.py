@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--max_tokens", "N", longest, int, None)
     add("--temperature", "T", "0 always takes the likeliest token", float, 1.0)
     add("--top_k", "K", "sample from the K likeliest tokens; 0: from all", int, 0)
-    add("--top_p", "P", "sample from the likeliest tokens with this probability", float, 1.0)
+    add("--top_p", "P", "sample from the likeliest tokens that sum to this", float, 1.0)
     add("--seed", "N", parser.SEED_OF, parser.SEED, 0)
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", "NAME", f"one of {', '.join(dtypes)}", default=dtypes[0], choices=dtypes)

@@ -5,10 +5,10 @@
 
 A needle is a short fact hidden in a long text, which the model is then asked for. The command hides
 needles at several depths in texts of several lengths, and prints the share that is found: those
-where every token of the answer is the likeliest one. With --text, needles are sentences hidden in
-that file, and its loss by position is printed too: it falls along the text if the model uses its
-context. Without it, the model must have a tokenizer of single characters, and the needle is a
-digit in a row of letters.
+where every token of the answer is the likeliest one. For a tokenizer of single characters a needle
+is a digit in a row of letters; for others it is a sentence with a number, hidden in the file --text.
+With --text the loss of that file is printed by position, too: it falls along the text if the model
+uses its context.
 
 Exit codes: 0 measured; 2 the command cannot be done.
 """
@@ -173,8 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = parser.command("needle", __doc__)
     add = words.option
     add("--model", "DIR", parser.MODEL)
-    add("--lengths", "N,N", "tokens of the texts", parser.numbers(int), [64, 128, 256])
-    add("--depths", "N", "depths, evenly from beginning to end", parser.COUNT, 5)
+    add("--lengths", "N,N", "lengths of the texts in tokens", parser.numbers(int), [64, 128, 256])
+    add("--depths", "N", "number of depths, evenly from beginning to end", parser.COUNT, 5)
     add("--samples", "N", "needles for each length and depth", parser.COUNT, 8)
     add("--text", "FILE", "text to hide needles in and to measure the loss of", default="")
     add("--seed", "N", parser.SEED_OF, parser.SEED, 0)

@@ -40,7 +40,8 @@ class Parser(argparse.ArgumentParser):
         """Adds `--name=VALUE`; its help is `what`, and the default if that says something."""
         needed = default is REQUIRED
         if not needed and default not in (None, "", []):
-            what = f"{what} (default {default})"
+            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+            what = f"{what} (default {shown})"
         given = {"required": True} if needed else {"default": default}
         self.add_argument(name, metavar=value, help=what, type=kind, **given, **more)
 

@@ -158,14 +158,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--config", "FILE[:ARG]", "the config of a run")
     changes = "written --config.NAME=VALUE: changes a value of the config"
     add(f"--{config_file.FLAG}", "NAME=VALUE", changes, default=[], dest="changes", action="append")
-    add("--cluster", "NAME:SIZES", "h100:16x8, v5p:4x4x4, ..., or local for this machine's devices")
-    add("--stage", "NAME", "the stage to plan; else all with more than one call", default="")
+    add("--cluster", "NAME:SIZES", "e.g. h100:16x8 or v5p:4x4x4; local: the devices here")
+    add("--stage", "NAME", "the stage to plan (default: all with more than one call)", default="")
     add("--workdir", "DIR", "where the files are written", default="runs/plan")
-    seconds, tried = "to search for the plan of a stage", "plans to try instead of a time limit"
+    seconds, tried = "time to search for a stage's plan", "plans to try instead of a time limit"
     add("--seconds", "S", seconds, parser.number(float, 0), 20.0)
     add("--evaluations", "N", tried, parser.COUNT, None)
     add("--seed", "N", parser.SEED_OF, parser.SEED, 0)
-    add("--smallest", "N", "least devices of a call", parser.COUNT, 1)
+    add("--smallest", "N", "smallest number of devices of a call", parser.COUNT, 1)
     return words.run(argv, _run)
 
 
