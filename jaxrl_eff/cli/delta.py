@@ -189,13 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _audited(sub: parser.Parser) -> None:
     sub.option("--base", "DIR", "the model that the delta was made for")
     sub.option("--delta", "FILE", "the delta")
-    for name, what in (
-        ("share", "most changed entries of a tensor, as a share"),
-        ("rms", "largest ||change|| / ||tensor||"),
-        ("largest", "largest |change| / |weight| of an entry"),
-        ("kl", "largest KL from the base on --probe, in nats a token"),
-    ):
-        sub.option(f"--max_{name}", "X", what, float, None)
+    sub.option("--max_share", "X", "most changed entries of a tensor, as a share", float, None)
+    sub.option("--max_rms", "X", "largest ||change|| / ||tensor||", float, None)
+    sub.option("--max_largest", "X", "largest |change| / |weight| of an entry", float, None)
+    sub.option("--max_kl", "X", "largest KL from the base on --probe, nats a token", float, None)
     sub.option("--probe", "FILE", "texts on which KL is measured, one a line", default=None)
     sub.option("--probe_tokens", "N", "tokens of each line that are read", int, 512)
     sub.option("--json", "FILE", "also write the audit as JSON", default=None)

@@ -5,9 +5,9 @@
 
 A needle is a short fact hidden in a long text, which the model is then asked for. The command hides
 needles at several depths in texts of several lengths, and prints the share that is found: those
-where every token of the answer is the likeliest one. For a tokenizer of single characters a needle
-is a digit in a row of letters; for others it is a sentence with a number, hidden in the file --text.
-With --text the loss of that file is printed by position, too: it falls along the text if the model
+where every token of the answer is the likeliest one. If the model's tokens are single characters,
+a needle is a digit in a row of letters; else it is a sentence with a number in the text of --text.
+With --text the loss of that text is printed by position, too: it falls along the text if the model
 uses its context.
 
 Exit codes: 0 measured; 2 the command cannot be done.
