@@ -16,7 +16,6 @@ from typing import Any
 
 from jaxrl_eff.cli import parser
 from jaxrl_eff.parallel import host
-from jaxrl_eff.train.console import Console, number
 
 # Import names differ from the names of distributions; both are needed.
 REQUIRED = (
@@ -148,6 +147,7 @@ def notes(devices: list[Any]) -> list[str]:
 def rates(device: Any) -> list[list[str]]:
     """Measured rates of one device; about a second on a CPU."""
     from jaxrl_eff.parallel.devices import measure_copy, measure_matmul, peak_flops_per_s
+    from jaxrl_eff.train.console import number
 
     rows = []
     for dtype in ("float32", "bfloat16"):
@@ -168,9 +168,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _examine(quick: bool) -> int:
-    console = Console(terminal=False, width=shutil.get_terminal_size((100, 24)).columns)
     versions = {name: version(name) for name in REQUIRED}
     broken = problems(versions)
+    if versions["rich"] is None:  # without it the rest cannot be printed
+        print("\n".join(f"broken: {problem}" for problem in broken))
+        return 1
+    from jaxrl_eff.train.console import Console
+
+    console = Console(terminal=False, width=shutil.get_terminal_size((100, 24)).columns)
     shown = {name: have or "MISSING" for name, have in versions.items()}
     console.header(
         "versions",

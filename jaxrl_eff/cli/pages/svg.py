@@ -192,7 +192,7 @@ def bars(
     if end is None:
         end = max((bar.end for row in rows for bar in row.bars), default=0.0) or 1.0
     left = max(len(row.label) for row in rows) * _CHARACTER + 14
-    right = max(len(row.after) for row in rows) * _CHARACTER + 16
+    right = max((len(row.after) for row in rows if row.bars), default=0) * _CHARACTER + 16
     scale, y, drawn = (_WIDE - left - right) / end, 6, []
     for row in rows:
         y += row.space
@@ -282,11 +282,9 @@ def _labels(values: Sequence[Number], percent: bool = False) -> list[str]:
 def svg_of(
     kind: str, height: Number, parts: Sequence[str], more: str = "", width: int = _WIDTH
 ) -> str:
-    return (
-        f'<svg class="{kind}" viewBox="0 0 {width} {height:.0f}" role="img" {more}>'
-        + "".join(parts)
-        + "</svg>"
-    )
+    """An SVG of a class in the style sheet, from its parts; `more` are attributes."""
+    frame = f'<svg class="{kind}" viewBox="0 0 {width} {height:.0f}" role="img" {more}>'
+    return frame + "".join(parts) + "</svg>"
 
 
 def label(x: Number, y: Number, text: str, anchor: str, kind: str = "") -> str:
