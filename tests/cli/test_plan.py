@@ -5,12 +5,11 @@ import json
 import re
 import subprocess
 import sys
-import xml.dom.minidom
-from html.parser import HTMLParser
 
 import launch
 import pytest
 from launch import ROOT, TINY, environment
+from pages import Page
 
 from jaxrl_eff.cli import plan
 from jaxrl_eff.cli.pages import plan_page, trace
@@ -191,34 +190,6 @@ def test_a_checkpoint_is_read_from_its_config_alone(tmp_path):
 # The drawing
 
 
-class Page(HTMLParser):
-    """Checks that tags close in order and that nothing is fetched; collects the SVGs."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.words = [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-        assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
-        self.drawings = [xml.dom.minidom.parseString(s).documentElement
-                         for s in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]  # fmt: skip
-
-    def handle_starttag(self, tag, attrs):
-        assert not {"src", "href"} & {k for k, _ in attrs}
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        pass
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-
 def box(rect):
     x, y, w, h = (float(rect.getAttribute(k)) for k in ("x", "y", "width", "height"))
     return x, y, x + w, y + h
@@ -226,7 +197,7 @@ def box(rect):
 
 def test_nothing_in_the_drawings_overlaps_or_is_cut_off(planned):
     page = Page(plan_page.page("A <plan>", [planned]))
-    assert len(page.drawings) == 5 and "A <plan>" in page.words
+    assert len(page.drawings) == 5 and "A <plan>" in page.text
     for svg in page.drawings:
         width, height = map(float, svg.getAttribute("viewBox").split()[2:])
         boxes = [box(r) for r in svg.getElementsByTagName("rect")]

@@ -115,15 +115,16 @@ def _smooth(line: Sequence[tuple[Number, Number]]) -> list[tuple[Number, Number]
     """At every point the straight line through its neighbors, a twelfth of the curve.
 
     Unlike a moving average it neither lags at the ends of a falling curve nor follows their noise.
+    It stays within the values around it.
     """
     half, out = max(2, len(line) // 24), []
     for i, (x, _) in enumerate(line):
         near = line[max(0, i - half) : i + half + 1]
-        mean_x = sum(p[0] for p in near) / len(near)
-        mean_y = sum(p[1] for p in near) / len(near)
-        spread = sum((p[0] - mean_x) ** 2 for p in near) or 1.0
-        slope = sum((p[0] - mean_x) * (p[1] - mean_y) for p in near) / spread
-        out.append((x, mean_y + slope * (x - mean_x)))
+        xs, ys = zip(*near, strict=True)
+        mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+        spread = sum((a - mean_x) ** 2 for a in xs) or 1.0
+        slope = sum((a - mean_x) * (b - mean_y) for a, b in near) / spread
+        out.append((x, min(max(mean_y + slope * (x - mean_x), min(ys)), max(ys))))
     return out
 
 
