@@ -213,17 +213,23 @@ class Console:
         """Prints a line, cut to the width unless it is to stay `whole`."""
         self._blank = not text
         text = text if whole else cut(text, self._width)
-        self._rich.print(Text(text, style=style), soft_wrap=True)
-        self._stream.flush()
+        if self._terminal:
+            self._rich.print(Text(text, style=style), soft_wrap=True)
+        else:
+            self._plain(text)
 
     def _draw(self, what: RenderableType) -> None:
         """Prints lines within the width; without spaces at their ends, except on a terminal."""
         self._blank = False
         if self._terminal:
             self._rich.print(what)
-            return
-        for line in self._rich.render_lines(what, pad=False):
-            print("".join(part.text for part in line).rstrip(), file=self._stream, flush=True)
+        else:
+            for line in self._rich.render_lines(what, pad=False):
+                self._plain("".join(part.text for part in line).rstrip())
+
+    def _plain(self, line: str) -> None:
+        # Not through rich, which ends the program where a pipe is closed.
+        print(line, file=self._stream, flush=True)
 
 
 class _Progress:

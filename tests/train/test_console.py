@@ -7,6 +7,7 @@ import pytest
 from rich.cells import cell_len
 
 from jaxrl_eff.train.console import Console, clean, clock, cut, number
+from jaxrl_eff.train.interrupts import Outlasting
 
 
 def run(c):
@@ -90,11 +91,15 @@ def test_text_from_a_model_cannot_steer_the_terminal():
     assert "[red]x[/red]" in stream.getvalue() and "\x1b[31m" not in stream.getvalue()
 
 
-def test_a_poor_encoding_is_survived():
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("wrapped", [lambda stream: stream, Outlasting])
+def test_a_poor_encoding_is_survived(terminal, wrapped):
     raw = io.BytesIO()
-    c = Console(terminal=False, stream=io.TextIOWrapper(raw, encoding="ascii"))
+    c = Console(terminal=terminal, stream=wrapped(io.TextIOWrapper(raw, encoding="ascii")))
     c.samples("s", [{"prompt": "1", "completion": "ü"}])
-    assert b"1 ? ?" in raw.getvalue()
+    c.table("ü", ["ü"], [["ü"]])
+    c.final("ü")
+    assert b"1 ? ?" in raw.getvalue() and raw.getvalue().count(b"?") == 6
 
 
 def test_numbers_and_clocks_read_well():
