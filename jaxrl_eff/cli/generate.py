@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -162,32 +162,7 @@ def _load(directory: Path, cfg: LMConfig, ignore: Sequence[str]) -> PyTree:
     return params
 
 
-def _say(
-    cfg: LMConfig,
-    params: PyTree,
-    sampling: Sampling,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    key: Key[Array, ""],
-) -> str:
-    """Prints a response as it comes, and returns it."""
-    text = ""
-    ids = stream(cfg, params, sampling, prompt, key)
-    for piece in decode_stream(tokenizer, ids, after=prompt):
-        print(piece, end="", flush=True)
-        text += piece
-    print(flush=True)
-    return text
-
-
-def _chat(
-    cfg: LMConfig,
-    params: PyTree,
-    sampling: Sampling,
-    tokenizer: Tokenizer,
-    asked: int | None,
-    key: Key[Array, ""],
-) -> None:
+def _chat(tokenizer: Tokenizer, say: Callable[[Sequence[int], int], str]) -> None:
     """Answers every line of standard input until it ends."""
     messages: list[dict[str, str]] = []
     while True:
@@ -200,10 +175,7 @@ def _chat(
             continue
         messages.append({"role": "user", "content": line.rstrip("\n")})
         text = render_chat(tokenizer, messages, add_generation_prompt=True)
-        prompt = tokenizer.encode(text)
-        sampling = dataclasses.replace(sampling, max_tokens=_room(cfg, prompt, asked))
-        answer_key = jax.random.fold_in(key, len(messages))
-        answer = _say(cfg, params, sampling, tokenizer, prompt, answer_key)
+        answer = say(tokenizer.encode(text), len(messages))
         messages.append({"role": "assistant", "content": answer})
 
 
@@ -247,9 +219,23 @@ def _run(args: argparse.Namespace) -> None:
     key = jax.random.key(args.seed)
     if args.chat:
         render_chat(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True)
-        _room(cfg, [0], asked)
-        _chat(cfg, _load(directory, cfg, ignore), sampling, tokenizer, asked, key)
-        return
-    prompt = tokenizer.encode(args.prompt, special=True)
-    sampling = dataclasses.replace(sampling, max_tokens=_room(cfg, prompt, asked))
-    _say(cfg, _load(directory, cfg, ignore), sampling, tokenizer, prompt, key)
+    prompt = [0] if args.chat else tokenizer.encode(args.prompt, special=True)
+    _room(cfg, prompt, asked)
+    params = _load(directory, cfg, ignore)
+
+    def say(prompt: Sequence[int], turn: int | None = None) -> str:
+        """Prints a response as it comes, and returns it."""
+        own = key if turn is None else jax.random.fold_in(key, turn)
+        limited = dataclasses.replace(sampling, max_tokens=_room(cfg, prompt, asked))
+        pieces = []
+        ids = stream(cfg, params, limited, prompt, own)
+        for piece in decode_stream(tokenizer, ids, after=prompt):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print(flush=True)
+        return "".join(pieces)
+
+    if args.chat:
+        _chat(tokenizer, say)
+    else:
+        say(prompt)

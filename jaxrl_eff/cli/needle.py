@@ -190,16 +190,13 @@ def _run(args: argparse.Namespace) -> None:
     if lengths[0] < 1:
         raise ValueError(f"--lengths has {lengths[0]}, but must be at least 1.")
     if lengths[-1] > cfg.max_length:
-        print(
-            f"note: {lengths[-1]} tokens are more than the model's {cfg.max_length}.",
-            file=sys.stderr,
-        )
+        note = f"note: {lengths[-1]} tokens are more than the model's {cfg.max_length}."
+        print(note, file=sys.stderr)
     text = Path(args.text).read_text(encoding="utf-8") if args.text else ""
     tokenizer = load_tokenizer(directory)
     all_cases = cases(tokenizer, lengths, args.depths, args.samples, text, args.seed)
     params = load_hf(directory, cfg)
     share = grid(cfg, params, all_cases)
-    depths = sorted({depth for _, depth in share})
     console = Console(terminal=False)
     depths = sorted({depth for _, depth in share})
     rows = [[f"{d:.0%}", *(f"{share[n, d]:.0%}" for n in lengths)] for d in depths]
