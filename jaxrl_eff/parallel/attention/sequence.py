@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff.parallel.attention import kernels, ring
+from jaxrl_eff.parallel.attention.context import Mask
+from jaxrl_eff.parallel.attention.on_mesh import on_mesh
 from jaxrl_eff.parallel.devices import CORE_FLOPS_PER_S, peak_flops_per_s
 from jaxrl_eff.parallel.mesh import Placement, mesh
 from jaxrl_eff.parallel.reshard.layout import Network
@@ -36,15 +38,15 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
         raise ValueError(f"attention over the sequence axis is {way!r}; there are {list(WAYS)}.")
     grid = mesh(place)
     if place.seq == 1:
-        return _when_called(lambda: ring.on_mesh(ring.local("seq", kernel=kernel()), grid))
+        return _when_called(lambda: on_mesh(ring.local("seq", kernel=kernel()), grid))
     if reach is not None:
-        return ring.on_mesh(ring.ring("seq", reach=reach, kernel=kernel()), grid)
-    made = {name: ring.on_mesh(make("seq", kernel=kernel()), grid) for name, make in WAYS.items()}
+        return on_mesh(ring.ring("seq", reach=reach, kernel=kernel()), grid)
+    made = {name: on_mesh(make("seq", kernel=kernel()), grid) for name, make in WAYS.items()}
     if way:
         return made[way]
 
-    def chosen(q: Array, k: Array, v: Array, **how: Any) -> Array:
-        return made[fastest(place, q.shape, k.shape[2], q.dtype)](q, k, v, **how)
+    def chosen(q: Array, k: Array, v: Array, mask: Mask, **how: Any) -> Array:
+        return made[fastest(place, q.shape, k.shape[2], q.dtype)](q, k, v, mask, **how)
 
     chosen.names = ring.NAMES
     return chosen
@@ -159,18 +161,17 @@ def both(place: Placement, local: int, way: str = "") -> Callable[..., Array]:
     own = ring.local("seq", kernel=kernel())
     shared = {name: make("seq", kernel=kernel()) for name, make in WAYS.items()}
 
-    def attend(q: Array, k: Array, v: Array, **how: Any) -> Array:
-        where = {name: how.pop(name) for name in _WHERE}
+    def attend(q: Array, k: Array, v: Array, mask: Mask, **how: Any) -> Array:
         outs = []
         for mine, part in ((True, slice(local)), (False, slice(local, None))):
             pieces = [x[:, part] for x in (q, k, v)]
             if pieces[0].shape[1]:
-                there = {name: x[:, part] for name, x in where.items()}
+                there = mask.each(lambda x, part=part: x[:, part])
                 by = own if mine else shared[way or _fastest_of_stripes(place, *pieces[:2])]
-                outs.append(by(*pieces, **there, **how))
+                outs.append(by(*pieces, there, **how))
         return jnp.concatenate(outs, axis=1)
 
-    return ring.on_mesh(attend, mesh(place), split=False)
+    return on_mesh(attend, mesh(place), split=False)
 
 
 def _fastest_of_stripes(place: Placement, q: Array, k: Array) -> str:
@@ -178,9 +179,6 @@ def _fastest_of_stripes(place: Placement, q: Array, k: Array) -> str:
     rows, length, heads, dim = q.shape
     whole = rows * place.row_shards, length * place.seq, heads * place.tensor, dim
     return fastest(place, whole, k.shape[2] * place.tensor, q.dtype) if place.seq > 1 else "ring"
-
-
-_WHERE = ("q_position", "k_position", "q_segment", "k_segment")
 
 
 def joined(local: Array, shared: Array, parts: int) -> Array:
