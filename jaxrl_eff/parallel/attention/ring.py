@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxrl_eff.parallel.attention import blockwise, kernels
 from jaxrl_eff.parallel.attention.blockwise import Queries, Where
 from jaxrl_eff.parallel.attention.context import Attend, Mask
-from jaxrl_eff.parallel.attention.kernels import CHUNK, Kernel
+from jaxrl_eff.parallel.attention.kernels import Kernel
 from jaxrl_eff.parallel.attention.token_order import pad
 from jaxrl_eff.types import Array, Float, Int
 
@@ -48,14 +48,7 @@ class _Tour(NamedTuple):
     backward: Callable[..., Any]
 
 
-def ring(
-    axis: str = "seq",
-    *,
-    chunk: int = CHUNK,
-    kernel: Kernel | None = None,
-    reach: int | None = None,
-    unroll: int = 1,
-) -> Attend:
+def ring(axis: str = "seq", *, kernel: Kernel | None = None, reach: int | None = None) -> Attend:
     """Attention with keys and values circulating over `axis`, one permute per hop.
 
     The forward pass has P - 1 permutes; the backward pass as many for keys and values, and P for
@@ -64,31 +57,28 @@ def ring(
 
     Args:
         axis: mesh axis over which tokens are sharded.
-        chunk: maximum tokens per chunk of queries or keys in the XLA kernel.
         kernel: kernel to use if it fits, see `kernels`; None: XLA.
         reach: number of subsequent shards that a shard's keys are sent to; None: all. Requires
-            contiguous tokens (`token_order.contiguous`) and windows that reach no farther back.
-        unroll: hops per loop iteration. More give the compiler more freedom to overlap, but it can
-            then hold as many shards at once.
+            tokens in order and windows that reach no farther back.
 
     Raises:
         ValueError: a negative reach.
     """
     if reach is not None and reach < 0:
         raise ValueError(f"reach is {reach}; it must be at least 0.")
-    ways = (functools.partial(f, unroll, reach) for f in (_ring_forward, _ring_backward))
-    return functools.partial(_spread, _Tour(*ways), axis, chunk, kernel)
+    ways = (functools.partial(f, reach) for f in (_ring_forward, _ring_backward))
+    return functools.partial(_spread, _Tour(*ways), axis, kernel)
 
 
-def gathered(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
+def gathered(axis: str = "seq", *, kernel: Kernel | None = None) -> Attend:
     """Attention to keys and values all-gathered over `axis`, once forward and once backward.
 
     Their gradients are reduce-scattered in float32. Arguments as for `ring`.
     """
-    return functools.partial(_spread, _GATHERED, axis, chunk, kernel)
+    return functools.partial(_spread, _GATHERED, axis, kernel)
 
 
-def ulysses(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
+def ulysses(axis: str = "seq", *, kernel: Kernel | None = None) -> Attend:
     """Attention to complete rows with heads sharded over `axis`. Arguments as for `ring`.
 
     Key heads are repeated as needed to be divisible by P.
@@ -96,18 +86,17 @@ def ulysses(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = No
     Raises:
         ValueError: (on use) the number of query heads is not divisible by P.
     """
-    return functools.partial(_ulysses, axis, chunk, kernel)
+    return functools.partial(_ulysses, axis, kernel)
 
 
-def local(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
+def local(axis: str = "seq", *, kernel: Kernel | None = None) -> Attend:
     """Attention within each device's own shard, without communication. Arguments as for `ring`."""
-    return functools.partial(_spread, _ALONE, axis, chunk, kernel)
+    return functools.partial(_spread, _ALONE, axis, kernel)
 
 
 def _spread(
     tour: _Tour,
     axis: str,
-    chunk: int,
     kernel: Kernel | None,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -118,7 +107,7 @@ def _spread(
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     if kernel is None or not kernel.fits(k.shape[3], k.dtype):
-        kernel = kernels.xla(chunk)
+        kernel = kernels.xla()
     heads, length = k.shape[2], q.shape[1]
     chunk = kernel.chunk(max(length, k.shape[1]))
     if kernel.exact:
@@ -200,7 +189,7 @@ _ALONE = _Tour(_alone_forward, _alone_backward)
 # compiler can schedule all sends before any computation, and every device then holds all shards.
 
 
-def _ring_forward(unroll, reach, kernel, axis, q, kv, where, softcap):
+def _ring_forward(reach, kernel, axis, q, kv, where, softcap):
     sends, at = _sends(reach, axis), _hops(where, axis)
 
     def compute(met, kv, hop):
@@ -211,14 +200,12 @@ def _ring_forward(unroll, reach, kernel, axis, q, kv, where, softcap):
         coming = _next(kv, axis)
         return (coming, compute(met, kv, hop)), None
 
-    carry, _ = lax.scan(
-        step, (kv, blockwise.nothing(q)), jnp.arange(sends, dtype=jnp.int32), unroll=unroll
-    )
+    carry, _ = lax.scan(step, (kv, blockwise.nothing(q)), jnp.arange(sends, dtype=jnp.int32))
     kv, met = carry
     return compute(met, kv, sends)
 
 
-def _ring_backward(unroll, reach, kernel, axis, queries, kv, where, softcap):
+def _ring_backward(reach, kernel, axis, queries, kv, where, softcap):
     sends, at = _sends(reach, axis), _hops(where, axis)
     none = blockwise.nothing(queries.q)[0]
 
@@ -242,7 +229,7 @@ def _ring_backward(unroll, reach, kernel, axis, queries, kv, where, softcap):
     coming = _next(kv, axis)
     dq, dkv = compute(none, kv, 0)
     between = jnp.arange(1, sends, dtype=jnp.int32)
-    (dq, kv, dkv), _ = lax.scan(step, (dq, coming, dkv), between, unroll=unroll)
+    (dq, kv, dkv), _ = lax.scan(step, (dq, coming, dkv), between)
     dq, dkv = last(dq, kv, dkv, sends)
     return dq, _next(dkv, axis, -sends)
 
@@ -293,7 +280,6 @@ _GATHERED = _Tour(_gathered_forward, _gathered_backward)
 
 def _ulysses(
     axis: str,
-    chunk: int,
     kernel: Kernel | None,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
@@ -308,7 +294,7 @@ def _ulysses(
         q, k, v = (lax.all_to_all(x, axis, 2, 1, tiled=True) for x in (q, k, v))
         where = (lax.all_gather(x, axis, axis=1, tiled=True) for x in where)
         mask = Mask(*where, mask.window)
-    out = _spread(_ALONE, axis, chunk, kernel, q, k, v, mask, **how)
+    out = _spread(_ALONE, axis, kernel, q, k, v, mask, **how)
     return lax.all_to_all(out, axis, 1, 2, tiled=True) if parts > 1 else out
 
 

@@ -16,8 +16,6 @@ puts the parts in order; no permutation is needed.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -182,39 +180,6 @@ def _gather_backward(plan, residual, gradient):
 gather_weights.defvjp(_gather_forward, _gather_backward)
 
 
-def sharded_apply(
-    fn: Callable[[jax.Array, Any], Any],
-    shard: jax.Array,
-    x: Any,
-    plan: ZeroConfig,
-    *,
-    feedback: jax.Array | None = None,
-    keep: tuple[str, ...] = (),
-) -> Any:
-    """Applies fn to a sharded weight: gather and compute; backward gather, compute and reduce.
-
-    A device holds the full weight only while fn runs, so this is meant for one layer, for instance
-    inside a `lax.scan` over the shards of all layers.
-
-    Args:
-        fn: `(weight [N A m], x) -> y`; recomputed in the backward pass.
-        shard: [m], of this device.
-        x: any differentiable tree.
-        plan: the encodings and the axes; `secondary` in its level saves the gather's first stage.
-        feedback: as for `gather_weights`.
-        keep: names, given by `checkpoint_name` in fn, of values to save instead of recomputing.
-
-    Returns:
-        y.
-    """
-
-    def run(shard, feedback, x):
-        return fn(gather_weights(shard, feedback, plan), x)
-
-    policy = jax.checkpoint_policies.save_only_these_names(*keep, STAGE)
-    return jax.checkpoint(run, policy=policy)(shard, feedback, x)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gather_held(stage: jax.Array, slot: jax.Array, plan: ZeroConfig) -> jax.Array:
     """Gathers the full weight from a first stage gathered before, over the fast axis only.
@@ -245,22 +210,6 @@ def _held_backward(plan, residual, gradient):
 gather_held.defvjp(_held_forward, _held_backward)
 
 
-def held_apply(
-    fn: Callable[[jax.Array, Any], Any], stage: jax.Array, slot: jax.Array, x: Any, plan: ZeroConfig
-) -> Any:
-    """`sharded_apply` with a stage gathered before; nothing is sent over the slow axis."""
-
-    def run(stage, slot, x):
-        return fn(gather_held(stage, slot, plan), x)
-
-    return jax.checkpoint(run)(stage, slot, x)
-
-
-def refresh(shard: jax.Array, plan: ZeroConfig, dtype: str = "float32") -> jax.Array:
-    """Every node's copy of the weights, sent in full: [N, ..., m] of `dtype`."""
-    return decode(gather_slow(shard, plan), shard.shape[-1], plan.weights, dtype)
-
-
 def send_deltas(shard: jax.Array, held: jax.Array, plan: ZeroConfig, blocks: Blocks) -> jax.Array:
     """Updates every node's copy of the weights by sending quantized differences.
 
@@ -269,12 +218,12 @@ def send_deltas(shard: jax.Array, held: jax.Array, plan: ZeroConfig, blocks: Blo
 
     Args:
         shard: W [..., m] floats.
-        held: R [N, ..., m], of `refresh` or of the previous step; bfloat16 or float32.
+        held: R [N, ..., m], the copy of the previous step; bfloat16 or float32.
         plan: for its slow axis.
         blocks: encoding of the differences.
 
     Returns:
-        R' of R's shape and dtype; `encode(R', Blocks(16 or 32))` is a stage for `held_apply`.
+        R' of R's shape and dtype; `encode(R', Blocks(16 or 32))` is a stage for `gather_held`.
     """
     wide = held.astype(jnp.float32)
     mine = lax.dynamic_index_in_dim(wide, lax.axis_index(plan.slow), 0, keepdims=False)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_eff import models
 from jaxrl_eff.models import attention
-from jaxrl_eff.parallel.attention import blockwise, ring
+from jaxrl_eff.parallel.attention import blockwise, kernels, ring
 from jaxrl_eff.parallel.attention.context import Mask
 from jaxrl_eff.parallel.attention.on_mesh import on_mesh
 
@@ -77,7 +77,7 @@ def check(way, parts, dtype, kv_heads, softcap, seed=0):
     heads = max(4, parts) if way == "ulysses" else 4
     slow = attention.plain if dtype == "float32" else dense
     wide = jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
-    fast = on_mesh(WAYS[way]("seq", chunk=3), line(parts))
+    fast = on_mesh(WAYS[way](kernel=kernels.xla(3)), line(parts))
     with wide:
         for case, window in enumerate((EVERYTHING, 1, 5)):
             position, segment = packed(rng)
@@ -225,7 +225,7 @@ def test_half_precision_errs_no_more_than_on_one_device():
     arrays = [x.astype(jnp.bfloat16) for x in numbers(rng, 4, 2, np.float32)]
     rest = position, segment, None
     exact = value_and_gradients(attention.plain, None)(*(x.astype("f4") for x in arrays), *rest)
-    fast = on_mesh(ring.ring(chunk=3), line(4))
+    fast = on_mesh(ring.ring(kernel=kernels.xla(3)), line(4))
     errors = []
     for attend in (attention.plain, fast):
         got = value_and_gradients(attend, None)(*arrays, *rest)
@@ -247,7 +247,7 @@ def test_keys_that_nobody_sees_are_not_computed_with():
     segment = np.repeat([1, 2], [2 * chunk, 6 * chunk])[None].astype(np.int32)
     q, k, v, dout = numbers(np.random.default_rng(6), 4, 2, np.float32, rows=1)
     for parts in (1, 4):
-        run = value_and_gradients(on_mesh(ring.ring(chunk=chunk), line(parts)), None)
+        run = value_and_gradients(on_mesh(ring.ring(kernel=kernels.xla(chunk)), line(parts)), None)
         for bad in range(8):
             spoilt = slice(bad * chunk, (bad + 1) * chunk)
             k2, v2 = k.copy(), v.copy()
@@ -321,10 +321,8 @@ def count(jaxpr, name):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
-@pytest.mark.parametrize("unroll", [1, 7])
-def test_a_ring_permutes_once_a_hop_and_gathers_nothing_but_integers(parts, unroll):
-    way = ring.ring("seq", unroll=unroll)
-    forward, both = (program(way, line(parts), gradient=g) for g in (False, True))
+def test_a_ring_permutes_once_a_hop_and_gathers_nothing_but_integers(parts):
+    forward, both = (program(ring.ring(), line(parts), gradient=g) for g in (False, True))
     if parts == 1:
         assert not list(collectives(forward)) and not list(collectives(both))
         return
@@ -382,7 +380,7 @@ def temporaries(way, parts, length=8192, chunk=128, dim=64):
     spread = NamedSharding(line(parts), PartitionSpec(None, "seq"))
     x = jax.ShapeDtypeStruct((1, length, 1, dim), jnp.float32, sharding=spread)
     where = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=spread)
-    run = value_and_gradients(on_mesh(WAYS[way]("seq", chunk=chunk), line(parts)), None)
+    run = value_and_gradients(on_mesh(WAYS[way](kernel=kernels.xla(chunk)), line(parts)), None)
     compiled = run.lower(x, x, x, x, where, where, None).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
@@ -447,7 +445,7 @@ def test_what_cannot_be_split_is_named():
         ring.wire_bytes("rings", 8, 4, 2, 4, 2, 2)
 
 
-@pytest.mark.parametrize("attend", [ring.ring("seq", chunk=128), ring.gathered("seq", chunk=128)])
+@pytest.mark.parametrize("attend", [f(kernel=kernels.xla(128)) for f in (ring.ring, ring.gathered)])
 def test_a_loop_over_layers_keeps_nothing_of_two_lengths(attend):
     """Masks are the same for all layers; before the loop they would be all there at once."""
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("seq",))
