@@ -2,7 +2,7 @@
 
 A `Route` compares the parts of every tensor that each device holds and needs, chooses collectives
 or point-to-point messages that receive little more than what is missing (`choose`), compiles them
-into a few programs (`spmd`), and replays these. Unlike with `jax.device_put`, nothing goes through
+into a few programs (`programs`), and replays these. Unlike with `jax.device_put`, nothing goes through
 the host, and no bytes move where the layouts are equal.
 
 The two sets of devices can be equal, reordered, nested, overlapping or disjoint, in one process or
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from jaxrl_eff.parallel import hlo_bytes
-from jaxrl_eff.parallel.reshard import buckets
+from jaxrl_eff.parallel.reshard import bucket_run, buckets
 from jaxrl_eff.parallel.reshard.collectives import AllToAll, Exchange, Gather, Permute
 from jaxrl_eff.parallel.reshard.layout import Bound, DeviceLayout, Network
 
@@ -131,7 +131,7 @@ class Route:
     def programs(self, tree: Any = None) -> list[Any]:
         """Compiled programs that this process runs, in order and with repetitions."""
         plan = self._planned(self._leaves(tree))
-        return [p for b in plan.buckets for p in b.parts * buckets.compile_all(b)]
+        return [p for b in plan.buckets for p in b.parts * bucket_run.compile_all(b)]
 
     def report(self, tree: Any = None, *, compiled: bool = False) -> Report:
         """Report on the route's traffic, time and memory.
@@ -178,27 +178,27 @@ class Route:
         leaves = self._treedef.flatten_up_to(tree)
         plan = self._planned(leaves)
         out = [
-            buckets.wrapped(x, m) if m.kept else None
+            bucket_run.wrapped(x, m) if m.kept else None
             for x, m in zip(leaves, plan.moves, strict=True)
         ]
-        flow = buckets.UnderWay(IN_FLIGHT)
+        flow = bucket_run.UnderWay(IN_FLIGHT)
         for bucket in plan.buckets:
             moves = {i: plan.moves[i] for i in bucket.members}
-            parts = {i: buckets.start(leaves[i], m) for i, m in moves.items()}
+            parts = {i: bucket_run.start(leaves[i], m) for i, m in moves.items()}
             if bucket.parts == 1:
                 flow.wait()
-                parts = buckets.run(bucket, parts)
+                parts = bucket_run.run(bucket, parts)
                 flow.add([list(held.values()) for held in parts.values()])
             else:
                 (i,) = bucket.members
-                parts = {i: buckets.run_in_parts(bucket, moves[i], parts[i], flow)}
+                parts = {i: bucket_run.run_in_parts(bucket, moves[i], parts[i], flow)}
             for i, m in moves.items():
-                out[i] = buckets.finish(m, parts[i])
+                out[i] = bucket_run.finish(m, parts[i])
                 if self._donate and isinstance(leaves[i], jax.Array) and not plan.shares(i):
                     leaves[i].delete()
         for i, m in enumerate(plan.moves):
             if out[i] is None:
-                out[i] = buckets.empty(m)
+                out[i] = bucket_run.empty(m)
         return self._treedef.unflatten(out)
 
     def _leaves(self, tree: Any) -> list[Any] | None:

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_eff.parallel import Placement, Route, hlo_bytes
 from jaxrl_eff.parallel.mesh import mesh
-from jaxrl_eff.parallel.reshard import choose, spmd
+from jaxrl_eff.parallel.reshard import choose, exchange
 from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network, missing
 
 SPECS = {
@@ -75,7 +75,7 @@ def measure(n, every=1, small=0):
         "layers": rng.standard_normal((3, 8 * n, 8 * n)).astype(np.float32),
     }
     out = []
-    spmd.SMALL["cpu"] = small
+    exchange.SMALL["cpu"] = small
     for a, b in list(itertools.product(factorizations(n), repeat=2))[::every]:
         source, target = (
             {k: NamedSharding(mesh(p), spec) for k, spec in SPECS.items()} for p in (a, b)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_eff.parallel import Placement, Route, hlo_bytes, rules
 from jaxrl_eff.parallel.mesh import mesh
-from jaxrl_eff.parallel.reshard import spmd
+from jaxrl_eff.parallel.reshard import exchange
 from jaxrl_eff.parallel.reshard.layout import Network
 
 PLACES = {
@@ -78,7 +78,7 @@ def trees(a, b, axes, sizes):
 
 
 def test_pairs_of_factorizations_receive_what_was_planned(monkeypatch):
-    monkeypatch.setitem(spmd.SMALL, "cpu", 0)
+    monkeypatch.setitem(exchange.SMALL, "cpu", 0)
     check_pairs(pairs.measure(8, every=9))
 
 
