@@ -1,8 +1,7 @@
 """Bytes that a program sends over each mesh axis, counted on its jaxpr.
 
 Compiled programs are unsuitable for this: the CPU compiler widens narrow dtypes in collectives and
-merges equal ones. A jaxpr contains the collectives as written, with trip counts of loops. See
-`hlo_bytes` for the bytes of compiled programs.
+merges equal ones. A jaxpr contains the collectives as written, with trip counts of loops.
 
 All counts are bytes that one device receives in one execution. A collective over several axes is
 assumed to send directly from device to device: every byte counts on the slowest axis in which

@@ -48,8 +48,8 @@ class Group:
         self._parted: set[int] = set()
         self._done = self._leaving = False
         for who in self._links:
-            self._thread(self._listen, who)
-        self._thread(self._beat)
+            self._thread(f"messages of process {who}", self._listen, who)
+        self._thread("heartbeats", self._beat)
 
     # Strings --------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Group:
         if self.process == 0 or not passed_on:
             for link in self._links.values():
                 link.offer({"ask": name})
-        self._thread(lambda: self._say(f"answer {name}", self._offers[name]()))
+        self._thread(f"answer {name}", lambda: self._say(f"answer {name}", self._offers[name]()))
 
     # Failure and exit -----------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class Group:
         with self._changed:
             self._leaving, already = True, self._lost
             self._done = True
-        self._thread(self._must_leave)
+        self._thread("end of a failed process", self._must_leave)
         if not already:
             for link in self._links.values():
                 link.offer({"failed": self.process, "why": why})
@@ -231,7 +231,7 @@ class Group:
         for other, link in self._links.items():
             if other != who:
                 link.offer({"failed": who, "why": why})
-        self._thread(self._end_soon)
+        self._thread("end after a lost process", self._end_soon)
 
     def _end_soon(self) -> None:
         time.sleep(GRACE)  # the main thread may hit an error of its own and exit cleanly
@@ -267,8 +267,8 @@ class Group:
             self._leave(EXIT)
 
     @staticmethod
-    def _thread(run: Callable[..., Any], *args: Any) -> None:
-        threading.Thread(target=run, args=args, daemon=True, name="peers").start()
+    def _thread(name: str, run: Callable[..., Any], *args: Any) -> None:
+        threading.Thread(target=run, args=args, daemon=True, name=name).start()
 
 
 _group: Group | None = None

@@ -35,6 +35,43 @@ DENSE_BELOW = 4096  # elements per message; for smaller ones indices cost more t
 
 
 @dataclasses.dataclass(frozen=True)
+class SyncConfig:
+    """Settings for sending changes.
+
+    Attributes:
+        capacity: maximum fraction of a message's elements that can have changed; a tensor with more
+            changes is sent in full.
+        bits: 0: changed elements are sent exactly; 8 or 4: the differences of all elements are
+            sent, quantized to this many bits, with error feedback.
+        block: maximum number of elements that share a scale if `bits` is not 0.
+        every: interval, in syncs, of full transfers that also check the copy.
+        dense_below: tensors whose messages have fewer elements are always sent in full.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    capacity: float = 0.05
+    bits: int = 0
+    block: int = 256
+    every: int = 100
+    dense_below: int = DENSE_BELOW
+
+    def __post_init__(self):
+        if not 0 < self.capacity <= 1:
+            raise ValueError(f"capacity is {self.capacity}, but must be above 0, at most 1.")
+        if self.bits not in (0, 4, 8):
+            raise ValueError(f"bits is {self.bits}, but must be 0, 4 or 8.")
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}, but must be at least 1.")
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Encoding of differences; None: changed elements are sent exactly."""
+        return Blocks(self.bits, self.block) if self.bits else None
+
+
+@dataclasses.dataclass(frozen=True)
 class Synced:
     """Statistics of one sync: scalars on the devices of both meshes.
 
@@ -66,12 +103,8 @@ class ChangedElements:
     Args:
         source: tree of arrays or `jax.ShapeDtypeStruct`s with shardings.
         target: tree of shardings.
+        config: how changes are sent.
         dtype: of the copy; None keeps that of every array.
-        capacity: maximum fraction of a message's elements that can have changed.
-        bits: 0: send changed elements exactly; 8 or 4: send quantized differences of all elements.
-        block: maximum number of elements that share a scale if `bits` is not 0.
-        every: in steps that are multiples of this, everything is sent in full and checked.
-        dense_below: tensors whose messages have fewer elements are always sent in full.
         network: as for `Route`.
 
     Raises:
@@ -82,18 +115,13 @@ class ChangedElements:
         self,
         source: Any,
         target: Any,
+        config: SyncConfig = SyncConfig(),
         *,
         dtype: Any = jnp.bfloat16,
-        capacity: float = 0.05,
-        bits: int = 0,
-        block: int = 256,
-        every: int = 100,
-        dense_below: int = DENSE_BELOW,
         network: Network | None = None,
     ):
         self._network = network or Network.local()
-        self._every = every
-        self._way = changes_leaf.Way(capacity, Blocks(bits, block) if bits else None, dense_below)
+        self._config = config
         dtype = None if dtype is None else jnp.dtype(dtype)
         leaves, self._treedef = jax.tree.flatten(source)
         targets = self._treedef.flatten_up_to(target)
@@ -147,7 +175,7 @@ class ChangedElements:
             return copy, sent, None
         trees = [self._treedef.flatten_up_to(t) for t in (tree, sent, copy)]
         views = [self._views(leaves, k) for k, leaves in enumerate(trees)]
-        program = self._program(dense=step % self._every == 0)
+        program = self._program(dense=step % self._config.every == 0)
         out = program(*views[0], *views[1], *views[2])
         n = len(self._moves)
         new = [
@@ -205,12 +233,12 @@ class ChangedElements:
                 jnp.copy(x.astype(m.out)) for x, m in zip(operands[:n], self._moves, strict=True)
             ]
             leaves = [
-                changes_leaf.Leaf(plan, self._devices, *values, self._way)
+                changes_leaf.Leaf(plan, self._devices, *values, self._config)
                 for plan, *values in zip(
                     plans, news, operands[n : 2 * n], operands[2 * n :], strict=True
                 )
             ]
             return changes_leaf.update(leaves, news, dense, self._whole)
 
-        key = ("delta", plans, self._way, dense)
+        key = ("delta", plans, self._config, dense)
         return programs.compiled(key, self._devices, inputs, ranks, fn, tuple(range(n, 3 * n)))

@@ -1,6 +1,5 @@
 """Sync of changed elements of one tensor, in code that runs on every device of a program."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -10,15 +9,6 @@ from jax import lax
 from jaxrl_eff.parallel.codec import Blocks, decode, encode
 from jaxrl_eff.parallel.reshard import exchange
 from jaxrl_eff.parallel.reshard.collectives import Exchange, Round
-
-
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """How changes are sent; see `changes.ChangedElements`."""
-
-    capacity: float
-    blocks: Blocks | None
-    dense_below: int
 
 
 def update(leaves: list["Leaf"], news: list[Any], dense: bool, whole: float) -> tuple[Any, ...]:
@@ -70,21 +60,21 @@ class Leaf:
         new: Any,
         sent: Any,
         copy: Any,
-        way: Way,
+        config: Any,
     ):
         self._plan, self._devices = plan, devices
         self._new, self._sent, self._copy = new, sent, copy
         self._units = exchange.ratios(new.shape, plan.units)
         sizes = [math.prod(r.size) * math.prod(self._units) for r in plan.rounds]
-        self._capacity = [max(1, math.ceil(way.capacity * n)) for n in sizes]
+        self._capacity = [max(1, math.ceil(config.capacity * n)) for n in sizes]
         item = new.dtype.itemsize
         self.elements = sum(len(r.boxes) * n for r, n in zip(plan.rounds, sizes, strict=True))
         self.dense_bytes = jnp.float32(self.elements * item)
-        self._always_dense = item not in (2, 4) or min(sizes, default=0) < way.dense_below
+        self._always_dense = item not in (2, 4) or min(sizes, default=0) < config.dense_below
         self.sparse_bytes = self.dense_bytes
         self._codes = None
-        if way.blocks is not None and new.ndim and not self._always_dense:
-            self._code(way.blocks)
+        if config.blocks is not None and new.ndim and not self._always_dense:
+            self._code(config.blocks)
         elif not self._always_dense:
             rows = zip(plan.rounds, self._capacity, strict=True)
             self.sparse_bytes = jnp.float32(sum(len(r.boxes) * k for r, k in rows) * (4 + item))

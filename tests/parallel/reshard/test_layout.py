@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pairs
 import pytest
+from bound import Bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -14,7 +15,7 @@ from jaxrl_eff.parallel import Placement
 from jaxrl_eff.parallel.reshard import choose
 from jaxrl_eff.parallel.reshard.chain import chain
 from jaxrl_eff.parallel.reshard.collectives import AllToAll, Copies, Gather, Permute, Slice
-from jaxrl_eff.parallel.reshard.layout import Bound, DeviceLayout, Network, Units, missing
+from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network, Units, missing
 from jaxrl_eff.parallel.reshard.messages import exchange
 
 EIGHT = tuple(range(8))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import hlo_bytes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_eff.parallel import hlo_bytes, jaxpr_bytes
+from jaxrl_eff.parallel import jaxpr_bytes
 from jaxrl_eff.parallel.codec import Blocks, decode, encode
 from jaxrl_eff.parallel.zero import collectives
 from jaxrl_eff.parallel.zero.levels import LADDER, ZeroConfig, ZeroLevel, zero_level
