@@ -79,16 +79,9 @@ class Blocks:
 
 
 def encode(x: jax.Array, blocks: Blocks) -> jax.Array:
-    """Encodes vectors as bytes.
+    """Encodes vectors as bytes: [..., n] floats -> [..., blocks.nbytes(n)] uint8.
 
     A block that contains a NaN or an infinity gets a NaN scale and decodes to NaN everywhere.
-
-    Args:
-        x: [..., n] floats.
-        blocks: the encoding.
-
-    Returns:
-        [..., blocks.nbytes(n)] uint8.
     """
     if blocks.exact:
         return _bytes(x.astype(EXACT[blocks.bits]))
@@ -106,13 +99,7 @@ def encode(x: jax.Array, blocks: Blocks) -> jax.Array:
 
 
 def decode(payload: jax.Array, n: int, blocks: Blocks, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Decodes the bytes of vectors of n elements.
-
-    Args:
-        payload: [..., blocks.nbytes(n)] uint8.
-
-    Returns:
-        [..., n] of dtype.
+    """Decodes the bytes of vectors: [..., blocks.nbytes(n)] uint8 -> [..., n] of dtype.
 
     Raises:
         ValueError: the number of bytes does not match n elements.

@@ -27,7 +27,6 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
     Cached, since another function object would cause a program to be retraced.
 
     Args:
-        place: devices and mesh of the call.
         way: "ring", "gathered" or "ulysses"; "": the one estimated fastest for the traced shapes.
         reach: use a ring that sends keys and values this many shards on; see `ring.ring`.
 
@@ -85,13 +84,13 @@ def fastest(
     Args:
         place: devices and mesh; its seq axis has P devices.
         shape: of the global queries, [B, T, N, H].
-        kv_heads: K.
-        dtype: of queries, keys and values.
         network: bandwidths and latencies; None: those typical of this platform.
         flops_per_s: of a device; None: its published peak, or a typical value for a CPU core.
     """
     network = network or Network.local()
-    flops_per_s = flops_per_s or _peak(dtype)
+    flops_per_s = flops_per_s or (
+        peak_flops_per_s(jax.devices()[0].device_kind, dtype) or CORE_FLOPS_PER_S
+    )
     rows, length, heads, dim = shape
     rows, heads, kv = (max(1, n // w) for n, w in (
         (rows, place.row_shards), (heads, place.tensor), (kv_heads, place.tensor)
@@ -141,22 +140,13 @@ def _on_gpu() -> bool:
     return jax.default_backend() in ("gpu", "cuda")
 
 
-def _peak(dtype: Any) -> float:
-    return peak_flops_per_s(jax.devices()[0].device_kind, dtype) or CORE_FLOPS_PER_S
-
-
 @functools.lru_cache(maxsize=256)
 def both(place: Placement, local: int, way: str = "") -> Callable[..., Array]:
     """Attention on rows sharded over all of data, fsdp and seq, with unsharded tokens.
 
     The first `local` tokens of a row attend to each other; the rest are a stripe of a row shared by
     the devices along seq, and attend to all its stripes. The two are independent, so the compiler
-    can overlap the local part with the transfer of keys.
-
-    Args:
-        place: devices and mesh of the call.
-        local: leading tokens per row that are local to a device.
-        way: as for `attend`, for the shared part.
+    can overlap the local part with the transfer of keys. `way` as for `attend`.
     """
     own = ring.local("seq", kernel=kernel())
     shared = {name: make("seq", kernel=kernel()) for name, make in WAYS.items()}

@@ -233,7 +233,7 @@ class ChangedElements:
                 jnp.copy(x.astype(m.out)) for x, m in zip(operands[:n], self._moves, strict=True)
             ]
             leaves = [
-                changes_leaf.Leaf(plan, self._devices, *values, self._config)
+                changes_leaf.ChangedLeaf(plan, self._devices, *values, self._config)
                 for plan, *values in zip(
                     plans, news, operands[n : 2 * n], operands[2 * n :], strict=True
                 )

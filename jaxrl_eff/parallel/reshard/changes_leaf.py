@@ -1,6 +1,7 @@
 """Sync of changed elements of one tensor, in code that runs on every device of a program."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from jaxrl_eff.parallel.reshard import exchange
 from jaxrl_eff.parallel.reshard.collectives import Exchange, Round
 
 
-def update(leaves: list["Leaf"], news: list[Any], dense: bool, whole: float) -> tuple[Any, ...]:
+def update(
+    leaves: list["ChangedLeaf"], news: list[Any], dense: bool, whole: float
+) -> tuple[Any, ...]:
     """Updates all copies.
 
     Args:
@@ -50,17 +53,11 @@ def update(leaves: list["Leaf"], news: list[Any], dense: bool, whole: float) -> 
     return (*news, *out, changed / jnp.float32(elements), received, count, drifted)
 
 
-class Leaf:
-    """State of one tensor while the program is traced."""
+class ChangedLeaf:
+    """State of one tensor while the program is traced; `config` is a `changes.SyncConfig`."""
 
     def __init__(
-        self,
-        plan: Exchange,
-        devices: tuple[int, ...],
-        new: Any,
-        sent: Any,
-        copy: Any,
-        config: Any,
+        self, plan: Exchange, devices: tuple[int, ...], new: Any, sent: Any, copy: Any, config: Any
     ):
         self._plan, self._devices = plan, devices
         self._new, self._sent, self._copy = new, sent, copy
@@ -146,44 +143,51 @@ class Leaf:
             return self._coded()
         return lax.cond(full, self.dense, self._sparse)
 
-    def _kept(self, mine: Any) -> Any:
-        """The copy, updated with the parts that this device holds of the source."""
+    def _received(self, mine: Any, message: Callable[[int, Round, Any], Any]) -> Any:
+        """The copy, updated with the parts that this device holds itself and with messages.
+
+        Args:
+            mine: this device's shard, as receivers get it.
+            message: (number of a round, the round, the copy) -> the received part.
+        """
         copy = self._copy
         for r in self._plan.kept:
             copy = self._put(r, copy, self._cut(r, mine))
+        for i, r in enumerate(self._plan.rounds):
+            copy = self._put(r, copy, message(i, r, copy))
         return copy
 
     def dense(self) -> Any:
         """The copy, with every message sent in full."""
-        copy = self._kept(self._new)
-        for r in self._plan.rounds:
-            part = self._send(r, _bits(self._cut(r, self._new)))
-            copy = self._put(r, copy, part.view(copy.dtype))
-        return copy
+
+        def message(_: int, r: Round, copy: Any) -> Any:
+            return self._send(r, _bits(self._cut(r, self._new))).view(copy.dtype)
+
+        return self._received(self._new, message)
 
     def _sparse(self) -> Any:
         """The copy, with only changes sent: indices and values in one message."""
-        copy = self._kept(self._new)
-        for r, k in zip(self._plan.rounds, self._capacity, strict=True):
-            new = _bits(self._cut(r, self._new))
+
+        def message(i: int, r: Round, copy: Any) -> Any:
+            new, k = _bits(self._cut(r, self._new)), self._capacity[i]
             (at,) = jnp.nonzero(self._differs(r), size=k, fill_value=new.size)
             values = new.reshape(-1).at[at].get(mode="fill", fill_value=0)
-            message = jnp.concatenate([at.astype(jnp.uint32).view(new.dtype), values])
-            got = self._send(r, message)
+            got = self._send(r, jnp.concatenate([at.astype(jnp.uint32).view(new.dtype), values]))
             at, values = got[:-k].view(jnp.uint32).astype(jnp.int32), got[-k:]
             old = self._cut_of_copy(r, copy)
             part = _bits(old).reshape(-1).at[at].set(values, mode="drop")
-            copy = self._put(r, copy, part.reshape(old.shape).view(copy.dtype))
-        return copy
+            return part.reshape(old.shape).view(copy.dtype)
+
+        return self._received(self._new, message)
 
     def _coded(self) -> Any:
         """The copy, with quantized differences of all elements sent."""
-        copy = self._kept(self._held)
-        for r in self._plan.rounds:
+
+        def message(_: int, r: Round, copy: Any) -> Any:
             part = exchange.taken(r, self._devices, [self._code_units], [self._codes])[0]
-            old = self._cut_of_copy(r, copy)
-            copy = self._put(r, copy, self._moved(old, self._send(r, part)))
-        return copy
+            return self._moved(self._cut_of_copy(r, copy), self._send(r, part))
+
+        return self._received(self._held, message)
 
     def _cut_of_copy(self, r: Round, copy: Any) -> Any:
         return exchange.received(r, self._devices, [self._units], [copy])[0]

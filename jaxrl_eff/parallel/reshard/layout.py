@@ -9,12 +9,11 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-
-from jaxrl_eff.parallel.mesh import AXES, Placement
 
 Coords = tuple[int, ...]
 
@@ -45,15 +44,23 @@ class DeviceLayout:
             return cls((index_of(device),), (), ((),) * ndim)
         if not isinstance(sharding, NamedSharding):
             raise TypeError(f"a NamedSharding is needed, not {sharding}.")
-        mesh = sharding.mesh
-        devices = tuple(index_of(d) for d in mesh.devices.flat)
-        return _layout(devices, mesh.axis_names, mesh.devices.shape, sharding.spec, ndim)
+        devices = tuple(index_of(d) for d in sharding.mesh.devices.flat)
+        return cls.on(devices, sharding.mesh.shape, sharding.spec, ndim)
 
     @classmethod
-    def placed(cls, placement: Placement, spec: PartitionSpec, ndim: int) -> "DeviceLayout":
-        """Layout of a tensor on a placement, whose devices need not exist."""
-        sizes = tuple(placement.axes[a] for a in AXES)
-        return _layout(placement.devices, AXES, sizes, spec, ndim)
+    def on(
+        cls, devices: tuple[int, ...], axes: Mapping[str, int], spec: PartitionSpec, ndim: int
+    ) -> "DeviceLayout":
+        """Layout on a mesh of devices, which need not exist.
+
+        Axes of size 1 are left out, so that more of the equivalent layouts compare equal.
+        """
+        mesh = {a: n for a, n in axes.items() if n > 1}
+        number = {a: i for i, a in enumerate(mesh)}
+        entries = [e if isinstance(e, tuple) else (e,) for e in spec]
+        entries += [()] * (ndim - len(entries))
+        dims = tuple(tuple(number[a] for a in e if a in number) for e in entries)
+        return cls(devices, tuple(mesh.values()), dims)
 
     @functools.cached_property
     def counts(self) -> Coords:
@@ -90,22 +97,6 @@ class DeviceLayout:
     def same(self, other: "DeviceLayout") -> bool:
         """True if every device holds the same part under both layouts."""
         return self.counts == other.counts and self.coords == other.coords
-
-
-def _layout(
-    devices: tuple[int, ...],
-    names: tuple[str, ...],
-    sizes: tuple[int, ...],
-    spec: PartitionSpec,
-    ndim: int,
-) -> DeviceLayout:
-    """Layout without axes of size 1, so that more of the equivalent layouts compare equal."""
-    kept = [i for i, n in enumerate(sizes) if n > 1]
-    number = {names[i]: k for k, i in enumerate(kept)}
-    entries = [e if isinstance(e, tuple) else (e,) for e in spec]
-    entries += [()] * (ndim - len(entries))
-    dims = tuple(tuple(number[a] for a in e if a in number) for e in entries)
-    return DeviceLayout(devices, tuple(sizes[i] for i in kept), dims)
 
 
 @functools.cache

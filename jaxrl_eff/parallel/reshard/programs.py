@@ -155,9 +155,9 @@ def cut_part(
     devices: tuple[int, ...], shape: tuple[int, ...], dtype: Any, dim: int, parts: int
 ) -> Any:
     """Compiled `(leaf, k) -> leaf`: the k-th of equal parts of every shard along `dim`."""
+    n = shape[dim] // parts
 
     def fn(x: Any, k: Any) -> tuple[Any]:
-        n = shape[dim] // parts
         return (lax.dynamic_slice_in_dim(x, k * n, n, dim),)
 
     inputs = [(shape, dtype), ((), jnp.int32)]

@@ -59,7 +59,7 @@ def planned(n, net, nbytes=1e9):
     out = []
     for a, b in itertools.product(factorizations(n), repeat=2):
         for spec in SPECS.values():
-            s, t = (DeviceLayout.placed(p, spec, len(spec)) for p in (a, b))
+            s, t = (DeviceLayout.on(p.devices, p.axes, spec, len(spec)) for p in (a, b))
             way = choose.way(s, t, (n,) * len(spec), nbytes, net)
             least = sum(missing(s, t).values())
             out.append(way.total / least if least else 1.0)
