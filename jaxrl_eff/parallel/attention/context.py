@@ -18,7 +18,7 @@ Attend = Callable[..., jax.Array]  # with the signature of `models.attention.pla
 
 
 class Mask(NamedTuple):
-    """Positions and segments of queries and keys, which say who sees whom.
+    """Attention mask, given by positions and packed sequences of queries and keys.
 
     A query sees a key iff both belong to the same packed sequence, the key is not later, and it is
     within the window.
@@ -37,7 +37,7 @@ class Mask(NamedTuple):
     window: int | Int[Array, ""] | None = None
 
     def seen(self) -> Bool[Array, "B T S"]:
-        """The keys that each query sees."""
+        """Boolean mask of the keys that each query sees."""
         q, k = (x[:, :, None] for x in self[:2]), (x[:, None, :] for x in self[2:4])
         return sees(*q, *k, self.window)
 

@@ -45,19 +45,35 @@ class Walk(NamedTuple):
     kv: Any
     specs: Callable[[list[Any], Any], dict[str, Any]]
 
-    def run(self, name, softcap, interpret, operands, blocks, out_blocks, shapes, aliases):
-        """Calls the kernel; outputs are float32, and `aliases` update operands in place."""
-        like = functools.partial(
-            jax.ShapeDtypeStruct, dtype=jnp.float32,
-            manual_axis_type=jax.typeof(operands[0]).manual_axis_type,  # varies over these axes
-        )  # fmt: skip
+    def run(
+        self,
+        name: str,
+        softcap: float | None,
+        interpret: bool,
+        inputs: list[tuple[Array, Any]],
+        outputs: list[tuple[tuple[int, ...], Any]],
+        aliases: dict[int, int],
+    ) -> list[Array]:
+        """Calls the kernel.
+
+        Args:
+            name: of the kernel, for profiles.
+            inputs: operands after `where`, with their blocks.
+            outputs: shapes of the float32 outputs, with their blocks.
+            aliases: operand (with those of `where`) -> the output that replaces it in place.
+        """
+        operands, blocks = zip(*inputs, strict=True)
+        shapes, out_blocks = zip(*outputs, strict=True)
+        axes = jax.typeof(operands[0]).manual_axis_type  # over which outputs vary
         return pl.pallas_call(
             functools.partial(self.kernel, softcap=softcap),
-            out_shape=[like(shape) for shape in shapes],
+            out_shape=[
+                jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=axes) for shape in shapes
+            ],
             input_output_aliases=aliases,
             name=name,
             interpret=interpret,
-            **self.specs([*self.at, *blocks], out_blocks),
+            **self.specs([*self.at, *blocks], list(out_blocks)),
         )(*self.where, *operands)
 
 
@@ -86,11 +102,9 @@ def forward(
     """Computes `blockwise.forward`."""
     out, lse, q = (_by_head(x, where) for x in (*met, q))
     walk, lse = device.forward(q, kv, where), device.numbers(lse)
-    done = walk.run(
-        "ring_forward", softcap, interpret,
-        (q, kv, out, lse), (walk.q, walk.kv, walk.q, walk.number),
-        [walk.q, walk.number], (out.shape, lse.shape), {6: 0, 7: 1},
-    )  # fmt: skip
+    inputs = [(q, walk.q), (kv, walk.kv), (out, walk.q), (lse, walk.number)]
+    outputs = [(out.shape, walk.q), (lse.shape, walk.number)]
+    done = walk.run("ring_forward", softcap, interpret, inputs, outputs, {6: 0, 7: 1})
     return tuple(x.reshape(old.shape) for x, old in zip(done, met, strict=True))
 
 
@@ -106,18 +120,18 @@ def backward(
     """Computes `blockwise.backward`."""
     shape, queries = dq.shape, queries._replace(dout=queries.dout.astype(kv.dtype))
     dq, q, dout, lse, delta = (_by_head(x, where) for x in (dq, *queries))
-    read = (q, kv, dout, *map(device.numbers, (lse, delta)))
+    lse, delta = map(device.numbers, (lse, delta))
+
+    def read(walk: Walk) -> list[tuple[Array, Any]]:
+        pairs = (q, walk.q), (kv, walk.kv), (dout, walk.q)
+        return [*pairs, (lse, walk.number), (delta, walk.number)]
+
     walk = device.to_queries(q, kv, where)
-    blocks = (walk.q, walk.kv, walk.q, walk.number, walk.number)
-    (dq,) = walk.run(
-        "ring_backward_q", softcap, interpret,
-        (*read, dq), (*blocks, walk.q), [walk.q], (dq.shape,), {9: 0},
-    )  # fmt: skip
+    inputs, outputs = [*read(walk), (dq, walk.q)], [(dq.shape, walk.q)]
+    (dq,) = walk.run("ring_backward_q", softcap, interpret, inputs, outputs, {9: 0})
     walk = device.to_keys(q, kv, where)
-    blocks = (walk.q, walk.kv, walk.q, walk.number, walk.number)
-    (dkv,) = walk.run(
-        "ring_backward_kv", softcap, interpret, read, blocks, [walk.kv], (kv.shape,), {}
-    )
+    outputs = [(kv.shape, walk.kv)]
+    (dkv,) = walk.run("ring_backward_kv", softcap, interpret, read(walk), outputs, {})
     return dq.reshape(shape), dkv
 
 

@@ -67,12 +67,11 @@ class Move:
         for layout, sharding in ((a, source), (b, target)):
             if any(n % c for n, c in zip(shape, layout.counts, strict=True)):
                 raise ValueError(f"shape {list(shape)} does not divide by {sharding}.")
-        fetched, at = map(_in_own, (source, target))
-        moves = memory(source) != memory(target) or not a.same(b) or out != dtype or fresh
-        if not moves or memory(source) == fetched.memory_kind:
-            fetched = None
-        stored = target if moves and memory(target) != at.memory_kind else None
-        at = target if stored is None else at
+        fetched = stored = None
+        if memory(source) != memory(target) or not a.same(b) or out != dtype or fresh:
+            fetched = None if own(source) else _in_own(source)
+            stored = None if own(target) else target
+        at = _in_own(target) if stored is not None else target
         return cls(tuple(shape), dtype, out, a, b, fetched, at, stored, fresh)
 
     @property
@@ -113,6 +112,11 @@ def cut_shape(shape: Shape, dim: int, parts: int) -> Shape:
 def memory(sharding: Any) -> str:
     """Memory kind of a sharding, with the default resolved."""
     return sharding.memory_kind or _own_kind(next(iter(sharding.device_set)).platform)
+
+
+def own(sharding: Any) -> bool:
+    """True if a sharding is in the devices' default memory."""
+    return memory(sharding) == _in_own(sharding).memory_kind
 
 
 def _in_own(sharding: Any) -> Any:
