@@ -11,7 +11,7 @@ is updated in place, so hops of a ring need no merging.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,10 +50,10 @@ class Walk(NamedTuple):
         name: str,
         softcap: float | None,
         interpret: bool,
-        inputs: list[tuple[Array, Any]],
-        outputs: list[tuple[tuple[int, ...], Any]],
+        inputs: Sequence[tuple[Array, Any]],
+        outputs: Sequence[tuple[tuple[int, ...], Any]],
         aliases: dict[int, int],
-    ) -> list[Array]:
+    ) -> Sequence[Array]:
         """Calls the kernel.
 
         Args:
