@@ -286,10 +286,9 @@ class Attention(nn.Module):
         cfg = self.cfg
         # Positions are int32, so this window has no effect where the layer is global.
         window = None if cfg.window is None else jnp.where(local, cfg.window, 2**30)
-        return self.attend(
-            q, k, v, q_position=ctx.q_position, k_position=ctx.k_position, q_segment=ctx.q_segment,
-            k_segment=ctx.k_segment, window=window, softcap=cfg.attn_softcap, scale=cfg.score_scale,
-        )  # fmt: skip
+        where = ctx.q_position, ctx.q_segment, ctx.k_position, ctx.k_segment
+        mask = attention.Mask(*where, window)
+        return self.attend(q, k, v, mask, scale=cfg.score_scale, softcap=cfg.attn_softcap)
 
 
 def _remember(kv, k, v, slot, layer):

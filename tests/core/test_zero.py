@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import hlo_bytes
 import jax
 import jax.numpy as jnp
 import launch
@@ -22,7 +23,7 @@ from jaxrl_eff.core.graph import Spec
 from jaxrl_eff.core.shardings import Shardings
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.models.transformer import SAVED
-from jaxrl_eff.parallel import Placement, hlo_bytes
+from jaxrl_eff.parallel import Placement
 from jaxrl_eff.parallel.attention import sequence
 from jaxrl_eff.parallel.codec import Blocks, decode, encode
 from jaxrl_eff.parallel.zero import collectives, levels
