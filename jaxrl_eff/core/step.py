@@ -145,6 +145,10 @@ class Step:
         """Returns shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`."""
         return self._layouts.home(model)
 
+    def gradients(self, model: str) -> Any:
+        """Returns shapes and shardings of the differentiated arrays of a trained model, at home."""
+        return self._layouts.gradients(model)
+
     def init(self, model: str, params: Any) -> Model:
         """Makes a model at home from its parameters: adds a fresh optimizer state.
 
