@@ -161,6 +161,10 @@ class Step:
         """Returns shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`."""
         return self.shardings.home(model)
 
+    def gradients(self, model: str) -> Any:
+        """Returns shapes and shardings of the differentiated arrays of a trained model, at home."""
+        return self.shardings.gradients(model)
+
     def init(self, model: str, params: Any) -> Model:
         """Makes a model at home from its parameters: adds a fresh optimizer state.
 
