@@ -1,4 +1,11 @@
-"""Paths, masks by regular expression, and sizes of pytrees."""
+"""Paths, masks by regular expression, and sizes of pytrees.
+
+Example:
+    >>> from jaxrl_eff import tree
+    >>> params = {"layers": {"mlp": {"up": jnp.ones((2, 3))}}}
+    >>> tree.names(params), tree.size(params)
+    (['layers/mlp/up'], 6)
+"""
 
 import math
 import re

@@ -19,6 +19,15 @@ class Rollout(NamedTuple):
 
     Attributes:
         reward: a function of the text; None: the model with role "reward".
+
+    Example:
+        >>> from jaxrl_eff import LMConfig, Rollout, Sampling, algorithms
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> value, ppo = lm.replace(head="value"), algorithms.ppo
+        >>> models = {"actor": lm, "critic": value, "reward": value}
+        >>> graph = ppo.graph(ppo.PPOConfig(), models, Rollout(Sampling(max_tokens=4)))
+        >>> [call.name for call in graph.calls if call.kind == "train"]
+        ['actor_train', 'critic_train']
     """
 
     sampling: Sampling

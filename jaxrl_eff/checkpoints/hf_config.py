@@ -121,6 +121,14 @@ def read_config(
         FileNotFoundError: there is no `config.json`.
         ValueError: an architecture or a field's value is not supported, or an unknown field has an
             effect; the message names it. Unknown fields without effect cause a warning.
+
+    Example:
+        >>> from jaxrl_eff import read_config
+        >>> raw = dict(model_type="llama", vocab_size=8, hidden_size=4, num_hidden_layers=2)
+        >>> raw |= dict(num_attention_heads=2, intermediate_size=8)
+        >>> lm = read_config(raw)
+        >>> lm.layers, lm.head_dim
+        (2, 2)
     """
     if isinstance(source, dict):
         return _parse("config.json", fields.without(source, ignore))

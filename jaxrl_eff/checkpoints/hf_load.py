@@ -81,6 +81,13 @@ def load_hf(
         FileNotFoundError: there are no safetensors files, or a file in the index is missing.
         ValueError: a tensor is missing, unexpected, or has a wrong shape or dtype; a file is
             damaged; two files could both be the model; a tied head differs from the table.
+
+    Example:
+        >>> from jaxrl_eff import LMConfig, init, load_hf, read_config, save_hf
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> save_hf("loaded", lm, init(lm, jax.random.key(0)))
+        >>> load_hf("loaded", read_config("loaded"))["embed"]["table"].shape
+        (8, 4)
     """
     dtype = cfg.param_dtype if dtype is None else str(jnp.dtype(dtype))
     if dtype not in DTYPES:

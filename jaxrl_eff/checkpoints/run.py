@@ -58,7 +58,19 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run; `messages` has a line for each rejected one."""
+    """The checkpoints of one run; `messages` has a line for each rejected one.
+
+    Example:
+        >>> from jaxrl_eff import Checkpoints
+        >>> checkpoints = Checkpoints("checkpoints", fingerprint="run 1")
+        >>> checkpoints.save(3, {"w": jnp.ones(2)}, {"note": "half way"})
+        >>> checkpoints.wait()
+        >>> checkpoints.peek()
+        {'note': 'half way'}
+        >>> checkpoints.restore({"w": jax.ShapeDtypeStruct((2,), jnp.float32)}).step
+        3
+        >>> checkpoints.close()
+    """
 
     def __init__(
         self,

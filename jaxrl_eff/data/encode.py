@@ -39,7 +39,15 @@ def encode_prompt_completion(
     prompt: str = "prompt",
     completion: str = "completion",
 ) -> Callable[[Example], Segment]:
-    """Encodes [bos] prompt completion [eos]; completion and eos are learned."""
+    """Encodes [bos] prompt completion [eos]; completion and eos are learned.
+
+    Example:
+        >>> from jaxrl_eff import CharTokenizer, encode_prompt_completion
+        >>> encode = encode_prompt_completion(CharTokenizer("0123456789>"), bos=True)
+        >>> tokens, mask = encode({"prompt": "12>", "completion": "21"})
+        >>> tokens.tolist(), mask.tolist()
+        ([1, 4, 5, 13, 5, 4, 2], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    """
     begin, end = _specials(tokenizer, bos, eos)
 
     def encode(example: Example) -> Segment:
@@ -87,7 +95,14 @@ def encode_preference(
 def encode_prompt(
     tokenizer: Tokenizer, *, bos: bool, field: str = "prompt"
 ) -> Callable[[Example], np.ndarray]:
-    """Encodes [bos] prompt, as ids int32 [n]."""
+    """Encodes [bos] prompt, as ids int32 [n].
+
+    Example:
+        >>> from jaxrl_eff import CharTokenizer, encode_prompt
+        >>> encode = encode_prompt(CharTokenizer("0123456789>"), bos=True)
+        >>> encode({"prompt": "12>"})
+        array([ 1,  4,  5, 13], dtype=int32)
+    """
     begin, _ = _specials(tokenizer, bos, False)
     return lambda example: np.array(begin + tokenizer.encode(read(example, field)), np.int32)
 

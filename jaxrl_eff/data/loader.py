@@ -83,6 +83,18 @@ def batches(
     Raises:
         ValueError: an argument is out of range; or, from `next`, an example cannot be encoded, is
             too long while `overlong` is "error", or no example of the source is usable.
+
+    Example:
+        >>> from jaxrl_eff import CharTokenizer, batches, encode_prompt_completion
+        >>> source = [{"prompt": "12>", "completion": "21"}, {"prompt": "3>", "completion": "3"}]
+        >>> encode = encode_prompt_completion(CharTokenizer("0123456789>"), bos=True)
+        >>> order = dict(seed=0, shuffle=False, epochs=1)
+        >>> loader = batches(source=source, encode=encode, batch=1, kind="sft", length=12, **order)
+        >>> batch = next(loader)
+        >>> batch["tokens"].tolist()
+        [[1, 4, 5, 13, 5, 4, 2, 1, 6, 13, 6, 2]]
+        >>> batch["segment"].tolist()
+        [[1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2]]
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}.")

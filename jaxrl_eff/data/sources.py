@@ -79,6 +79,14 @@ def jsonl(path: str | os.PathLike) -> Examples:
         ValueError: the file is compressed, a parquet file or not in UTF-8; or, on access, a line is
             not a JSON object (as in RFC 8259: no NaN) or holds a lone surrogate; the message names
             file and line, from 1.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from jaxrl_eff import jsonl
+        >>> _ = Path("train.jsonl").write_text('{"prompt": "12>"}\\n{"prompt": "34>"}\\n')
+        >>> source = jsonl("train.jsonl")
+        >>> len(source), source[1]
+        (2, {'prompt': '34>'})
     """
     name = os.fspath(path)
     offsets, lines = [], []
@@ -192,6 +200,13 @@ def parquet(
             it.
         ValueError: the file is not parquet, or lacks a column; the message names both. Or, on
             access, a row group cannot be read.
+
+    Example:
+        >>> import pyarrow, pyarrow.parquet
+        >>> from jaxrl_eff import parquet
+        >>> pyarrow.parquet.write_table(pyarrow.table({"prompt": ["12>", "34>"]}), "train.parquet")
+        >>> parquet("train.parquet")[1]
+        {'prompt': '34>'}
     """
     try:
         import pyarrow
@@ -322,6 +337,12 @@ def holdout(source: Source, n: int, *, seed: int) -> tuple[Examples, Examples]:
 
     Returns:
         The rest and the held-out n: disjoint, together everything, each in the source's order.
+
+    Example:
+        >>> from jaxrl_eff import holdout
+        >>> train, held_out = holdout([{"n": n} for n in range(10)], 2, seed=0)
+        >>> len(train), len(held_out)
+        (8, 2)
     """
     if not 0 <= n <= len(source):
         raise ValueError(f"cannot hold out {n} of {len(source)} examples.")

@@ -66,6 +66,12 @@ class CharTokenizer:
 
     Raises:
         ValueError: a character appears twice in the alphabet.
+
+    Example:
+        >>> from jaxrl_eff import CharTokenizer
+        >>> tokenizer = CharTokenizer("0123456789>")
+        >>> tokenizer.encode("12>", special=True), tokenizer.decode([1, 4, 5, 13, 2])
+        ([1, 4, 5, 13], '12>')
     """
 
     alphabet: str
@@ -227,6 +233,14 @@ def load_tokenizer(
         ValueError: a file cannot be read; a special token is not in the vocabulary; an unknown
             field has a value that matters; or two files contradict each other.
         ImportError: the `tokenizers` library is missing and needed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from jaxrl_eff import CharTokenizer, load_tokenizer
+        >>> Path("chars").mkdir()
+        >>> CharTokenizer("ab").save("chars")
+        >>> load_tokenizer("chars").encode("ba")
+        [4, 3]
     """
     directory = Path(directory)
     path = directory / "tokenizer.json"

@@ -4,6 +4,13 @@ A task shows some digits and ">" and asks for them reversed, or sorted: "1234>" 
 numbers are split once into train and held-out, so that evaluation uses unseen numbers. A given
 share of supervised examples can be wrong, which leaves something for reinforcement learning to
 improve; preferences pair the truth with a corrupted answer.
+
+Example:
+    >>> from jaxrl_eff import toys
+    >>> task = toys.reverse_digits(3, train=100, held_out=10)
+    >>> example = toys.prompts(task, "held_out")[0]
+    >>> toys.gold(example, example["prompt"][2::-1]), toys.gold(example, "")
+    (True, False)
 """
 
 import functools

@@ -118,6 +118,12 @@ class LMConfig:
             which is faster and still compiles quickly, and loops over deeper stacks.
         head: "lm" ends in the vocabulary, "value" in one number per token.
         init_std: standard deviation of the initial embeddings and projections.
+
+    Example:
+        >>> from jaxrl_eff import LMConfig
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> lm.score_scale, lm.replace(head="value").head
+        (0.5, 'value')
     """
 
     vocab: int

@@ -66,6 +66,14 @@ def optimizer(
 
     Raises:
         ValueError: an unknown optimizer, option or store.
+
+    Example:
+        >>> from jaxrl_eff import optimizer
+        >>> params = {"embed": jnp.ones(2), "head": jnp.ones(2)}
+        >>> tx = optimizer("adamw", 0.1, clip_norm=1.0, frozen=["embed"])
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> optax.apply_updates(params, updates)["embed"].tolist()
+        [1.0, 1.0]
     """
     if name not in optimizer_names():
         raise ValueError(f"optimizer is {name!r}; it must be one of {optimizer_names()}.")

@@ -22,6 +22,12 @@ def warmup_then(
 
     Raises:
         ValueError: the shape is unknown, or the warm-up is longer than the whole.
+
+    Example:
+        >>> from jaxrl_eff import warmup_then
+        >>> rate = warmup_then("linear", peak=1.0, updates=6, warmup=2)
+        >>> [float(rate(n)) for n in range(7)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if shape not in SHAPES:
         raise ValueError(f"schedule is {shape!r}; it must be one of {list(SHAPES)}.")

@@ -35,6 +35,14 @@ class Placement:
 
     Raises:
         ValueError: the axes do not fit the devices, a device is named twice, or an unknown offload.
+
+    Example:
+        >>> from jaxrl_eff import Placement
+        >>> place = Placement(devices=(0, 1, 2, 3), tensor=2, microbatches=8)
+        >>> print(place)
+        devices 0-3: data=2 tensor=2, 8 microbatches
+        >>> place.row_shards
+        2
     """
 
     devices: tuple[int, ...]

@@ -215,7 +215,7 @@ def _unquoted(text: str) -> str:
 
 def files() -> list[Path]:
     """Lists available configs: of the current directory, else of the package's repository."""
-    for folder in (Path("configs"), Path(__file__).resolve().parent.parent / "configs"):
+    for folder in (Path("configs"), Path(__file__).resolve().parents[2] / "configs"):
         found = sorted(p for p in folder.glob("*.py") if p.stem not in ("__init__", "common"))
         if found:
             return found

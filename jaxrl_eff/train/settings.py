@@ -255,6 +255,14 @@ class Run:
         checkpoint, expect: see there.
         wandb: arguments of `wandb.init`; empty for no W&B.
         export: True to write the last trained model as a Hugging Face directory.
+
+    Example:
+        >>> from jaxrl_eff import train
+        >>> data, optim = dict(source="reverse", length=16), dict(actor=dict(lr=1e-3))
+        >>> sft = dict(algorithm="sft", steps=100, batch=8, data=data, optim=optim)
+        >>> config = train.settings.run(dict(model=dict(path="DIR"), stages=("sft",), sft=sft))
+        >>> config.stage["sft"].optim["actor"].name
+        'adamw'
     """
 
     seed: Seed = 0
