@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"python -m jaxrl_eff NAME ...\n\n{listed}\n")
         print("A run: python -m jaxrl_eff.main --config=FILE --workdir=DIR")
         return 0
-    print(f"error: no command {name!r}; one of {', '.join(COMMANDS)}", file=sys.stderr)
+    print(f"error: unknown command {name!r}; expected one of {[*COMMANDS]}.", file=sys.stderr)
     return 2
 
 

@@ -85,7 +85,9 @@ def match(tree: Any, patterns: Iterable[str]) -> Any:
     every = names(tree)
     for pattern in patterns:
         if not any(re.fullmatch(pattern, name) for name in every):
-            raise ValueError(f"the pattern {pattern!r} matches no parameter; there are {every}.")
+            raise ValueError(
+                f"the pattern {pattern!r} matches no parameter; expected one of {every}."
+            )
     return map_with_name(lambda name, _: any(re.fullmatch(p, name) for p in patterns), tree)
 
 

@@ -49,11 +49,15 @@ def directory(tmp_path, vocab, **changes):
 EMPTY = "sft.data.options={}"
 WRONG = [
     # algorithm, model, tokenizer
-    (SFT, ["sft.algorithm=stf"], r"config.sft: algorithm is 'stf'; there are \['sft', 'reward_m"),
+    (
+        SFT,
+        ["sft.algorithm=stf"],
+        r"config.sft: unknown algorithm 'stf'; expected one of \['sft', 'rew",
+    ),
     (SFT, ["sft.steps=0"], r"config.sft.steps is 0, but must be at least 1"),
     (SFT, ["model.path=/no/where"], r"config.model.*(no|not).*path and shape|has both path and sh"),
     (SFT, ["model.shape={}", "model.path=/no/where"], r"config.model: .*/no/where"),
-    (SFT, ["model.shape.layrs=1"], r"config.model.shape has no field 'layrs'.*'layers'"),
+    (SFT, ["model.shape.layrs=1"], r"config.model.shape: unknown field 'layrs'.*'layers'"),
     (SFT, ["model.shape.kv_heads=0"], r"config.model.shape.kv_heads is 0, but must be at least 1"),
     (SFT, ["model.shape.kv_heads=4"], r"config.model.*heads"),
     (SFT, ["model.shape.vocab=5"], r"config.model: .*vocab.* 5.*14"),
@@ -63,7 +67,11 @@ WRONG = [
     (SFT, ["tokenizer=/no/where"], r"config.tokenizer: .*/no/where"),
     (SFT, ["tokenizer=chars:aa"], r"config.tokenizer: .*\['a'\] more than once"),
     # data
-    (SFT, ["sft.data.source=csv"], r"config.sft: data.source is 'csv'; there are \['jsonl', 'par"),
+    (
+        SFT,
+        ["sft.data.source=csv"],
+        r"config.sft: unknown data.source 'csv'; expected one of \['jsonl',",
+    ),
     (SFT, ["sft.data.source=jsonl"], r"config.sft: data.options is .*the source is 'jsonl'"),
     (SFT, ["sft.data.source=jsonl", EMPTY], r"config.sft: data.path is empty"),
     (
@@ -71,10 +79,18 @@ WRONG = [
         ["sft.data.source=jsonl", EMPTY, "sft.data.path=/no/x.jsonl"],
         r"config.sft.*: .*/no/x.jsonl",
     ),
-    (SFT, ["sft.data.options.digts=3"], r"config.sft: data.options has unknown \['digts'\]"),
+    (
+        SFT,
+        ["sft.data.options.digts=3"],
+        r"config.sft: data.options: unknown field 'digts'; expected",
+    ),
     (SFT, ["sft.data.options.digits=99"], r"config.sft.*: digits is 99"),
     (SFT, ["sft.data.format=prompt"], r"'prompt'; sft needs one of \['text', 'completion'"),
-    (SFT, ["sft.data.format=json"], r"config.sft: data.format is 'json'; there are \['text'"),
+    (
+        SFT,
+        ["sft.data.format=json"],
+        r"config.sft: unknown data.format 'json'; expected one of \['text'",
+    ),
     (SFT, ["sft.data.fields={'promt': 'x'}"], r"config.sft: data.fields .*promt"),
     (SFT, ["sft.data.template=a{prompt}"], r"data.template is 'a\{prompt\}', but the toy 'revers"),
     (SFT, ["sft.data.held_out=3"], r"config.sft: data.held_out is 3, but the toy 'reverse' makes"),
@@ -92,29 +108,29 @@ WRONG = [
     (SFT, ["sft.optim.actor.warmup=9"], r"config.sft.optim.actor: warmup is 9 updates"),
     (SFT, ["sft.optim.actor.frozen=('no.*',)"], r"config.sft.optim.actor: .*no\.\*"),
     (SFT, ["sft.optim.actor.options.b3=1"], r"config.sft.optim.actor: adamw has no options"),
-    ("algorithm=ppo", ["ppo.loss.clp=1"], r"config.ppo.loss has no field 'clp'.*'clip'"),
+    ("algorithm=ppo", ["ppo.loss.clp=1"], r"config.ppo.loss: unknown field 'clp'.*'clip'"),
     ("algorithm=ppo", ["ppo.loss.clip=2.0"], r"config.ppo.loss: .*clip.*2"),
     ("algorithm=grpo", ["grpo.sampling.samples=1"], r"config.grpo: .*GRPO.*samples"),
     ("algorithm=grpo", ["grpo.sampling.top_p=2.0"], r"config.grpo.*top_p.*2"),
-    ("algorithm=grpo", ["grpo.reward.name=golden"], r"config.grpo.reward: .*'golden'; there are"),
+    ("algorithm=grpo", ["grpo.reward.name=golden"], r"config.grpo.reward: unknown reward 'golden'"),
     ("algorithm=grpo", ["grpo.reward.options.x=1"], r"config.grpo.reward: options .*'x'"),
     ("algorithm=grpo", ["grpo.reward.name=model"], r"config.grpo: models lacks 'reward'"),
     # models
     ("algorithm=ppo", ["ppo.models={}"], r"config.ppo: models lacks 'critic'"),
-    ("algorithm=ppo", ["ppo.models.critc=base"], r"config.ppo: models has unknown roles \['critc'"),
+    ("algorithm=ppo", ["ppo.models.critc=base"], r"config.ppo: models: unknown role 'critc'"),
     ("algorithm=ppo", ["ppo.models.critic=rm"], r"models.critic is 'rm': neither 'base', nor an"),
     (THREE, ["ppo.models.actor=rm"], r"models.actor is 'rm', a value model without a vocabulary"),
     (THREE, ["ppo.models.actor=sft/critic"], r"'sft/critic', but stage 'sft' has \['actor'\]"),
     (THREE, ["stages=ppo,sft,rm"], r"config.ppo: models.actor is 'sft': neither"),
     # plans and sizes
-    (SFT, ["sft.plan=thirds"], r"config.sft.plan: the plan is 'thirds'; it must be one of"),
+    (SFT, ["sft.plan=thirds"], r"config.sft.plan: unknown plan 'thirds'; expected one of"),
     (
         SFT,
         ["sft.plan.default.devices=[9]"],
         r"config.sft.plan: .* names devices \[9\]; there are 8",
     ),
     (SFT, ["sft.plan.default.tensor=3"], r"config.sft.plan: .*cannot be meshed"),
-    (SFT, ["sft.plan.default.tensr=3"], r"config.sft.plan: .*unknown fields \['tensr'\]"),
+    (SFT, ["sft.plan.default.tensr=3"], r"config.sft.plan: .*unknown field 'tensr'"),
     (SFT, ["sft.batch=7"], r"config.sft: actor_train reads 'tokens' with 7 rows, which do not div"),
     (SFT, ["sft.plan.default.microbatches=3"], r"config.sft: .*8 rows.*3 \(microbatches\)"),
     ("algorithm=ppo", ["ppo.loss.minibatches=3"], r"config.ppo: .*3 \(minibatches\)"),
@@ -225,7 +241,7 @@ def test_expectations():
         ([f"--config={launch.TINY}"], "--workdir is missing"),
         (
             ["--config=nothere.py", "--workdir={}"],
-            "--config=nothere.py is no file. There are: conf",
+            "--config=nothere.py is no file; expected one of ['conf",
         ),
         ([f"--config={launch.TINY}", "--workdir={}", "more"], "unknown arguments ['more']"),
         ([f"--config={launch.TINY}", "--workdir={}/file"], "there is a file of that name"),
@@ -238,7 +254,10 @@ def test_expectations():
             "Did you mean 'steps'?",
         ),
         ([f"--config={launch.TINY}:devices=2", "--workdir={}", "--config.sft.batch=7"], "7 rows"),
-        ([f"--config={launch.TINY}:algorithm=x", "--workdir={}"], "config.x: algorithm is 'x'"),
+        (
+            [f"--config={launch.TINY}:algorithm=x", "--workdir={}"],
+            "config.x: unknown algorithm 'x'",
+        ),
     ],
 )
 def test_a_mistake_costs_one_line_and_exit_code_2(arguments, message, tmp_path):

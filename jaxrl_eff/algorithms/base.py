@@ -74,4 +74,7 @@ def require(config: Any, field: str, ok: bool, allowed: str) -> None:
 
 def require_one_of(config: Any, field: str, allowed: Sequence[str]) -> None:
     """Requires the field's value to be in `allowed`."""
-    require(config, field, getattr(config, field) in allowed, f"one of {', '.join(allowed)}")
+    value = getattr(config, field)
+    if value not in allowed:
+        name = type(config).__name__
+        raise ValueError(f"{name}: unknown {field} {value!r}; expected one of {[*allowed]}.")

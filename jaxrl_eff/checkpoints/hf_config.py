@@ -149,8 +149,8 @@ def _parse(where: str, raw: dict[str, Any]) -> LMConfig:
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in CLASSES:
         raise ValueError(
-            f"{where}: model_type={fields.short(family)} is not supported; there is "
-            f"{', '.join(CLASSES)}, gemma3."
+            f"{where}: unknown model_type {fields.short(family)}; expected one of "
+            f"{[*CLASSES, 'gemma3']}."
         )
     only = known_fields.ONLY | known_fields.ONLY_OF.get(family, {})
     idle += fields.checked(where, raw, known_fields.READ[family] | known_fields.HARMLESS, only=only)
@@ -266,8 +266,7 @@ def _activation(where: str, name: str, given: dict[str, Any]) -> str:
     value = given[name]
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(
-            f"{where}: {name}={fields.short(value)} is not supported; there is "
-            f"{', '.join(ACTIVATIONS)}."
+            f"{where}: unknown {name} {fields.short(value)}; expected one of {[*ACTIVATIONS]}."
         )
     return ACTIVATIONS[value]
 

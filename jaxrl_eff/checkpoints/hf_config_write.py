@@ -22,7 +22,7 @@ def write_config(cfg: LMConfig) -> dict[str, Any]:
         ValueError: the family's format cannot represent some fields; the message names them.
     """
     if cfg.family not in CLASSES:
-        raise ValueError(f"family={cfg.family!r} is not supported; there is {', '.join(CLASSES)}.")
+        raise ValueError(f"unknown family {cfg.family!r}; expected one of {[*CLASSES]}.")
     gemma, act = (
         cfg.family.startswith("gemma"),
         {v: k for k, v in ACTIVATIONS.items() if k != "swish"},

@@ -91,7 +91,7 @@ def load_hf(
     """
     dtype = cfg.param_dtype if dtype is None else str(jnp.dtype(dtype))
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}, but it should be one of {', '.join(DTYPES)}.")
+        raise ValueError(f"unknown dtype {dtype!r}; expected one of {[*DTYPES]}.")
     shapes = lm_params.abstract(cfg)
     table = {tensor.path: tensor for tensor in tensors(cfg)}
     if set(table) != set(tree.names(shapes)):

@@ -101,7 +101,7 @@ class Checkpoints:
         if keep < 1 or keep_best < 0:
             raise ValueError(f"keep={keep}, keep_best={keep_best}; at least 1 and 0 are needed.")
         if mode not in ("max", "min"):
-            raise ValueError(f"mode is {mode!r}; allowed are 'max' and 'min'.")
+            raise ValueError(f"unknown mode {mode!r}; expected one of ['max', 'min'].")
         self.directory = Path(directory).absolute()
         self.messages: list[str] = []
         self.unfit: list[str] = []  # messages of intact checkpoints that hold other arrays

@@ -345,7 +345,7 @@ def order(graph: Graph) -> tuple[Call, ...]:
         for k in c.reads:
             if k not in writer:
                 raise ValueError(
-                    f"{c.name} reads '{k}', which nothing writes; there is {sorted(writer)}."
+                    f"{c.name} reads the unknown array '{k}'; expected one of {sorted(writer)}."
                 )
         needs[c.name] = {writer[k] for k in c.reads} - {"the data source"}
         if c.kind == "train":
@@ -416,7 +416,7 @@ def check_plan(graph: Graph, plan: Plan) -> dict[str, Placement]:
     """
     names = {c.name for c in graph.calls}
     if unknown := sorted(set(plan) - names):
-        raise ValueError(f"the plan places {unknown}, but the graph's calls are {sorted(names)}.")
+        raise ValueError(f"the plan: unknown call {unknown[0]!r}; expected one of {sorted(names)}.")
     full = dict(plan)
     calls = order(graph)
     anchor = next((c for c in calls if c.kind == "train"), calls[0])

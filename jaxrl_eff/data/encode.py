@@ -133,7 +133,7 @@ def read(example: Example, field: str, kind: type | tuple[type, ...] = str) -> A
         ValueError: the field is missing or has another type; the message shows what was found.
     """
     if field not in example:
-        raise ValueError(f"there is no field {field!r}; there is {sorted(map(str, example))}.")
+        raise ValueError(f"unknown field {field!r}; expected one of {sorted(map(str, example))}.")
     value = example[field]
     if not isinstance(value, kind):
         wanted = kind if isinstance(kind, tuple) else (kind,)

@@ -97,15 +97,15 @@ def batches(
         [[1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2]]
     """
     if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}.")
+        raise ValueError(f"unknown kind {kind!r}; expected one of {[*KINDS]}.")
     needed, size = ("prompt_length", prompt_length) if kind == "prompts" else ("length", length)
     if size is None or size < 1:
         raise ValueError(f"kind {kind!r} needs {needed}, at least 1; it is {size}.")
     allowed = ("drop", "error") if kind == "prompts" else ("drop", "truncate", "error")
     if overlong not in allowed:
-        raise ValueError(f"overlong is {overlong!r}; for {kind} it may be {', '.join(allowed)}.")
+        raise ValueError(f"{kind}: unknown overlong {overlong!r}; expected one of {[*allowed]}.")
     if remainder not in (None, "pad", "drop"):
-        raise ValueError(f"remainder is {remainder!r}, not 'pad' or 'drop'.")
+        raise ValueError(f"unknown remainder {remainder!r}; expected one of ['pad', 'drop'].")
     index, count = process
     if not 0 <= index < count:
         raise ValueError(f"process {index} of {count} does not exist.")

@@ -225,7 +225,7 @@ def parquet(
         raise ValueError(f"{name} has more than one column of the names {twice}.")
     for column in columns or ():
         if column not in schema.names:
-            raise ValueError(f"{name} has no column {column!r}; it has {schema.names}.")
+            raise ValueError(f"{name}: unknown column {column!r}; expected one of {schema.names}.")
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     starts, maps = [0, *np.cumsum(sizes).tolist()], "map<" in str(schema)
     lock = threading.Lock()  # threads cannot share the file or a half-read group
@@ -302,7 +302,8 @@ def require(source: Source, fields: str | Sequence[str]) -> Examples:
         for name in names:
             if name not in example:
                 raise ValueError(
-                    f"example {index} has no field {name!r}; it has {sorted(map(str, example))}."
+                    f"example {index}: unknown field {name!r}; expected one of "
+                    f"{sorted(map(str, example))}."
                 )
         return example
 

@@ -40,7 +40,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
-            raise ValueError(f"the task is {self.name!r}, not one of {', '.join(TASKS)}.")
+            raise ValueError(f"unknown task {self.name!r}; expected one of {[*TASKS]}.")
         _check_digits(self.digits)
         if min(self.train, self.held_out) < 0 or self.train + self.held_out > 10**self.digits:
             raise ValueError(
@@ -204,7 +204,7 @@ def _task(name: str, digits: int, train: int | None, held_out: int | None, seed:
 @functools.lru_cache(maxsize=32)
 def _numbers(task: Task, split: str) -> np.ndarray:
     if split not in ("train", "held_out"):
-        raise ValueError(f"split is {split!r}, not 'train' or 'held_out'.")
+        raise ValueError(f"unknown split {split!r}; expected one of ['train', 'held_out'].")
     # Held-out numbers depend on the seed alone, so that they stay the same for any `train`.
     every = 10**task.digits
     held = np.random.default_rng((task.seed, 0)).choice(every, task.held_out, replace=False)

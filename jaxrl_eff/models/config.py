@@ -28,7 +28,7 @@ LARGEST = {
 
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r}, but it should be one of {', '.join(allowed)}.")
+        raise ValueError(f"unknown {name} {value!r}; expected one of {[*allowed]}.")
 
 
 def _check_size(name: str, value: Any, largest: int) -> None:

@@ -79,7 +79,7 @@ def collage_adamw(
         (1.0, 0.9999)
     """
     if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; it must be one of {list(VARIANTS)}.")
+        raise ValueError(f"unknown variant {variant!r}; expected one of {[*VARIANTS]}.")
     if faithful:
         if variant not in ("light", "plus"):
             raise ValueError(f"faithful arithmetic is for 'light' and 'plus', not {variant!r}.")

@@ -63,7 +63,7 @@ class Placement:
             if getattr(self, axis) < low:
                 raise ValueError(f"{axis} is {getattr(self, axis)}, but must be at least {low}.")
         if self.offload not in OFFLOADS:
-            raise ValueError(f"offload is {self.offload!r}; it must be one of {list(OFFLOADS)}.")
+            raise ValueError(f"unknown offload {self.offload!r}; expected one of {[*OFFLOADS]}.")
         others = self.stage * self.dcn * self.fsdp * self.seq * self.tensor
         data = self.data or len(self.devices) // others
         if data * others != len(self.devices):

@@ -117,8 +117,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     name, _, arg = spec.partition(":")
     path = Path(name)
     if not path.is_file():
-        known = ", ".join(str(p) for p in files()) or "none here"
-        raise ConfigError(f"--config={name} is no file. There are: {known}.")
+        raise ConfigError(f"--config={name} is no file; expected one of {[*map(str, files())]}.")
     config = _get(path, arg)
     if hasattr(config, "to_dict"):
         try:

@@ -232,7 +232,7 @@ def test_a_scheduled_run_stops_and_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("sft.schedule.name=best",), "schedule: name is 'best', not 'rows' or 'skrull'"),
+        (("sft.schedule.name=best",), "schedule: unknown schedule 'best'; expected one of"),
         (("sft.plan=search",), "schedule is 'skrull', whose plan is not searched"),
         (("sft.data.length=100",), r"data.length is 100, but 2 devices .* 24 tokens each hold 48"),
         (("sft.plan={'default': {'microbatches': 2}}",), "actor_train has epochs or parts"),

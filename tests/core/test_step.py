@@ -342,7 +342,7 @@ def _twin(**change):
 @pytest.mark.parametrize(
     ("calls", "message"),
     [
-        (lambda: ppo().calls[1:2], "rew_inf reads 'tokens', which nothing writes"),
+        (lambda: ppo().calls[1:2], "rew_inf reads the unknown array 'tokens'"),
         (lambda: (*ppo().calls, _twin(name="twin")), "written by actor_gen and again by twin"),
         (lambda: (*ppo().calls, _twin(writes=())), "two calls are named 'actor_gen'"),
         (

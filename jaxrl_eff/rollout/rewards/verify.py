@@ -127,7 +127,7 @@ def length_penalty(*, soft: int, hard: int, unit: str = "characters") -> Reward:
     if not 0 <= soft < hard:
         raise ValueError(f"soft is {soft} and hard {hard}; it must be 0 <= soft < hard.")
     if unit not in ("characters", "words"):
-        raise ValueError(f"unit is {unit!r}, not 'characters' or 'words'.")
+        raise ValueError(f"unknown unit {unit!r}; expected one of ['characters', 'words'].")
 
     def reward(example: Example, response: str) -> float:
         n = len(response) if unit == "characters" else len(response.split())
@@ -245,7 +245,7 @@ def _truth(example: Example, field: str) -> Fraction:
 
 def _field(example: Example, field: str) -> Any:
     if field not in example:
-        raise ValueError(f"there is no field {field!r}; there is {sorted(map(str, example))}.")
+        raise ValueError(f"unknown field {field!r}; expected one of {sorted(map(str, example))}.")
     return example[field]
 
 
