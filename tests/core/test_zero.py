@@ -613,7 +613,7 @@ def test_collage_goes_with_it(name, near):
         ),
         (["sft.plan=search"], r"does not go with plan='search'"),
         (["sft.schedule={'name': 'skrull'}"], r"does not go with schedule='skrull'"),
-        (["model.dtype=float16"], r"dtype is 'float16'"),
+        (["model.dtype=float16"], r"unknown dtype 'float16'"),
         (
             [
                 "sft.plan={'default': {'dcn': 2, 'fsdp': 2, 'tensor': 2}}",

@@ -218,6 +218,9 @@ def test_config_files_that_are_not_there(tmp_path, monkeypatch):
         config_file.load("configs/quickstart.py:x=1")
     with pytest.raises(ConfigError, match=r"unknown argument 'x'; expected one of \['algorithm'"):
         config_file.load(f"{TINY}:x=1")
+    monkeypatch.chdir(tmp_path)  # the repository's configs are listed from anywhere
+    with pytest.raises(ConfigError, match=r"'.+/configs/quickstart.py'"):
+        config_file.load("nothere.py")
 
 
 # The configs that come with the package

@@ -118,7 +118,7 @@ def test_every_field_is_checked(tmp_path):
     for count in COUNTS:
         refused(tensor(**{**plain, "count": count}), "count of 'gaps' is|values of 'gaps' are")
     for dtype in DTYPES:
-        refused(tensor(**{**plain, "dtype": dtype}), "dtype of 'gaps' is")
+        refused(tensor(**{**plain, "dtype": dtype}), "'gaps': unknown dtype")
     refused(tensor(**{**plain, "dtype": "bfloat16"}), "contradicts itself: the values of 'gaps'")
     refused(tensor(**plain, more=1), "of 'gaps' it says")
     refused(tensor(shape=[20, 20]), "of 'gaps' it says")
