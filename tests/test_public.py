@@ -19,10 +19,15 @@ ROOMS = sorted(
     for path in PACKAGE.rglob("__init__.py")
     if path.parent != PACKAGE
 )
-# Rooms have a page each in docs/ instead of an example.
+# Rooms have a page each in docs/ instead of an example. `math` needs the extra of its name.
 EXAMPLES = sorted(
     [name for name in jaxrl_eff.__all__ if f"jaxrl_eff.{name}" not in ROOMS]
     + [f"core.{name}" for name in ("draw", "generate", "infer", "local", "order", "train")]
+    + [f"data.{name}" for name in jaxrl_eff.data.__all__ if name not in ("needles", "toys")]
+    + [f"models.{name}" for name in ("Rope", "Warp", "flops_per_token", "last_score", "warp")]
+    + [f"rewards.{name}" for name in jaxrl_eff.rewards.__all__ if name != "math"]
+    + ["deltas.compose", "deltas.save", "models.token_scores", "optim.store_weights"]
+    + ["planner.Lengths"]
 )
 FLAGS = doctest.ELLIPSIS | doctest.FAIL_FAST
 

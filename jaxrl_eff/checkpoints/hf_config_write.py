@@ -85,8 +85,10 @@ def check_exportable(cfg: LMConfig) -> None:
     """
     write_config(cfg)
     if cfg.param_dtype not in CODES.values():
-        dtypes = ", ".join(CODES.values())
-        raise ValueError(f"param_dtype={cfg.param_dtype!r} cannot be saved; there is {dtypes}.")
+        dtypes = [*CODES.values()]
+        raise ValueError(
+            f"param_dtype={cfg.param_dtype!r} cannot be saved; expected one of {dtypes}."
+        )
 
 
 def _architecture(cfg: LMConfig) -> str:

@@ -260,10 +260,7 @@ def _check(files: _Files, table: dict[str, Tensor], shapes: PyTree, cfg: LMConfi
             )
         code = files.slices[name].get_dtype()
         if code not in CODES:
-            raise ValueError(
-                f"{files.directory}: {name!r} is {code}, but it should be one of "
-                f"{', '.join(CODES)}."
-            )
+            raise ValueError(f"{files.directory}: {name!r} is {code}; expected one of {[*CODES]}.")
     if cfg.tie and cfg.head == "lm":
         _check_tied(files)
 

@@ -198,7 +198,7 @@ def _header(pieces: list[_Piece]) -> bytes:
     start = 0
     for piece in pieces:
         if str(piece.dtype) not in codes:
-            raise ValueError(f"{piece.name!r} is {piece.dtype}; it should be one of {list(codes)}.")
+            raise ValueError(f"{piece.name!r} is {piece.dtype}; expected one of {[*codes]}.")
         end = start + piece.nbytes
         header[piece.name] = {
             "dtype": codes[str(piece.dtype)],

@@ -21,7 +21,14 @@ Example = dict[str, Any]
 def encode_text(
     tokenizer: Tokenizer, *, bos: bool, eos: bool = True, field: str = "text"
 ) -> Callable[[Example], Segment]:
-    """Encodes [bos] text [eos]; all is learned except the first token, which has no context."""
+    """Encodes [bos] text [eos]; all is learned except the first token, which has no context.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, encode_text
+        >>> tokens, mask = encode_text(CharTokenizer("0123456789>"), bos=True)({"text": "12"})
+        >>> tokens.tolist(), mask.tolist()
+        ([1, 4, 5, 2], [0.0, 1.0, 1.0, 1.0])
+    """
     begin, end = _specials(tokenizer, bos, eos)
 
     def encode(example: Example) -> Segment:
@@ -65,6 +72,15 @@ def encode_messages(
     """Encodes a conversation by the tokenizer's chat template, which adds bos and ends of turns.
 
     The assistant's tokens are learned, including the token that ends its turn.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, encode_messages
+        >>> template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+        >>> encode = encode_messages(CharTokenizer("0123456789>", template))
+        >>> turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        >>> tokens, mask = encode({"messages": turns})
+        >>> tokens.tolist(), mask.tolist()
+        ([4, 2, 5, 2], [0.0, 0.0, 1.0, 1.0])
     """
 
     def encode(example: Example) -> Segment:
@@ -84,7 +100,15 @@ def encode_preference(
     chosen: str = "chosen",
     rejected: str = "rejected",
 ) -> Callable[[Example], Pair]:
-    """Encodes the chosen and rejected responses, each as `encode_prompt_completion`."""
+    """Encodes the chosen and rejected responses, each as `encode_prompt_completion`.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, encode_preference
+        >>> encode = encode_preference(CharTokenizer("0123456789>"), bos=True)
+        >>> chosen, rejected = encode({"prompt": "12>", "chosen": "21", "rejected": "12"})
+        >>> rejected[0].tolist()
+        [1, 4, 5, 13, 4, 5, 2]
+    """
     good, bad = (
         encode_prompt_completion(tokenizer, bos=bos, eos=eos, prompt=prompt, completion=side)
         for side in (chosen, rejected)
@@ -114,6 +138,12 @@ def encode_chat_prompt(
 
     A string in the field counts as one message of the user. An answer that ends the conversation is
     the target, and not part of the prompt; see `chat.to_answer`.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, encode_chat_prompt
+        >>> template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+        >>> encode_chat_prompt(CharTokenizer("0123456789>", template))({"messages": "1"}).tolist()
+        [4, 2]
     """
 
     def encode(example: Example) -> np.ndarray:

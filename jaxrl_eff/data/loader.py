@@ -141,7 +141,19 @@ def batches(
 
 
 class Loader:
-    """Iterator that `batches` returns: dicts of numpy arrays; `state` and `restore` resume it."""
+    """Iterator that `batches` returns: dicts of numpy arrays; `state` and `restore` resume it.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, batches, encode_prompt
+        >>> source = [{"prompt": digit} for digit in "01234567"]
+        >>> encode = encode_prompt(CharTokenizer("01234567"), bos=False)
+        >>> settings = dict(batch=2, kind="prompts", seed=0, prompt_length=1)
+        >>> first, second = (batches(source=source, encode=encode, **settings) for _ in range(2))
+        >>> _ = next(first)
+        >>> second.restore(first.state())
+        >>> bool((next(first)["prompt"] == next(second)["prompt"]).all())
+        True
+    """
 
     def __init__(self, *, source, encode, layout, order, epochs, process, reading):
         self._source, self._encode = source, encode

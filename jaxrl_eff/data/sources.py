@@ -26,7 +26,13 @@ Example = dict[str, Any]
 
 @runtime_checkable
 class Source(Protocol):
-    """Interface of the loader's data: any sized, indexable object, without subclassing."""
+    """Interface of the loader's data: any sized, indexable object, without subclassing.
+
+    Example:
+        >>> from jaxrl_eff.data import Source
+        >>> isinstance([{"prompt": "12>"}], Source)
+        True
+    """
 
     def __len__(self) -> int: ...
 
@@ -38,6 +44,12 @@ class Examples:
     """A source of `size` examples; `read(i)` returns the i-th, 0 <= i < size.
 
     `name` is for messages, and so is `place(i)`: the position of the i-th in its file.
+
+    Example:
+        >>> from jaxrl_eff.data import Examples
+        >>> squares = Examples(3, lambda i: {"square": i**2}, "squares")
+        >>> len(squares), squares[2]
+        (3, {'square': 4})
     """
 
     size: int
@@ -62,6 +74,11 @@ def python_source(examples: Sequence[Example] | Callable[[], Iterable[Example]])
     Args:
         examples: a sequence of dicts, or a function without arguments that returns an iterable
             of them; the function is called once, immediately.
+
+    Example:
+        >>> from jaxrl_eff.data import python_source
+        >>> python_source([{"prompt": "12>"}])[0]
+        {'prompt': '12>'}
     """
     rows = list(examples()) if callable(examples) else examples
     return Examples(len(rows), rows.__getitem__, "the Python source", "example {}".format)
@@ -271,6 +288,13 @@ def file(path: str | os.PathLike) -> Examples:
 
     Raises:
         OSError, ValueError, ImportError: as `parquet` and `jsonl`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from jaxrl_eff.data import file
+        >>> _ = Path("data.json").write_text('[{"n": 1}, {"n": 2}]')
+        >>> file("data.json")[1]
+        {'n': 2}
     """
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if suffix in (".parquet", ".pq"):
@@ -314,12 +338,25 @@ def require(source: Source, fields: str | Sequence[str]) -> Examples:
 
 
 def mapped(source: Source, fn: Callable[[Example], Example]) -> Examples:
-    """Applies `fn` to every example on access, e.g. to rename or join fields."""
+    """Applies `fn` to every example on access, e.g. to rename or join fields.
+
+    Example:
+        >>> from jaxrl_eff.data import mapped
+        >>> mapped([{"question": "12"}], lambda example: {"prompt": example["question"] + ">"})[0]
+        {'prompt': '12>'}
+    """
     return Examples(len(source), lambda index: fn(source[index]), _name(source), _placed(source))
 
 
 def subset(source: Source, indices: Sequence[int] | np.ndarray) -> Examples:
-    """A source of the examples at `indices`, in that order."""
+    """A source of the examples at `indices`, in that order.
+
+    Example:
+        >>> from jaxrl_eff.data import subset
+        >>> chosen = subset([{"n": n} for n in range(9)], [4, 2])
+        >>> len(chosen), chosen[0]
+        (2, {'n': 4})
+    """
     chosen = np.asarray(indices, np.int64)
     if chosen.size and (chosen.min() < 0 or chosen.max() >= len(source)):
         raise ValueError(

@@ -36,6 +36,11 @@ class Tokenizer(Protocol):
         chat_template: Jinja source, or None.
         special: text of the special tokens by role (`bos_token`, `eos_token`, ...).
         origin: where it was loaded from, for messages.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, Tokenizer
+        >>> isinstance(CharTokenizer("ab"), Tokenizer)
+        True
     """
 
     vocab: int

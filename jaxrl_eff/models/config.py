@@ -61,6 +61,11 @@ class Rope:
             blend, and True to round the bounds outward to whole dimensions.
         attention_factor: "yarn": factor on cos and sin; None: 0.1 ln(factor) + 1, or the ratio of
             its values with `mscale` and with `mscale_all_dim` where both are given.
+
+    Example:
+        >>> from jaxrl_eff.models import Rope
+        >>> Rope(kind="linear", factor=4.0).theta
+        10000.0
     """
 
     theta: float = 10_000.0

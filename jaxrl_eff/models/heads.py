@@ -196,7 +196,18 @@ def values(cfg: LMConfig) -> CallFn:
 
 
 def token_scores(cfg: LMConfig) -> CallFn:
-    """Returns an infer function: tokens, position, segment -> `after`, see `scalar_head`."""
+    """Returns an infer function: tokens, position, segment -> `after`, see `scalar_head`.
+
+    Example:
+        >>> from jaxrl_eff.models import LMConfig, abstract, token_scores
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> lm = lm.replace(head="value")
+        >>> params = jax.tree.map(lambda x: jnp.zeros(x.shape), abstract(lm))
+        >>> batch = {"tokens": jnp.array([[5, 6]]), "position": jnp.array([[0, 1]])}
+        >>> batch["segment"] = jnp.array([[1, 1]])
+        >>> token_scores(lm)(params, batch, jax.random.key(0))["after"].shape
+        (1, 2)
+    """
 
     def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         del key
@@ -207,7 +218,14 @@ def token_scores(cfg: LMConfig) -> CallFn:
 
 
 def last_score(batch: dict[str, Array], key: Array) -> dict[str, Array]:
-    """Computes `score` from `after` at each row's last token; one sequence per row."""
+    """Computes `score` from `after` at each row's last token; one sequence per row.
+
+    Example:
+        >>> from jaxrl_eff.models import last_score
+        >>> batch = {"after": jnp.array([[1.0, 2.0, 3.0]]), "segment": jnp.array([[1, 1, 0]])}
+        >>> last_score(batch, jax.random.key(0))["score"].tolist()
+        [2.0]
+    """
     del key
     segment = batch["segment"]
     at = jnp.arange(segment.shape[1])[None, :]

@@ -84,6 +84,12 @@ def flops_per_token(cfg: LMConfig, context: float | int) -> float:
     """Returns the forward FLOPs of one token that sees `context` keys (a multiply-add counts 2).
 
     A backward pass costs twice as much. Norms and other elementwise operations are not counted.
+
+    Example:
+        >>> from jaxrl_eff.models import LMConfig, flops_per_token
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> flops_per_token(lm, context=10)
+        560.0
     """
     products = 2 * tree.size(abstract(cfg)["layers"])
     seen = [min(context, cfg.window) if local else context for local in cfg.windowed]

@@ -123,6 +123,15 @@ def store_weights(
     Raises:
         ValueError: an unknown codec; in `update`: no params; in `init`: a dtype that the codec does
             not support.
+
+    Example:
+        >>> from jaxrl_eff import optim
+        >>> params = jnp.ones(2, jnp.bfloat16)
+        >>> tx = optax.chain(optax.sgd(1e-4), optim.store_weights("int16"))
+        >>> updates, state = tx.update(jnp.ones(2), tx.init(params), params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> round(float(optim.full_precision_params(params, state)[0]), 5)
+        0.9999
     """
     how = codecs.weight(codec)
 
