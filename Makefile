@@ -19,7 +19,7 @@ quickstart: .venv/installed  ## SFT, a reward model and PPO of a small model; a 
 	rm -rf runs/quickstart
 	$(BIN)/python -m jaxrl_eff.main --config=configs/quickstart.py --workdir=runs/quickstart $(ARGS)
 
-test: .venv/installed-dev  ## the default tests; ARGS="-k dataflow" chooses some
+test: .venv/installed-dev  ## the default tests; ARGS="tests/core" chooses some
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: .venv/installed-dev  ## slow tests as well

@@ -151,7 +151,9 @@ def first_line(found: typing.Any) -> str:
     """The first sentence of an object's docstring, for a table of Markdown."""
     paragraph = " ".join((inspect.getdoc(found) or "").partition("\n\n")[0].split())
     sentence = re.split(r"(?<=\.) (?=[A-Z`])", paragraph)[0]
-    return sentence.replace("|", r"\|").replace("<", "&lt;")
+    parts = sentence.replace("|", r"\|").split("`")
+    parts[::2] = [text.replace("<", "&lt;") for text in parts[::2]]  # outside of code
+    return "`".join(parts)
 
 
 def room_page(text: str, room: str) -> str:
