@@ -103,7 +103,7 @@ def batches(
         raise ValueError(f"kind {kind!r} needs {needed}, at least 1; it is {size}.")
     allowed = ("drop", "error") if kind == "prompts" else ("drop", "truncate", "error")
     if overlong not in allowed:
-        raise ValueError(f"{kind}: unknown overlong {overlong!r}; expected one of {[*allowed]}.")
+        raise ValueError(f"unknown overlong {overlong!r}; expected one of {[*allowed]}.")
     if remainder not in (None, "pad", "drop"):
         raise ValueError(f"unknown remainder {remainder!r}; expected one of ['pad', 'drop'].")
     index, count = process

@@ -267,7 +267,7 @@ def test_padding_share_is_of_all_positions():
         ({"epochs": 0}, "epochs is 0"),
         (
             {"overlong": "cut"},
-            r"sft: unknown overlong 'cut'; expected one of \['drop', 'truncate', 'error'\]",
+            r"unknown overlong 'cut'; expected one of \['drop', 'truncate', 'error'\]",
         ),
         ({"remainder": "keep"}, "unknown remainder 'keep'"),
         ({"source": []}, "the source has no examples"),
