@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint format doctor figure clean
+.PHONY: help quickstart test test-all lint format doctor docs clean
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ quickstart: .venv/installed  ## SFT, a reward model and PPO of a small model; a 
 	rm -rf runs/quickstart
 	$(BIN)/python -m jaxrl_eff.main --config=configs/quickstart.py --workdir=runs/quickstart $(ARGS)
 
-test: .venv/installed-dev  ## the default tests; ARGS="-k dataflow" chooses some
+test: .venv/installed-dev  ## the default tests; ARGS="tests/core" chooses some
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-all: .venv/installed-dev  ## slow tests as well
@@ -36,7 +36,7 @@ format: .venv/installed-dev  ## lets ruff fix what it can
 doctor: .venv/installed  ## versions, devices, measured rates, what is missing
 	$(BIN)/python -m jaxrl_eff doctor
 
-figure: .venv/installed  ## brings the README's figure up to date with algorithms/ppo.py
+docs: .venv/installed-dev  ## brings what is generated in README.md and docs/ up to date
 	$(BIN)/python tests/test_readme.py
 
 clean:  ## removes .venv, caches and build results; keeps runs/

@@ -12,7 +12,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> dict[str, Any]:
     for part in filter(None, (arg or "").split(",")):
         name, given, value = part.partition("=")
         if name not in defaults:
-            raise ValueError(f"the config has no argument {name!r}; it has {sorted(defaults)}.")
+            raise ValueError(f"unknown argument {name!r}; expected one of {sorted(defaults)}.")
         kind = type(defaults[name])
         if not given and kind is not bool:
             raise ValueError(f"the argument {name!r} needs a value: {name}=...")

@@ -13,21 +13,17 @@ saved; 1 the expectation was missed, or a number was not finite; 2 any other err
 (JAXRL_EFF_TRACEBACK=1 shows where); 130 Ctrl-C before there was anything to save.
 """
 
-import contextlib
 import dataclasses
-import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags, logging
 
-from jaxrl_eff import secret
 from jaxrl_eff.parallel import host
-from jaxrl_eff.train import config_file, identity, interrupts, settings, startup
-from jaxrl_eff.train.workdir import check_workdir, held
+from jaxrl_eff.train import config_file, interrupts, settings, startup
+from jaxrl_eff.train.run import train
+from jaxrl_eff.train.workdir import check_workdir
 
 _CONFIG = flags.DEFINE_string("config", None, "The config to run: FILE.py or FILE.py:ARGUMENT.")
 _CHANGES = flags.DEFINE_multi_string(config_file.FLAG, [], "Changes a value: --config.a.b=c.")
@@ -40,8 +36,6 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.")
 _PROCESS = flags.DEFINE_integer("process", None, "Index of this process, from 0.")
 _WAIT = flags.DEFINE_float("wait", startup.WAIT, "Seconds until a silent process is given up.")
-# What must agree for a run to be continued, as one short text.
-fingerprint = identity.fingerprint
 # For the seconds of a whole run.
 _BEGAN = time.perf_counter()
 
@@ -62,9 +56,20 @@ def main(argv: list[str]) -> None:
             check_workdir(Path(_WORKDIR.value))
             startup.check_shared(Path(_WORKDIR.value))
             passed = train(
-                run, Path(_WORKDIR.value), quiet=_QUIET.value, accept_changes=_ACCEPT_CHANGES.value
+                run,
+                Path(_WORKDIR.value),
+                quiet=_QUIET.value,
+                accept_changes=_ACCEPT_CHANGES.value,
+                draw=_report,
+                began=_BEGAN,
             )
     sys.exit(0 if passed else 1)
+
+
+def _report(workdir: Path) -> Path:
+    from jaxrl_eff.cli import report  # not needed before the end
+
+    return report.write(workdir)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -94,143 +99,6 @@ def _help(argv: list[str]) -> str:
             [*lines, "", f"Values of {spec}:", *map("  --{}".format, config_file.flat(run))]
         )
     return "\n".join([*lines, "", "Configs:", config_file.describe()])
-
-
-def train(
-    run: settings.Run, workdir: Path, *, quiet: bool = False, accept_changes: bool = False
-) -> bool:
-    """Runs the whole of it; returns whether the expectation was met.
-
-    Args:
-        run: the settings.
-        workdir: where results go; a run that is there is continued.
-        quiet: print only the final table and verdict.
-        accept_changes: continue it even if it computed something else until now.
-
-    Raises:
-        ValueError, FileNotFoundError, ImportError: found before anything long starts.
-    """
-    import jax
-
-    from jaxrl_eff.train import loop
-    from jaxrl_eff.train.console import Console
-    from jaxrl_eff.train.progress import NonFinite
-
-    check_workdir(workdir)
-    first = jax.process_index() == 0
-    with contextlib.ExitStack() as closing:
-        lock = closing.enter_context(held(workdir))
-        stream = None
-        if not first:  # only the first process speaks
-            stream = closing.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        console = closing.enter_context(Console(quiet=quiet or not first, stream=stream))
-        heard = closing.enter_context(interrupts.listening())
-        try:
-            assembled, out = _opened(
-                run, workdir, accept_changes, lock.check, console, heard, closing
-            )
-            return _conclude(assembled, loop.fit(assembled, out), workdir, out)
-        except interrupts.Stopped as stop:
-            console.end_stage()
-            console.final(f"stopped at {stop}; the same command continues")
-            return True
-        except NonFinite as error:
-            console.end_stage()
-            console.final(f"error: {error}")
-            return False
-        finally:
-            heard.over()
-
-
-def _opened(
-    run: settings.Run,
-    workdir: Path,
-    accept_changes: bool,
-    guard: Callable[[], None],
-    console: Any,
-    heard: interrupts.Interrupts,
-    closing: contextlib.ExitStack,
-) -> tuple[Any, Any]:
-    """Assembles a run and opens its files, which `closing` closes; prints the header."""
-    import jax
-
-    from jaxrl_eff.checkpoints.run import Checkpoints
-    from jaxrl_eff.train import assembly, balanced, loop, resume, summary
-    from jaxrl_eff.train.writer import Writer
-
-    assembled = assembly.assemble(run)
-    me = identity.identify(run, workdir, accept_changes=accept_changes)
-    checkpoints = Checkpoints(
-        workdir / "checkpoints",
-        keep=run.checkpoint.keep,
-        fingerprint=me.fingerprint,
-        accepted=me.accepted,
-        guard=guard,
-    )
-    closing.callback(checkpoints.close)
-    record = checkpoints.peek()
-    found = "none" if record is None else f"stage {record['stage']}, step {record['step']}"
-    startup.agree("workdir", {f"the checkpoint in {workdir}": found})  # and all are assembled
-    kept = resume.written(record, assembled.stages)
-    first = jax.process_index() == 0
-    writer = Writer(workdir, **kept, wandb=run.wandb or None, enabled=first, guard=guard)
-    closing.callback(writer.close)
-    writer.document("identity", me.document())
-    writer.document("config", secret.redacted(dataclasses.asdict(run)))
-    writer.document("plan", {s.name: s.step.plan_table() for s in assembled.stages})
-    scheduled = [s for s in assembled.stages if s.settings.schedule.name == "skrull"]
-    if scheduled:
-        found = {s.name: balanced.describe(s.step, s.lengths) for s in scheduled}
-        writer.document("schedule", found)
-    console.header(f"jaxrl_eff: {' → '.join(run.stages)}", summary.facts(assembled, workdir))
-    for stage in assembled.stages:
-        for note in stage.notes:
-            console.warn(f"{stage.name}: {note}")
-    for change in me.changes:
-        console.warn(f"this run goes on although {change}")
-    heard.phase = "restoring"
-    return assembled, loop.Outlets(console, writer, checkpoints, heard, bool(me.accepted))
-
-
-def _conclude(assembled: Any, done: Any, workdir: Path, out: Any) -> bool:
-    """Prints the table, exports, draws the report; returns whether the expectation was met."""
-    import jax
-
-    from jaxrl_eff.cli import report
-    from jaxrl_eff.train import export, summary
-
-    run, console, writer = assembled.run, out.console, out.writer
-    seconds = time.perf_counter() - _BEGAN
-    console.table("result", ["", "value"], summary.table(assembled, done, seconds))
-    summary.show_change(done, console)
-    untrained = summary.untrained(run, done.withheld)
-    passed = summary.expectation(run, done.results) and not untrained
-    result = {
-        "results": done.results,
-        "withheld": done.withheld,
-        "data": summary.data(assembled, done),
-        "notes": {s.name: list(s.notes) for s in assembled.stages if s.notes},
-        "expected": dataclasses.asdict(run.expect),
-        "passed": passed,
-        "seconds": seconds,
-        "export": None,
-    }
-    # Written before the export too: an export that fails loses no number.
-    writer.document("result", result)
-    if run.export:
-        out.interrupts.phase = "the export"
-        result["export"] = str(export.write(assembled, done, workdir, console))
-        console.final(f"exported: {result['export']}")
-        writer.document("result", result)
-    if jax.process_index() == 0:
-        out.interrupts.phase = "the report"
-        writer.close()
-        try:
-            console.final(f"report: {report.write(workdir)}")
-        except Exception as error:  # a page that cannot be drawn does not decide about the run
-            console.warn(f"the report could not be drawn: {config_file.said(error)}")
-        summary.verdict(run, done, console, passed)
-    return passed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,10 @@
-"""Sums and means over masked positions, and over the segments of packed rows."""
+"""Sums and means over masked positions, and over the segments of packed rows.
+
+Example:
+    >>> from jaxrl_eff import masked
+    >>> float(masked.mean(jnp.array([1.0, 2.0, 100.0]), jnp.array([1.0, 1.0, 0.0])))
+    1.5
+"""
 
 import jax
 import jax.numpy as jnp

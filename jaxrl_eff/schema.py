@@ -80,7 +80,7 @@ def build(cls: type, section: Mapping[Any, Any], path: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in section:
         if key not in fields:
-            raise ValueError(f"{path} has no field {among(key, fields)}")
+            raise ValueError(f"{path}: {unknown_field(key, fields)}")
     for name, f in fields.items():
         if _default(f) is dataclasses.MISSING and name not in section:
             raise ValueError(f"{path}.{name} is missing.")
@@ -104,11 +104,12 @@ def build(cls: type, section: Mapping[Any, Any], path: str) -> Any:
         ) from None
 
 
-def among(key: Any, known: Iterable[str]) -> str:
-    """Describes an unknown key, with the known ones and the closest match."""
+def unknown_field(key: Any, known: Iterable[str]) -> str:
+    """Message about an unknown key, with the known ones and the closest match."""
     known = sorted(known)
     close = difflib.get_close_matches(key, known, n=1) if isinstance(key, str) else []
-    return f"{key!r:.200}; it has {known}." + (f" Did you mean {close[0]!r}?" if close else "")
+    message = f"unknown field {key!r:.200}; expected one of {known}."
+    return message + (f" Did you mean {close[0]!r}?" if close else "")
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -1,4 +1,11 @@
-"""Paths, masks by regular expression, and sizes of pytrees."""
+"""Paths, masks by regular expression, and sizes of pytrees.
+
+Example:
+    >>> from jaxrl_eff import tree
+    >>> params = {"layers": {"mlp": {"up": jnp.ones((2, 3))}}}
+    >>> tree.names(params), tree.size(params)
+    (['layers/mlp/up'], 6)
+"""
 
 import math
 import re
@@ -78,7 +85,9 @@ def match(tree: Any, patterns: Iterable[str]) -> Any:
     every = names(tree)
     for pattern in patterns:
         if not any(re.fullmatch(pattern, name) for name in every):
-            raise ValueError(f"the pattern {pattern!r} matches no parameter; there are {every}.")
+            raise ValueError(
+                f"the pattern {pattern!r} matches no parameter; expected one of {every}."
+            )
     return map_with_name(lambda name, _: matches(name, patterns), tree)
 
 

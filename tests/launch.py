@@ -11,7 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxrl_eff import main
+from jaxrl_eff.cli import report
 from jaxrl_eff.train import config_file, settings, writer
+from jaxrl_eff.train import run as whole
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = str(ROOT / "tests" / "tiny.py")
@@ -27,9 +29,11 @@ def config(arg="", *changes):
     return settings.run(config_file.load(f"{TINY}:{arg}", changes))
 
 
-def train(run, workdir):
+def train(run, workdir, *, quiet=True, accept_changes=False):
     """The whole of a run in this process, over its eight simulated devices."""
-    return main.train(run, Path(workdir), quiet=True)
+    return whole.train(
+        run, Path(workdir), quiet=quiet, accept_changes=accept_changes, draw=report.write
+    )
 
 
 def environment(cache):

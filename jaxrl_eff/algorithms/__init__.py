@@ -1,7 +1,8 @@
 """Algorithms: each file is one paper, a frozen `Config`, a table of calls, and an `Algorithm`.
 
 Files differ only as their papers do. `losses` and `advantages` have the equations on arrays;
-`policy` has the rows that several tables share.
+`policy` has the rows that several tables share. The names in `__all__` are public, everything else
+is private.
 """
 
 from jaxrl_eff.algorithms import dpo, grpo, ppo, raft, remax, reward_model, rloo, sft

@@ -19,6 +19,15 @@ class Rollout(NamedTuple):
 
     Attributes:
         reward: a function of the text; None: the model with role "reward".
+
+    Example:
+        >>> from jaxrl_eff import LMConfig, Rollout, Sampling, algorithms
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> value, ppo = lm.replace(head="value"), algorithms.ppo
+        >>> models = {"actor": lm, "critic": value, "reward": value}
+        >>> graph = ppo.graph(ppo.PPOConfig(), models, Rollout(Sampling(max_tokens=4)))
+        >>> [call.name for call in graph.calls if call.kind == "train"]
+        ['actor_train', 'critic_train']
     """
 
     sampling: Sampling
@@ -65,4 +74,7 @@ def require(config: Any, field: str, ok: bool, allowed: str) -> None:
 
 def require_one_of(config: Any, field: str, allowed: Sequence[str]) -> None:
     """Requires the field's value to be in `allowed`."""
-    require(config, field, getattr(config, field) in allowed, f"one of {', '.join(allowed)}")
+    value = getattr(config, field)
+    if value not in allowed:
+        name = type(config).__name__
+        raise ValueError(f"{name}: unknown {field} {value!r}; expected one of {[*allowed]}.")

@@ -56,7 +56,7 @@ def aggregate(
     if how == "sequence_sum":
         return x.sum(), sequences
     if how != "constant":
-        raise ValueError(f"aggregation is {how!r}; it must be one of {', '.join(AGGREGATIONS)}.")
+        raise ValueError(f"unknown aggregation {how!r}; expected one of {[*AGGREGATIONS]}.")
     if not max_tokens:
         raise ValueError(f"'constant' divides by max_tokens, which is {max_tokens}; give >= 1.")
     return x.sum() / max_tokens, sequences
@@ -157,7 +157,7 @@ def kl(
         return 0.5 * jnp.square(d)
     if estimator == "k3":
         return jnp.expm1(-d) + d
-    raise ValueError(f"KL estimator is {estimator!r}; it must be one of {', '.join(ESTIMATORS)}.")
+    raise ValueError(f"unknown KL estimator {estimator!r}; expected one of {[*ESTIMATORS]}.")
 
 
 def kl_penalty(
@@ -234,7 +234,7 @@ def preference(
         return jnp.square(gap - 1 / (2 * beta))
     if loss == "hinge":
         return jax.nn.relu(1 - beta * gap)
-    raise ValueError(f"preference loss is {loss!r}; it must be one of {', '.join(PREFERENCES)}.")
+    raise ValueError(f"unknown preference loss {loss!r}; expected one of {[*PREFERENCES]}.")
 
 
 def pairs(per_segment: Float[Array, "B T1"]) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:

@@ -1,4 +1,7 @@
-"""Weights on disk: checkpoints of a run, Hugging Face and PEFT files, delta files."""
+"""Weights on disk: checkpoints of a run, Hugging Face and PEFT files, delta files.
+
+The names below are public, everything else is private.
+"""
 
 from jaxrl_eff import public
 
@@ -12,4 +15,5 @@ __all__, __getattr__, __dir__ = public.table(
         "peft_files": ("load_peft", "save_peft"),
         "run": ("Checkpoints",),
     },
+    modules=("deltas",),
 )

@@ -121,6 +121,14 @@ def read_config(
         FileNotFoundError: there is no `config.json`.
         ValueError: an architecture or a field's value is not supported, or an unknown field has an
             effect; the message names it. Unknown fields without effect cause a warning.
+
+    Example:
+        >>> from jaxrl_eff import read_config
+        >>> raw = dict(model_type="llama", vocab_size=8, hidden_size=4, num_hidden_layers=2)
+        >>> raw |= dict(num_attention_heads=2, intermediate_size=8)
+        >>> lm = read_config(raw)
+        >>> lm.layers, lm.head_dim
+        (2, 2)
     """
     if isinstance(source, dict):
         return _parse("config.json", fields.without(source, ignore))
@@ -141,8 +149,8 @@ def _parse(where: str, raw: dict[str, Any]) -> LMConfig:
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in CLASSES:
         raise ValueError(
-            f"{where}: model_type={fields.short(family)} is not supported; there is "
-            f"{', '.join(CLASSES)}, gemma3."
+            f"{where}: unknown model_type {fields.short(family)}; expected one of "
+            f"{[*CLASSES, 'gemma3']}."
         )
     only = known_fields.ONLY | known_fields.ONLY_OF.get(family, {})
     idle += fields.checked(where, raw, known_fields.READ[family] | known_fields.HARMLESS, only=only)
@@ -258,8 +266,7 @@ def _activation(where: str, name: str, given: dict[str, Any]) -> str:
     value = given[name]
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise ValueError(
-            f"{where}: {name}={fields.short(value)} is not supported; there is "
-            f"{', '.join(ACTIVATIONS)}."
+            f"{where}: unknown {name} {fields.short(value)}; expected one of {[*ACTIVATIONS]}."
         )
     return ACTIVATIONS[value]
 

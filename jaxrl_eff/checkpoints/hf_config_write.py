@@ -22,7 +22,7 @@ def write_config(cfg: LMConfig) -> dict[str, Any]:
         ValueError: the family's format cannot represent some fields; the message names them.
     """
     if cfg.family not in CLASSES:
-        raise ValueError(f"family={cfg.family!r} is not supported; there is {', '.join(CLASSES)}.")
+        raise ValueError(f"unknown family {cfg.family!r}; expected one of {[*CLASSES]}.")
     gemma, act = (
         cfg.family.startswith("gemma"),
         {v: k for k, v in ACTIVATIONS.items() if k != "swish"},
@@ -85,8 +85,10 @@ def check_exportable(cfg: LMConfig) -> None:
     """
     write_config(cfg)
     if cfg.param_dtype not in CODES.values():
-        dtypes = ", ".join(CODES.values())
-        raise ValueError(f"param_dtype={cfg.param_dtype!r} cannot be saved; there is {dtypes}.")
+        dtypes = [*CODES.values()]
+        raise ValueError(
+            f"param_dtype={cfg.param_dtype!r} cannot be saved; expected one of {dtypes}."
+        )
 
 
 def _architecture(cfg: LMConfig) -> str:

@@ -81,10 +81,17 @@ def load_hf(
         FileNotFoundError: there are no safetensors files, or a file in the index is missing.
         ValueError: a tensor is missing, unexpected, or has a wrong shape or dtype; a file is
             damaged; two files could both be the model; a tied head differs from the table.
+
+    Example:
+        >>> from jaxrl_eff import LMConfig, init, load_hf, read_config, save_hf
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> save_hf("loaded", lm, init(lm, jax.random.key(0)))
+        >>> load_hf("loaded", read_config("loaded"))["embed"]["table"].shape
+        (8, 4)
     """
     dtype = cfg.param_dtype if dtype is None else str(jnp.dtype(dtype))
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}, but it should be one of {', '.join(DTYPES)}.")
+        raise ValueError(f"unknown dtype {dtype!r}; expected one of {[*DTYPES]}.")
     shapes = lm_params.abstract(cfg)
     table = {tensor.path: tensor for tensor in tensors(cfg)}
     if set(table) != set(tree.names(shapes)):
@@ -253,10 +260,7 @@ def _check(files: _Files, table: dict[str, Tensor], shapes: PyTree, cfg: LMConfi
             )
         code = files.slices[name].get_dtype()
         if code not in CODES:
-            raise ValueError(
-                f"{files.directory}: {name!r} is {code}, but it should be one of "
-                f"{', '.join(CODES)}."
-            )
+            raise ValueError(f"{files.directory}: {name!r} is {code}; expected one of {[*CODES]}.")
     if cfg.tie and cfg.head == "lm":
         _check_tied(files)
 

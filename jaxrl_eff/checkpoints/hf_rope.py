@@ -55,8 +55,8 @@ def _rope(
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind not in ROPE_KINDS:
         raise ValueError(
-            f"{where}: {name}: rope_type={fields.short(kind)} is not supported; there is "
-            f"{', '.join(ROPE_KINDS)}."
+            f"{where}: {name}: unknown rope_type {fields.short(kind)}; expected one of "
+            f"{[*ROPE_KINDS]}."
         )
     inside, only = f"{where}: {name}", {"partial_rotary_factor": (None, 1)}
     idle += fields.checked(where, raw, ROPE[kind], only=only, prefix=f"{name}.")

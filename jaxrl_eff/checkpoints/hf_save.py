@@ -66,6 +66,14 @@ def save_hf(
         FileExistsError: the directory has files that this function does not write.
         NotADirectoryError: it is a link or not a directory.
         ValueError: the family's format cannot represent `cfg`, or parameters have a wrong shape.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from jaxrl_eff import LMConfig, init, save_hf
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> save_hf("saved", lm, init(lm, jax.random.key(0)))
+        >>> sorted(path.name for path in Path("saved").iterdir())
+        ['config.json', 'generation_config.json', 'model.safetensors']
     """
     directory = Path(directory)
     leaves = {tree.path_name(p): x for p, x in jax.tree_util.tree_leaves_with_path(params)}
@@ -190,7 +198,7 @@ def _header(pieces: list[_Piece]) -> bytes:
     start = 0
     for piece in pieces:
         if str(piece.dtype) not in codes:
-            raise ValueError(f"{piece.name!r} is {piece.dtype}; it should be one of {list(codes)}.")
+            raise ValueError(f"{piece.name!r} is {piece.dtype}; expected one of {[*codes]}.")
         end = start + piece.nbytes
         header[piece.name] = {
             "dtype": codes[str(piece.dtype)],

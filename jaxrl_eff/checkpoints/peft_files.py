@@ -226,8 +226,7 @@ def _stored(path: Path, ignore: Collection[str]) -> dict[str, np.ndarray]:
     for name, array in stored.items():
         if str(array.dtype) not in CODES.values():
             raise ValueError(
-                f"{path}: {name!r} is {array.dtype}, but it should be one of "
-                f"{', '.join(CODES.values())}."
+                f"{path}: {name!r} is {array.dtype}; expected one of {[*CODES.values()]}."
             )
     return {k: v for k, v in stored.items() if not any(fnmatchcase(k, i) for i in ignore)}
 

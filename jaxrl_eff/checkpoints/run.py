@@ -58,7 +58,19 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run; `messages` has a line for each rejected one."""
+    """The checkpoints of one run; `messages` has a line for each rejected one.
+
+    Example:
+        >>> from jaxrl_eff import Checkpoints
+        >>> checkpoints = Checkpoints("checkpoints", fingerprint="run 1")
+        >>> checkpoints.save(3, {"w": jnp.ones(2)}, {"note": "half way"})
+        >>> checkpoints.wait()
+        >>> checkpoints.peek()
+        {'note': 'half way'}
+        >>> checkpoints.restore({"w": jax.ShapeDtypeStruct((2,), jnp.float32)}).step
+        3
+        >>> checkpoints.close()
+    """
 
     def __init__(
         self,
@@ -88,7 +100,7 @@ class Checkpoints:
         if keep < 1 or keep_best < 0:
             raise ValueError(f"keep={keep}, keep_best={keep_best}; at least 1 and 0 are needed.")
         if mode not in ("max", "min"):
-            raise ValueError(f"mode is {mode!r}; allowed are 'max' and 'min'.")
+            raise ValueError(f"unknown mode {mode!r}; expected one of ['max', 'min'].")
         self.directory = Path(directory).absolute()
         self.messages: list[str] = []
         self.unfit: list[str] = []  # messages of intact checkpoints that hold other arrays

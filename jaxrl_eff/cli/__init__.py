@@ -1,1 +1,1 @@
-"""The commands: `python -m jaxrl_eff NAME` runs `main` of the file NAME.py."""
+"""The commands: `python -m jaxrl_eff NAME` runs `main` of the file NAME.py. All else is private."""

@@ -2,7 +2,8 @@
 
 Independent of models, algorithms and configs. `Graph` and the calls `generate`, `infer`, `train`
 and `local` define what is computed; a `Plan` gives every call a `Placement`; `compile` builds
-the step.
+the step. The functions of calls return `meters` as metrics. The names below are public, everything
+else is private.
 """
 
 from jaxrl_eff import public
@@ -17,4 +18,5 @@ __all__, __getattr__, __dir__ = public.table(
             "draw", "generate", "infer", "local", "order", "train",
         ),
     },
+    modules=("meters",),
 )  # fmt: skip

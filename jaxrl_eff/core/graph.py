@@ -34,6 +34,12 @@ class Model(NamedTuple):
             `[..., N, D / N, ...]`, bitwise equal on all nodes. A train call updates it from
             `params`, whatever changed these; after replacing parameters for good, call
             `Step.refreshed`.
+
+    Example:
+        >>> from jaxrl_eff import Model
+        >>> model = Model(params={"w": jnp.ones(2)})
+        >>> model.params["w"].shape, model.opt
+        ((2,), ())
     """
 
     params: Any
@@ -69,6 +75,12 @@ class Call:
         staleness: of a generate call: age of its weights in steps. 0 is synchronous RL; 1 lets it
             sample on its own devices while the previous step still trains. It changes what is
             computed (samples are off-policy by that many steps), so it belongs to the graph.
+
+    Example:
+        >>> from jaxrl_eff import Call
+        >>> call = Call("double", "local", None, lambda batch, key: {}, reads=("x",), writes=("y",))
+        >>> f"{call.name} reads {call.reads} and writes {call.writes}"
+        "double reads ('x',) and writes ('y',)"
     """
 
     name: str
@@ -96,7 +108,17 @@ class Call:
 def generate(
     name: str, *, of: str, fn: Callable, reads: str, writes: str, staleness: int = 0
 ) -> Call:
-    """Returns a call that samples from a model, with weights `staleness` steps old."""
+    """Returns a call that samples from a model, with weights `staleness` steps old.
+
+    Example:
+        >>> from jaxrl_eff import LMConfig, Sampling, core, sample
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> fn = sample(lm, Sampling(max_tokens=4))
+        >>> reads = "prompt prompt_length"
+        >>> call = core.generate("actor_gen", of="actor", fn=fn, reads=reads, writes="tokens logp")
+        >>> call.kind, call.staleness
+        ('generate', 0)
+    """
     return Call(
         name, "generate", of, fn, tuple(reads.split()), tuple(writes.split()), staleness=staleness
     )
@@ -111,7 +133,15 @@ def infer(
     writes: str,
     finish: Callable | None = None,
 ) -> Call:
-    """Returns a call that evaluates a model: `fn` per token, then `finish`, if given, per row."""
+    """Returns a call that evaluates a model: `fn` per token, then `finish`, if given, per row.
+
+    Example:
+        >>> from jaxrl_eff import core
+        >>> double = lambda params, batch, key: {"y": params["w"] * batch["x"]}
+        >>> call = core.infer("label", of="rule", fn=double, reads="x", writes="y")
+        >>> call.fn({"w": 2.0}, {"x": 3.0}, None)
+        {'y': 6.0}
+    """
     return Call(name, "infer", of, fn, tuple(reads.split()), tuple(writes.split()), finish=finish)
 
 
@@ -132,6 +162,14 @@ def train(
 
     Raises:
         ValueError: `forward` is given, but no rows of tokens are read.
+
+    Example:
+        >>> from jaxrl_eff import core
+        >>> def loss(params, batch, key):
+        ...     return ((params["w"] * batch["x"] - batch["y"]) ** 2).sum(), batch["x"].size, {}
+        >>> call = core.train("fit", of="line", loss=loss, reads="x y", epochs=2)
+        >>> call.fn({"w": 2.0}, {"x": np.array([1.0, 2.0]), "y": np.array([2.0, 3.0])}, None)[1]
+        2
     """
     names, fn = tuple(reads.split()), loss
     if forward is not None:
@@ -163,13 +201,30 @@ def row_prefix(names: Collection[str]) -> str | None:
 
 
 def local(name: str, *, fn: Callable, reads: str, writes: str, host: bool = False) -> Call:
-    """Returns a call without a model; with `host=True` on numpy arrays, in each row's process."""
+    """Returns a call without a model; with `host=True` on numpy arrays, in each row's process.
+
+    Example:
+        >>> from jaxrl_eff import core
+        >>> minus = lambda batch, key: {"adv": batch["score"] - batch["value"]}
+        >>> call = core.local("advantage", fn=minus, reads="score value", writes="adv")
+        >>> call.fn({"score": 3.0, "value": 1.0}, None)
+        {'adv': 2.0}
+    """
     return Call(name, "local", None, fn, tuple(reads.split()), tuple(writes.split()), host=host)
 
 
 @dataclasses.dataclass(frozen=True)
 class Graph:
-    """Calls in any order, and the names of the arrays that the data source supplies."""
+    """Calls in any order, and the names of the arrays that the data source supplies.
+
+    Example:
+        >>> from jaxrl_eff import Graph, core
+        >>> train = core.train("fit", of="line", loss=lambda params, batch, key: ..., reads="x y")
+        >>> label = core.infer("label", of="rule", fn=lambda p, b, key: ..., reads="x", writes="y")
+        >>> graph = Graph(inputs="x", calls=(train, label))
+        >>> graph.models, [call.name for call in core.order(graph)]
+        (('line', 'rule'), ['label', 'fit'])
+    """
 
     inputs: str
     calls: tuple[Call, ...]
@@ -246,6 +301,13 @@ class Spec(NamedTuple):
             unquantized, with communication left to the compiler.
         view: parameters, as stored -> the parameters that functions of calls read; None: the same.
         codes: names of parameters that are never quantized when sent, since they are codes already.
+
+    Example:
+        >>> from jaxrl_eff import LMConfig, Spec, abstract, logical_axes
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> spec = Spec(abstract(lm), logical_axes(lm), optax.adamw(1e-5))
+        >>> spec.shapes["embed"]["table"].shape, spec.axes["embed"]["table"]
+        ((8, 4), ('vocab', 'embed'))
     """
 
     shapes: Any
@@ -277,6 +339,13 @@ def order(graph: Graph) -> tuple[Call, ...]:
     Raises:
         ValueError: an array has two writers or none, a name is used twice, or calls depend on each
             other in a cycle.
+
+    Example:
+        >>> from jaxrl_eff import Graph, core
+        >>> second = core.local("second", fn=lambda b, key: {}, reads="y", writes="z")
+        >>> first = core.local("first", fn=lambda b, key: {}, reads="x", writes="y")
+        >>> [call.name for call in core.order(Graph("x", (second, first)))]
+        ['first', 'second']
     """
     writer = dict.fromkeys(graph.inputs.split(), "the data source")
     seen: set[str] = set()
@@ -293,7 +362,7 @@ def order(graph: Graph) -> tuple[Call, ...]:
         for k in c.reads:
             if k not in writer:
                 raise ValueError(
-                    f"{c.name} reads '{k}', which nothing writes; there is {sorted(writer)}."
+                    f"{c.name} reads the unknown array '{k}'; expected one of {sorted(writer)}."
                 )
         needs[c.name] = {writer[k] for k in c.reads} - {"the data source"}
         if c.kind == "train":
@@ -320,6 +389,15 @@ def draw(graph: Graph) -> str:
     """Draws the graph as Mermaid text: one box per call, arrows labeled with arrays.
 
     Dotted arrows are weights: from the call that trains a model to those that use it afterwards.
+
+    Example:
+        >>> from jaxrl_eff import Graph, core
+        >>> call = core.local("double", fn=lambda batch, key: {}, reads="x", writes="y")
+        >>> print(core.draw(Graph("x", (call,))))
+        graph LR
+          data[("data")]
+          double("double")
+          data -- x --> double
     """
     calls = order(graph)
     writer = {k: c.name for c in calls for k in c.writes}
@@ -355,7 +433,7 @@ def check_plan(graph: Graph, plan: Plan) -> dict[str, Placement]:
     """
     names = {c.name for c in graph.calls}
     if unknown := sorted(set(plan) - names):
-        raise ValueError(f"the plan places {unknown}, but the graph's calls are {sorted(names)}.")
+        raise ValueError(f"the plan: unknown call {unknown[0]!r}; expected one of {sorted(names)}.")
     full = dict(plan)
     calls = order(graph)
     anchor = next((c for c in calls if c.kind == "train"), calls[0])

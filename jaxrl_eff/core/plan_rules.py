@@ -38,7 +38,7 @@ def plan(
         return {k: _on_nodes(k, p, nodes) if k in split else p for k, p in found.items()}
     names = {c.name for c in graph.calls}
     if unknown := sorted(set(rule) - names - {"default"}):
-        raise ValueError(f"the plan places {unknown}, but the calls are {sorted(names)}.")
+        raise ValueError(f"the plan: unknown call {unknown[0]!r}; expected one of {sorted(names)}.")
     table = {}
     for c in graph.calls:
         row = rule.get(c.name, rule.get("default") if c.of is not None else None)
@@ -63,7 +63,7 @@ def _by_rule(rule: str, graph: Graph, devices: int) -> dict[str, Placement]:
         half = devices // 2
         first, second = Placement(tuple(range(half))), Placement(tuple(range(half, 2 * half)))
         return {c.name: first if c.of == "actor" else second for c in calls}
-    raise ValueError(f"the plan is {rule!r}; it must be one of {list(RULES)} or a table.")
+    raise ValueError(f"unknown plan {rule!r}; expected one of {[*RULES]} or a table.")
 
 
 def _on_nodes(call: str, place: Placement, nodes: int) -> Placement:
@@ -76,7 +76,9 @@ def _on_nodes(call: str, place: Placement, nodes: int) -> Placement:
 
 def _placement(call: str, row: Mapping[str, Any], devices: int) -> Placement:
     if unknown := sorted(set(row) - set(_KEYS)):
-        raise ValueError(f"the plan of {call} has unknown fields {unknown}; there are {[*_KEYS]}.")
+        raise ValueError(
+            f"the plan of {call}: unknown field {unknown[0]!r}; expected one of {[*_KEYS]}."
+        )
     row = dict(row)
     chosen = row.pop("devices", devices)
     if type(chosen) is int:

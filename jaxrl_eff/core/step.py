@@ -72,6 +72,20 @@ def compile(
     Raises:
         ValueError: the plan does not fit the graph or the devices, a spec is missing, or there is
             nothing to pack.
+
+    Example:
+        >>> from jaxrl_eff import Graph, Placement, Spec, compile, core
+        >>> def loss(params, batch, key):
+        ...     return ((params["w"] * batch["x"] - 1) ** 2).sum(), jnp.float32(batch["x"].size), {}
+        >>> graph = Graph("x", (core.train("fit", of="line", loss=loss, reads="x"),))
+        >>> spec = Spec({"w": jax.ShapeDtypeStruct((), jnp.float32)}, {"w": ()}, optax.sgd(0.1))
+        >>> step = compile(graph, {"fit": Placement((0,))}, {"line": spec})
+        >>> home = step.home("line").params["w"].sharding
+        >>> models = {"line": step.init("line", {"w": jax.device_put(jnp.float32(0), home)})}
+        >>> key = np.zeros(2, np.uint32)
+        >>> models, data, metrics = step(models, {"x": np.ones(4, np.float32)}, key)
+        >>> round(float(models["line"].params["w"]), 3), float(metrics["fit/loss"])
+        (0.2, 1.0)
     """
     missing = [m for m in graph.models if m not in specs]
     if missing:

@@ -170,7 +170,7 @@ def _checked(n: int, message: Message) -> dict[str, Any]:
     plain = _without_nulls(message)
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise ValueError(f"turn {n} has role={role!r}; there is {', '.join(ROLES)}.")
+        raise ValueError(f"turn {n}: unknown role {role!r}; expected one of {[*ROLES]}.")
     if content is None and plain.get("tool_calls"):
         return {**plain, "content": None}
     if not isinstance(content, str):

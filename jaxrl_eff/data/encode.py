@@ -21,7 +21,14 @@ Example = dict[str, Any]
 def encode_text(
     tokenizer: Tokenizer, *, bos: bool, eos: bool = True, field: str = "text"
 ) -> Callable[[Example], Segment]:
-    """Encodes [bos] text [eos]; all is learned except the first token, which has no context."""
+    """Encodes [bos] text [eos]; all is learned except the first token, which has no context.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, encode_text
+        >>> tokens, mask = encode_text(CharTokenizer("0123456789>"), bos=True)({"text": "12"})
+        >>> tokens.tolist(), mask.tolist()
+        ([1, 4, 5, 2], [0.0, 1.0, 1.0, 1.0])
+    """
     begin, end = _specials(tokenizer, bos, eos)
 
     def encode(example: Example) -> Segment:
@@ -39,7 +46,15 @@ def encode_prompt_completion(
     prompt: str = "prompt",
     completion: str = "completion",
 ) -> Callable[[Example], Segment]:
-    """Encodes [bos] prompt completion [eos]; completion and eos are learned."""
+    """Encodes [bos] prompt completion [eos]; completion and eos are learned.
+
+    Example:
+        >>> from jaxrl_eff import CharTokenizer, encode_prompt_completion
+        >>> encode = encode_prompt_completion(CharTokenizer("0123456789>"), bos=True)
+        >>> tokens, mask = encode({"prompt": "12>", "completion": "21"})
+        >>> tokens.tolist(), mask.tolist()
+        ([1, 4, 5, 13, 5, 4, 2], [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    """
     begin, end = _specials(tokenizer, bos, eos)
 
     def encode(example: Example) -> Segment:
@@ -57,6 +72,15 @@ def encode_messages(
     """Encodes a conversation by the tokenizer's chat template, which adds bos and ends of turns.
 
     The assistant's tokens are learned, including the token that ends its turn.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, encode_messages
+        >>> template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+        >>> encode = encode_messages(CharTokenizer("0123456789>", template))
+        >>> turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        >>> tokens, mask = encode({"messages": turns})
+        >>> tokens.tolist(), mask.tolist()
+        ([4, 2, 5, 2], [0.0, 0.0, 1.0, 1.0])
     """
 
     def encode(example: Example) -> Segment:
@@ -76,7 +100,15 @@ def encode_preference(
     chosen: str = "chosen",
     rejected: str = "rejected",
 ) -> Callable[[Example], Pair]:
-    """Encodes the chosen and rejected responses, each as `encode_prompt_completion`."""
+    """Encodes the chosen and rejected responses, each as `encode_prompt_completion`.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, encode_preference
+        >>> encode = encode_preference(CharTokenizer("0123456789>"), bos=True)
+        >>> chosen, rejected = encode({"prompt": "12>", "chosen": "21", "rejected": "12"})
+        >>> rejected[0].tolist()
+        [1, 4, 5, 13, 4, 5, 2]
+    """
     good, bad = (
         encode_prompt_completion(tokenizer, bos=bos, eos=eos, prompt=prompt, completion=side)
         for side in (chosen, rejected)
@@ -87,7 +119,14 @@ def encode_preference(
 def encode_prompt(
     tokenizer: Tokenizer, *, bos: bool, field: str = "prompt"
 ) -> Callable[[Example], np.ndarray]:
-    """Encodes [bos] prompt, as ids int32 [n]."""
+    """Encodes [bos] prompt, as ids int32 [n].
+
+    Example:
+        >>> from jaxrl_eff import CharTokenizer, encode_prompt
+        >>> encode = encode_prompt(CharTokenizer("0123456789>"), bos=True)
+        >>> encode({"prompt": "12>"})
+        array([ 1,  4,  5, 13], dtype=int32)
+    """
     begin, _ = _specials(tokenizer, bos, False)
     return lambda example: np.array(begin + tokenizer.encode(read(example, field)), np.int32)
 
@@ -99,6 +138,12 @@ def encode_chat_prompt(
 
     A string in the field counts as one message of the user. An answer that ends the conversation is
     the target, and not part of the prompt; see `chat.to_answer`.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, encode_chat_prompt
+        >>> template = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
+        >>> encode_chat_prompt(CharTokenizer("0123456789>", template))({"messages": "1"}).tolist()
+        [4, 2]
     """
 
     def encode(example: Example) -> np.ndarray:
@@ -118,7 +163,7 @@ def read(example: Example, field: str, kind: type | tuple[type, ...] = str) -> A
         ValueError: the field is missing or has another type; the message shows what was found.
     """
     if field not in example:
-        raise ValueError(f"there is no field {field!r}; there is {sorted(map(str, example))}.")
+        raise ValueError(f"unknown field {field!r}; expected one of {sorted(map(str, example))}.")
     value = example[field]
     if not isinstance(value, kind):
         wanted = kind if isinstance(kind, tuple) else (kind,)

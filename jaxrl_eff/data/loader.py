@@ -83,17 +83,29 @@ def batches(
     Raises:
         ValueError: an argument is out of range; or, from `next`, an example cannot be encoded, is
             too long while `overlong` is "error", or no example of the source is usable.
+
+    Example:
+        >>> from jaxrl_eff import CharTokenizer, batches, encode_prompt_completion
+        >>> source = [{"prompt": "12>", "completion": "21"}, {"prompt": "3>", "completion": "3"}]
+        >>> encode = encode_prompt_completion(CharTokenizer("0123456789>"), bos=True)
+        >>> order = dict(seed=0, shuffle=False, epochs=1)
+        >>> loader = batches(source=source, encode=encode, batch=1, kind="sft", length=12, **order)
+        >>> batch = next(loader)
+        >>> batch["tokens"].tolist()
+        [[1, 4, 5, 13, 5, 4, 2, 1, 6, 13, 6, 2]]
+        >>> batch["segment"].tolist()
+        [[1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2]]
     """
     if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}.")
+        raise ValueError(f"unknown kind {kind!r}; expected one of {[*KINDS]}.")
     needed, size = ("prompt_length", prompt_length) if kind == "prompts" else ("length", length)
     if size is None or size < 1:
         raise ValueError(f"kind {kind!r} needs {needed}, at least 1; it is {size}.")
     allowed = ("drop", "error") if kind == "prompts" else ("drop", "truncate", "error")
     if overlong not in allowed:
-        raise ValueError(f"overlong is {overlong!r}; for {kind} it may be {', '.join(allowed)}.")
+        raise ValueError(f"unknown overlong {overlong!r}; expected one of {[*allowed]}.")
     if remainder not in (None, "pad", "drop"):
-        raise ValueError(f"remainder is {remainder!r}, not 'pad' or 'drop'.")
+        raise ValueError(f"unknown remainder {remainder!r}; expected one of ['pad', 'drop'].")
     index, count = process
     if not 0 <= index < count:
         raise ValueError(f"process {index} of {count} does not exist.")
@@ -129,7 +141,19 @@ def batches(
 
 
 class Loader:
-    """Iterator that `batches` returns: dicts of numpy arrays; `state` and `restore` resume it."""
+    """Iterator that `batches` returns: dicts of numpy arrays; `state` and `restore` resume it.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, batches, encode_prompt
+        >>> source = [{"prompt": digit} for digit in "01234567"]
+        >>> encode = encode_prompt(CharTokenizer("01234567"), bos=False)
+        >>> settings = dict(batch=2, kind="prompts", seed=0, prompt_length=1)
+        >>> first, second = (batches(source=source, encode=encode, **settings) for _ in range(2))
+        >>> _ = next(first)
+        >>> second.restore(first.state())
+        >>> bool((next(first)["prompt"] == next(second)["prompt"]).all())
+        True
+    """
 
     def __init__(self, *, source, encode, layout, order, epochs, process, reading):
         self._source, self._encode = source, encode

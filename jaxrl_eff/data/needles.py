@@ -60,7 +60,7 @@ def examples(
     if count < 1 or not 0 <= long_share <= 1:
         raise ValueError(f"{count} rows with a long_share of {long_share}; at least 1, and 0..1.")
     if split not in ("train", "held_out"):
-        raise ValueError(f"split is {split!r}, not 'train' or 'held_out'.")
+        raise ValueError(f"unknown split {split!r}; expected one of ['train', 'held_out'].")
     middle = math.sqrt(shortest * longest)
 
     def read(index: int) -> Example:

@@ -26,7 +26,13 @@ Example = dict[str, Any]
 
 @runtime_checkable
 class Source(Protocol):
-    """Interface of the loader's data: any sized, indexable object, without subclassing."""
+    """Interface of the loader's data: any sized, indexable object, without subclassing.
+
+    Example:
+        >>> from jaxrl_eff.data import Source
+        >>> isinstance([{"prompt": "12>"}], Source)
+        True
+    """
 
     def __len__(self) -> int: ...
 
@@ -38,6 +44,12 @@ class Examples:
     """A source of `size` examples; `read(i)` returns the i-th, 0 <= i < size.
 
     `name` is for messages, and so is `place(i)`: the position of the i-th in its file.
+
+    Example:
+        >>> from jaxrl_eff.data import Examples
+        >>> squares = Examples(3, lambda i: {"square": i**2}, "squares")
+        >>> len(squares), squares[2]
+        (3, {'square': 4})
     """
 
     size: int
@@ -62,6 +74,11 @@ def python_source(examples: Sequence[Example] | Callable[[], Iterable[Example]])
     Args:
         examples: a sequence of dicts, or a function without arguments that returns an iterable
             of them; the function is called once, immediately.
+
+    Example:
+        >>> from jaxrl_eff.data import python_source
+        >>> python_source([{"prompt": "12>"}])[0]
+        {'prompt': '12>'}
     """
     rows = list(examples()) if callable(examples) else examples
     return Examples(len(rows), rows.__getitem__, "the Python source", "example {}".format)
@@ -79,6 +96,14 @@ def jsonl(path: str | os.PathLike) -> Examples:
         ValueError: the file is compressed, a parquet file or not in UTF-8; or, on access, a line is
             not a JSON object (as in RFC 8259: no NaN) or holds a lone surrogate; the message names
             file and line, from 1.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from jaxrl_eff import jsonl
+        >>> _ = Path("train.jsonl").write_text('{"prompt": "12>"}\\n{"prompt": "34>"}\\n')
+        >>> source = jsonl("train.jsonl")
+        >>> len(source), source[1]
+        (2, {'prompt': '34>'})
     """
     name = os.fspath(path)
     offsets, lines = [], []
@@ -192,6 +217,13 @@ def parquet(
             it.
         ValueError: the file is not parquet, or lacks a column; the message names both. Or, on
             access, a row group cannot be read.
+
+    Example:
+        >>> import pyarrow, pyarrow.parquet
+        >>> from jaxrl_eff import parquet
+        >>> pyarrow.parquet.write_table(pyarrow.table({"prompt": ["12>", "34>"]}), "train.parquet")
+        >>> parquet("train.parquet")[1]
+        {'prompt': '34>'}
     """
     try:
         import pyarrow
@@ -210,7 +242,7 @@ def parquet(
         raise ValueError(f"{name} has more than one column of the names {twice}.")
     for column in columns or ():
         if column not in schema.names:
-            raise ValueError(f"{name} has no column {column!r}; it has {schema.names}.")
+            raise ValueError(f"{name}: unknown column {column!r}; expected one of {schema.names}.")
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     starts, maps = [0, *np.cumsum(sizes).tolist()], "map<" in str(schema)
     lock = threading.Lock()  # threads cannot share the file or a half-read group
@@ -256,6 +288,13 @@ def file(path: str | os.PathLike) -> Examples:
 
     Raises:
         OSError, ValueError, ImportError: as `parquet` and `jsonl`.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from jaxrl_eff.data import file
+        >>> _ = Path("data.json").write_text('[{"n": 1}, {"n": 2}]')
+        >>> file("data.json")[1]
+        {'n': 2}
     """
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if suffix in (".parquet", ".pq"):
@@ -287,7 +326,8 @@ def require(source: Source, fields: str | Sequence[str]) -> Examples:
         for name in names:
             if name not in example:
                 raise ValueError(
-                    f"example {index} has no field {name!r}; it has {sorted(map(str, example))}."
+                    f"example {index}: unknown field {name!r}; expected one of "
+                    f"{sorted(map(str, example))}."
                 )
         return example
 
@@ -298,12 +338,25 @@ def require(source: Source, fields: str | Sequence[str]) -> Examples:
 
 
 def mapped(source: Source, fn: Callable[[Example], Example]) -> Examples:
-    """Applies `fn` to every example on access, e.g. to rename or join fields."""
+    """Applies `fn` to every example on access, e.g. to rename or join fields.
+
+    Example:
+        >>> from jaxrl_eff.data import mapped
+        >>> mapped([{"question": "12"}], lambda example: {"prompt": example["question"] + ">"})[0]
+        {'prompt': '12>'}
+    """
     return Examples(len(source), lambda index: fn(source[index]), _name(source), _placed(source))
 
 
 def subset(source: Source, indices: Sequence[int] | np.ndarray) -> Examples:
-    """A source of the examples at `indices`, in that order."""
+    """A source of the examples at `indices`, in that order.
+
+    Example:
+        >>> from jaxrl_eff.data import subset
+        >>> chosen = subset([{"n": n} for n in range(9)], [4, 2])
+        >>> len(chosen), chosen[0]
+        (2, {'n': 4})
+    """
     chosen = np.asarray(indices, np.int64)
     if chosen.size and (chosen.min() < 0 or chosen.max() >= len(source)):
         raise ValueError(
@@ -322,6 +375,12 @@ def holdout(source: Source, n: int, *, seed: int) -> tuple[Examples, Examples]:
 
     Returns:
         The rest and the held-out n: disjoint, together everything, each in the source's order.
+
+    Example:
+        >>> from jaxrl_eff import holdout
+        >>> train, held_out = holdout([{"n": n} for n in range(10)], 2, seed=0)
+        >>> len(train), len(held_out)
+        (8, 2)
     """
     if not 0 <= n <= len(source):
         raise ValueError(f"cannot hold out {n} of {len(source)} examples.")

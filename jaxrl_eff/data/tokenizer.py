@@ -36,6 +36,11 @@ class Tokenizer(Protocol):
         chat_template: Jinja source, or None.
         special: text of the special tokens by role (`bos_token`, `eos_token`, ...).
         origin: where it was loaded from, for messages.
+
+    Example:
+        >>> from jaxrl_eff.data import CharTokenizer, Tokenizer
+        >>> isinstance(CharTokenizer("ab"), Tokenizer)
+        True
     """
 
     vocab: int
@@ -66,6 +71,12 @@ class CharTokenizer:
 
     Raises:
         ValueError: a character appears twice in the alphabet.
+
+    Example:
+        >>> from jaxrl_eff import CharTokenizer
+        >>> tokenizer = CharTokenizer("0123456789>")
+        >>> tokenizer.encode("12>", special=True), tokenizer.decode([1, 4, 5, 13, 2])
+        ([1, 4, 5, 13], '12>')
     """
 
     alphabet: str
@@ -227,6 +238,14 @@ def load_tokenizer(
         ValueError: a file cannot be read; a special token is not in the vocabulary; an unknown
             field has a value that matters; or two files contradict each other.
         ImportError: the `tokenizers` library is missing and needed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from jaxrl_eff import CharTokenizer, load_tokenizer
+        >>> Path("chars").mkdir()
+        >>> CharTokenizer("ab").save("chars")
+        >>> load_tokenizer("chars").encode("ba")
+        [4, 3]
     """
     directory = Path(directory)
     path = directory / "tokenizer.json"

@@ -4,6 +4,13 @@ A task shows some digits and ">" and asks for them reversed, or sorted: "1234>" 
 numbers are split once into train and held-out, so that evaluation uses unseen numbers. A given
 share of supervised examples can be wrong, which leaves something for reinforcement learning to
 improve; preferences pair the truth with a corrupted answer.
+
+Example:
+    >>> from jaxrl_eff import toys
+    >>> task = toys.reverse_digits(3, train=100, held_out=10)
+    >>> example = toys.prompts(task, "held_out")[0]
+    >>> toys.gold(example, example["prompt"][2::-1]), toys.gold(example, "")
+    (True, False)
 """
 
 import functools
@@ -33,7 +40,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.name not in TASKS:
-            raise ValueError(f"the task is {self.name!r}, not one of {', '.join(TASKS)}.")
+            raise ValueError(f"unknown task {self.name!r}; expected one of {[*TASKS]}.")
         _check_digits(self.digits)
         if min(self.train, self.held_out) < 0 or self.train + self.held_out > 10**self.digits:
             raise ValueError(
@@ -197,7 +204,7 @@ def _task(name: str, digits: int, train: int | None, held_out: int | None, seed:
 @functools.lru_cache(maxsize=32)
 def _numbers(task: Task, split: str) -> np.ndarray:
     if split not in ("train", "held_out"):
-        raise ValueError(f"split is {split!r}, not 'train' or 'held_out'.")
+        raise ValueError(f"unknown split {split!r}; expected one of ['train', 'held_out'].")
     # Held-out numbers depend on the seed alone, so that they stay the same for any `train`.
     every = 10**task.digits
     held = np.random.default_rng((task.seed, 0)).choice(every, task.held_out, replace=False)

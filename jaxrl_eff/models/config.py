@@ -28,7 +28,7 @@ LARGEST = {
 
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}={value!r}, but it should be one of {', '.join(allowed)}.")
+        raise ValueError(f"unknown {name} {value!r}; expected one of {[*allowed]}.")
 
 
 def _check_size(name: str, value: Any, largest: int) -> None:
@@ -61,6 +61,11 @@ class Rope:
             blend, and True to round the bounds outward to whole dimensions.
         attention_factor: "yarn": factor on cos and sin; None: 0.1 ln(factor) + 1, or the ratio of
             its values with `mscale` and with `mscale_all_dim` where both are given.
+
+    Example:
+        >>> from jaxrl_eff.models import Rope
+        >>> Rope(kind="linear", factor=4.0).theta
+        10000.0
     """
 
     theta: float = 10_000.0
@@ -118,6 +123,12 @@ class LMConfig:
             which is faster and still compiles quickly, and loops over deeper stacks.
         head: "lm" ends in the vocabulary, "value" in one number per token.
         init_std: standard deviation of the initial embeddings and projections.
+
+    Example:
+        >>> from jaxrl_eff import LMConfig
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> lm.score_scale, lm.replace(head="value").head
+        (0.5, 'value')
     """
 
     vocab: int

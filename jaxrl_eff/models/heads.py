@@ -48,6 +48,16 @@ def token_logprobs(
         warp: temperature and truncation, as when the tokens were sampled.
         chunk: number of tokens whose logits exist at once; None: set by `CHUNK_LOGITS`; 0: all.
         with_entropy: False skips the entropy and returns zeros in its place.
+
+    Example:
+        >>> from jaxrl_eff import LMConfig, init, token_logprobs
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> params = init(lm, jax.random.key(0))
+        >>> tokens, position = jnp.array([[5, 6, 7]]), jnp.array([[0, 1, 2]])
+        >>> segment = jnp.ones_like(tokens)
+        >>> logp, entropy = token_logprobs(lm, params, tokens, position, segment)
+        >>> logp.shape, float(logp[0, 0]), bool((logp[0, 1:] < 0).all())
+        ((1, 3), 0.0, True)
     """
     # Only per-token numbers are exchanged between devices, never hidden states.
     over = _layout(cfg, tokens)
@@ -142,7 +152,15 @@ def logprobs(
     name: str = "logp",
     entropy: bool = False,
 ) -> CallFn:
-    """Returns an infer function: tokens, position, segment -> `name`, and `entropy` if set."""
+    """Returns an infer function: tokens, position, segment -> `name`, and `entropy` if set.
+
+    Example:
+        >>> from jaxrl_eff import LMConfig, core, logprobs
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> fn, reads = logprobs(lm, name="ref_logp"), "tokens position segment"
+        >>> core.infer("ref_inf", of="ref", fn=fn, reads=reads, writes="ref_logp").writes
+        ('ref_logp',)
+    """
 
     def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         del key
@@ -156,7 +174,18 @@ def logprobs(
 
 
 def values(cfg: LMConfig) -> CallFn:
-    """Returns an infer function: tokens, position, segment -> `value`."""
+    """Returns an infer function: tokens, position, segment -> `value`.
+
+    Example:
+        >>> from jaxrl_eff import LMConfig, abstract, values
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> lm = lm.replace(head="value")
+        >>> params = jax.tree.map(lambda x: jnp.zeros(x.shape), abstract(lm))
+        >>> batch = {"tokens": jnp.array([[5, 6]]), "position": jnp.array([[0, 1]])}
+        >>> batch["segment"] = jnp.array([[1, 1]])
+        >>> values(lm)(params, batch, jax.random.key(0))["value"].tolist()
+        [[0.0, 0.0]]
+    """
 
     def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         del key
@@ -167,7 +196,18 @@ def values(cfg: LMConfig) -> CallFn:
 
 
 def token_scores(cfg: LMConfig) -> CallFn:
-    """Returns an infer function: tokens, position, segment -> `after`, see `scalar_head`."""
+    """Returns an infer function: tokens, position, segment -> `after`, see `scalar_head`.
+
+    Example:
+        >>> from jaxrl_eff.models import LMConfig, abstract, token_scores
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> lm = lm.replace(head="value")
+        >>> params = jax.tree.map(lambda x: jnp.zeros(x.shape), abstract(lm))
+        >>> batch = {"tokens": jnp.array([[5, 6]]), "position": jnp.array([[0, 1]])}
+        >>> batch["segment"] = jnp.array([[1, 1]])
+        >>> token_scores(lm)(params, batch, jax.random.key(0))["after"].shape
+        (1, 2)
+    """
 
     def call(params: PyTree, batch: dict[str, Array], key: Array) -> dict[str, Array]:
         del key
@@ -178,7 +218,14 @@ def token_scores(cfg: LMConfig) -> CallFn:
 
 
 def last_score(batch: dict[str, Array], key: Array) -> dict[str, Array]:
-    """Computes `score` from `after` at each row's last token; one sequence per row."""
+    """Computes `score` from `after` at each row's last token; one sequence per row.
+
+    Example:
+        >>> from jaxrl_eff.models import last_score
+        >>> batch = {"after": jnp.array([[1.0, 2.0, 3.0]]), "segment": jnp.array([[1, 1, 0]])}
+        >>> last_score(batch, jax.random.key(0))["score"].tolist()
+        [2.0]
+    """
     del key
     segment = batch["segment"]
     at = jnp.arange(segment.shape[1])[None, :]

@@ -27,6 +27,11 @@ class Warp:
         min_p: keep probabilities of at least min_p times the largest.
 
     Equal logits are kept or dropped together.
+
+    Example:
+        >>> from jaxrl_eff.models import Warp
+        >>> Warp(temperature=0.7).truncates, Warp(top_k=50).truncates
+        (False, True)
     """
 
     temperature: float = 1.0
@@ -56,6 +61,11 @@ def warp(
         logits: float32.
         keep: the sampled token, which is kept whatever its rank, since rounding could otherwise
             put it just outside.
+
+    Example:
+        >>> from jaxrl_eff.models import Warp, warp
+        >>> warp(jnp.array([0.0, 1.0, 2.0]), Warp(temperature=0.5, top_k=2)).tolist()
+        [-inf, 2.0, 4.0]
     """
     if warp.temperature not in (0.0, 1.0):
         logits = logits / warp.temperature

@@ -206,6 +206,16 @@ def apply(
 
     Args:
         attend: the attention; None: `attention.choose(cfg)`.
+
+    Example:
+        >>> from jaxrl_eff import LMConfig, apply, init
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> params = init(lm, jax.random.key(0))
+        >>> tokens, position = jnp.array([[5, 6, 7]]), jnp.array([[0, 1, 2]])
+        >>> segment = jnp.ones_like(tokens)
+        >>> hidden, cache = apply(lm, params, tokens, position, segment)
+        >>> hidden.shape, cache
+        ((1, 3, 4), None)
     """
     if weights.any_transient(params):
         # If unrolled, the compiler could dequantize or gather all layers before the first.

@@ -1,7 +1,8 @@
 """Optax transforms and schedules for any JAX code; they depend on jax, optax and chex only.
 
 `optimizer` builds one by name. For low precision use `collage_adamw`, or any optax transforms
-followed by a store of the weights (`lowp_chain`).
+followed by a store of the weights (`lowp_chain`). `sparse` trains a part of the entries. The names
+in `__all__`, here and there, are public, everything else is private.
 """
 
 from jaxrl_eff.optim.build import OWN, in_float32, optimizer, optimizer_names, upcast

@@ -66,18 +66,27 @@ def optimizer(
 
     Raises:
         ValueError: an unknown optimizer, option or store.
+
+    Example:
+        >>> from jaxrl_eff import optimizer
+        >>> params = {"embed": jnp.ones(2), "head": jnp.ones(2)}
+        >>> tx = optimizer("adamw", 0.1, clip_norm=1.0, frozen=["embed"])
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> optax.apply_updates(params, updates)["embed"].tolist()
+        [1.0, 1.0]
     """
     if name not in optimizer_names():
-        raise ValueError(f"optimizer is {name!r}; it must be one of {optimizer_names()}.")
+        raise ValueError(f"unknown optimizer {name!r}; expected one of {optimizer_names()}.")
     fn, options = OWN.get(name) or getattr(optax, name), dict(options or {})
     known = inspect.signature(fn).parameters
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"{name} has no options {unknown}; it has {sorted(known)}.")
+        raise ValueError(f"{name}: unknown option {unknown[0]!r}; expected one of {sorted(known)}.")
     if weight_decay and "weight_decay" not in known:
         raise ValueError(f"{name} has no weight decay, but weight_decay is {weight_decay}.")
     if store and (name in OWN or store not in WEIGHTS):
-        what = "set by its variant" if name in OWN else f"'' or one of {list(WEIGHTS)}"
-        raise ValueError(f"store is {store!r}; for {name} it must be {what}.")
+        if name in OWN:
+            raise ValueError(f"store is {store!r}; for {name} it must be set by its variant.")
+        raise ValueError(f"unknown store {store!r}; expected one of {['', *WEIGHTS]}.")
     if "weight_decay" in known:
         options.setdefault("weight_decay", weight_decay)
         if "mask" in known:

@@ -141,7 +141,7 @@ def moment(name: str, which: str, shape: tuple[int, ...]) -> MomentCodec:
         ValueError: an unknown name.
     """
     if name not in MOMENT_NAMES:
-        raise ValueError(f"{which} is {name!r}; it must be one of {list(MOMENT_NAMES)}.")
+        raise ValueError(f"{which}: unknown codec {name!r}; expected one of {[*MOMENT_NAMES]}.")
     if name != "int8":
         return MOMENTS[name]
     fits = len(shape) >= 2 and shape[-1] % GROUP == 0 and shape[-1] > 0
@@ -319,7 +319,7 @@ def weight(name: str) -> WeightCodec:
         ValueError: an unknown name.
     """
     if name not in WEIGHTS:
-        raise ValueError(f"the weights' codec is {name!r}; it must be one of {list(WEIGHTS)}.")
+        raise ValueError(f"weights: unknown codec {name!r}; expected one of {[*WEIGHTS]}.")
     return WEIGHTS[name]
 
 

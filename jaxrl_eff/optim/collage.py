@@ -68,9 +68,18 @@ def collage_adamw(
     Raises:
         ValueError: the variant is unknown; faithful is combined with another variant or with
             metrics; in `init`: the variant does not support the parameters' dtype.
+
+    Example:
+        >>> from jaxrl_eff import collage_adamw, full_precision_params
+        >>> params = jnp.ones(2, jnp.bfloat16)
+        >>> tx = collage_adamw(1e-4)
+        >>> updates, state = tx.update(jnp.ones_like(params), tx.init(params), params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> float(params[0]), round(float(full_precision_params(params, state)[0]), 5)
+        (1.0, 0.9999)
     """
     if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; it must be one of {list(VARIANTS)}.")
+        raise ValueError(f"unknown variant {variant!r}; expected one of {[*VARIANTS]}.")
     if faithful:
         if variant not in ("light", "plus"):
             raise ValueError(f"faithful arithmetic is for 'light' and 'plus', not {variant!r}.")

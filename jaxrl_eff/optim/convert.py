@@ -42,6 +42,14 @@ def full_precision_params(params: Any, opt_state: Any) -> Any:
 
     Raises:
         ValueError: the state stores no weights, or stores them more than once.
+
+    Example:
+        >>> from jaxrl_eff import full_precision_params, lowp_chain
+        >>> params, tx = jnp.ones(2, jnp.bfloat16), lowp_chain(optax.sgd(1e-4), store="int16")
+        >>> updates, state = tx.update(jnp.ones_like(params), tx.init(params), params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> float(params[0]), round(float(full_precision_params(params, state)[0]), 5)
+        (1.0, 0.9999)
     """
     return joined(params, _store(opt_state).low)
 

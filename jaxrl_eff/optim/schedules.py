@@ -22,9 +22,15 @@ def warmup_then(
 
     Raises:
         ValueError: the shape is unknown, or the warm-up is longer than the whole.
+
+    Example:
+        >>> from jaxrl_eff import warmup_then
+        >>> rate = warmup_then("linear", peak=1.0, updates=6, warmup=2)
+        >>> [float(rate(n)) for n in range(7)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if shape not in SHAPES:
-        raise ValueError(f"schedule is {shape!r}; it must be one of {list(SHAPES)}.")
+        raise ValueError(f"unknown schedule {shape!r}; expected one of {[*SHAPES]}.")
     if not 0 <= warmup <= updates:
         raise ValueError(f"warmup is {warmup} updates, but must be within 0 and {updates}.")
     rest = max(updates - warmup, 1)

@@ -1,4 +1,7 @@
-"""Meshes, shardings and transfers of arrays between them; independent of any model."""
+"""Meshes, shardings and transfers of arrays between them; independent of any model.
+
+The names below are public, everything else is private.
+"""
 
 from jaxrl_eff import public
 
@@ -12,4 +15,5 @@ __all__, __getattr__, __dir__ = public.table(
         "reshard.changes": ("ChangedElements", "SyncConfig"),
         "reshard.sync": ("WeightSync",),
     },
+    modules=("host",),
 )

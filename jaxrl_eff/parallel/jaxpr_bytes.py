@@ -143,7 +143,7 @@ def _axes(params: Mapping[str, Any], sizes: dict[str, int]) -> list[str]:
     names = [n for n in names if isinstance(n, str)]
     missing = [n for n in names if n not in sizes]
     if missing:
-        raise ValueError(f"axis {missing[0]!r} has no size; there are {list(sizes)}.")
+        raise ValueError(f"unknown axis {missing[0]!r}; expected one of {[*sizes]}.")
     return sorted(names, key=list(sizes).index)
 
 

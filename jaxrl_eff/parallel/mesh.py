@@ -35,6 +35,14 @@ class Placement:
 
     Raises:
         ValueError: the axes do not fit the devices, a device is named twice, or an unknown offload.
+
+    Example:
+        >>> from jaxrl_eff import Placement
+        >>> place = Placement(devices=(0, 1, 2, 3), tensor=2, microbatches=8)
+        >>> print(place)
+        devices 0-3: data=2 tensor=2, 8 microbatches
+        >>> place.row_shards
+        2
     """
 
     devices: tuple[int, ...]
@@ -55,7 +63,7 @@ class Placement:
             if getattr(self, axis) < low:
                 raise ValueError(f"{axis} is {getattr(self, axis)}, but must be at least {low}.")
         if self.offload not in OFFLOADS:
-            raise ValueError(f"offload is {self.offload!r}; it must be one of {list(OFFLOADS)}.")
+            raise ValueError(f"unknown offload {self.offload!r}; expected one of {[*OFFLOADS]}.")
         others = self.stage * self.dcn * self.fsdp * self.seq * self.tensor
         data = self.data or len(self.devices) // others
         if data * others != len(self.devices):

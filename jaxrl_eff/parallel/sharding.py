@@ -60,7 +60,7 @@ class Rules:
         table, used, out = dict(self.table), set(), []
         for axis in axes:
             if axis is not None and axis not in table:
-                raise ValueError(f"unknown logical axis {axis!r}; there are {sorted(table)}.")
+                raise ValueError(f"unknown logical axis {axis!r}; expected one of {sorted(table)}.")
             mesh_axes = table[axis] if axis is not None else None
             for name in mesh_axes or ():
                 if name in used:

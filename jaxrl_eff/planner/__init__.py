@@ -2,5 +2,19 @@
 
 `from_graph` turns a graph into a `Problem`, `clusters` describes hardware, `cost` prices calls and
 edges, `simulate` schedules a plan, `search` finds one, and `corrections` adjusts prices to
-measurements. Only `clusters.local` uses a device: it measures.
+measurements. Only `clusters.local` uses a device: it measures. The names below are public,
+everything else is private; `jaxrl_eff.search` and `jaxrl_eff.simulate` are the functions of the
+modules with these names.
 """
+
+from jaxrl_eff import public
+
+__all__, __getattr__, __dir__ = public.table(
+    __name__,
+    {
+        "clusters": ("Cluster",),
+        "from_graph": ("of_stage", "works"),
+        "problem": ("Lengths", "Problem"),
+    },
+    modules=("clusters", "corrections", "search", "simulate"),
+)

@@ -2,6 +2,12 @@
 
 Peaks are datasheet values. The share of them that programs reach is in the efficiencies, which are
 guesses until `planner.corrections` adjusts them to a run. `local` measures CPUs instead.
+
+Example:
+    >>> from jaxrl_eff import clusters
+    >>> cluster = clusters.parse("h100:2x8")
+    >>> cluster.devices, cluster.per_host
+    (16, 8)
 """
 
 import dataclasses

@@ -69,6 +69,11 @@ class Lengths:
     """Distribution of response lengths: `tokens[i]` with probability `share[i]`, ascending.
 
     A decoding loop ends with its longest row, and rows that have ended do no useful work.
+
+    Example:
+        >>> from jaxrl_eff.planner import Lengths
+        >>> Lengths(tokens=(64, 512), share=(0.75, 0.25)).share
+        (0.75, 0.25)
     """
 
     tokens: tuple[int, ...]

@@ -122,6 +122,19 @@ def search(
     Raises:
         ValueError: no plan fits into memory (the message says what is short, where, and what would
             fit), or the rows of a call divide evenly on no mesh.
+
+    Example:
+        >>> from jaxrl_eff import Graph, LMConfig, clusters, core, logprobs, search
+        >>> from jaxrl_eff.planner import works
+        >>> sizes = dict(layers=16, width=2048, heads=16, kv_heads=4, head_dim=128, ffn=8192)
+        >>> lm = LMConfig(vocab=32000, **sizes)
+        >>> reads = "tokens position segment"
+        >>> call = core.infer("ref_inf", of="ref", fn=logprobs(lm), reads=reads, writes="logp")
+        >>> shape = jax.ShapeDtypeStruct((64, 1024), jnp.int32)
+        >>> problem = works(Graph(reads, (call,)), {"ref": lm}, dict.fromkeys(reads.split(), shape))
+        >>> found = search(problem, clusters.parse("h100:8"), evaluations=100)
+        >>> sorted(found.plan["ref_inf"].devices)
+        [0, 1, 2, 3, 4, 5, 6, 7]
     """
     began = time.perf_counter()
     judge, rules, thriftiest = None, {}, None

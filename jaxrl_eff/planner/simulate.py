@@ -439,6 +439,21 @@ def simulate(
 
     Raises:
         ValueError: a call has no placement, or a device does not exist.
+
+    Example:
+        >>> from jaxrl_eff import Graph, LMConfig, Placement, clusters, core, logprobs, simulate
+        >>> from jaxrl_eff.planner import works
+        >>> sizes = dict(layers=16, width=2048, heads=16, kv_heads=4, head_dim=128, ffn=8192)
+        >>> lm = LMConfig(vocab=32000, **sizes)
+        >>> reads = "tokens position segment"
+        >>> call = core.infer("ref_inf", of="ref", fn=logprobs(lm), reads=reads, writes="logp")
+        >>> shape = jax.ShapeDtypeStruct((64, 1024), jnp.int32)
+        >>> problem = works(Graph(reads, (call,)), {"ref": lm}, dict.fromkeys(reads.split(), shape))
+        >>> cluster = clusters.parse("h100:8")
+        >>> one, all_ = (Placement(tuple(range(n)), microbatches=8) for n in (1, 8))
+        >>> slow, fast = (simulate(problem, {"ref_inf": p}, cluster) for p in (one, all_))
+        >>> 4 < slow.seconds / fast.seconds < 8
+        True
     """
     return Simulator(problem, cluster, corrections, iterations=iterations).run(plan)
 

@@ -63,6 +63,15 @@ def sample(
 
     Args:
         attend: the attention; None: `attention.choose(cfg)`.
+
+    Example:
+        >>> from jaxrl_eff import LMConfig, Sampling, init, sample
+        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
+        >>> generate = jax.jit(sample(lm, Sampling(max_tokens=2, samples=3)))
+        >>> batch = {"prompt": jnp.array([[5, 6]]), "prompt_length": jnp.array([2])}
+        >>> out = generate(init(lm, jax.random.key(0)), batch, jax.random.key(1))
+        >>> out["tokens"].shape, out["mask"][0].tolist()
+        ((3, 4), [0.0, 0.0, 1.0, 1.0])
     """
     attend = attend or attention.choose(cfg)
     unstacked = small(params_.abstract(cfg)) if sampling.unstack is None else sampling.unstack

@@ -29,6 +29,12 @@ class Sampling:
         unstack: True to unstack the parameters of the layers before decoding. Faster, but it copies
             them once and compile time grows with depth. None: below 256 MiB on a CPU, 16 GiB
             elsewhere. A quantized base is never unstacked.
+
+    Example:
+        >>> from jaxrl_eff import Sampling
+        >>> sampling = Sampling(max_tokens=256, temperature=0.7, top_p=0.9, samples=8)
+        >>> sampling.warp.temperature, sampling.warp.truncates
+        (0.7, True)
     """
 
     max_tokens: int

@@ -89,8 +89,7 @@ def load(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     name, _, arg = spec.partition(":")
     path = Path(name)
     if not path.is_file():
-        known = ", ".join(str(p) for p in files()) or "none here"
-        raise ConfigError(f"--config={name} is no file. There are: {known}.")
+        raise ConfigError(f"--config={name} is no file; expected one of {[*map(str, files())]}.")
     config = _get(path, arg)
     if hasattr(config, "to_dict"):
         try:
@@ -187,7 +186,7 @@ def _unquoted(text: str) -> str:
 
 def files() -> list[Path]:
     """Lists available configs: of the current directory, else of the package's repository."""
-    for folder in (Path("configs"), Path(__file__).resolve().parent.parent / "configs"):
+    for folder in (Path("configs"), Path(__file__).resolve().parents[2] / "configs"):
         found = sorted(p for p in folder.glob("*.py") if p.stem not in ("__init__", "common"))
         if found:
             return found

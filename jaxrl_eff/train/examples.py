@@ -76,7 +76,8 @@ def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
         known = ("digits", "train", "held_out", "seed")
         if unknown := sorted(set(options) - set(known)):
             raise ValueError(
-                f"data.options has unknown {unknown}; a toy has {[*known, 'wrong', 'keep_length']}."
+                f"data.options: unknown field {unknown[0]!r}; expected one of "
+                f"{[*known, 'wrong', 'keep_length']}."
             )
         _check_types("data.options", options, int)
         _check_types("data.options", wrong, float, int)
@@ -103,7 +104,7 @@ def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
     readers = {"jsonl": sources.jsonl, "parquet": sources.parquet}
     if data.source not in readers:
         raise ValueError(
-            f"data.source is {data.source!r}; there are "
+            f"unknown data.source {data.source!r}; expected one of "
             f"{[*readers, 'inline', 'needles', *toys.TASKS]}."
         )
     if not data.path:
@@ -133,7 +134,7 @@ def _check_types(path: str, options: Mapping[str, Any], *types: type) -> None:
 def _needles(data: DataSettings) -> tuple[Any, Any]:
     known = ("shortest", "longest", "long_share", "train", "held_out", "seed")
     if unknown := sorted(set(data.options) - set(known)):
-        raise ValueError(f"data.options has unknown {unknown}; needles have {[*known]}.")
+        raise ValueError(f"data.options: unknown field {unknown[0]!r}; expected one of {[*known]}.")
     if data.format not in ("completion", "prompt"):
         raise ValueError(f"data.format is {data.format!r}; needles are 'completion' or 'prompt'.")
     options = {"train": 4096, "held_out": 128, **data.options}
@@ -167,7 +168,7 @@ def check_format(s: StageSettings, kind: str) -> None:
     """
     name = s.data.format
     if name not in FORMATS:
-        raise ValueError(f"data.format is {name!r}; there are {list(FORMATS)}.")
+        raise ValueError(f"unknown data.format {name!r}; expected one of {[*FORMATS]}.")
     if FORMATS[name][0] != kind:
         fit = [f for f, (k, _) in FORMATS.items() if k == kind]
         raise ValueError(f"data.format is {name!r}; {s.algorithm} needs one of {fit}.")

@@ -72,7 +72,7 @@ class at_path:
 def algorithm_of(s: StageSettings) -> Algorithm:
     """Returns the record of the stage's algorithm."""
     if s.algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm is {s.algorithm!r}; there are {list(ALGORITHMS)}.")
+        raise ValueError(f"unknown algorithm {s.algorithm!r}; expected one of {[*ALGORITHMS]}.")
     return ALGORITHMS[s.algorithm]
 
 
@@ -138,7 +138,7 @@ def reward_fn(reward: RewardSettings) -> Callable:
         ValueError: the name or an option is unknown.
     """
     if reward.name not in REWARDS:
-        raise ValueError(f"the reward is {reward.name!r}; there are {['model', *REWARDS]}.")
+        raise ValueError(f"unknown reward {reward.name!r}; expected one of {['model', *REWARDS]}.")
     try:
         fn = REWARDS[reward.name](**reward.options)
     except TypeError as error:
@@ -164,7 +164,7 @@ def roles_of(
     if "ref" in roles:
         given.setdefault("ref", given["actor"])
     if unknown := sorted(set(given) - set(roles)):
-        raise ValueError(f"models has unknown roles {unknown}; {s.algorithm} has {[*roles]}.")
+        raise ValueError(f"models: unknown role {unknown[0]!r}; expected one of {[*roles]}.")
     origins, lms = {}, {}
     by_name = {e.name: e for e in earlier}
     for role, where in given.items():
@@ -270,9 +270,9 @@ def model_specs(
 ) -> tuple[dict[str, Spec], dict[str, Any]]:
     trained = {c.of: c for c in graph.calls if c.kind == "train"}
     if unknown := sorted(set(s.optim) - set(trained)):
-        raise ValueError(f"optim names {unknown}, but the stage trains {sorted(trained)}.")
+        raise ValueError(f"optim: unknown role {unknown[0]!r}; expected one of {sorted(trained)}.")
     if unknown := sorted(set(s.adapt) - set(trained)):
-        raise ValueError(f"adapt names {unknown}, but the stage trains {sorted(trained)}.")
+        raise ValueError(f"adapt: unknown role {unknown[0]!r}; expected one of {sorted(trained)}.")
     specs, schedules, own = {}, {}, algorithm_of(s).own
     for role in graph.models:
         if role in own:

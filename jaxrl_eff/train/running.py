@@ -5,6 +5,8 @@ from typing import Annotated
 
 from jaxrl_eff.schema import Count, Natural, NonNegative, Share, Switch, Within
 
+SYNCS = ("whole", "changes", "int8", "int4")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchSettings:
@@ -51,7 +53,7 @@ class ScheduleSettings:
 
     def __post_init__(self):
         if self.name not in ("rows", "skrull"):
-            raise ValueError(f"name is {self.name!r}, not 'rows' or 'skrull'.")
+            raise ValueError(f"unknown schedule {self.name!r}; expected one of ['rows', 'skrull'].")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +82,8 @@ class SyncSettings:
         return self.name in ("whole", "changes")
 
     def __post_init__(self):
-        if self.name not in ("whole", "changes", "int8", "int4"):
-            raise ValueError(f"name is {self.name!r}, not 'whole', 'changes', 'int8' or 'int4'.")
+        if self.name not in SYNCS:
+            raise ValueError(f"unknown sync {self.name!r}; expected one of {[*SYNCS]}.")
         if self.capacity and self.name != "changes":
             raise ValueError(
                 f"capacity={self.capacity} is of 'changes', and name is {self.name!r}."

@@ -21,8 +21,8 @@ from jaxrl_eff.schema import (
     Seed,
     Switch,
     Within,
-    among,
     build,
+    unknown_field,
 )
 from jaxrl_eff.train.running import ScheduleSettings, SearchSettings, SyncSettings, ZeroSettings
 
@@ -255,6 +255,14 @@ class Run:
         checkpoint, expect: see there.
         wandb: arguments of `wandb.init`; empty for no W&B.
         export: True to write the last trained model as a Hugging Face directory.
+
+    Example:
+        >>> from jaxrl_eff import train
+        >>> data, optim = dict(source="reverse", length=16), dict(actor=dict(lr=1e-3))
+        >>> sft = dict(algorithm="sft", steps=100, batch=8, data=data, optim=optim)
+        >>> config = train.settings.run(dict(model=dict(path="DIR"), stages=("sft",), sft=sft))
+        >>> config.stage["sft"].optim["actor"].name
+        'adamw'
     """
 
     seed: Seed = 0
@@ -281,9 +289,14 @@ class Run:
         if twice := sorted({s for s in self.stages if self.stages.count(s) > 1}):
             raise ValueError(f"config.stages has {twice} more than once.")
         if missing := [s for s in self.stages if s not in self.stage]:
-            raise ValueError(f"config.stages names {missing}, but there is {sorted(self.stage)}.")
+            raise ValueError(
+                f"config.stages: unknown stage {missing[0]!r}; expected one of "
+                f"{sorted(self.stage)}."
+            )
         if self.nonfinite not in ("stop", "skip"):
-            raise ValueError(f"config.nonfinite is {self.nonfinite!r}, not 'stop' or 'skip'.")
+            raise ValueError(
+                f"config: unknown nonfinite {self.nonfinite!r}; expected one of ['stop', 'skip']."
+            )
 
 
 def run(config: Mapping[str, Any]) -> Run:
@@ -300,7 +313,7 @@ def run(config: Mapping[str, Any]) -> Run:
     stages = {k: _stage(config.pop(k), f"config.{k}") for k in sections}
     fields = [f.name for f in dataclasses.fields(Run) if f.name != "stage"]
     if unknown := [k for k in config if k not in fields]:
-        raise ValueError(f"config has no field {among(unknown[0], [*fields, *stages])}")
+        raise ValueError(f"config: {unknown_field(unknown[0], [*fields, *stages])}")
     return build(Run, {**config, "stage": stages}, "config")
 
 

@@ -261,10 +261,14 @@ def test_pickles_and_damaged_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("case", "change", "message"),
     [
-        ("llama", {"model_type": "mixtral"}, "model_type='mixtral'"),
-        ("llama", {"model_type": None}, "model_type=None"),
-        ("llama", {"hidden_act": "relu"}, "hidden_act='relu'"),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ("llama", {"model_type": "mixtral"}, "unknown model_type 'mixtral'"),
+        ("llama", {"model_type": None}, "unknown model_type None"),
+        ("llama", {"hidden_act": "relu"}, "unknown hidden_act 'relu'"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "unknown rope_type 'dynamic'",
+        ),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),

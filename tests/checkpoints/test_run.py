@@ -291,7 +291,7 @@ def test_errors_name_what_is_wrong(open_run, tmp_path):
         open_run().save(1, {"a": {"b": 1.0}}, {})
     with pytest.raises(ValueError, match="no array"):
         open_run().save(1, {"a": ()}, {})
-    with pytest.raises(ValueError, match="mode is 'best'"):
+    with pytest.raises(ValueError, match="unknown mode 'best'"):
         Checkpoints(tmp_path, mode="best", fingerprint="")
     with pytest.raises(ValueError, match="keep=0"):
         Checkpoints(tmp_path, keep=0, fingerprint="")

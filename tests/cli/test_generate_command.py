@@ -122,7 +122,7 @@ def test_what_is_wrong_is_one_line(workdir, capsys, monkeypatch, tmp_path, param
     CharTokenizer(TOY.alphabet).save(tmp_path / "bare")
     refuses("no chat template", f"--model={tmp_path}/bare", "--chat")
     (tmp_path / "bare" / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    refuses("model_type='mamba'", f"--model={tmp_path}/bare", prompt)
+    refuses("unknown model_type 'mamba'", f"--model={tmp_path}/bare", prompt)
 
 
 def test_wrong_weights_are_one_line(workdir, capsys, tmp_path):

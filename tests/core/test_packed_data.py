@@ -249,7 +249,7 @@ def test_a_scheduled_run_stops_and_goes_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("sft.schedule.name=best",), "schedule: name is 'best', not 'rows' or 'skrull'"),
+        (("sft.schedule.name=best",), "schedule: unknown schedule 'best'; expected one of"),
         (
             ("sft.data.length=100",),
             r"rows have 100 tokens, but 2 devices .* 24 tokens each hold 48",

@@ -56,10 +56,10 @@ def test_a_table_gives_rows_and_a_default():
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("thirds", r"'thirds'; it must be one of \['all'.*'halves'\]"),
+        ("thirds", r"unknown plan 'thirds'; expected one of \['all'.*'halves'\]"),
         ({"actor_gen": {}}, r"no row for ref_inf, and no row 'default'"),
-        ({"default": {}, "rew_inf": {}}, r"places \['rew_inf'\], but the calls are \['actor_gen'"),
-        ({"default": {"tnsor": 2}}, r"of actor_gen has unknown fields \['tnsor'\]; .*'tensor'"),
+        ({"default": {}, "rew_inf": {}}, r"unknown call 'rew_inf'; expected one of \['actor_gen'"),
+        ({"default": {"tnsor": 2}}, r"of actor_gen: unknown field 'tnsor'; .*'tensor'"),
         ({"default": {"devices": [0, 4]}}, r"of actor_gen names devices \[4\]; there are 4, 0 to"),
         ({"default": {"devices": 9}}, r"devices is 9, but must be 1 to 4"),
         ({"default": {"devices": []}}, r"of actor_gen: devices \[\] must be distinct and at least"),
@@ -71,7 +71,7 @@ def test_a_table_gives_rows_and_a_default():
         ),
         ({"default": {"tensor": 0}}, r"tensor is 0, but must be at least 1"),
         ({"default": {"tensor": "2"}}, r"of actor_gen: tensor is '2', of the wrong type"),
-        ({"default": {"offload": "all"}}, r"of actor_gen: offload is 'all'; it must be one of"),
+        ({"default": {"offload": "all"}}, r"of actor_gen: unknown offload 'all'; expected one of"),
         ({"default": {"microbatches": 0}}, r"microbatches is 0, but must be at least 1"),
     ],
 )

@@ -597,7 +597,7 @@ def test_collage_goes_with_it(name, near):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["sft.zero.name=int3"], r"config.sft.zero: there is no rung 'int3'; there are"),
+        (["sft.zero.name=int3"], r"config.sft.zero: unknown level 'int3'; expected one of"),
         (["sft.zero.nodes=1"], r"config.sft.zero.nodes is 1, but must be at least 2"),
         (["sft.zero.block=7"], r"config.sft.zero: size is 7; it must be even"),
         (["sft.zero.nodes=3"], r"actor_train has 8 devices, which do not divide into 3 nodes"),
@@ -615,7 +615,7 @@ def test_collage_goes_with_it(name, near):
         ),
         (["sft.plan=search"], r"does not go with plan='search'"),
         (["sft.schedule={'name': 'skrull'}"], r"does not go with schedule='skrull'"),
-        (["model.dtype=float16"], r"dtype is 'float16'"),
+        (["model.dtype=float16"], r"unknown dtype 'float16'"),
         (
             [
                 "sft.plan={'default': {'dcn': 2, 'fsdp': 2, 'tensor': 2}}",

@@ -116,7 +116,7 @@ def test_templates_run_in_a_sandbox(tokenizer_of):
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (CHATML, [{"role": "robot", "content": "x"}], "turn 0 has role='robot'"),
+        (CHATML, [{"role": "robot", "content": "x"}], "turn 0: unknown role 'robot'"),
         (CHATML, [TALK[1], {"role": "assistant"}], "turn 1 .* content=None"),
         (CHATML, [{"role": "user", "content": 3}], "content=3"),
         (CHATML, [{"role": "user", "content": "\ufdd0"}], "noncharacter"),

@@ -78,7 +78,9 @@ def test_messages_follow_the_chat_template():
 
 
 def test_a_missing_field_or_token_is_named():
-    with pytest.raises(ValueError, match=r"no field 'text'; there is \['answer', 'question'\]"):
+    with pytest.raises(
+        ValueError, match=r"unknown field 'text'; expected one of \['answer', 'question'\]"
+    ):
         encode.encode_text(TOKENIZER, bos=True)({"question": "a", "answer": "b"})
     with pytest.raises(ValueError, match=r"field 'text' is 3, a int instead of str"):
         encode.encode_text(TOKENIZER, bos=True)({"text": 3})

@@ -259,14 +259,17 @@ def test_padding_share_is_of_all_positions():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "rl"}, "kind is 'rl', not one of sft, preference, prompts"),
+        ({"kind": "rl"}, r"unknown kind 'rl'; expected one of \['sft', 'preference', 'prompts'\]"),
         ({"length": None}, "needs length, at least 1; it is None"),
         ({"batch": 3, "process": (0, 2)}, "3 rows cannot be split over 2 processes"),
         ({"process": (2, 2)}, "process 2 of 2 does not exist"),
         ({"seed": -1}, "seed is -1"),
         ({"epochs": 0}, "epochs is 0"),
-        ({"overlong": "cut"}, "overlong is 'cut'; for sft it may be drop, truncate, error"),
-        ({"remainder": "keep"}, "remainder is 'keep'"),
+        (
+            {"overlong": "cut"},
+            r"unknown overlong 'cut'; expected one of \['drop', 'truncate', 'error'\]",
+        ),
+        ({"remainder": "keep"}, "unknown remainder 'keep'"),
         ({"source": []}, "the source has no examples"),
     ],
 )

@@ -199,7 +199,9 @@ def test_parquet_reads_rows_across_groups_in_any_thread(tmp_path):
     [t.join() for t in threads]
     assert [read[i] for i in range(23)] == rows
     assert sources.parquet(path, columns=["n"])[7] == {"n": 7}
-    with pytest.raises(ValueError, match=r"a\.parquet has no column 'm'; it has \['n', 'turns'\]"):
+    with pytest.raises(
+        ValueError, match=r"a\.parquet: unknown column 'm'; expected one of \['n', 'turns'\]"
+    ):
         sources.parquet(path, columns=["m"])
 
 
@@ -214,10 +216,10 @@ def test_require_names_the_field_the_example_and_what_was_there():
     source = sources.require(rows, "prompt answer")
     assert source[0] == rows[0]
     with pytest.raises(
-        ValueError, match=r"example 1 has no field 'answer'; it has \['prompt', 'text'\]"
+        ValueError, match=r"example 1: unknown field 'answer'; expected one of \['prompt', 'text'\]"
     ):
         source[1]
-    with pytest.raises(ValueError, match="example 0 has no field 'question'"):
+    with pytest.raises(ValueError, match="example 0: unknown field 'question'"):
         sources.require(rows, ["question"])
     with pytest.raises(ValueError, match="example 0 is a str, not a dict"):
         sources.require(["a"], "prompt")

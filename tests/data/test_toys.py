@@ -67,7 +67,7 @@ def test_impossible_tasks_are_refused():
         toys.reverse_digits(2, train=90, held_out=20)
     with pytest.raises(ValueError, match="digits is 0"):
         toys.reverse_digits(0)
-    with pytest.raises(ValueError, match="split is 'test'"):
+    with pytest.raises(ValueError, match="unknown split 'test'"):
         toys.prompts(toys.reverse_digits(), "test")
     with pytest.raises(ValueError, match="a share lies between 0 and 1"):
         toys.completions(toys.reverse_digits(), wrong=20)

@@ -5,7 +5,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_eff import models, tree
-from jaxrl_eff.models import LMConfig
+from jaxrl_eff.models import LMConfig, attention
 
 CFG = LMConfig(vocab=16, layers=2, width=8, heads=4, kv_heads=2, head_dim=6, ffn=12, qk_norm=True)
 
@@ -62,7 +62,7 @@ def test_flops_are_those_of_the_compiled_program():
     row = jax.ShapeDtypeStruct((1, 32), jnp.int32)
 
     def forward(params, *data):
-        hidden, _ = models.apply(cfg, params, *data, attend=models.attention.plain)
+        hidden, _ = models.apply(cfg, params, *data, attend=attention.plain)
         return models.unembed(cfg, params, hidden)
 
     program = jax.jit(forward).lower(params, row, row, row).compile()

@@ -68,12 +68,12 @@ def test_state_is_float32_for_bfloat16_parameters():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "admw"}, "optimizer is 'admw'; it must be one of"),
+        ({"name": "admw"}, "unknown optimizer 'admw'; expected one of"),
         ({"name": "sgd", "weight_decay": 0.1}, "no weight decay"),
-        ({"name": "sgd", "options": {"b1": 1}}, r"no options \['b1'\]"),
-        ({"name": "sgd", "store": "int4"}, "store is 'int4'; for sgd it must be '' or one of"),
+        ({"name": "sgd", "options": {"b1": 1}}, "unknown option 'b1'"),
+        ({"name": "sgd", "store": "int4"}, "unknown store 'int4'; expected one of"),
         ({"name": "collage_adamw", "store": "int8"}, "must be set by its variant"),
-        ({"name": "collage_adamw", "options": {"variant": "l"}}, "variant is 'l'"),
+        ({"name": "collage_adamw", "options": {"variant": "l"}}, "unknown variant 'l'"),
     ],
 )
 def test_what_optax_does_not_have_is_refused(arguments, message):
@@ -88,5 +88,5 @@ def test_schedules_by_hand():
     np.testing.assert_allclose(warmup_then("cosine", peak=2.0, updates=4)(2), 1.0, rtol=1e-6)
     with pytest.raises(ValueError, match="warmup is 7"):
         warmup_then("linear", peak=1.0, updates=6, warmup=7)
-    with pytest.raises(ValueError, match="must be one of"):
+    with pytest.raises(ValueError, match="unknown schedule 'lin'"):
         warmup_then("lin", peak=1.0, updates=6)

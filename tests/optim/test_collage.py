@@ -335,13 +335,13 @@ def test_eight_bits_never_make_a_second_moment_vanish():
 
 
 def test_what_cannot_work_is_refused():
-    with pytest.raises(ValueError, match=r"variant is 'lite'.*'light'"):
+    with pytest.raises(ValueError, match=r"unknown variant 'lite'.*'light'"):
         optim.collage_adamw(1e-3, variant="lite")
     with pytest.raises(ValueError, match="'light' and 'plus', not 'exact'"):
         optim.collage_adamw(1e-3, variant="exact", faithful=True)
     with pytest.raises(ValueError, match="metrics are not kept"):
         optim.collage_adamw(1e-3, faithful=True, metrics=True)
-    with pytest.raises(ValueError, match=r"nu is 'fp8'.*'bf16x2'"):
+    with pytest.raises(ValueError, match=r"nu: unknown codec 'fp8'.*'bf16x2'"):
         optim.scale_by_adam(nu="fp8")
 
 

@@ -247,7 +247,7 @@ def test_descent_says_what_was_lost():
 
 
 def test_what_cannot_work_is_refused():
-    with pytest.raises(ValueError, match=r"codec is 'bf17'.*'bf16x2'"):
+    with pytest.raises(ValueError, match=r"unknown codec 'bf17'.*'bf16x2'"):
         optim.store_weights("bf17")
     with pytest.raises(ValueError, match="link 0 stores weights already"):
         optim.lowp_chain(optim.collage_adamw(1e-3), optax.clip(1.0))

@@ -21,7 +21,7 @@ def test_data_takes_what_the_other_axes_leave():
         ({"devices": (0, 0)}, "must be distinct"),
         ({"devices": ()}, "at least one"),
         ({"devices": (0, 1, 2), "stage": 2}, "cannot be meshed as stage=2"),
-        ({"devices": (0, 1), "offload": "opt "}, "offload is 'opt '; it must be one of"),
+        ({"devices": (0, 1), "offload": "opt "}, "unknown offload 'opt '; expected one of"),
         ({"devices": (0,), "microbatches": 0}, "microbatches is 0"),
     ],
 )

@@ -2,9 +2,9 @@
 
 import json
 
+import launch
 import pytest
 
-from jaxrl_eff import main
 from jaxrl_eff.data import sources
 from jaxrl_eff.data.encode import encode_prompt
 from jaxrl_eff.data.tokenizer import CharTokenizer
@@ -188,7 +188,7 @@ def test_what_is_dropped_is_told_from_the_header_to_the_report(tmp_path, capsys)
     )
     run = dict(seed=0, tokenizer="chars:0123456789>", model=dict(shape=SHAPE), stages=("sft",))
     run |= dict(sft=stage, export=False)
-    assert main.train(settings.run(run), tmp_path / "run")
+    assert launch.train(settings.run(run), tmp_path / "run", quiet=False)
     told = " ".join(capsys.readouterr().out.split())
     assert "warning: sft: 6 of 9 examples are dropped: longer than data.length=16" in told
     assert "warning: sft: 4 of 8 held-out problems cannot be asked" in told

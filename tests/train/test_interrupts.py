@@ -10,7 +10,6 @@ import launch
 import pytest
 from launch import cache  # noqa: F401 (fixture)
 
-from jaxrl_eff import main
 from jaxrl_eff.checkpoints import stored
 from jaxrl_eff.cli import report
 from jaxrl_eff.train import assembly, evaluate, export, interrupts, progress, state
@@ -118,7 +117,7 @@ def test_sigterm_counts_in_every_phase(tmp_path, monkeypatch, capsys):
                 return of(*args, **kwargs)
 
             m.setattr(owner, name, signalled)
-            assert main.train(run, tmp_path)
+            assert launch.train(run, tmp_path, quiet=False)
         assert f"stopped at {phase}" in capsys.readouterr().out, phase
         assert not (tmp_path / "result.json").exists() or phase in ("the export", "the report")
     assert launch.train(run, tmp_path)

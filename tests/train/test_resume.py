@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from launch import cache  # noqa: F401 (fixture)
 
-from jaxrl_eff import main
 from jaxrl_eff.planner import clusters
 from jaxrl_eff.train import writer
 
@@ -250,7 +249,7 @@ def test_accepted_changes_that_cannot_be_continued_overwrite_nothing(sft, arg, c
     before = sorted((sft / "checkpoints").rglob("*"))
     run = launch.config(arg, *change.split(" "))
     with pytest.raises(ValueError, match=message):
-        main.train(run, sft, quiet=True, accept_changes=True)
+        launch.train(run, sft, accept_changes=True)
     assert sorted((sft / "checkpoints").rglob("*")) == before
 
 
@@ -264,6 +263,6 @@ def test_other_data_are_read_from_their_beginning_if_accepted(tmp_path, capfd):
     more = launch.config("algorithm=sft,steps=3", f"sft.data={data}")
     with pytest.raises(ValueError, match=r"contents of config\.sft\.data\.path was"):
         launch.train(more, tmp_path / "run")
-    assert main.train(more, tmp_path / "run", quiet=True, accept_changes=True)
+    assert launch.train(more, tmp_path / "run", accept_changes=True)
     assert "sft: the data are read from their beginning again" in capfd.readouterr().err
     assert [step for step, _, _ in launch.numbers(tmp_path / "run")] == [1, 2, 3]

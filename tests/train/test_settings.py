@@ -43,13 +43,13 @@ def test_defaults_and_conversions():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sedd": 1}, r"config has no field 'sedd'.*Did you mean 'seed'\?"),
-        ({"sftt": {"x": 1}}, r"config has no field 'sftt'.*Did you mean 'sft'\?"),
-        ({"sft": {**SFT, "stps": 1}}, r"config.sft has no field 'stps'.*Did you mean 'steps'\?"),
-        ({"sft": {**SFT, "data": {"pth": ""}}}, r"config.sft.data has no field 'pth'.*'path'\?"),
+        ({"sedd": 1}, r"config: unknown field 'sedd'.*Did you mean 'seed'\?"),
+        ({"sftt": {"x": 1}}, r"config: unknown field 'sftt'.*Did you mean 'sft'\?"),
+        ({"sft": {**SFT, "stps": 1}}, r"config.sft: unknown field 'stps'.*Did you mean 'steps'\?"),
+        ({"sft": {**SFT, "data": {"pth": ""}}}, r"config.sft.data: unknown field 'pth'.*'path'\?"),
         (
             {"sft": {**SFT, "optim": {"actor": {"learning": 1}}}},
-            r"config.sft.optim.actor has no field 'learning'; it has \[.*'lr'",
+            r"config.sft.optim.actor: unknown field 'learning'; expected one of \[.*'lr'",
         ),
         ({"sft": {**SFT, "steps": "3"}}, r"config.sft.steps is '3' \(str\), but it must be int"),
         ({"sft": {**SFT, "steps": True}}, r"config.sft.steps is True \(bool\), but it must be int"),
@@ -57,10 +57,16 @@ def test_defaults_and_conversions():
         ({"sft": {**SFT, "plan": 3}}, r"config.sft.plan is 3"),
         ({"seed": -1}, r"config.seed is -1, but must be at least 0"),
         ({"seed": 1.5}, r"config.seed is 1.5 \(float\), but it must be int"),
-        ({"nonfinite": "ignore"}, r"config.nonfinite is 'ignore', not 'stop' or 'skip'"),
+        (
+            {"nonfinite": "ignore"},
+            r"config: unknown nonfinite 'ignore'; expected one of \['stop', 'skip'\]",
+        ),
         ({"stages": ()}, r"config.stages is empty"),
         ({"stages": "sft"}, r"config.stages is 'sft', but it must be a tuple"),
-        ({"stages": ("sft", "dpo")}, r"config.stages names \['dpo'\], but there is \['sft'\]"),
+        (
+            {"stages": ("sft", "dpo")},
+            r"config.stages: unknown stage 'dpo'; expected one of \['sft'\]",
+        ),
         ({"model": 3}, r"config.model is 3"),
         ({"sft": {k: v for k, v in SFT.items() if k != "batch"}}, r"config.sft.batch is missing"),
         ({"sft": {**SFT, "steps": 0}}, r"config.sft.steps is 0, but must be at least 1"),
@@ -71,7 +77,7 @@ def test_defaults_and_conversions():
         (OPTIM({"lr": 10**400}), r"config.sft.optim.actor.lr is a number of 1329 bits"),
         (OPTIM({"frozen": ("(",)}), r"actor.frozen\[0\] is '\(', no regular expression: missing"),
         (OPTIM({"options": {"a": object()}}), r"options.a is <object .*; a config holds text, num"),
-        (OPTIM({3: 1}), r"config.sft.optim.actor has no field 3; it has"),
+        (OPTIM({3: 1}), r"config.sft.optim.actor: unknown field 3; expected one of"),
         ({"sft": {**SFT, "models": {3: "base"}}}, r"config.sft.models has the key 3 \(int\)"),
         ({"sft": {**SFT, "loss": ENDLESS}}, r"config.sft.loss.a.a.*nested more than 32 deep"),
         ({"sft": {**SFT, "evaluate": {"temperature": -1.0}}}, r"evaluate.temperature is -1.0, but"),
@@ -200,7 +206,7 @@ def test_config_files_that_cannot_be_used(tmp_path, text, message):
 def test_config_files_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in ("nothere.py", str(tmp_path)):
-        with pytest.raises(ConfigError, match=r"is no file. There are: .*configs/quickstart.py"):
+        with pytest.raises(ConfigError, match=r"is no file; .* one of .*configs/quickstart.py"):
             config_file.load(name)
     (tmp_path / "config.txt").write_text("")
     with pytest.raises(ConfigError, match=r"config.txt is no Python file; its name must end in"):
@@ -210,8 +216,11 @@ def test_config_files_that_are_not_there(tmp_path, monkeypatch):
         config_file.load(str(tmp_path / "pipe.py"))
     with pytest.raises(ConfigError, match=r"takes no argument, but got 'x=1' behind the colon"):
         config_file.load("configs/quickstart.py:x=1")
-    with pytest.raises(ConfigError, match=r"no argument 'x'; it has \['algorithm'"):
+    with pytest.raises(ConfigError, match=r"unknown argument 'x'; expected one of \['algorithm'"):
         config_file.load(f"{TINY}:x=1")
+    monkeypatch.chdir(tmp_path)  # the repository's configs are listed from anywhere
+    with pytest.raises(ConfigError, match=r"'.+/configs/quickstart.py'"):
+        config_file.load("nothere.py")
 
 
 # The configs that come with the package
@@ -257,8 +266,8 @@ def test_a_context_is_stretched(kind):
 def test_a_stretch_that_cannot_be_is_said():
     for rope, message in (
         ("{'kind': 'ntk'}", "ntk takes a factor alone"),
-        ("{'kind': 'dynamic'}", "Rope.kind='dynamic'"),
-        ("{'knid': 'yarn'}", "config.model.rope has no field 'knid'"),
+        ("{'kind': 'dynamic'}", "unknown Rope.kind 'dynamic'"),
+        ("{'knid': 'yarn'}", "config.model.rope: unknown field 'knid'"),
     ):
         run = launch.config("algorithm=sft", f"model.rope={rope}")
         with pytest.raises(ValueError, match=message):

@@ -4,6 +4,15 @@
 `apply` and `remove` write it into parameters and revert it, bit for bit; `compose` adds deltas;
 `audit` measures the effect of one, and `merge` writes a Hugging Face directory with it only if the
 audit passes.
+
+Example:
+    >>> from jaxrl_eff import deltas
+    >>> base, tuned = {"w": np.zeros(4, np.float32)}, {"w": np.array([0, 0, 5, 0], np.float32)}
+    >>> delta = deltas.diff(base, tuned)
+    >>> delta.tensors["w"].indices, delta.density
+    (array([2]), 0.25)
+    >>> deltas.apply(base, delta)["w"].tolist(), deltas.remove(tuned, delta)["w"].tolist()
+    ([0.0, 0.0, 5.0, 0.0], [0.0, 0.0, 0.0, 0.0])
 """
 
 from jaxrl_eff.checkpoints.deltas.algebra import (

@@ -76,6 +76,13 @@ def compose(
     Raises:
         ValueError: no delta, or a wrong number of weights; different bases, shapes or dtypes;
             unknown changes.
+
+    Example:
+        >>> from jaxrl_eff import deltas
+        >>> base = {"w": np.zeros(2, np.float32)}
+        >>> one, two = (deltas.diff(base, {"w": np.array(w, np.float32)}) for w in ([1, 0], [1, 4]))
+        >>> deltas.apply(base, deltas.compose([one, two], [1.0, 0.5]))["w"].tolist()
+        [1.5, 2.0]
     """
     deltas = list(deltas)
     weights = [1.0] * len(deltas) if weights is None else list(weights)

@@ -77,7 +77,9 @@ class Delta:
 
     def __post_init__(self):
         if self.semantics not in SEMANTICS:
-            raise ValueError(f"semantics={self.semantics!r} should be one of {SEMANTICS}.")
+            raise ValueError(
+                f"unknown semantics {self.semantics!r}; expected one of {[*SEMANTICS]}."
+            )
         for name, entries in self.tensors.items():
             wanted = entries.dtype if self.semantics == "set" else "float32"
             if str(entries.values.dtype) != wanted:

@@ -39,6 +39,13 @@ def save(delta: Delta, path: str | PathLike[str], *, originals: bool = True) -> 
 
     Returns:
         Bytes written.
+
+    Example:
+        >>> from jaxrl_eff import deltas
+        >>> base, tuned = {"w": np.zeros(4, np.float32)}, {"w": np.array([0, 0, 5, 0], np.float32)}
+        >>> _ = deltas.save(deltas.diff(base, tuned), "task.safetensors")
+        >>> deltas.apply(base, deltas.load("task.safetensors"))["w"].tolist()
+        [0.0, 0.0, 5.0, 0.0]
     """
     from safetensors.numpy import save_file
 

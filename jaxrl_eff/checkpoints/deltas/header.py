@@ -48,7 +48,9 @@ def header_tensors(header: Mapping[str, Any]) -> dict[str, Told]:
         if not isinstance(header[name], str):
             raise ValueError(f"{name} is {_short(header[name])}, not text.")
     if header["semantics"] not in SEMANTICS:
-        raise ValueError(f"semantics is {_short(header['semantics'])}, not one of {SEMANTICS}.")
+        raise ValueError(
+            f"unknown semantics {_short(header['semantics'])}; expected one of {[*SEMANTICS]}."
+        )
     density = header["density"]
     if type(density) not in (int, float) or not 0 <= density <= 1:
         raise ValueError(f"density is {_short(density)}, not a number from 0 to 1.")
@@ -65,8 +67,8 @@ def _told(name: str, told: Any) -> Told:
     if not sides or len(shape) > _AXES or math.prod(shape) > coding.MOST:
         raise ValueError(f"the shape of {name!r} is {_short(shape)}, which no tensor has.")
     if not isinstance(dtype, str) or dtype not in DTYPES.values():
-        known = ", ".join(DTYPES.values())
-        raise ValueError(f"the dtype of {name!r} is {_short(dtype)}; known are {known}.")
+        known = [*DTYPES.values()]
+        raise ValueError(f"{name!r}: unknown dtype {_short(dtype)}; expected one of {known}.")
     size = math.prod(shape)
     if type(count) is not int or not 0 < count <= size:
         raise ValueError(f"the count of {name!r} is {_short(count)}, not from 1 to {size}.")

@@ -133,8 +133,10 @@ def read_file(
     table = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise ValueError(f"{name!r} in {path} is {entry['dtype']}; known are {known}.")
+            known = [*DTYPES]
+            raise ValueError(
+                f"{path}: {name!r}: unknown dtype {entry['dtype']}; expected one of {known}."
+            )
         start, end = entry["data_offsets"]
         dtype, shape = jnp.dtype(DTYPES[entry["dtype"]]), entry["shape"]
         if end - start != math.prod(shape) * dtype.itemsize:

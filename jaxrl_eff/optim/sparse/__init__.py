@@ -1,4 +1,13 @@
-"""Adaptive sparse fine-tuning: updates of k entries with k-sized state, around any optimizer."""
+"""Adaptive sparse fine-tuning: updates of k entries with k-sized state, around any optimizer.
+
+Example:
+    >>> from jaxrl_eff import sparse
+    >>> params = {"w": jnp.ones((10, 10))}
+    >>> tx = sparse.from_dense(sparse.sparse_adapt(optax.sgd(1.0), density=0.05, learning_rate=0.1))
+    >>> updates, _ = tx.update(params, tx.init(params), params)
+    >>> int((updates["w"] != 0).sum())
+    5
+"""
 
 from jaxrl_eff.optim.sparse.adapt import (
     Active,

@@ -119,9 +119,11 @@ def sparse_adapt(
     selector = "mask" if masks is not None else selector
     known = (*selectors.WEIGHTS, *selectors.GRADIENTS)
     if selector not in (*known, "mask"):
-        raise ValueError(f"selector is {selector!r}; there are {[*known]} and masks by name.")
+        raise ValueError(
+            f"unknown selector {selector!r}; expected one of {[*known]} or masks by name."
+        )
     if on_drop not in ("revert", "keep"):
-        raise ValueError(f"on_drop is {on_drop!r}, not 'revert' or 'keep'.")
+        raise ValueError(f"unknown on_drop {on_drop!r}; expected one of ['revert', 'keep'].")
     schedule = schedule or reselection.Static(first=selector in selectors.GRADIENTS)
     if selector == "mask" and type(schedule) is not reselection.Static:
         raise ValueError(f"a mask is never chosen anew, but the schedule is {schedule}.")

@@ -74,7 +74,7 @@ class Spiel:
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}, but must be above 0 and at most 1.")
         if self.decay not in ("linear", "cosine"):
-            raise ValueError(f"decay is {self.decay!r}, not 'linear' or 'cosine'.")
+            raise ValueError(f"unknown decay {self.decay!r}; expected one of ['linear', 'cosine'].")
 
     def due(self, step: int) -> bool:
         return step % self.every == 0 and (self.first or step > 0)

@@ -80,6 +80,15 @@ class Route:
             later. Otherwise it does where a device keeps a shard as it is.
         bucket_bytes: maximum bytes per device of a bucket; two buckets can be in flight.
         network: bandwidths and latencies for choosing a plan; None: those typical of this platform.
+
+    Example:
+        >>> from jaxrl_eff import Route
+        >>> from jax.sharding import SingleDeviceSharding
+        >>> tree = {"w": jnp.ones(2)}
+        >>> device = SingleDeviceSharding(jax.devices()[0])
+        >>> route = Route(tree, {"w": device}, dtype=jnp.bfloat16)
+        >>> route(tree)["w"].dtype
+        dtype(bfloat16)
     """
 
     def __init__(

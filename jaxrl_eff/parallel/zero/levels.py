@@ -81,7 +81,7 @@ class ZeroConfig:
         if self.slow == self.fast:
             raise ValueError(f"slow and fast are both {self.slow!r}; they must be two mesh axes.")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {list(DTYPES)}.")
+            raise ValueError(f"unknown dtype {self.dtype!r}; expected one of {[*DTYPES]}.")
         assert self.weights and self.gradients and self.fast_gradients
         if self.deltas is not None and not self.weights.exact:
             raise ValueError(
@@ -119,4 +119,4 @@ def zero_level(name: str) -> ZeroLevel:
     for one in LADDER:
         if one.name == name:
             return one
-    raise ValueError(f"there is no rung {name!r}; there are {[r.name for r in LADDER]}.")
+    raise ValueError(f"unknown level {name!r}; expected one of {[level.name for level in LADDER]}.")

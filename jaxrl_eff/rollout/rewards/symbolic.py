@@ -66,7 +66,7 @@ def _truth(example: dict[str, Any], field: str, seconds: float) -> tuple[str, An
         ValueError: neither can be parsed.
     """
     if field not in example:
-        raise ValueError(f"there is no field {field!r}; there is {sorted(map(str, example))}.")
+        raise ValueError(f"unknown field {field!r}; expected one of {sorted(map(str, example))}.")
     value = example[field]
     if not isinstance(value, bool) and isinstance(value, str | int | float):
         number = answers.truth(str(value))

@@ -32,6 +32,11 @@ def exact(*, field: str = "answer", strip: bool = True) -> Reward:
     """Returns a reward: 1 if the response is the field's text, else 0.
 
     `strip` ignores blanks around both.
+
+    Example:
+        >>> from jaxrl_eff import rewards
+        >>> rewards.exact(field="truth")({"truth": "21"}, " 21 ")
+        1.0
     """
 
     def reward(example: Example, response: str) -> float:
@@ -53,6 +58,11 @@ def numeric(*, field: str = "answer", anywhere: bool = True) -> Reward:
 
     Raises:
         ValueError: on use, the field has no number.
+
+    Example:
+        >>> from jaxrl_eff import rewards
+        >>> rewards.numeric()({"answer": "#### 1,234"}, "so it is 1234.0")
+        1.0
     """
 
     def reward(example: Example, response: str) -> float:
@@ -69,6 +79,12 @@ def matches(pattern: str) -> Reward:
 
     Raises:
         ValueError: the pattern is not a regular expression.
+
+    Example:
+        >>> from jaxrl_eff import rewards
+        >>> reward = rewards.matches("[0-9]+")
+        >>> reward({}, "123"), reward({}, "123 or so")
+        (1.0, 0.0)
     """
     try:
         compiled = re.compile(pattern, re.DOTALL)
@@ -82,6 +98,11 @@ def tagged(*names: str) -> Reward:
 
     Raises:
         ValueError: no name, a duplicate, or an invalid name of a tag.
+
+    Example:
+        >>> from jaxrl_eff import rewards
+        >>> rewards.tagged("think", "answer")({}, "<think>1 + 1</think> <answer>2</answer>")
+        1.0
     """
     if not names or len(set(names)) < len(names):
         raise ValueError(f"names is {names}; it must be at least one name, and none twice.")
@@ -97,7 +118,13 @@ def tagged(*names: str) -> Reward:
 
 
 def contains(words: Iterable[str], *, every: bool = False) -> Reward:
-    """Returns a reward: 1 if the response has any (or every one) of the words; ignores case."""
+    """Returns a reward: 1 if the response has any (or every one) of the words; ignores case.
+
+    Example:
+        >>> from jaxrl_eff import rewards
+        >>> rewards.contains(["please", "thanks"])({}, "Thanks a lot!")
+        1.0
+    """
     wanted = _word_set(words)
     return lambda example, response: float(
         wanted <= set(_words(response)) if every else not wanted.isdisjoint(_words(response))
@@ -105,7 +132,13 @@ def contains(words: Iterable[str], *, every: bool = False) -> Reward:
 
 
 def word_share(words: Iterable[str]) -> Reward:
-    """Returns a reward: fraction of the response's words in the list; ignores case, 0 if none."""
+    """Returns a reward: fraction of the response's words in the list; ignores case, 0 if none.
+
+    Example:
+        >>> from jaxrl_eff import rewards
+        >>> rewards.word_share(["good"])({}, "good and good")
+        0.6666666666666666
+    """
     wanted = _word_set(words)
 
     def reward(example: Example, response: str) -> float:
@@ -123,11 +156,17 @@ def length_penalty(*, soft: int, hard: int, unit: str = "characters") -> Reward:
     Args:
         soft, hard: lengths, 0 <= soft < hard.
         unit: "characters" or "words" (runs without blanks).
+
+    Example:
+        >>> from jaxrl_eff import rewards
+        >>> reward = rewards.length_penalty(soft=4, hard=8)
+        >>> reward({}, "five."), reward({}, "eight."), reward({}, "far too long")
+        (-0.25, -0.5, -1.0)
     """
     if not 0 <= soft < hard:
         raise ValueError(f"soft is {soft} and hard {hard}; it must be 0 <= soft < hard.")
     if unit not in ("characters", "words"):
-        raise ValueError(f"unit is {unit!r}, not 'characters' or 'words'.")
+        raise ValueError(f"unknown unit {unit!r}; expected one of ['characters', 'words'].")
 
     def reward(example: Example, response: str) -> float:
         n = len(response) if unit == "characters" else len(response.split())
@@ -137,7 +176,14 @@ def length_penalty(*, soft: int, hard: int, unit: str = "characters") -> Reward:
 
 
 def weighted(*parts: tuple[float | int, Reward]) -> Reward:
-    """Returns the sum of weight * reward over (weight, reward) pairs; weights must be finite."""
+    """Returns the sum of weight * reward over (weight, reward) pairs; weights must be finite.
+
+    Example:
+        >>> from jaxrl_eff import rewards
+        >>> reward = rewards.weighted((1.0, rewards.exact()), (0.5, rewards.matches("[0-9]+")))
+        >>> reward({"answer": "2"}, "3")
+        0.5
+    """
     for weight, _ in parts:
         if not math.isfinite(weight):
             raise ValueError(f"a weight is {weight}, not a finite number.")
@@ -174,6 +220,14 @@ def host_reward(
     Raises:
         ValueError: on use, `fn` raised or returned no finite float32; the message has example and
             response.
+
+    Example:
+        >>> from jaxrl_eff import CharTokenizer, rewards
+        >>> tokenizer, source = CharTokenizer("0123456789>"), [{"answer": "21"}]
+        >>> score = rewards.host_reward(rewards.exact(), source, tokenizer)
+        >>> tokens, mask = np.array([[4, 5, 13, 5, 4, 2]]), np.array([[0, 0, 0, 1, 1, 1]])
+        >>> score({"tokens": tokens, "mask": mask, "example": np.array([0])})
+        {'score': array([1.], dtype=float32)}
     """
 
     def call(batch: dict[str, np.ndarray], key: Any = None) -> dict[str, np.ndarray]:
@@ -245,7 +299,7 @@ def _truth(example: Example, field: str) -> Fraction:
 
 def _field(example: Example, field: str) -> Any:
     if field not in example:
-        raise ValueError(f"there is no field {field!r}; there is {sorted(map(str, example))}.")
+        raise ValueError(f"unknown field {field!r}; expected one of {sorted(map(str, example))}.")
     return example[field]
 
 

@@ -39,7 +39,7 @@ def test_a_truth_that_says_nothing_is_an_error(truth, monkeypatch):
     no_worker(monkeypatch)
     with pytest.raises(ValueError, match="field 'answer' holds nothing that math-verify"):
         score(truth, "0")
-    with pytest.raises(ValueError, match=r"no field 'answer'; there is \['truth'\]"):
+    with pytest.raises(ValueError, match=r"unknown field 'answer'; expected one of \['truth'\]"):
         symbolic.math()({"truth": "5"}, "0")
 
 

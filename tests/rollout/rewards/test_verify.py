@@ -75,7 +75,7 @@ def test_exact():
     assert verify.exact()({"answer": "Paris"}, " Paris\n") == 1.0
     assert verify.exact(strip=False)({"answer": "Paris"}, " Paris") == 0.0
     assert verify.exact(field="truth")({"truth": "a"}, "b") == 0.0
-    with pytest.raises(ValueError, match=r"no field 'answer'; there is \['truth'\]"):
+    with pytest.raises(ValueError, match=r"unknown field 'answer'; expected one of \['truth'\]"):
         verify.exact()({"truth": "a"}, "b")
 
 
