@@ -180,7 +180,7 @@ def _opened(
     writer.document("plan", {s.name: s.step.plan_table() for s in assembled.stages})
     scheduled = [s for s in assembled.stages if s.settings.schedule.name == "skrull"]
     if scheduled:
-        writer.document("schedule", {s.name: s.told() for s in scheduled})
+        writer.document("schedule", {s.name: s.describe() for s in scheduled})
     console.header(f"jaxrl_eff: {' → '.join(run.stages)}", summary.facts(assembled, workdir))
     for stage in assembled.stages:
         for note in stage.notes:

@@ -40,7 +40,7 @@ from jaxrl_eff.algorithms import sft
 from jaxrl_eff.core import Placement, Spec, mixed
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.data.balance.balanced_loader import arrange
-from jaxrl_eff.data.balance.cost import Cost, cost_of, refit
+from jaxrl_eff.data.balance.cost import Cost, refit
 from jaxrl_eff.models import LMConfig, attention, logical_axes, params
 from jaxrl_eff.parallel import devices
 from jaxrl_eff.parallel.attention import (
@@ -53,7 +53,7 @@ from jaxrl_eff.parallel.attention import (
     token_order,
 )
 from jaxrl_eff.parallel.mesh import mesh
-from jaxrl_eff.planner import schedule_cost
+from jaxrl_eff.planner.packed_rows import cost_of
 from jaxrl_eff.train import balanced
 
 HEADS = {"0.5b": (14, 2, 64), "7b": (28, 4, 128)}
@@ -408,7 +408,8 @@ def micro(model: str, longest: int) -> Any:
                     found.append(time.perf_counter() - began)
                     number += 1
                 taken, tokens = float(np.median(found[1:])), size * repeat
-                needed = tokens // each * schedule_cost.model_of(lm).flops(each)
+                of = cost_of(lm, flops_per_s=1, bytes_per_s=1, attention_share=1)
+                needed = tokens // each * of.perfect(np.array([each]), 1)  # FLOP
                 rows.append({
                     "work": "micro", "model": model, "tokens": size, "documents": each,
                     "micro_steps": repeat, "seconds": taken, "tokens_per_s": tokens / taken,
@@ -424,8 +425,8 @@ def micro(model: str, longest: int) -> Any:
 
 def _cost(model: str) -> Cost:
     peak = devices.peak_flops_per_s(jax.devices()[0].device_kind, "bfloat16") or 1e15
-    of = schedule_cost.model_of(MODELS[model])
-    return cost_of(of, flops_per_s=0.3 * peak, bytes_per_s=1e11, attention_half=1350)
+    lm = MODELS[model]
+    return cost_of(lm, flops_per_s=0.3 * peak, bytes_per_s=1e11, attention_half=1350)
 
 
 def _full(cost: Cost, size: int, each: int, repeat: int) -> Assignment:

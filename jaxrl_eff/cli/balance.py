@@ -3,7 +3,7 @@ r"""Schedules batches of mixed lengths for a mesh, from lengths alone, and says 
   python -m jaxrl_eff balance --lengths=lengths.txt --mesh=data4,seq8 \
       --model=qwen2.5-0.5b --hardware=h100 --page=schedule.html
 
-Short sequences stay whole on a rank, long ones are cut over the `seq` axis (`data/skrull.py`). The
+Short sequences stay whole on a rank, long ones are cut over the `seq` axis (`data/balance`). The
 file holds one integer a line, or JSON: a list of integers, or a line for each example, an integer
 or an object with `length`. It is cut into batches in its order; what is left over at its end makes
 a last, smaller one. Seconds are estimates of a cost model on datasheet numbers: rules are compared
@@ -24,26 +24,34 @@ from typing import Any
 import numpy as np
 
 from jaxrl_eff.data.balance.baselines import Study, rows, study
-from jaxrl_eff.data.balance.cost import Cost, Model
+from jaxrl_eff.data.balance.cost import Cost
+from jaxrl_eff.models import LMConfig
 from jaxrl_eff.planner import clusters as known
-from jaxrl_eff.planner import schedule_cost
+from jaxrl_eff.planner import packed_rows
 from jaxrl_eff.train.config_file import Parser, explained
 
 AXES = ("data", "fsdp", "seq", "tensor")
 ROOM = 26_000
 # Their config.json: layers, width, heads, kv_heads, head_dim, ffn, vocab.
-MODELS = {
-    "qwen2.5-0.5b": Model(24, 896, 14, 2, 64, 4864, 151_936),
-    "qwen2.5-1.5b": Model(28, 1536, 12, 2, 128, 8960, 151_936),
-    "qwen2.5-3b": Model(36, 2048, 16, 2, 128, 11_008, 151_936),
-    "qwen2.5-7b": Model(28, 3584, 28, 4, 128, 18_944, 152_064),
-    "qwen2.5-14b": Model(48, 5120, 40, 8, 128, 13_824, 152_064),
-    "qwen2.5-32b": Model(64, 5120, 40, 8, 128, 27_648, 152_064),
-    "llama3-1b": Model(16, 2048, 32, 8, 64, 8192, 128_256),
-    "llama3-3b": Model(28, 3072, 24, 8, 128, 8192, 128_256),
-    "llama3-8b": Model(32, 4096, 32, 8, 128, 14_336, 128_256),
-    "llama3-70b": Model(80, 8192, 64, 8, 128, 28_672, 128_256),
+_SIZES = {
+    "qwen2.5-0.5b": (24, 896, 14, 2, 64, 4864, 151_936),
+    "qwen2.5-1.5b": (28, 1536, 12, 2, 128, 8960, 151_936),
+    "qwen2.5-3b": (36, 2048, 16, 2, 128, 11_008, 151_936),
+    "qwen2.5-7b": (28, 3584, 28, 4, 128, 18_944, 152_064),
+    "qwen2.5-14b": (48, 5120, 40, 8, 128, 13_824, 152_064),
+    "qwen2.5-32b": (64, 5120, 40, 8, 128, 27_648, 152_064),
+    "llama3-1b": (16, 2048, 32, 8, 64, 8192, 128_256),
+    "llama3-3b": (28, 3072, 24, 8, 128, 8192, 128_256),
+    "llama3-8b": (32, 4096, 32, 8, 128, 14_336, 128_256),
+    "llama3-70b": (80, 8192, 64, 8, 128, 28_672, 128_256),
 }
+MODELS = {
+    name: LMConfig(
+        layers=layers, width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn=ffn,
+        vocab=vocab,
+    )
+    for name, (layers, width, heads, kv_heads, head_dim, ffn, vocab) in _SIZES.items()
+}  # fmt: skip
 
 
 def read_lengths(path: str | Path) -> np.ndarray:
@@ -110,7 +118,7 @@ def read_mesh(text: str) -> dict[str, int]:
     return {axis: out.get(axis, 1) for axis in AXES}
 
 
-def read_model(text: str) -> Model:
+def read_model(text: str) -> LMConfig:
     """A model by name, or of a directory with a config.json.
 
     Raises:
@@ -121,15 +129,15 @@ def read_model(text: str) -> Model:
     if (Path(text) / "config.json").is_file():
         from jaxrl_eff.checkpoints.hf_config import read_config
 
-        return schedule_cost.model_of(read_config(text))
+        return read_config(text)
     raise ValueError(
         f"--model={text} is no directory with a config.json, and no model that is known: "
         f"{', '.join(MODELS)}."
     )
 
 
-def cost_on(hardware: str, mesh: dict[str, int], model: Model) -> Cost:
-    """The cost on a mesh of this hardware, see `planner.schedule_cost`.
+def cost_on(hardware: str, mesh: dict[str, int], model: LMConfig) -> Cost:
+    """The cost on a mesh of this hardware, in 16 bits, see `packed_rows.cost_on`.
 
     Raises:
         ValueError: unknown hardware, or more devices than there are.
@@ -137,13 +145,14 @@ def cost_on(hardware: str, mesh: dict[str, int], model: Model) -> Cost:
     names = [n for n in known.NAMES if n != "local"]
     if hardware.lower() not in names:
         raise ValueError(f"--hardware={hardware} is unknown; there is {', '.join(names)}.")
-    tensor, devices = mesh["tensor"], int(np.prod(list(mesh.values())))
+    devices = int(np.prod(list(mesh.values())))
     if hardware.lower() in ("v4", "v5e", "v5p", "v6e"):
         cluster = known.parse(f"{hardware}:{devices}")
     else:
         per_host = min(8, devices)
         cluster = known.parse(f"{hardware}:{-(-devices // per_host)}x{per_host}")
-    return schedule_cost.cost_on(cluster, model, seq=mesh["seq"], tensor=tensor, itemsize=2)
+    half = model.replace(dtype="bfloat16")
+    return packed_rows.cost_on(cluster, half, seq=mesh["seq"], tensor=mesh["tensor"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -164,19 +173,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             read_lengths(options.lengths),
             groups=mesh["data"] * mesh["fsdp"],
             parts=mesh["seq"],
-            room=options.room,
+            capacity=options.room,
             cost=cost,
             batch=options.batch,
             shapes=options.shapes,
         )
-        title, told = f"Schedule of {Path(options.lengths).name}", facts(found, options)
-        _print(title, told, found)
+        title, summary = f"Schedule of {Path(options.lengths).name}", facts(found, options)
+        _print(title, summary, found)
         if options.page:
             from jaxrl_eff.cli.pages import balance_page
 
             path = Path(options.page)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(balance_page.page(title, told, found), encoding="utf-8")
+            path.write_text(balance_page.page(title, summary, found), encoding="utf-8")
             print(f"written: {path}")
     return 0
 
@@ -219,7 +228,7 @@ def facts(found: Study, options: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def _print(title: str, told: dict[str, str], found: Study) -> None:
+def _print(title: str, summary: dict[str, str], found: Study) -> None:
     from jaxrl_eff.train.console import Console, number
 
     columns = (
@@ -227,7 +236,7 @@ def _print(title: str, told: dict[str, str], found: Study) -> None:
         "distributed",
     )  # fmt: skip
     with Console(terminal=False) as console:
-        console.header(title, told)
+        console.header(title, summary)
         console.table(
             "estimated, all batches",
             columns,

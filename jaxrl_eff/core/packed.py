@@ -144,10 +144,10 @@ class Packed(step.Step):
             out[c.name] = count // c.minibatches, length
         return out
 
-    def told(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Returns the schedules' arguments on every mesh; lengths are not known in advance.
 
-        Each entry of "places" is like `BalancedLoader.told`, plus the names of its calls.
+        Each entry of "places" is like `BalancedLoader.describe`, plus the names of its calls.
         """
         places = [
             {

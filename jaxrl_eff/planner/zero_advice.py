@@ -79,7 +79,7 @@ def advice(problem: Problem, cluster: Cluster) -> list[Advice]:
 
 def _of(w: Work, problem: Problem, cluster: Cluster) -> Advice:
     role = problem.roles[w.model]
-    passes = role.passes + role.shape.remat
+    passes = role.passes + role.remat
     tokens = packed_rows.tokens(w) / w.minibatches / cluster.devices
     needed = {r.name: break_even(cluster, r, passes=passes) for r in LADDER}
     slow = max(tokens, needed["exact"])

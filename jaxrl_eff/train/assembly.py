@@ -71,9 +71,9 @@ class Stage:
     placed: Callable[[Mapping[str, Placement]], Step] | None = None
     notes: tuple[str, ...] = ()
 
-    def told(self) -> dict[str, Any]:
-        """Returns a scheduled stage's schedule arguments, see `BalancedLoader.told`."""
-        return (self.loader if isinstance(self.loader, BalancedLoader) else self.step).told()
+    def describe(self) -> dict[str, Any]:
+        """Returns a scheduled stage's schedule arguments, see `BalancedLoader.describe`."""
+        return (self.loader if isinstance(self.loader, BalancedLoader) else self.step).describe()
 
     @property
     def trained(self) -> str:

@@ -24,7 +24,7 @@ from jaxrl_eff.data.balance.shapes import fitted, lattice
 from jaxrl_eff.models import LMConfig
 from jaxrl_eff.parallel import global_arrays, processes
 from jaxrl_eff.parallel.sharding import replicated
-from jaxrl_eff.planner import packed_rows, problem, schedule_cost
+from jaxrl_eff.planner import packed_rows, problem
 from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.train.settings import ScheduleSettings
 
@@ -62,7 +62,7 @@ class Long:
         group = processes.group()
         alike = jax.process_count() == 1 or group is not None
         return BalancedLoader(
-            source, groups=place.row_shards, parts=place.seq, room=self.room, cost=self.cost,
+            source, groups=place.row_shards, parts=place.seq, capacity=self.room, cost=self.cost,
             shapes=self.shapes, lengths=self.lengths, pad=pad, group=group,
             measure=self.measure and alike,
         )  # fmt: skip
@@ -108,25 +108,17 @@ def prepared(
             f"data.length is {longest}, but {place.seq} devices of a seq axis with room for {room} "
             f"tokens each hold {most}."
         )
-    cost = cost_on(cluster, place, lm)
+    cost = packed_rows.cost_on(cluster, lm, seq=place.seq, tensor=place.tensor)
     fits = [n for n in lengths if n <= (longest or most)]
     if not fits:
         raise ValueError(f"no example has at most {longest or most} tokens.")
     shapes = lattice(
-        fits, groups=place.row_shards, parts=place.seq, room=room, batch=batch, cost=cost,
+        fits, groups=place.row_shards, parts=place.seq, capacity=room, batch=batch, cost=cost,
         shapes=s.shapes, batches=16, multiple=min(BLOCK, room),
     )  # fmt: skip
     micro = [of_shape(names, shape, place) for shape in shapes]
     step.check(micro)
     return Long(step, shapes, room, cost, micro, fits, s.measure)
-
-
-def cost_on(cluster: Cluster, place: Placement, lm: LMConfig) -> Cost:
-    """Returns estimated seconds of a training micro-step on a placement."""
-    return schedule_cost.cost_on(
-        cluster, schedule_cost.model_of(lm), seq=place.seq, tensor=place.tensor,
-        itemsize=jnp.dtype(lm.dtype).itemsize,
-    )  # fmt: skip
 
 
 def of_shape(
@@ -217,14 +209,14 @@ def _packing(
         need = functools.partial(step.needs, place)
         room = found_room(need, place, cluster.memory_bytes, most)
     first = min(step.on(place), key=lambda c: c.kind != "train")
-    cost = cost_on(cluster, place, lms[first.of])
+    cost = packed_rows.cost_on(cluster, lms[first.of], seq=place.seq, tensor=place.tensor)
     shapes = (Shape(0, room),)
     if room * place.seq >= longest:  # otherwise `scheduled` raises
         rng = np.random.default_rng(0)
         drawn = [rng.choice(pool, n) for _ in range(DRAWN) for n in counts for pool in pools]
         shapes = fitted(
             [drawn[i] for i in rng.permutation(len(drawn))],
-            groups=place.row_shards, parts=place.seq, room=room, cost=cost, longest=longest,
+            groups=place.row_shards, parts=place.seq, capacity=room, cost=cost, longest=longest,
             shapes=s.shapes, multiple=min(BLOCK, room),
         )  # fmt: skip
     return packed.Packing(shapes, room, cost)

@@ -42,7 +42,7 @@ def facts(assembled: Any, workdir: Path) -> dict[str, str]:
         memory = max(held.values()) / 1e6
         lines[stage.name] = f"{text}; models and optimizers about {memory:,.1f} MB a device"
         if stage.settings.schedule.name == "skrull":
-            lines[f"{stage.name}/schedule"] = scheduled_rows(stage.told())
+            lines[f"{stage.name}/schedule"] = scheduled_rows(stage.describe())
         for role, part in stage.settings.adapt.items():
             ours, all_ = (f(stage.step, role) for f in (footprint.planned, footprint.whole))
             lines[f"{stage.name}/{role}"] = (
@@ -60,7 +60,7 @@ def facts(assembled: Any, workdir: Path) -> dict[str, str]:
 
 
 def scheduled_rows(told: dict[str, Any]) -> str:
-    """Describes the shapes of schedules; see `Stage.told`."""
+    """Describes the shapes of schedules; see `Stage.describe`."""
     places, out = told.get("places", [told]), []
     for place in places:
         # A single device has no shared rows.

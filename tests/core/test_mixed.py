@@ -8,6 +8,7 @@ import launch
 import numpy as np
 import optax
 import pytest
+from sized import sized
 
 from jaxrl_eff import core
 from jaxrl_eff.algorithms import dpo, reward_model, sft
@@ -16,8 +17,8 @@ from jaxrl_eff.data import packing
 from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.data.balance.balanced_loader import arrange
-from jaxrl_eff.data.balance.cost import Model, cost_of
 from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.planner.packed_rows import cost_of
 from jaxrl_eff.train import assembly, balanced, writer
 
 LM = LMConfig(
@@ -34,7 +35,7 @@ GRAPHS = {
 LENGTHS = (5, 7, 3, 30, 12, 1, 9, 4, 26, 2)
 PLACE = Placement((3, 0, 2, 1), data=2, seq=2)
 SHAPES = (Shape(16, 16), Shape(0, 32), Shape(32, 0))
-COST = cost_of(Model(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
+COST = cost_of(sized(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
 
 
 def units(algorithm):
@@ -159,7 +160,7 @@ def test_any_legal_schedule_gives_the_same_parameters(algorithm, seed):
 def test_the_scheduler_s_own_plan_does_too_and_nothing_is_compiled_for_it():
     step, these = step_of("sft"), units("sft")
     found = skrull.plan(
-        [len(u[0][0]) for u in these], groups=2, parts=2, room=32, cost=COST, shapes=SHAPES
+        [len(u[0][0]) for u in these], groups=2, parts=2, capacity=32, cost=COST, shapes=SHAPES
     )
     before = dict(step.traces)
     first = jax.tree.map(np.asarray, start(step)["actor"].params)

@@ -9,6 +9,7 @@ import launch
 import numpy as np
 import optax
 import pytest
+from sized import sized
 from test_plan_law import check, models_after
 
 from jaxrl_eff.algorithms import grpo, ppo
@@ -17,11 +18,11 @@ from jaxrl_eff.core import Graph, Placement, Spec, infer, packed, shardings, tra
 from jaxrl_eff.core import step as dataflow
 from jaxrl_eff.data.balance import balanced_loader, skrull
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
-from jaxrl_eff.data.balance.cost import Model, cost_of
 from jaxrl_eff.parallel.attention.context import current_layout
+from jaxrl_eff.planner.packed_rows import cost_of
 from jaxrl_eff.train import assembly, balanced, state, summary, writer
 
-COST = cost_of(Model(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
+COST = cost_of(sized(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
 FOUR = Placement((3, 0, 2, 1), data=2, seq=2)
 ONE = Placement((0,))
 SHARDED = Placement((4, 5, 0, 1), data=2, fsdp=2)
@@ -45,7 +46,7 @@ PLANS = {
 OWN = skrull.plan
 
 
-def at_random(lengths, *, groups, parts, room, cost, shapes, seed, kind=""):
+def at_random(lengths, *, groups, parts, capacity, cost, shapes, seed, kind=""):
     """Any legal schedule: every sequence where there is room, in one of the shapes.
 
     Of the kind "local" or "shared" all are that.
@@ -72,7 +73,18 @@ def at_random(lengths, *, groups, parts, room, cost, shapes, seed, kind=""):
         places.append((s, g, r))
     step, group, rank = np.array(places, np.int32).T
     return Assignment(
-        np.asarray(lengths), groups, parts, room, cost, tuple(taken), step, group, rank, 1.0, "", {}
+        np.asarray(lengths),
+        groups,
+        parts,
+        capacity,
+        cost,
+        tuple(taken),
+        step,
+        group,
+        rank,
+        1.0,
+        "",
+        {},
     )
 
 
@@ -259,7 +271,7 @@ def test_nothing_is_compiled_for_other_lengths(wide, monkeypatch):
 def test_maps_take_every_token_once_and_keep_sequences_apart(seed):
     rng = np.random.default_rng(seed)
     rows, lengths = rng.permutation(20)[:9], rng.integers(1, 13, 9)
-    how = {"groups": 2, "parts": 2, "room": 16, "cost": COST, "shapes": SHAPES[FOUR]}
+    how = {"groups": 2, "parts": 2, "capacity": 16, "cost": COST, "shapes": SHAPES[FOUR]}
     schedule = at_random(lengths, seed=seed, **how)
     taken = []
     for shape, micro in zip(
@@ -326,7 +338,7 @@ def test_meshes_have_schedules_of_their_own_for_rows_whose_lengths_are_fetched_o
     assert step.places == (FOUR, ONE, SHARDED)
     asks = [name for name in step.analysis() if name.endswith(" lengths")]
     assert asks == [f"{step.packed[0].name} lengths"]
-    told = {tuple(p["calls"]): p for p in step.told()["places"]}
+    told = {tuple(p["calls"]): p for p in step.describe()["places"]}
     assert told["value_train",] == {
         "calls": ["value_train"], "groups": 1, "parts": 1, "room": 32, "shapes": [[24, 0], [0, 32]],
     }  # fmt: skip
@@ -408,7 +420,7 @@ def test_a_plan_is_searched_with_packed_calls_priced_by_expected_lengths():
     expected = works["ref_inf"].packed
     assert expected == works["actor_train"].packed and works["actor_gen"].packed is None
     assert works["actor_gen"].responses == expected.responses
-    assert expected.room == 16 and expected.responses.tokens == (1, 2, 3, 4)
+    assert expected.capacity == 16 and expected.responses.tokens == (1, 2, 3, 4)
     places = {stage.searched.plan[c.name].bare for c in stage.step.packed}
     assert places == {*stage.step.places} == {*stage.step.packings}
 

@@ -10,14 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from sized import sized
 
 from jaxrl_eff.data import loader
 from jaxrl_eff.data.balance import assignment, skrull
-from jaxrl_eff.data.balance.balanced_loader import BalancedLoader, heard, told
-from jaxrl_eff.data.balance.cost import Model, cost_of
+from jaxrl_eff.data.balance.balanced_loader import BalancedLoader, as_text, from_text
 from jaxrl_eff.parallel import processes as peers
 from jaxrl_eff.parallel.attention import kernels
 from jaxrl_eff.planner import clusters
+from jaxrl_eff.planner.packed_rows import cost_of
 from jaxrl_eff.train import startup
 
 
@@ -244,7 +245,7 @@ def test_all_processes_must_see_one_workdir(three, tmp_path, monkeypatch):
 
 # What the first process decides ---------------------------------------------------------------
 
-COST = cost_of(Model(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
+COST = cost_of(sized(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
 SHAPES = (assignment.Shape(32, 0), assignment.Shape(16, 16), assignment.Shape(0, 32))
 
 
@@ -256,7 +257,7 @@ def iterator(group, seed=0):
     )  # fmt: skip
     with peers.joined(group):
         how = {"cost": COST, "shapes": SHAPES, "group": group}
-        return BalancedLoader(batches, groups=2, parts=2, room=32, **how)
+        return BalancedLoader(batches, groups=2, parts=2, capacity=32, **how)
 
 
 def test_measured_times_of_other_processes_change_no_batch(three):
@@ -269,7 +270,7 @@ def test_measured_times_of_other_processes_change_no_batch(three):
         out = []
         for n in range(7):
             batch = next(it)
-            out.append([batch, told(it.schedule)])
+            out.append([batch, as_text(it.schedule)])
             it.measured(it.schedule, 0.01 * (1 + 100 * it._peers.process + n % 3))
         it.close()
         return out
@@ -298,14 +299,14 @@ def test_other_data_of_a_process_is_noticed(three):
 
 def test_a_schedule_goes_through_text():
     lengths = [5, 7, 3, 30, 12, 1, 9]
-    found = skrull.plan(lengths, groups=2, parts=2, room=32, cost=COST, shapes=SHAPES)
-    again = heard(told(found), lengths, groups=2, parts=2, room=32, cost=COST)
+    found = skrull.plan(lengths, groups=2, parts=2, capacity=32, cost=COST, shapes=SHAPES)
+    again = from_text(as_text(found), lengths, groups=2, parts=2, capacity=32, cost=COST)
     for name in ("lengths", "step", "group", "rank"):
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
         assert getattr(again, name).dtype == getattr(found, name).dtype
-    for name in ("shapes", "seconds", "rule", "candidates", "cost", "room"):
+    for name in ("shapes", "seconds", "rule", "candidates", "cost", "capacity"):
         assert getattr(again, name) == getattr(found, name)
-    assert json.loads(told(again)) == json.loads(told(found))
+    assert json.loads(as_text(again)) == json.loads(as_text(found))
 
 
 def test_rates_are_the_first_process_s_and_memory_the_least(three, monkeypatch):

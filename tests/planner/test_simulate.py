@@ -5,10 +5,11 @@ import random
 
 import pytest
 from test_cost import random_placement
-from workload import ROUND, SHAPE, everywhere, on, ppo
+from workload import LM, ROUND, everywhere, on, ppo
 
-from jaxrl_eff.planner import cost, simulate
-from jaxrl_eff.planner.cost import Corrections
+from jaxrl_eff.planner import simulate, transfer
+from jaxrl_eff.planner.corrections import Corrections
+from jaxrl_eff.planner.shares import params
 from jaxrl_eff.planner.simulate import Simulator
 
 FREE = ROUND.with_(link_bytes_per_s=1e18, nic_bytes_per_s=1e18)  # moving takes no time
@@ -89,7 +90,7 @@ def test_a_step_of_another_layout_takes_its_reallocation_too():
     plan = everywhere(p, on(0, 8, fsdp=8)) | {"actor_gen": on(0, 8, tensor=2)}
     schedule = simulate.simulate(p, plan, WIRED)
     assert schedule.edges["actor->actor_gen"] == pytest.approx(
-        cost.realloc_cost(p, "actor", on(0, 8, fsdp=8), on(0, 8, tensor=2), WIRED)
+        transfer.realloc_cost(p, "actor", on(0, 8, fsdp=8), on(0, 8, tensor=2), WIRED)
     )
     total = sum(c.seconds for c in schedule.costs.values()) + schedule.edges["actor->actor_gen"]
     # Rows lie otherwise too, so what generation wrote moves, once on the way to the next call.
@@ -167,7 +168,7 @@ def test_transfers_through_one_card_wait_for_each_other():
 
 def test_memory_counts_copies_once_and_the_busiest_call():
     p = ppo(rows=64)
-    n, value = SHAPE.params, p.roles["critic"].shape.params
+    n, value = params(LM), params(p.roles["critic"].lm)
     one = everywhere(p, on(0, 8))
     schedule = simulate.simulate(p, one, ROUND)
     (group,) = schedule.groups

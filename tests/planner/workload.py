@@ -1,13 +1,12 @@
 """A PPO step of two small models, and a cluster of round numbers, for the planner's tests."""
 
-import dataclasses
+from sized import sized
 
 from jaxrl_eff.parallel.mesh import Placement
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.problem import Problem, Role, Shape, Work
+from jaxrl_eff.planner.problem import Problem, Role, Work
 
-SHAPE = Shape(2, 4, 8, 2, 1, 2, 16)
-VALUE = dataclasses.replace(SHAPE, value=True)
+LM = sized(2, 4, 2, 1, 2, 8, 16)
 LAYER = 4 * 2 * 2 * (2 + 1) + 3 * 4 * 8  # entries of a layer's matrices
 
 # One FLOP a picosecond, one byte a nanosecond on links, and nothing that is not asked for.
@@ -21,9 +20,9 @@ ROUND = Cluster(
 )  # fmt: skip
 
 
-def ppo(rows=16, staleness=0, shape=SHAPE, **train) -> Problem:
+def ppo(rows=16, staleness=0, lm=LM, **train) -> Problem:
     """The six calls of PPO: 4 tokens of prompt and 4 of response."""
-    value = dataclasses.replace(shape, value=True)
+    value = lm.replace(head="value")
     inputs = ("tokens", "logp", "score", "ref_logp", "value")
 
     def infer(name, model, write):
@@ -42,9 +41,9 @@ def ppo(rows=16, staleness=0, shape=SHAPE, **train) -> Problem:
             Work("critic_train", "train", "critic", rows, inputs, length=8, **train),
         ),
         {
-            "actor": Role(shape, opt_bytes=8, grad_bytes=4),
+            "actor": Role(lm, opt_bytes=8, grad_bytes=4),
             "critic": Role(value, opt_bytes=8, grad_bytes=4),
-            "ref": Role(shape),
+            "ref": Role(lm),
             "reward": Role(value),
         },
         dict.fromkeys(inputs, 4.0 * rows * 8),

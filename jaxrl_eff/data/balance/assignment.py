@@ -25,8 +25,8 @@ class Assignment:
 
     Attributes:
         lengths: int64 [K], tokens of each sequence.
-        groups, parts, room: data-parallel groups, ranks of the sequence axis, capacity of a rank in
-            tokens.
+        groups, parts, capacity: data-parallel groups, ranks of the sequence axis, and tokens that a
+            rank can hold.
         cost: the cost model that estimated it.
         shapes: of each micro-step.
         step, group: int32 [K].
@@ -39,7 +39,7 @@ class Assignment:
     lengths: np.ndarray
     groups: int
     parts: int
-    room: int
+    capacity: int
     cost: Cost
     shapes: tuple[Shape, ...]
     step: np.ndarray
@@ -93,7 +93,7 @@ class Assignment:
         ).reshape(attention.shape[:-1])
 
     def terms(self) -> np.ndarray:
-        """Cost terms of the slowest ranks, float64 [6]: this step's row for `refit`."""
+        """Cost terms of the slowest ranks, float64 [6]: a row for `refit`."""
         out, attention = np.zeros(6), self.attention()
         slowest = self.rank_seconds().reshape(len(self.shapes), -1).argmax(1)
         for shape, at, seconds in zip(self.shapes, slowest, attention, strict=True):

@@ -107,8 +107,8 @@ def _lengths(schedule: Assignment) -> list[dict[str, int]]:
 _made = itertools.count()
 
 
-def told(schedule: Assignment) -> str:
-    """Serializes a schedule as text; `heard` restores it given the same lengths."""
+def as_text(schedule: Assignment) -> str:
+    """Serializes a schedule as text; `from_text` restores it given the same lengths."""
     return json.dumps(
         {
             "lengths": _digest(schedule.lengths),
@@ -119,10 +119,10 @@ def told(schedule: Assignment) -> str:
     )
 
 
-def heard(
-    text: str, lengths: Sequence[int], *, groups: int, parts: int, room: int, cost: Cost
+def from_text(
+    text: str, lengths: Sequence[int], *, groups: int, parts: int, capacity: int, cost: Cost
 ) -> Assignment:
-    """Restores a schedule of another process, see `told`.
+    """Restores a schedule of another process, see `as_text`.
 
     Raises:
         ValueError: it was made for other lengths.
@@ -136,7 +136,7 @@ def heard(
     shapes = tuple(Shape(*shape) for shape in there.pop("shapes"))
     places = {name: np.asarray(there.pop(name), np.int32) for name in ("step", "group", "rank")}
     return Assignment(
-        lengths=mine, groups=groups, parts=parts, room=room, cost=cost, shapes=shapes,
+        lengths=mine, groups=groups, parts=parts, capacity=capacity, cost=cost, shapes=shapes,
         **places, **there,
     )  # fmt: skip
 
@@ -153,10 +153,10 @@ class BalancedLoader:
 
     Args:
         loader: one example per row; as many rows as a global batch has examples.
-        groups, parts, room: as in `skrull.plan`.
+        groups, parts, capacity: as in `skrull.plan`.
         cost: initial cost model of schedules.
         shapes: allowed shapes of micro-steps.
-        lengths: of some units, for `told`.
+        lengths: of some units, for `describe`.
         pad: token id at padding.
         ahead: batches planned ahead.
         measure: True corrects the cost by measured batches.
@@ -173,7 +173,7 @@ class BalancedLoader:
         *,
         groups: int,
         parts: int,
-        room: int,
+        capacity: int,
         cost: Cost,
         shapes: Sequence[Shape],
         lengths: Sequence[int] = (),
@@ -185,7 +185,7 @@ class BalancedLoader:
         self._measure = measure
         self._lengths = np.asarray(lengths, np.int64)
         self._loader, self._cost, self._shapes, self._pad = loader, cost, tuple(shapes), pad
-        self._mesh = {"groups": groups, "parts": parts, "room": room}
+        self._mesh = {"groups": groups, "parts": parts, "capacity": capacity}
         self._ahead = ahead
         self._state: dict[str, Any] | None = None
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=ahead)
@@ -229,8 +229,8 @@ class BalancedLoader:
         self._loader.restore(state)
         self._state, self._cost = state, Cost(**state["cost"])
 
-    def told(self) -> dict[str, Any]:
-        """Describes what schedules are made for: room, shapes, a histogram of lengths.
+    def describe(self) -> dict[str, Any]:
+        """Describes what schedules are made for: capacity, shapes, a histogram of lengths.
 
         Returns:
             Plain data; `lengths` is a list of (most tokens, share of units), in bins that double.
@@ -239,7 +239,7 @@ class BalancedLoader:
         bins = np.searchsorted(edges, self._lengths)
         share = np.bincount(bins, minlength=len(edges))[: len(edges)] / max(1, len(self._lengths))
         return {
-            **self._mesh,
+            **{"room" if k == "capacity" else k: v for k, v in self._mesh.items()},
             "shapes": [list(shape) for shape in self._shapes],
             "lengths": [[int(e), round(float(s), 6)] for e, s in zip(edges, share, strict=True)],
         }
@@ -300,11 +300,13 @@ class BalancedLoader:
         """The schedule of a batch, equal on all processes; None when asked to stop."""
         key = f"schedule {which}"
         if self._peers is not None and self._peers.process:
-            said = self._peers.hear(key, self._stop.is_set)
-            return None if said is None else heard(said[0], lengths, cost=self._cost, **self._mesh)
+            heard = self._peers.hear(key, self._stop.is_set)
+            if heard is None:
+                return None
+            return from_text(heard[0], lengths, cost=self._cost, **self._mesh)
         found = skrull.plan(lengths, **self._mesh, cost=self._cost, shapes=self._shapes)
         if self._peers is not None:
-            self._peers.tell(key, told(found))
+            self._peers.tell(key, as_text(found))
         return found
 
     def _put(self, given: Any) -> None:

@@ -22,14 +22,14 @@ def test_what_is_dropped_is_counted_up_to_the_batch_that_was_given():
     cost = Cost(
         linear=1.0,
         square=1.0,
-        wire=0.0,
-        laps=0,
+        bytes_per_token=0.0,
+        ring_rounds=0,
         flops_per_s=1e9,
         attention_per_s=1e9,
         bytes_per_s=1e9,
     )
     batches = BalancedLoader(
-        loader.batches(source, **options), groups=1, parts=1, room=8, cost=cost,
+        loader.batches(source, **options), groups=1, parts=1, capacity=8, cost=cost,
         shapes=[Shape(0, 8)], measure=False, ahead=4,
     )  # fmt: skip
     names = ("examples", "dropped", "overlong", "batches", "epochs")
