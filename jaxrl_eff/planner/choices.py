@@ -84,8 +84,8 @@ class Choices:
 
     def local_seconds(self, work: Work) -> float:
         """Seconds of a call without a model, the same on every device."""
-        cost = call_cost(self.problem, work, Placement((0,)), self.cluster, self.corrections)
-        return cost.seconds
+        where = Placement((0,))
+        return call_cost(self.problem, work, where, self.cluster, self.corrections).seconds
 
     def _share(self, c: Candidate) -> float:
         """Share of the cluster that a call takes while it runs alone."""
@@ -128,20 +128,15 @@ def choices(
     starts: dict[int, list[int]] = {}
     for m in space.meshes(cluster, min(smallest, cluster.devices)):
         starts.setdefault(m.count, []).append(m.start)
+
+    def price(work: Work, where: Placement):
+        return call_cost(problem, work, where, cluster, corrections)
+
     for work in works:
-
-        def price(work: Work, where: Placement):
-            return call_cost(problem, work, where, cluster, corrections)
-
         found = space.candidates(
-            problem,
-            work,
-            cluster,
-            price,
-            smallest=smallest,
-            executable=executable,
-            offloads=tuple(dict.fromkeys(offloads)),
-        )
+            problem, work, cluster, price,
+            smallest=smallest, executable=executable, offloads=tuple(dict.fromkeys(offloads)),
+        )  # fmt: skip
         if not any(found.values()):
             raise ValueError(
                 f"{work.name}: {work.rows} rows in {work.minibatches} minibatches divide on no "
@@ -150,25 +145,17 @@ def choices(
         flat = tuple(c for cs in found.values() for c in cs)
         index = {c: i for i, c in enumerate(flat)}
         fits = space.fitting(found, cluster.memory_bytes) or found
+        best = {
+            n: space.pareto(cs, moved=_moved(problem, work, n, cluster))
+            for n, cs in fits.items()
+            if cs
+        }
         every.append(flat)
-        kept.append(
-            {
-                n: tuple(
-                    index[c] for c in space.pareto(cs, moved=_moved(problem, work, n, cluster))
-                )
-                for n, cs in fits.items()
-                if cs
-            }
-        )
+        kept.append({n: tuple(index[c] for c in cs) for n, cs in best.items()})
     return Choices(
-        problem,
-        cluster,
-        corrections,
-        works,
-        tuple(every),
-        tuple(kept),
+        problem, cluster, corrections, works, tuple(every), tuple(kept),
         {n: tuple(s) for n, s in starts.items()},
-    )
+    )  # fmt: skip
 
 
 def _moved(problem: Problem, work: Work, count: int, cluster: Cluster) -> float:
@@ -234,7 +221,7 @@ class Judge:
 
     def _simulate(self, state: State) -> Verdict:
         self.evaluated += 1
-        seconds, over, _ = self._simulator.score(self.table.plan(state))
+        seconds, over = self._simulator.score(self.table.plan(state))
         # ReaL's factor of 3 for plans that do not fit, plus a slope toward those that do.
         energy = seconds * (3 + over / self.table.cluster.memory_bytes) if over else seconds
         if not over and (self.best is None or seconds < self.best[1].seconds):

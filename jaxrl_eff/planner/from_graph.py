@@ -106,14 +106,6 @@ def expecting(packed: Mapping[str, ExpectedRows]) -> dict[str, Any]:
     return {} if first is None else {"packed": packed, "responses": first.responses}
 
 
-def of_stage(stage: Any, **options: Any) -> Problem:
-    """`works` of an assembled stage (`train.assembly.Stage`), with the same options."""
-    step = stage.step
-    return works(
-        step.graph, stage.lms, stage.batch, sampling=stage.sampling, specs=step.specs, **options
-    )
-
-
 def _size(shape_: tuple[int, ...]) -> tuple[int, int]:
     return (shape_[0], shape_[1] if len(shape_) > 1 else 1) if shape_ else (1, 1)
 

@@ -69,12 +69,10 @@ class Score(NamedTuple):
     Attributes:
         seconds: of a step in the steady state.
         over_bytes: by how much the fullest device exceeds its memory; 0 if all fits.
-        peak_bytes: of the fullest device.
     """
 
     seconds: float | int
     over_bytes: float | int
-    peak_bytes: float | int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Simulation:
     """A plan's simulated run.
 
     Attributes:
-        seconds, over_bytes, peak_bytes: see `Score`.
+        seconds, over_bytes: see `Score`.
         spans: of all simulated iterations, by start.
         groups: memory, by groups of devices with equal contents.
         costs: call -> its price.
@@ -91,19 +89,10 @@ class Simulation:
 
     seconds: float | int
     over_bytes: float | int
-    peak_bytes: float | int
     spans: tuple[Span, ...]
     groups: tuple[Group, ...]
     costs: Mapping[str, Cost]
     edges: Mapping[str, float | int]
-
-    def steady(self) -> tuple[Span, ...]:
-        """The spans of one iteration in the steady state, from its first start."""
-        middle = [s for s in self.spans if s.iteration == WARMUP]
-        begin = min(s.start for s in middle)
-        return tuple(
-            dataclasses.replace(s, start=s.start - begin, end=s.end - begin) for s in middle
-        )
 
 
 class Simulator:
@@ -306,7 +295,7 @@ class Simulator:
         sites = self._placed(plan)
         seconds, _, _ = self._best(*self._graph(sites))
         peak = max(static + active for _, static, active, _ in self._memory(sites))
-        return Score(seconds, max(0.0, peak - self.cluster.memory_bytes), peak)
+        return Score(seconds, max(0.0, peak - self.cluster.memory_bytes))
 
     def run(self, plan: Plan) -> Simulation:
         """Computes the plan's schedule.
@@ -334,7 +323,6 @@ class Simulator:
         return Simulation(
             seconds=seconds,
             over_bytes=max(0.0, peak - self.cluster.memory_bytes),
-            peak_bytes=peak,
             spans=tuple(sorted(spans, key=lambda s: (s.start, s.end, s.iteration))),
             groups=groups,
             costs={n: self._prices.call(i, sites[i]) for i, n in enumerate(self._names)},

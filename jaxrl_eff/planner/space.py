@@ -260,17 +260,8 @@ def candidates(
                     if held >= before:
                         break
                     before = held
-                    found.append(
-                        Candidate(
-                            count,
-                            s,
-                            parts,
-                            offload,
-                            cost.seconds,
-                            cost.static_bytes,
-                            cost.active_bytes,
-                        )
-                    )
+                    priced = cost.seconds, cost.static_bytes, cost.active_bytes
+                    found.append(Candidate(count, s, parts, offload, *priced))
         out[count] = tuple(found)
     return out
 

@@ -1,10 +1,13 @@
 """A PPO step of two small models, and a cluster of round numbers, for the planner's tests."""
 
+import dataclasses
+
 from sized import sized
 
 from jaxrl_eff.parallel.mesh import Placement
 from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.problem import Problem, Role, Work
+from jaxrl_eff.planner.simulate import WARMUP
 
 LM = sized(2, 4, 2, 1, 2, 8, 16)
 LAYER = 4 * 2 * 2 * (2 + 1) + 3 * 4 * 8  # entries of a layer's matrices
@@ -58,3 +61,12 @@ def on(start, count, **axes) -> Placement:
 def everywhere(problem, where):
     """Every call on one placement."""
     return {w.name: where for w in problem.works}
+
+
+def steady(schedule):
+    """Spans of one iteration in the steady state, from its first start, by name."""
+    middle = [s for s in schedule.spans if s.iteration == WARMUP]
+    begin = min(s.start for s in middle)
+    return {
+        s.name: dataclasses.replace(s, start=s.start - begin, end=s.end - begin) for s in middle
+    }

@@ -27,6 +27,8 @@ MicroBatch = dict[str, dict[str, np.ndarray]]
 
 KEPT = 64  # measured steps that the next fit uses
 NOWHERE = 2**31 - 1  # out of bounds of any array
+# Fields of `Cost` in states that were saved by earlier versions.
+RENAMED = {"wire": "bytes_per_token", "laps": "ring_rounds"}
 
 
 def arrange(schedule: Assignment, units: Sequence[Unit], *, pad: int = 0) -> list[MicroBatch]:
@@ -227,7 +229,8 @@ class BalancedLoader:
         """Continues after the batch that `state` followed, as `Loader.restore`."""
         self.close()
         self._loader.restore(state)
-        self._state, self._cost = state, Cost(**state["cost"])
+        self._state = state
+        self._cost = Cost(**{RENAMED.get(name, name): v for name, v in state["cost"].items()})
 
     def describe(self) -> dict[str, Any]:
         """Describes what schedules are made for: capacity, shapes, a histogram of lengths.
