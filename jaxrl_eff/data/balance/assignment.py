@@ -113,7 +113,6 @@ class Quality(NamedTuple):
         padding: share of columns without a token.
         distributed: share of tokens in distributed sequences.
         time_balance: mean over max of the ranks' estimated seconds, each summed over micro-steps.
-        token_balance: the same for their tokens.
     """
 
     seconds: float
@@ -122,7 +121,6 @@ class Quality(NamedTuple):
     padding: float
     distributed: float
     time_balance: float
-    token_balance: float
 
 
 def quality(schedule: Assignment) -> Quality:
@@ -130,7 +128,6 @@ def quality(schedule: Assignment) -> Quality:
     ranks = schedule.groups * schedule.parts
     columns = sum(shape.columns for shape in schedule.shapes)
     total = int(schedule.lengths.sum())
-    tokens = schedule.tokens().sum(-1).reshape(-1, ranks)
     seconds = schedule.rank_seconds().reshape(-1, ranks)
     limit = schedule.cost.perfect(schedule.lengths, ranks)
     return Quality(
@@ -140,5 +137,4 @@ def quality(schedule: Assignment) -> Quality:
         padding=1 - total / (columns * ranks),
         distributed=float(schedule.lengths[schedule.rank < 0].sum()) / total,
         time_balance=float(seconds.mean(1).sum() / seconds.max(1).sum()),
-        token_balance=float(tokens.mean(1).sum() / tokens.max(1).sum()),
     )

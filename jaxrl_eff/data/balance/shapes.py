@@ -42,7 +42,6 @@ def lattice(
     capacity: int,
     batch: int,
     cost: Cost,
-    counts: Sequence[int] | np.ndarray | None = None,
     shapes: int = 12,
     batches: int = 64,
     seed: int = 0,
@@ -56,7 +55,7 @@ def lattice(
     micro-step that fits memory.
 
     Args:
-        lengths: observed ones, or the values of a histogram with `counts`.
+        lengths: observed ones.
         groups, parts, capacity, cost: as in `skrull.plan`.
         batch: sequences of a global batch.
         shapes: maximum number of shapes.
@@ -74,9 +73,8 @@ def lattice(
             f"a sequence has {n.max()} tokens, but {parts} ranks of {capacity} tokens hold at most "
             f"{capacity * parts}."
         )
-    share = None if counts is None else np.asarray(counts, np.float64) / np.sum(counts)
     rng = np.random.default_rng(seed)
-    drawn = [n[rng.choice(len(n), size=batch, p=share)] for _ in range(batches)]
+    drawn = [n[rng.choice(len(n), size=batch)] for _ in range(batches)]
     return fitted(
         drawn, groups=groups, parts=parts, capacity=capacity, cost=cost,
         longest=int(n.max(initial=0)), shapes=shapes, multiple=multiple,
