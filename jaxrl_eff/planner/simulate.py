@@ -162,56 +162,78 @@ class Simulator:
 
     def _graph(self, sites: list[Site]) -> tuple[list[Node], list[Edge]]:
         """Nodes and edges of one iteration: calls first, in the problem's order."""
-        works, nodes, edges = self.problem.works, [], []
-        for i, w in enumerate(works):
-            site = sites[i]
+        nodes, edges = [], []
+        for i, (w, site) in enumerate(zip(self.problem.works, sites, strict=True)):
             mask = self._host_bit if w.host else site.mask
-            nodes.append(
-                Node(
-                    w.name, w.kind, self._prices.call(i, site).seconds, mask, site.placement.devices
-                )
-            )
+            seconds = self._prices.call(i, site).seconds
+            nodes.append(Node(w.name, w.kind, seconds, mask, site.placement.devices))
         brought: dict[tuple[str, int, int], int] = {}
-        for i, w in enumerate(works):
-            site = sites[i]
+        for i, w in enumerate(self.problem.works):
             for j, bytes_ in self._reads[i]:
-                other = sites[j]
-                if other is site:
-                    edges.append(Edge(j, i, 0, 0.0))
-                    continue
-                seconds, crosses = self._prices.move(j, i, bytes_, other, site)
-                if not crosses:
-                    edges.append(Edge(j, i, 0, seconds))
-                    continue
-                name = move_name(works[j].name, w.name)
-                devices = (*other.placement.devices, *site.placement.devices)
-                nodes.append(Node(name, "move", seconds, other.nics | site.nics, devices))
-                edges += [Edge(j, len(nodes) - 1, 0, 0.0), Edge(len(nodes) - 1, i, 0, 0.0)]
-            trains = self._trains.get(w.model) if w.model else None
-            if not trains:
-                continue
-            if w.kind == "train":
-                k = trains.index(i)
-                edges.append(Edge(trains[k - 1], i, 0 if k else 1, 0.0))
-                continue
-            edges.append(Edge(i, trains[0], 0, 0.0))  # the update can donate the weights
-            source, lag = sites[self._home[w.model]], 1 + w.staleness
-            if source.layout == site.layout:
-                edges.append(Edge(trains[-1], i, lag, 0.0))
-                continue
-            node = brought.get((w.model, site.layout, lag))
-            if node is None:
-                seconds = self._prices.realloc(i, source, site)
-                mask = source.mask | site.mask
-                if source.nics != site.nics:
-                    mask |= source.nics | site.nics
-                name = realloc_name(w.model, w.name)
-                devices = tuple(dict.fromkeys((*source.placement.devices, *site.placement.devices)))
-                node = brought[w.model, site.layout, lag] = len(nodes)
-                nodes.append(Node(name, "realloc", seconds, mask, devices))
-                edges.append(Edge(trains[-1], node, lag, 0.0))
-            edges.append(Edge(node, i, 0, 0.0))
+                self._add_transfer(nodes, edges, sites, j, i, bytes_)
+            if w.model and self._trains[w.model]:
+                self._add_weights(nodes, edges, sites, i, brought)
         return nodes, edges
+
+    def _add_transfer(
+        self,
+        nodes: list[Node],
+        edges: list[Edge],
+        sites: list[Site],
+        j: int,
+        i: int,
+        bytes_: float | int,
+    ) -> None:
+        """Call i waits for what call j writes; over the network its transfer is a node."""
+        source, target = sites[j], sites[i]
+        if source is target:
+            edges.append(Edge(j, i, 0, 0.0))
+            return
+        seconds, crosses = self._prices.move(j, i, bytes_, source, target)
+        if not crosses:
+            edges.append(Edge(j, i, 0, seconds))
+            return
+        devices = (*source.placement.devices, *target.placement.devices)
+        name = move_name(self._names[j], self._names[i])
+        nodes.append(Node(name, "move", seconds, source.nics | target.nics, devices))
+        edges += [Edge(j, len(nodes) - 1, 0, 0.0), Edge(len(nodes) - 1, i, 0, 0.0)]
+
+    def _add_weights(
+        self,
+        nodes: list[Node],
+        edges: list[Edge],
+        sites: list[Site],
+        i: int,
+        brought: dict[tuple[str, int, int], int],
+    ) -> None:
+        """Call i waits for its model's update, and for weights in another layout to be brought.
+
+        Args:
+            brought: model, layout and lag -> the reallocation that is there already.
+        """
+        w, site = self.problem.works[i], sites[i]
+        trains = self._trains[w.model]
+        if w.kind == "train":
+            k = trains.index(i)
+            edges.append(Edge(trains[k - 1], i, 0 if k else 1, 0.0))
+            return
+        edges.append(Edge(i, trains[0], 0, 0.0))  # the update can donate the weights
+        source, lag = sites[self._home[w.model]], 1 + w.staleness
+        if source.layout == site.layout:
+            edges.append(Edge(trains[-1], i, lag, 0.0))
+            return
+        node = brought.get((w.model, site.layout, lag))
+        if node is None:
+            seconds = self._prices.realloc(i, source, site)
+            mask = source.mask | site.mask
+            if source.nics != site.nics:
+                mask |= source.nics | site.nics
+            devices = tuple(dict.fromkeys((*source.placement.devices, *site.placement.devices)))
+            node = brought[w.model, site.layout, lag] = len(nodes)
+            name = realloc_name(w.model, w.name)
+            nodes.append(Node(name, "realloc", seconds, mask, devices))
+            edges.append(Edge(trains[-1], node, lag, 0.0))
+        edges.append(Edge(node, i, 0, 0.0))
 
     # Schedules
 
@@ -255,8 +277,7 @@ class Simulator:
             key = (w.model, site.layout)
             if key not in held or held[key][1] < price.static_bytes:
                 held[key] = (site.mask, price.static_bytes)
-            more = price.active_bytes
-            active.append((site.mask, more, w.name))
+            active.append((site.mask, price.active_bytes, w.name))
             source = sites[self._home[w.model]]
             if source.layout != site.layout and self._trains[w.model]:
                 extra = realloc_bytes(self.problem, w.model, source.placement, site.placement)

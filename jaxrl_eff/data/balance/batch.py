@@ -244,16 +244,16 @@ class Batch:
     def _joined(self, parts: list[Part]) -> tuple[Shape, list[Part]]:
         """A micro-step of these parts, or of the same sequences placed again if no shape holds it.
 
-        Every group is then planned within the first allowed shape in which all fit. If there is
-        none, all sequences are distributed, which always fits.
+        Every group is then planned within the first shape in which all fit. If there is none, all
+        sequences are distributed, which always fits.
         """
         shape = self.shape(parts)
         if shape is not None:
             return shape, parts
-        for caps in self.shapes or ():
+        for caps in self.shapes or self._eighths():
             again = self._within(caps, parts)
             if again is not None:
-                return caps, again
+                return caps if self.shapes else self.shape(again) or caps, again
         again = [self.packed(p.members) for p in parts]
         return self.shape(again) or Shape(0, self.capacity), again
 
@@ -326,6 +326,11 @@ class Batch:
                 return None
             out.append(again)
         return out
+
+    def _eighths(self) -> list[Shape]:
+        """Shapes to try where any is allowed: some eighths of the capacity are distributed."""
+        shared = [self.capacity * e // 8 for e in range(1, 8)]
+        return [Shape(self.capacity - d, d) for d in shared]
 
     def schedule(self, plan: Plan, rule: str, candidates: dict[str, float]) -> Assignment:
         """Converts a plan to an assignment, with the sequences in their given order."""

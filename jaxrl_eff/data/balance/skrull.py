@@ -40,9 +40,8 @@ def plan(
 
     For every number of micro-steps, from the fewest to `more` beyond, sequences are divided into
     micro-batches in three ways: as in the paper, with equal tokens, and with similar lengths
-    together. Each cut is tried all distributed and by the balance rule; the paper's rule is tried
-    on its own cut. `pooled` places the sequences of each micro-step of the best plans again, over
-    all groups at once.
+    together. Each cut is tried all distributed, by the balance rule and by the paper's. `pooled`
+    places the sequences of each micro-step of the best plans again, over all groups at once.
 
     Args:
         lengths: tokens of each sequence, K.
@@ -56,11 +55,12 @@ def plan(
         ValueError: a sequence is longer than capacity * parts, or empty.
     """
     batch = Batch(lengths, groups, parts, capacity, cost, shapes)
+    rules = {"packed": batch.packed, "balance": batch.balanced, "printed": batch.printed}
     best = Best(batch)
     for way, cut in batch.cuts(more):
         if batch.least(cut) <= best.seconds:
-            best.offer("packed", way, placed(batch.packed, cut))
-            best.offer("balance", way, placed(batch.balanced, cut))
+            for rule, place in rules.items():
+                best.offer(rule, way, placed(place, cut))
     best.offer("printed", "strided", printed(batch))
     for found, way in list(best.plans.values()):
         best.take("pooled", way, batch.pooled(found))
