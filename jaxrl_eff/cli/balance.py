@@ -57,12 +57,7 @@ MODELS = {
 
 
 def read_lengths(path: str | Path) -> np.ndarray:
-    """int64 [n]: the lengths in a file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: what is no integer of at least 1, by its line.
-    """
+    """int64 [n]: the lengths in a file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--lengths={path} is not a file.")
@@ -101,11 +96,7 @@ def _length(path: Path, where: str, value: Any) -> int:
 
 
 def read_mesh(text: str) -> dict[str, int]:
-    """`data4,seq8` as sizes by axis, 1 where an axis is not named.
-
-    Raises:
-        ValueError: a word that is no axis and size, or an axis twice.
-    """
+    """`data4,seq8` as sizes by axis, 1 where an axis is not named."""
     out: dict[str, int] = {}
     for word in text.split(","):
         match = re.fullmatch(r"\s*([a-z]+)=?([1-9]\d*)\s*", word)

@@ -108,11 +108,7 @@ def _uniforms(key: Key[Array, ""], steps: int) -> Float[Array, "1 steps"]:
 
 
 def find(directory: str) -> Path:
-    """The Hugging Face directory that is meant.
-
-    Raises:
-        FileNotFoundError: neither it nor its `export/` holds a `config.json`.
-    """
+    """The Hugging Face directory of a model or of a run that exported one."""
     path = Path(directory)
     for candidate in (path / "export", path):
         if (candidate / "config.json").is_file():
@@ -125,11 +121,7 @@ def find(directory: str) -> Path:
 
 
 def language_model(directory: Path, ignore: Sequence[str] = ()) -> LMConfig:
-    """The config of a model that writes text.
-
-    Raises:
-        ValueError: it is a value model.
-    """
+    """The config of a model, which must be one that writes text."""
     cfg = read_config(directory, ignore=ignore)
     if cfg.head != "lm":
         raise ValueError(f"{directory} holds a value model, which cannot write text.")
@@ -137,11 +129,7 @@ def language_model(directory: Path, ignore: Sequence[str] = ()) -> LMConfig:
 
 
 def _room(cfg: LMConfig, prompt: Sequence[int], asked: int | None) -> int:
-    """Returns the longest response in tokens: `asked`, or what fits up to `_DEFAULT_TOKENS`.
-
-    Raises:
-        ValueError: the prompt is empty, not of this model's vocabulary, or too long with `asked`.
-    """
+    """Returns the longest response in tokens: `asked`, or what fits up to `_DEFAULT_TOKENS`."""
     if not prompt:
         raise ValueError("the prompt is empty, and the tokenizer has no token that begins a text.")
     if max(prompt) >= cfg.vocab:

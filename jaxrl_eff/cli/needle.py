@@ -56,11 +56,7 @@ class Case(NamedTuple):
 def cases(
     tokenizer: Tokenizer, lengths: Sequence[int], depths: int, samples: int, text: str, seed: int
 ) -> list[Case]:
-    """Needles at evenly spaced depths of every length, different ones in every sample.
-
-    Raises:
-        ValueError: there is no text to hide a sentence in, or a length has no room for it.
-    """
+    """Needles at evenly spaced depths of every length, different ones in every sample."""
     out, rng = [], np.random.default_rng(seed)
     places = [i / max(depths - 1, 1) for i in range(depths)]
     letters = isinstance(tokenizer, CharTokenizer)
@@ -153,11 +149,7 @@ def grid(
 def by_position(
     cfg: LMConfig, params: PyTree, ids: Sequence[int], length: int
 ) -> list[tuple[float, float]]:
-    """(position, mean loss in nats a token) in bins whose width grows along a window of the text.
-
-    Raises:
-        ValueError: the text is shorter than a window.
-    """
+    """(position, mean loss in nats a token) in bins that grow along a window of the text."""
     windows = min(WINDOWS, len(ids) // length)
     if not windows:
         raise ValueError(f"--text has {len(ids)} tokens; the longest of --lengths is {length}.")

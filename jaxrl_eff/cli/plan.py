@@ -180,11 +180,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
-    """Plans the stages that the options name, prints each, and writes the files.
-
-    Raises:
-        ValueError: an unknown stage or cluster, wrong settings, or no plan that fits.
-    """
+    """Plans the stages that the options name, prints each, and writes the files."""
     from jaxrl_eff.cli.pages import plan_page, trace
     from jaxrl_eff.planner import clusters
     from jaxrl_eff.planner.search import search

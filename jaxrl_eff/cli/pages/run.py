@@ -6,7 +6,7 @@ It reads what a run writes (metrics.jsonl, samples.jsonl, and result, plan, time
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,27 +98,30 @@ def _calls(plan: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
 
 
 def _spans(timeline: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    stages = {s: spans for s, spans in timeline.items() if isinstance(spans, list)}
-    found = {
-        stage: [s for s in spans if isinstance(s, Mapping) and {"call", "start", "end"} <= set(s)]
-        for stage, spans in stages.items()
-    }
+    """stage -> spans; other values are left out, and stages without a span."""
+    needed, found = {"call", "start", "end"}, {}
+    for stage, spans in timeline.items():
+        if isinstance(spans, list):
+            found[stage] = [s for s in spans if isinstance(s, Mapping) and needed <= set(s)]
     return {stage: spans for stage, spans in found.items() if spans}
 
 
 def _colors(plan: Any, timeline: Any, steps: Sequence[Mapping[str, Any]]) -> dict[str, Colors]:
-    """Palette indices, stage -> call -> index: a call looks the same in every part of the page."""
-    names: dict[str, list[str]] = {}
+    """stage -> call -> index of its color: a call looks the same in every part of the page."""
+    found: dict[str, dict[str, int]] = {}
+
+    def add(stage: str, calls: Iterable[str]) -> None:
+        own = found.setdefault(stage, {})
+        for call in calls:
+            own.setdefault(call, len(own))
+
     for stage, calls in _calls(plan).items():
-        names.setdefault(stage, []).extend(calls)
+        add(stage, calls)
     for stage, spans in _spans(timeline).items():
-        names.setdefault(stage, []).extend(str(s["call"]) for s in spans)
-    for stage, rows in curves.by_stage(steps).items():
-        names.setdefault(stage, []).extend(call for r in rows for call in r.get("seconds") or {})
-    return {
-        stage: {name: i for i, name in enumerate(dict.fromkeys(calls))}
-        for stage, calls in names.items()
-    }
+        add(stage, (str(s["call"]) for s in spans))
+    for row in steps:
+        add(str(row.get("stage", "")), row.get("seconds") or ())
+    return found
 
 
 def _part(name: str, notes: list[str], draw: Callable[..., Any], *given: Any) -> Any:
@@ -295,10 +298,8 @@ def _schedule(workdir: Path, notes: list[str], steps: Sequence[Mapping[str, Any]
         lengths = told.get("lengths", ())
         cells = [(f"up to {_count(most)}", _share(share)) for most, share in lengths]
         sections += [_mesh(stage, place) for place in told.get("places", [told])]
-        sections += [
-            page.charts(figures),
-            page.table(["tokens", "of the sequences"], cells, right=1),
-        ]
+        shares = page.table(["tokens", "of the sequences"], cells, right=1)
+        sections += [page.charts(figures), shares]
     return page.section("Short and long sequences", *sections)
 
 
@@ -306,12 +307,12 @@ def _mesh(stage: str, told: Mapping[str, Any]) -> str:
     """Describes what schedules on one mesh were made for."""
     shapes = ", ".join(f"{own}+{shared}" for own, shared in told.get("shapes", ()))
     who = ": ".join([stage, *([", ".join(map(str, told["calls"]))] if told.get("calls") else [])])
-    return (
-        f"<p>{escaped(who)}: {escaped(_count(told.get('groups')))} groups of "
-        f"{escaped(_count(told.get('parts')))} devices with {escaped(_count(told.get('room', 0)))} "
-        f"tokens each; micro-batches of {escaped(shapes)} tokens a device, its own + its share of "
-        "long sequences.</p>"
+    groups, parts, room = (_count(told.get(k, 0)) for k in ("groups", "parts", "room"))
+    text = (
+        f"{who}: {groups} × {parts} devices (groups × sequence) with {room} tokens each; "
+        f"micro-batches of {shapes} tokens a device, its own + its share of long sequences."
     )
+    return f"<p>{escaped(text)}</p>"
 
 
 def _count(value: Any) -> str:
