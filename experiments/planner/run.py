@@ -117,7 +117,11 @@ def measure(name, steps):
     for _ in range(TRIAL):
         for r in running.values():
             r.once(batch)
-    searched = replan.search(from_graph.of_stage(stage), HOW, seed=0)
+    step = stage.step
+    problem = from_graph.works(
+        step.graph, stage.lms, stage.batch, sampling=stage.sampling, specs=step.specs
+    )
+    searched = replan.search(problem, HOW, seed=0)
     calibration = replan.Calibration(searched, first=0)
     for r in running.values():
         calibration.take(dataclasses.replace(searched, plan=r.plan))

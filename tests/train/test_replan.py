@@ -24,7 +24,11 @@ def stage():
 
 @pytest.fixture(scope="module")
 def searched(stage):
-    return replan.search(from_graph.of_stage(stage), QUICK, seed=0)
+    step = stage.step
+    problem = from_graph.works(
+        step.graph, stage.lms, stage.batch, sampling=stage.sampling, specs=step.specs
+    )
+    return replan.search(problem, QUICK, seed=0)
 
 
 def spans(searched, factors):
