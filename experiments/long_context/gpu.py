@@ -36,10 +36,11 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from jaxrl_eff.data.balance.balanced_loader import arrange
+
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.core import Placement, Spec, mixed
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
-from jaxrl_eff.data.balance.balanced_loader import arrange
 from jaxrl_eff.data.balance.cost import Cost, cost_of, refit
 from jaxrl_eff.models import LMConfig, attention, logical_axes, params
 from jaxrl_eff.parallel import devices

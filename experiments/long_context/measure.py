@@ -22,12 +22,12 @@ import jax
 import lengths as published
 import numpy as np
 import optax
+from jaxrl_eff.data.balance.balanced_loader import arrange
 
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.core import Placement, Spec, mixed
 from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.assignment import Shape
-from jaxrl_eff.data.balance.balanced_loader import arrange
 from jaxrl_eff.data.balance.cost import refit
 from jaxrl_eff.data.balance.shapes import lattice
 from jaxrl_eff.models import LMConfig, logical_axes, params

@@ -90,8 +90,7 @@ class Checkpoints:
             keep: number of newest checkpoints to keep.
             keep_best: number of best checkpoints by score to keep in addition.
             mode: "max" if larger scores are better, "min" if smaller.
-            fingerprint: must match for a checkpoint to belong to this run. `None` accepts any (to
-                inspect a run rather than continue it).
+            fingerprint: must match for a checkpoint to belong to this run; None inspects any run.
             accepted: fingerprints of older checkpoints that also belong to the run.
             guard: called before anything is written; raises if another run now has the directory.
 
@@ -127,8 +126,8 @@ class Checkpoints:
     ) -> None:
         """Starts a save; returns once the arrays can be donated.
 
-        On accelerators that is when they are on the host. Simulated CPU devices share the buffers
-        with the writer, and XLA copies instead of overwriting a buffer that is still read.
+        Simulated CPU devices share the buffers with the writer; XLA copies instead of overwriting a
+        buffer that is still read.
 
         Args:
             step: number of steps taken. A checkpoint of the same step is replaced.
@@ -282,32 +281,32 @@ class Checkpoints:
         """Removes leftovers of killed saves, and makes the directory of a new checkpoint."""
         self._guard()
         files.directory(self.directory)
-        for kind in (SAVING, DELETING):
-            for step in manifest.steps(self.directory, kind):
-                rest = self.directory / manifest.name(step, kind)
-                if manifest.ours(rest):
-                    files.remove(rest)
+        self._clear(SAVING, DELETING)
         self._make_room(saving)
         saving.mkdir()
         manifest.write(saving / "record.json", meta)
         return 0
 
+    def _clear(self, *kinds: str) -> None:
+        """Removes what killed saves or deletions have left."""
+        for kind in kinds:
+            for step in manifest.steps(self.directory, kind):
+                rest = self.directory / manifest.name(step, kind)
+                if manifest.ours(rest):
+                    files.remove(rest)
+
     def _make_room(self, path: Path) -> None:
         if (aside := manifest.make_room(path)) is not None:
-            logging.getLogger("absl").warning(
-                "%s was no checkpoint and stood in the way; it is now %s.", path, aside.name
-            )
+            text = "%s was no checkpoint and stood in the way; it is now %s."
+            logging.getLogger("absl").warning(text, path, aside.name)
 
     def _path(self, step: int) -> Path:
         return self.directory / manifest.name(step)
 
     def _own(self) -> list[int]:
         """Returns steps of this run's checkpoints, newest first."""
-        return [
-            s
-            for s in manifest.steps(self.directory)
-            if manifest.ours(self._path(s)) and self._foreign(self._path(s)) is None
-        ]
+        steps = [s for s in manifest.steps(self.directory) if manifest.ours(self._path(s))]
+        return [s for s in steps if self._foreign(self._path(s)) is None]
 
     def _foreign(self, path: Path) -> str | None:
         return manifest.foreign(path, self._mine)
@@ -376,7 +375,12 @@ class Checkpoints:
         shutil.rmtree(doomed)
 
     def _recover(self) -> None:
-        """Finishes a save that was killed just before its directory was renamed."""
+        """Finishes what a kill interrupted: a save just before its directory was renamed, and
+        deletions, which no later save may be there to finish.
+        """
+        if self._fingerprint is not None and manifest.steps(self.directory, DELETING):
+            self._guard()
+            self._clear(DELETING)
         for step in manifest.steps(self.directory, SAVING):
             saving = self.directory / manifest.name(step, SAVING)
             if self._fingerprint is None or self._path(step).exists() or not manifest.ours(saving):

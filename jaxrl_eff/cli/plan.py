@@ -75,6 +75,8 @@ def outlines(run: settings.Run) -> list[Outline]:
 def _outline(
     run: settings.Run, name: str, tokenizer: Any, base: Any, earlier: list[Outline]
 ) -> Outline:
+    import numpy as np
+
     from jaxrl_eff.algorithms import Rollout
     from jaxrl_eff.train import balanced, parts, unused
 
@@ -92,8 +94,12 @@ def _outline(
     origins = {role: given.get(role) or given["actor"] for role in lms}
     specs, _ = parts.model_specs(s, graph, lms, name)
     shapes, packed = parts.batch_shapes(s, algorithm.batch), {}
-    if s.schedule.name == "skrull" and sampling is not None:  # prompts are not read: the longest
-        packed = balanced.expected(s.schedule, graph, [s.data.prompt_length], sampling.max_tokens)
+    if s.schedule.name == "skrull":  # the data is not read: prompts are as long as they may be
+        before, most = 0, s.data.length
+        if sampling is not None:
+            before, most = s.data.prompt_length, sampling.max_tokens
+        guess = np.concatenate(balanced.guessed([0], most))
+        packed = balanced.expected(s.schedule, graph, guess, before=before)
     return Outline(name, graph, lms, origins, specs, shapes, sampling, packed)
 
 

@@ -12,6 +12,7 @@ __all__, __getattr__, __dir__ = public.table(
     __name__,
     {
         "step": ("Step", "compile"),
+        "schedules": ("Packing",),
         "graph": (
             "Adaptation", "Call", "Graph", "Model", "Placement", "Plan", "Spec", "check_plan",
             "draw", "generate", "infer", "local", "order", "train",

@@ -1,71 +1,47 @@
-"""A step that computes sampled sequences packed, in micro-batches chosen by sequence length.
+"""Runners of calls whose rows are packed, in micro-batches chosen by length.
 
-Sampling writes padded rows `[B, T]`. Calls that read rows of tokens to infer or to train need not
-compute the padding: between the padded arrays that it reads and writes, such a call is a loop over
-the micro-batches of a schedule (`mixed`: short sequences whole on one device, long ones sharded
-over the `seq` axis). Its programs take the padded arrays and, for every token of the micro-batch,
-its source index in them; per-token outputs are scattered back to the same indices, and gradients
-are summed. Each update has its own schedule: epochs and minibatches draw the same rows as in an
-unscheduled step.
+The data source and sampling write padded rows `[B, T]`. Calls that read rows of tokens to infer or
+to train need not compute the padding: between the padded arrays that it reads and writes, such a
+call is a loop over the micro-batches of a schedule (see `rows`). Its programs take the padded
+arrays and, for every token of the micro-batch, its source index in them; per-token outputs are
+scattered back to the same indices, and gradients are summed and divided once by the weight of all.
+So a schedule can change only the rounding of sums. Each update has its own schedule: epochs and
+minibatches draw the same rows as in an unscheduled step.
 
 Packed calls can run on several meshes, each with its own schedules for the same rows; arrays and
 parameters move between meshes as in any step. Offloaded state stays in host memory, and each
 micro-batch or update fetches it again. The plan's `microbatches` of a packed call is ignored: the
-schedule sets their number by the tokens that fit on a device.
+schedule sets their number by the tokens that fit on a device. Every shape of a micro-batch is one
+program per call, compiled ahead of time.
 
-The host fetches lengths, one integer per sequence, and the rows of minibatches; everything else
-stays on the devices. Schedules depend on the lengths alone, not on measured times: another order of
-sums rounds differently, and sampling would turn that into different tokens, so no run would be
-reproducible. With several processes, each fetches the lengths of all rows that its devices compute
-and plans independently, so the arguments of schedules must be the same on all processes.
+Lengths of rows from the data source are known to the host. Those of sampled rows are fetched, one
+integer per row, as are the rows of minibatches; everything else stays on the devices.
 
 A model that reselects its trained part does so by a gradient of padded rows, the same few rows as
 in an unscheduled step.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff.core import lowering, mixed, pieces, step
-from jaxrl_eff.core.graph import Call, Graph, Model, Plan, Spec, row_prefix
-from jaxrl_eff.core.pieces import Packing
-from jaxrl_eff.core.shardings import Shardings, held
+from jaxrl_eff.core import lowering, programs
+from jaxrl_eff.core import rows as rows_of
+from jaxrl_eff.core.graph import Call, Model, Spec, row_prefix
+from jaxrl_eff.core.lowering import Lowered
+from jaxrl_eff.core.runners import RESELECT, reselection
+from jaxrl_eff.core.schedules import Schedules
+from jaxrl_eff.core.shardings import Shardings, placed
+from jaxrl_eff.core.summed import Summed, read_one
 from jaxrl_eff.data.balance.assignment import Shape
-from jaxrl_eff.parallel import Placement, SyncConfig, global_arrays
-from jaxrl_eff.parallel.mesh import mesh
+from jaxrl_eff.parallel import global_arrays
 
 MOST = 2**30  # tokens of an array, padding included: their indices are int32
-
-
-def compile(
-    graph: Graph,
-    plan: Plan,
-    specs: Mapping[str, Spec],
-    *,
-    keep: str = "",
-    sync: SyncConfig | None = None,
-) -> "Packed":
-    """Like `core.compile`; call `scheduled` with the packings, then `build`.
-
-    Raises:
-        ValueError: no call reads rows of tokens, or one of them cannot be packed.
-    """
-    plain = step.compile(graph, plan, specs, keep=keep, sync=sync)
-    calls = [c for c in plain.calls if prefix_of(c) is not None]
-    if not calls:
-        raise ValueError(
-            f"none of {[c.name for c in plain.calls]} infers or trains on tokens, segment and "
-            "position, so there is nothing to be packed."
-        )
-    for c in calls:
-        if c.kind == "train":
-            mixed.check_trained(c, specs[c.of])
-    parts = {c.name: dataclasses.replace(plain.plan[c.name], microbatches=1) for c in calls}
-    return Packed(graph, plain.plan | parts, specs, plain.keep, sync)
+_TRIED = Shape(8, 8)  # shape for tracing the outputs
 
 
 def prefix_of(c: Call) -> str | None:
@@ -73,105 +49,71 @@ def prefix_of(c: Call) -> str | None:
     return row_prefix(c.reads) if c.kind in ("infer", "train") else None
 
 
-class Packed(step.Step):
-    """A compiled graph, called like `Step`; its metrics also have `schedule/name`.
+def check_trained(c: Call, spec: Spec) -> None:
+    """Checks that a train call can run over micro-batches of a schedule.
 
-    They cover the packed calls on devices of this process, and are absent if it has none.
+    Raises:
+        ValueError: it has no forward pass, or its model's `Spec` sets `sends`.
+    """
+    if c.forward is None:
+        raise ValueError(
+            f"the train call {c.name} has no `forward`, which scheduled rows need: one "
+            "forward pass serves rows of both kinds."
+        )
+    if spec.sends is not None:
+        raise ValueError(
+            f"{c.name} sends {spec.sends.rung.name!r} between nodes, which scheduled rows cannot."
+        )
 
-    - `padding`: fraction of columns without a token, over all micro-batches.
-    - `distributed`: fraction of tokens in distributed sequences; 0 without a `seq` axis.
-    - `balance`: mean over max of the estimated seconds of the devices of a call.
-    - `micro_steps`: number of programs run, over all packed calls.
-    - `planned_seconds`: estimated seconds of the train calls.
-    - `planning_seconds`: seconds that the host took to make schedules and maps.
 
-    Attributes:
-        places: the distinct meshes of the packed calls, in order; see `Placement.bare`.
-        packings: mesh -> arguments of its schedules.
+class PackedRows:
+    """What packed runners share: the padded rows of a call, and its schedules.
+
+    Args:
+        shardings: of the graph.
+        c: the call.
+        args: padded arrays that it reads, with shapes and shardings.
+        segments: maximum number of segments in a padded row.
+        asks: True if the call fetches the lengths of its rows.
+        seen: called whenever the call's function is traced for a shape.
+        schedules: of the step; they can be set later, before the call is lowered.
+
+    Raises:
+        ValueError: an array has neither a number per token nor one per row, the rows do not divide
+            into minibatches, or there are more tokens than int32 counts.
     """
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._prefix = {c.name: p for c in self.calls if (p := prefix_of(c)) is not None}
-        self.places = tuple(dict.fromkeys(self.plan[name].bare for name in self._prefix))
-        self._over = Shardings(self.graph, self.plan, self.specs, mixed=True)
-        self._infers: dict[str, pieces.Infer] = {}
-        self._chosen: dict[str, dict[str, float]] = {}
-        self.packings: dict[Placement, Packing] = {}
-        self._schedules: pieces.Schedules | None = None
+    def __init__(
+        self,
+        shardings: Shardings,
+        c: Call,
+        args: Mapping[str, Any],
+        *,
+        segments: int,
+        asks: bool,
+        seen: Callable[[], None],
+        schedules: Schedules | None = None,
+    ):
+        self.schedules = schedules
+        self.programs: dict[str, Any] = {}
+        self._shardings, self._call, self._args = shardings, c, dict(args)
+        self._prefix, self._segments, self._asks, self._seen = prefix_of(c), segments, asks, seen
+        self._place = shardings.plan[c.name].bare
+        self._check()
 
     @property
-    def packed(self) -> tuple[Call, ...]:
-        """Returns the packed calls, in order."""
-        return tuple(c for c in self.calls if c.name in self._prefix)
+    def size(self) -> tuple[int, int]:
+        """(rows per update or pass, tokens per row)."""
+        count, length = self._args[f"{self._prefix}tokens"].shape
+        return count // self._call.minibatches, length
 
-    def on(self, place: Placement) -> tuple[Call, ...]:
-        """Returns the packed calls on one of the meshes."""
-        return tuple(c for c in self.packed if self.plan[c.name].bare == place)
-
-    def scheduled(self, packings: Packing | Mapping[Placement, Packing]) -> "Packed":
-        """Sets the arguments of the schedules.
-
-        Args:
-            packings: one per mesh, see `places`; or one for all of them.
-
-        Raises:
-            ValueError: a mesh has none, or the longest row does not fit on it or in any of its
-                shapes.
-        """
-        if isinstance(packings, Packing):
-            packings = dict.fromkeys(self.places, packings)
-        if missing := [str(p) for p in self.places if p not in packings]:
-            raise ValueError(f"nothing says what schedules are made for on {missing}.")
-        schedules = pieces.Schedules(packings)
-        for place in self.places:
-            longest = max(length for _, length in self.sizes(place).values())
-            room = packings[place].room
-            if room * place.seq < longest:
+    def _check(self) -> None:
+        c, size = self._call, self._args[f"{self._prefix}tokens"].shape
+        for k, x in self._args.items():
+            if x.shape not in (size, size[:1]):
                 raise ValueError(
-                    f"rows have {longest} tokens, but {place.seq} devices of a seq axis with room "
-                    f"for {room} tokens each hold {room * place.seq}."
-                )
-            schedules.plan(np.array([longest]), place)
-        self.packings, self._schedules = schedules.packings, schedules
-        return self
-
-    def sizes(self, place: Placement) -> dict[str, tuple[int, int]]:
-        """Returns (sequences per update or pass, tokens per row) of each packed call on a mesh."""
-        out = {}
-        for c in self.on(place):
-            count, length = self._args[c.name][self._prefix[c.name] + "tokens"].shape
-            out[c.name] = count // c.minibatches, length
-        return out
-
-    def told(self) -> dict[str, Any]:
-        """Returns the schedules' arguments on every mesh; lengths are not known in advance.
-
-        Each entry of "places" is like `BalancedLoader.told`, plus the names of its calls.
-        """
-        places = [
-            {
-                "calls": [c.name for c in self.on(place)],
-                "groups": place.row_shards,
-                "parts": place.seq,
-                "room": packing.room,
-                "shapes": [list(shape) for shape in packing.shapes],
-            }
-            for place, packing in self.packings.items()
-        ]
-        return {"places": places, "lengths": []}
-
-    # Compilation
-
-    def _check_rows(self, c: Call, shapes: Mapping[str, Any]) -> None:
-        if c.name not in self._prefix:
-            return super()._check_rows(c, shapes)
-        size = shapes[self._prefix[c.name] + "tokens"].shape
-        for k in c.reads:
-            if shapes[k].shape not in (size, size[:1]):
-                raise ValueError(
-                    f"{c.name} reads '{k}' of shape {shapes[k].shape}; packed rows need a number a "
-                    f"token, {size}, or a row, {size[:1]}."
+                    f"{c.name} reads '{k}' of shape {x.shape}; packed rows need a number a token, "
+                    f"{size}, or a row, {size[:1]}."
                 )
         if size[0] % c.minibatches:
             raise ValueError(
@@ -181,125 +123,235 @@ class Packed(step.Step):
         if size[0] * size[1] >= MOST:
             raise ValueError(f"{c.name} reads {size} tokens, but at most {MOST} can be packed.")
 
-    def _outputs(self, c: Call, args: dict[str, Any]) -> dict[str, Any]:
-        if c.name not in self._prefix or c.kind == "train":
-            return super()._outputs(c, args)
-        found = pieces.Infer(self._over, c, self._prefix[c.name], args)
-        self._infers[c.name], self._numbers[c.name] = found, {}
-        return found.out
-
-    def _lower(self, c: Call) -> Any:
-        if c.name not in self._prefix:
-            return super()._lower(c)
-        if self._schedules is None:
+    def lower(self, made: Mapping[str, Any]) -> dict[str, Lowered]:
+        if self.schedules is None:
             raise ValueError("say what schedules are made for, by scheduled(..), before build.")
-        self._traced.pop(c.name, None)
-        return self._pieces(c, self.packings[self.plan[c.name].bare].shapes)
+        return self.lower_shapes(self.schedules.packings[self._place].shapes, made)
 
-    def _pieces(self, c: Call, shapes: Sequence[Shape]) -> pieces.Lowered:
-        self.traces[c.name] += len(shapes)
-        args, prefix = self._args[c.name], self._prefix[c.name]
-        if c.kind == "infer":
-            found = self._infers[c.name].pieces(shapes, self._made[c.name])
-        else:
-            found = pieces.of_train(self._over, c, prefix, args, shapes)
-        if self._asks(c):
-            found["lengths"] = pieces.lengths_of(self._over, c, args[f"{prefix}segment"])
-        call = pieces.PackedCall(self._schedules, c, self.plan[c.name].bare, prefix)
-        return pieces.Lowered(call, found)
+    def lower_shapes(self, shapes: Sequence[Shape], made: Mapping[str, Any]) -> dict[str, Lowered]:
+        """Lowers the programs for micro-batches of these shapes, and auxiliary ones."""
+        for _ in shapes:
+            self._seen()
+        out = self._pieces(shapes, made)
+        return out | ({"lengths": self._lengths()} if self._asks else {})
 
-    def _asks(self, c: Call) -> bool:
-        """Returns True if no earlier call on all of its processes fetched the rows' lengths."""
-        prefix, mine = self._prefix[c.name], self._processes(c)
-        before = self.packed[: self.packed.index(c)]
-        return not any(
-            self._prefix[b.name] == prefix and mine <= self._processes(b) for b in before
-        )
+    def _pieces(self, shapes: Sequence[Shape], made: Mapping[str, Any]) -> dict[str, Lowered]:
+        raise NotImplementedError
 
-    def _processes(self, c: Call) -> set[int]:
-        return {d.process_index for d in mesh(self.plan[c.name]).devices.flat}
+    def _gathered(self, args: Mapping[str, Any], maps: Any) -> dict[str, dict]:
+        return rows_of.gathered(self._place, self._prefix, args, maps, segments=self._segments)
 
-    def needs(self, place: Placement, shapes: Sequence[Shape]) -> float:
-        """Returns the bytes per device of the packed call on a mesh that needs most.
+    def _lengths(self) -> Lowered:
+        """Lowers `segment -> tokens of each row`, replicated."""
 
-        Args:
-            shapes: of micro-batches.
-        """
-        most = 0.0
-        for c in self.on(place):
-            found = self._pieces(c, shapes).compile()
-            beside = held(self._beside(c))
-            fullest = max(beside.get(d, 0) for d in mesh(place).devices.flat)
-            programs = [*found.analysis().values()]
-            if lowering.reselects(self._layouts, c):
-                programs.append(self._choosing(c))
-            most = max(most, fullest + max(v["bytes"] for v in programs))
-        return most
+        def run(segment: jax.Array) -> jax.Array:
+            return (segment > 0).sum(axis=1, dtype=jnp.int32)
 
-    def _choosing(self, c: Call) -> dict[str, float]:
-        """Returns XLA's analysis of the program that reselects a call's trained part."""
-        if c.name not in self._chosen:
-            found = lowering.lower_reselection(self._layouts, c, self._args[c.name])
-            self._chosen[c.name] = lowering.analysis(found.compile())
-        return self._chosen[c.name]
+        with self._shardings.context(self._call):
+            jitted = jax.jit(run, out_shardings=self._shardings.whole(self._call))
+            return Lowered(jitted.lower(self._args[f"{self._prefix}segment"]))
 
-    def _beside(self, c: Call) -> list[Any]:
-        """Returns arrays that are on devices while a packed call runs but are not its operands."""
-        out: dict[Any, Any] = {}  # parameters borrowed by calls before it
-        for other in self.calls:
-            if other is c:
-                break
-            if other.kind == "train":
-                out = {key: x for key, x in out.items() if key[0] != other.of}
-            elif other.of is not None and not other.staleness and not self._way(other).alias:
-                out[self._layouts.key(other)] = self._layouts.borrowed(other)
-        out.pop(self._layouts.key(c), None)
-        for model in self.graph.models:
-            home = self.home(model)
-            if model == c.of and c.kind == "train":
-                home = home._replace(params=(), opt=(), left=())
-            elif model == c.of and self._way(c).alias:
-                home = home._replace(params=())
-            out[model] = home
-        return [*out.values()]
+    def begin(self, key: jax.Array) -> None:
+        """Starts a step, ahead of the call's turn."""
 
-    def analysis(self) -> dict[str, dict[str, float]]:
-        """Like `Step.analysis`; each program of a packed call has its own entry."""
-        out = {}
-        for name, program in self._programs.items():
-            if name in self._prefix:
-                out |= {f"{name} {k}": v for k, v in program.analysis().items()}
-            else:
-                out[name] = lowering.analysis(program)
+    def _micro(self, args: Mapping[str, Any], picked: np.ndarray | None = None) -> Any:
+        segment = args[f"{self._prefix}segment"]
+        if not self.schedules.knows(self._prefix):
+            self.schedules.learn(self._prefix, self.programs["lengths"](segment))
+        return self.schedules(self._call.name, self._place, self._prefix, segment.shape[1], picked)
+
+
+class PackedInfer(PackedRows):
+    """A packed infer call: a program per shape of a micro-batch that adds to padded arrays.
+
+    Attributes:
+        out: shapes and dtypes of the arrays it writes.
+
+    Raises:
+        ValueError: as `PackedRows`; or `fn` returns anything but one number per token, or metrics.
+    """
+
+    metrics: tuple[str, ...] = ()
+
+    def __init__(self, shardings: Shardings, c: Call, args: Mapping[str, Any], **options: Any):
+        super().__init__(shardings, c, args, **options)
+        self._params = shardings.borrowed(c)
+        offloaded = shardings.plan[c.name].offload == "params"
+        self._in_host = shardings.specs[c.of].axes if offloaded else None
+        key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+        like = self._tried(key)
+        self._carry = shardings.rows(c, like)
+        self.out = like
+        if c.finish is not None:
+            self.out = jax.eval_shape(self._finished, like, self._args, key)
+
+    def _tried(self, key: jax.ShapeDtypeStruct) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shapes of what `fn` writes, padded."""
+        c, place = self._call, self._place
+        maps = rows_of.maps_of(place, _TRIED)
+        with self._shardings.context(c, _TRIED.local):
+            there = jax.eval_shape(self._of, self._params, self._args, maps, key)
+        ranks = place.row_shards * place.seq
+        for k, x in there.items():
+            if x.shape != (ranks, _TRIED.columns):
+                hint = "; one that writes a number a row needs `finish`" if not c.finish else ""
+                raise ValueError(
+                    f"{c.name} makes '{k}' of shape {x.shape} from packed rows, where a number a "
+                    f"token is {(ranks, _TRIED.columns)}{hint}."
+                )
+        size = self._args[f"{self._prefix}tokens"].shape
+        return {k: jax.ShapeDtypeStruct(size, x.dtype) for k, x in there.items()}
+
+    def _of(self, params: Any, args: Any, maps: Any, words: jax.Array) -> dict[str, jax.Array]:
+        if self._in_host is not None:
+            params = programs.fetched(params, self._in_host)
+        both = rows_of.together(self._gathered(args, maps), self._place.seq, self._call.reads)
+        out = dict(self._call.fn(params, both, programs.key_of(self._call.name, words)))
+        if "metrics" in out:
+            raise ValueError(f"{self._call.name} has metrics, which packed rows do not add up.")
         return out
 
-    def program(self, call: str) -> Any:
-        """Returns a compiled call; "call piece" for a packed one, as named by `analysis`."""
-        name, _, piece = call.partition(" ")
-        found = super().program(name)
-        return found.programs[piece] if piece else found
+    def _finished(self, found: Any, args: Any, words: jax.Array) -> dict[str, jax.Array]:
+        key = programs.key_of(self._call.name, words)
+        return dict(self._call.finish({**args, **found}, key))
 
-    # Running
+    def _pieces(self, shapes: Sequence[Shape], made: Mapping[str, Any]) -> dict[str, Lowered]:
+        out = {named(shape): self._of_shape(shape) for shape in shapes} | {"zero": self._zero()}
+        return out | ({"finish": self._finish(made)} if self._call.finish is not None else {})
 
-    def __call__(
-        self,
-        models: Mapping[str, Model],
-        batch: Mapping[str, np.ndarray],
-        key: Any,
-        *,
-        reselect: tuple[str, ...] = (),
-    ) -> tuple[dict[str, Model], dict[str, jax.Array], dict[str, jax.Array]]:
-        """See `Step`."""
-        if not self.built:
-            self._check_single_process()
-            self.build(batch)
-        self._schedules.begin()
-        words = step.key_words(key)
-        here = [c for c in self.packed if self._over.here(c)]
-        for c in here:  # early, so that the rows are ready when they are needed
-            self._programs[c.name].begin(global_arrays.from_whole(self._over.whole(c), words))
-        models, data, metrics = super().__call__(models, batch, key, reselect=reselect)
-        if not here:
-            return models, data, metrics
-        found = self._schedules.numbers({c.name for c in here if c.kind == "train"})
-        return models, data, metrics | {f"schedule/{k}": v for k, v in found.items()}
+    def _of_shape(self, shape: Shape) -> Lowered:
+        """Lowers `(carry, (parameters, arrays, maps), key) -> carry`."""
+
+        def run(carry: Any, given: Any, words: jax.Array) -> Any:
+            params, args, maps = given
+            out = self._of(params, args, maps, words)
+            found = rows_of.apart(out, shape.local, self._place.seq)
+            return rows_of.scattered(self._place, carry, found, maps)
+
+        given = self._params, self._args, rows_of.maps_of(self._place, shape)
+        c, where = self._call, {k: x.sharding for k, x in self._carry.items()}
+        found = lowering.traced(self._shardings, c, run, self._carry, given, shape.local)
+        return lowering.lowered(self._shardings, c, found, where, donate=(0,))
+
+    def _zero(self) -> Lowered:
+        """Lowers `() -> carry`."""
+        where = {k: x.sharding for k, x in self._carry.items()}
+
+        def run() -> dict[str, jax.Array]:
+            return {k: jnp.zeros(x.shape, x.dtype) for k, x in self._carry.items()}
+
+        with self._shardings.context(self._call):
+            return Lowered(jax.jit(run, out_shardings=where).lower())
+
+    def _finish(self, made: Mapping[str, Any]) -> Lowered:
+        """Lowers `(carry, arrays, key) -> outputs`, one number per row."""
+        run, c = self._finished, self._call
+        found = lowering.traced(self._shardings, c, run, self._carry, self._args)
+        return lowering.lowered(self._shardings, c, found, {k: v.sharding for k, v in made.items()})
+
+    def __call__(self, model: Any, args: Mapping[str, Any], key: Any) -> tuple[Any, dict, dict]:
+        found = self.programs["zero"]()
+        for shape, maps in self._micro(args):
+            found = self.programs[named(shape)](found, (model, args, maps), key)
+        if "finish" in self.programs:
+            found = self.programs["finish"](found, args, key)
+        return None, found, {}
+
+
+class PackedTrain(PackedRows):
+    """A packed train call: zeros, sums of every shape of a micro-batch, one update from the sums.
+
+    Attributes:
+        out: nothing.
+        traffic: None, see `runners.Train`.
+    """
+
+    out: Mapping[str, Any] = {}
+    traffic = None
+
+    def __init__(self, shardings: Shardings, c: Call, args: Mapping[str, Any], **options: Any):
+        super().__init__(shardings, c, args, **options)
+        self._once = c.epochs * c.minibatches == 1
+        self._rows: jax.Array | None = None
+
+    def _loss(self, params: Any, args: tuple, key: jax.Array) -> Any:
+        there = self._gathered(*args)
+        return rows_of.loss(self._call, self._place.seq, params, there, key, prefix=self._prefix)
+
+    def _pieces(self, shapes: Sequence[Shape], made: Mapping[str, Any]) -> dict[str, Lowered]:
+        del made
+        c, each = self._call, {s: (self._args, rows_of.maps_of(self._place, s)) for s in shapes}
+        first = shapes[0]
+        summed = Summed(self._shardings, c, self._loss, each[first], first.local)
+        update = summed.update(read_one if self._once else lambda seen: seen)
+        out = {named(shape): summed.sums(each[shape], shape.local) for shape in shapes}
+        out |= {"zero": summed.zero(), "update": update}
+        if not self._once:
+            out |= {"rows": self._shuffled(), "read": self._read(update.lowered.out_info[1])}
+        return out | reselection(self._shardings, c, self._args)
+
+    @functools.cached_property
+    def _update(self) -> lowering.Traced:
+        """The traced update, whatever the shapes of micro-batches."""
+        maps = rows_of.maps_of(self._place, _TRIED)
+        args = self._args, maps
+        summed = Summed(self._shardings, self._call, self._loss, args, _TRIED.local)
+        return summed.traced(read_one)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return tuple(self._update.out[1])
+
+    @property
+    def still(self) -> Model:
+        """The model with True for leaves that no step changes, and False for others."""
+        return self._update.still
+
+    def _shuffled(self) -> Lowered:
+        """Lowers `key -> rows of every update`."""
+        c, count = self._call, self._args[f"{self._prefix}tokens"].shape[0]
+
+        def run(words: jax.Array) -> jax.Array:
+            return programs.shuffled(c, programs.key_of(c.name, words), count)
+
+        whole = self._shardings.whole(c)
+        words = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+        with self._shardings.context(c):
+            return Lowered(jax.jit(run, out_shardings=whole).lower(words))
+
+    def _read(self, seen: Any) -> Lowered:
+        """Lowers `[meters of every update] -> metrics`."""
+
+        def run(each: list) -> dict[str, jax.Array]:
+            return programs.read(jax.tree.map(lambda *x: jnp.stack(x), *each))
+
+        c, whole = self._call, self._shardings.whole(self._call)
+        like = jax.tree.map(lambda x: placed(x, whole), seen)
+        with self._shardings.context(c):
+            jitted = jax.jit(run, out_shardings=whole)
+            return Lowered(jitted.lower([like] * (c.epochs * c.minibatches)))
+
+    def begin(self, key: jax.Array) -> None:
+        """Dispatches the computation of the rows of each update."""
+        if not self._once:
+            self._rows = self.programs["rows"](key)
+
+    def reselect(self, model: Model, args: Mapping[str, Any], key: Any) -> Model:
+        """Reselects what the call trains; the model is donated."""
+        return self.programs[RESELECT](model, args, key)[0]
+
+    def __call__(self, model: Any, args: Mapping[str, Any], key: Any) -> tuple[Any, dict, dict]:
+        seen = []
+        picks = [None] if self._once else global_arrays.fetch_replicated(self._rows)
+        for picked in picks:
+            sums = self.programs["zero"]()
+            for shape, maps in self._micro(args, picked):
+                sums = self.programs[named(shape)](sums, (model, (args, maps)), key)
+            model, one = self.programs["update"](model, sums, key)
+            seen.append(one)
+        return model, {}, seen[0] if self._once else self.programs["read"](seen)
+
+
+def named(shape: Shape) -> str:
+    """Returns the name of a call's program for a micro-batch shape."""
+    return f"{shape.local}+{shape.distributed}"

@@ -33,7 +33,6 @@ class Shardings:
         graph, plan, specs: the constructor's arguments.
         calls: calls of the graph, in the order in which they run.
         rules: call -> sharding rules of logical axes on its placement.
-        mixed: True if calls read rows of devices and rows of groups together, see `mixed`.
         sharded: train calls whose model's `Spec` sets `sends` -> computation of their sums.
     """
 
@@ -42,10 +41,8 @@ class Shardings:
         graph: Graph,
         plan: Mapping[str, Placement],
         specs: Mapping[str, Spec],
-        *,
-        mixed: bool = False,
     ):
-        self.graph, self.plan, self.specs, self.mixed = graph, plan, specs, mixed
+        self.graph, self.plan, self.specs = graph, plan, specs
         self.calls = order(graph)
         self.rules = {c.name: self._rules_of(c) for c in self.calls}
         self.sharded = {
@@ -59,7 +56,7 @@ class Shardings:
             if name in graph.models
         }
 
-    def _rules_of(self, c: Call) -> Rules:
+    def _rules_of(self, c: Call, *, mixed: bool = False) -> Rules:
         sizes: dict[str, set[int]] = {}
         if c.of is not None:
             spec = self.specs[c.of]
@@ -68,7 +65,7 @@ class Shardings:
                 for axis, n in zip(axes, leaf.shape, strict=True):
                     if axis is not None:
                         sizes.setdefault(axis, set()).add(n)
-        return rules(self.plan[c.name], sizes, lengths=c.kind != "generate", mixed=self.mixed)
+        return rules(self.plan[c.name], sizes, lengths=c.kind != "generate", mixed=mixed)
 
     def trained(self, model: str) -> bool:
         """Returns True if a call of the graph trains the model."""
@@ -129,17 +126,18 @@ class Shardings:
         """Context for tracing a call: its mesh, flax's logical axis rules, its sequence layout.
 
         Args:
-            local: for mixed rows, how many of their tokens belong to the device's own row.
+            local: for rows of devices and of groups together (see `rows`), how many of their tokens
+                belong to the device's own row.
         """
-        place = self.plan[c.name]
+        place, rules_ = self.plan[c.name], self.rules[c.name]
         over = None
         if c.kind != "generate" and (place.seq > 1 or sequence.for_whole_rows()):
             # Calls in `sharded` are traced inside shard_map, on the device's own rows.
             way = _own if c.name in self.sharded else _over_axis
             over = functools.partial(way, place)
         if local is not None:
-            over = functools.partial(_both, place, local)
-        table = list(self.rules[c.name].table)
+            over, rules_ = functools.partial(_both, place, local), self._rules_of(c, mixed=True)
+        table = list(rules_.table)
         with jax.set_mesh(mesh(place)), nn.logical_axis_rules(table), sequence_layout(over):
             yield
 

@@ -9,10 +9,10 @@ makes the step; between two calls of one model with different placements its par
 Invariant: beyond the rounding of reordered sums, a plan changes where and how fast results are
 computed, never the results.
 
-A plan becomes `shardings`, programs (`lowering`) and one list of operations in a total order
-(`transfers`); every process of a job runs the operations that involve its devices. Dispatch is
-asynchronous, so operations on disjoint devices overlap once their inputs are ready. Pipelining is
-not supported.
+A plan becomes `shardings`, a runner per call (`runners`, `packed`) and one list of operations in a
+total order (`transfers`); every process of a job runs the operations that involve its devices.
+Dispatch is asynchronous, so operations on disjoint devices overlap once their inputs are ready.
+Pipelining is not supported.
 """
 
 import dataclasses
@@ -24,8 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import tree
-from jaxrl_eff.core import glossary, lowering, program_order, transfers
+from jaxrl_eff.core import (
+    glossary,
+    lowering,
+    model_state,
+    packed,
+    program_order,
+    runners,
+    transfers,
+)
 from jaxrl_eff.core.graph import (
     Adaptation,
     Call,
@@ -34,25 +41,17 @@ from jaxrl_eff.core.graph import (
     Plan,
     Spec,
     check_plan,
-    draw,
-    generate,
-    infer,
-    local,
     order,
-    train,
 )
 from jaxrl_eff.core.program_order import Operation
+from jaxrl_eff.core.running import Running
+from jaxrl_eff.core.schedules import Packing, Schedules
 from jaxrl_eff.core.shardings import Shardings
-from jaxrl_eff.core.timing import StepTimes, Timeline
+from jaxrl_eff.core.timing import Timeline
 from jaxrl_eff.core.transfers import Transfers
+from jaxrl_eff.core.weight_sources import WeightSources
 from jaxrl_eff.core.zero import Traffic
-from jaxrl_eff.parallel import Placement, Route, SyncConfig, WeightSync, global_arrays
-from jaxrl_eff.parallel.sharding import replicated
-
-__all__ = [
-    "Adaptation", "Call", "Graph", "Model", "Placement", "Plan", "Spec", "Step",
-    "check_plan", "compile", "draw", "generate", "infer", "local", "order", "train",
-]  # fmt: skip
+from jaxrl_eff.parallel import Placement, SyncConfig, global_arrays
 
 
 def compile(
@@ -62,6 +61,7 @@ def compile(
     *,
     keep: str = "",
     sync: SyncConfig | None = None,
+    pack: int = 0,
 ) -> "Step":
     """Compiles a graph and a plan into `step(models, batch, key) -> (models, data, metrics)`.
 
@@ -72,9 +72,14 @@ def compile(
         keep: names of arrays to return in `data`; others are dropped after their last reader.
         sync: how trained parameters are sent to the calls that borrow them, as changes; None sends
             them in full.
+        pack: 0 computes rows as they are. Otherwise calls that infer or train on rows of tokens
+            pack them, in micro-batches chosen by length (see `packed`): the maximum number of
+            segments in a row, 1, or 2 for rows that hold both sides of a pair. Call
+            `Step.scheduled` between `check` and `build`.
 
     Raises:
-        ValueError: the plan does not fit the graph or the devices, or a spec is missing.
+        ValueError: the plan does not fit the graph or the devices, a spec is missing, or there is
+            nothing to pack.
 
     Example:
         >>> from jaxrl_eff import Graph, Placement, Spec, compile, core
@@ -99,26 +104,50 @@ def compile(
     made = {k for c in graph.calls for k in c.writes} | set(graph.inputs.split())
     if unknown := sorted(set(keep.split()) - made):
         raise ValueError(f"keep names {unknown}, but the arrays are {sorted(made)}.")
-    return Step(graph, check_plan(graph, plan), specs, tuple(keep.split()), sync)
+    full = check_plan(graph, plan)
+    if pack:
+        calls = [c for c in order(graph) if packed.prefix_of(c) is not None]
+        if not calls:
+            raise ValueError(
+                f"none of {[c.name for c in order(graph)]} infers or trains on tokens, segment and "
+                "position, so there is nothing to be packed."
+            )
+        for c in calls:
+            if c.kind == "train":
+                packed.check_trained(c, specs[c.of])
+            full[c.name] = dataclasses.replace(full[c.name], microbatches=1)
+    return Step(graph, full, specs, tuple(keep.split()), sync, pack)
 
 
 class Step:
     """A compiled graph. Call it as `models, data, metrics = step(models, batch, key)`.
 
+    With packed calls, metrics also have `schedule/name`. They cover the packed calls on devices of
+    this process, and are absent if it has none.
+
+    - `padding`: fraction of columns without a token, over all micro-batches.
+    - `distributed`: fraction of tokens in distributed rows; 0 without a `seq` axis.
+    - `balance`: mean over max of the estimated seconds of the devices of a call.
+    - `micro_steps`: number of programs run, over all packed calls.
+    - `planned_seconds`: estimated seconds of the train calls.
+    - `planning_seconds`: seconds that the host took to make schedules and maps.
+
     Attributes:
         plan: a placement for every call.
-        traces: call -> number of times its function was traced; stays at one.
+        calls: in the order in which they run.
+        packed: the packed calls, in order.
+        places: the distinct meshes of the packed calls, in order; see `Placement.bare`.
+        packings: mesh -> arguments of its schedules.
+        traces: call -> number of times its function was traced; stays at one, or at one for every
+            shape of a packed call's micro-batches.
         timeline: seconds of the calls of the last steps, measured without blocking.
         notes: call -> a sentence for each axis that its sharding left replicated.
-        traffic: train call -> its bytes on every mesh axis, if its model's `Spec` sets `sends`;
-            set once traced.
         operations: all operations of a step, in order; set once checked.
+        runners: call -> how it is run; set once checked.
         built: True once the calls of this process are compiled.
         share: (index, count): the block of a batch's rows that this process passes; (0, 1) is all.
         sync: the argument of `compile`.
     """
-
-    _mixed = False  # see `Shardings`
 
     def __init__(
         self,
@@ -127,37 +156,55 @@ class Step:
         specs: Mapping[str, Spec],
         keep: tuple[str, ...],
         sync: SyncConfig | None = None,
+        pack: int = 0,
     ):
         self.graph, self.plan, self.specs, self.keep, self.sync = graph, plan, specs, keep, sync
-        self._layouts = Shardings(graph, plan, specs, mixed=self._mixed)
-        self.calls = self._layouts.calls
+        self.shardings = Shardings(graph, plan, specs)
+        self.calls = self.shardings.calls
+        self._segments = pack
+        self.packed = tuple(c for c in self.calls if pack and packed.prefix_of(c) is not None)
+        self.places = tuple(dict.fromkeys(plan[c.name].bare for c in self.packed))
+        self.packings: dict[Placement, Packing] = {}
+        self._schedules: Schedules | None = None
         self.traces = dict.fromkeys((c.name for c in self.calls), 0)
         self.timeline = Timeline()
-        self.notes = {c.name: self._layouts.rules[c.name].notes for c in self.calls}
-        self.traffic: dict[str, Traffic] = {}
+        self.notes = {c.name: self.shardings.rules[c.name].notes for c in self.calls}
         self.operations: tuple[Operation, ...] = ()
+        self.runners: dict[str, runners.Runner] = {}
         self.built = False
-        self._routes: dict[str, Route] = {}  # of parameters, by call
-        self._ways: dict[str, Route | WeightSync] = {}  # the same, as used in steps
-        self._programs: dict[str, Any] = {}
-        self._reselections: dict[str, Any] = {}  # by train call
-        self._shown: Route | None = None
+        self.weights = WeightSources(
+            self.shardings, sync, lambda c: self.runners[c.name].still.params
+        )
+        self._shown: Any = None
         self._signature: Any = None
         self._by_name = {c.name: c for c in self.calls}
         self._first_reader = {k: c.name for c in reversed(self.calls) for k in c.reads}
-        readers = {self._first_reader[k] for k in graph.inputs.split() if k in self._first_reader}
-        whole = any(_whole_batches(plan[call]) for call in readers)
+        # Lengths that the host knows need not be fetched.
+        inputs = graph.inputs.split()
+        self._host_rows = {
+            p for c in self.packed if f"{(p := packed.prefix_of(c))}segment" in inputs
+        }
+        readers = {self._first_reader[k] for k in inputs if k in self._first_reader}
+        whole = self._host_rows or any(_whole_batches(plan[call]) for call in readers)
         self.share = (0, 1) if whole else (jax.process_index(), jax.process_count())
+
+    @property
+    def traffic(self) -> dict[str, Traffic]:
+        """Train call -> its bytes on every mesh axis, if its model's `Spec` sets `sends` and it has
+        been traced.
+        """
+        found = {name: getattr(r, "traffic", None) for name, r in self.runners.items()}
+        return {name: traffic for name, traffic in found.items() if traffic is not None}
 
     # Models
 
     def params_sharding(self, call: str) -> Any:
         """Returns the tree of shardings of the call's model on the call's placement."""
-        return self._layouts.params(self._by_name[call])
+        return self.shardings.params(self._by_name[call])
 
     def home(self, model: str) -> Model:
         """Returns shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`."""
-        return self._layouts.home(model)
+        return self.shardings.home(model)
 
     def init(self, model: str, params: Any) -> Model:
         """Makes a model at home from its parameters: adds a fresh optimizer state.
@@ -165,22 +212,7 @@ class Step:
         Args:
             params: arrays with the shardings of `home(model).params`.
         """
-        abstract, home = self.home(model), self.graph.home(model)
-        if not self._layouts.trained(model):
-            return Model(params, ())
-        if self._layouts.here(home):
-            shardings = jax.tree.map(lambda x: x.sharding, abstract.opt)
-            with self._layouts.context(home):
-                opt = jax.jit(self.specs[model].tx.init, out_shardings=shardings)(params)
-            left = jax.tree.map(_zeros, abstract.left)
-        else:
-            opt, left = jax.tree.map(global_arrays.placeholder, (abstract.opt, abstract.left))
-        held = self._held(model, params)
-        past = {
-            c.name: tuple(_copied(self._route(c)(params)) for _ in range(c.staleness))
-            for c in self.graph.stale(model)
-        }
-        return Model(params, opt, past or (), left, held)
+        return model_state.initial(self.shardings, self.weights, model, params)
 
     def refreshed(self, model: str, now: Model) -> Model:
         """Returns the model with every node's copy of its weights sent in full, see `Model.held`.
@@ -188,40 +220,7 @@ class Step:
         For parameters replaced by anything but a train call. Sending differences would also
         converge to them, but only approximately and over several steps.
         """
-        return now._replace(held=self._held(model, now.params))
-
-    def _held(self, model: str, params: Any) -> Any:
-        """Returns the nodes' copies of a model at home: its weights in a copy's precision."""
-        abstract, home = self.home(model).held, self.graph.home(model)
-        if not abstract:
-            return ()
-        if not self._layouts.here(home):
-            return jax.tree.map(global_arrays.placeholder, abstract)
-        there = {name: x.sharding for name, x in abstract.items()}
-
-        def held(flat: Any) -> Any:
-            return {k: flat[k].reshape(x.shape).astype(x.dtype) for k, x in abstract.items()}
-
-        flat = tree.flat(params)
-        return jax.jit(held, out_shardings=there)({k: flat[k] for k in abstract})
-
-    def _route(self, c: Call) -> Route:
-        """Returns the route of a call's parameters from home, all of them."""
-        if c.name not in self._routes:
-            home = self._layouts.borrowed(self.graph.home(c.of))
-            self._routes[c.name] = Route(home, self._layouts.params(c))
-        return self._routes[c.name]
-
-    def _way(self, c: Call) -> Route | WeightSync:
-        """Returns the route of a call's parameters from home in every step."""
-        if c.name not in self._ways:
-            route, trainer = self._route(c), self.graph.home(c.of)
-            if self.sync is not None and trainer.kind == "train" and not route.alias:
-                still = self._traced[trainer.name].still.params
-                home = self._layouts.borrowed(trainer)
-                route = WeightSync(home, self._layouts.params(c), still=still, changes=self.sync)
-            self._ways[c.name] = route
-        return self._ways[c.name]
+        return now._replace(held=model_state.held(self.shardings, model, now.params))
 
     # Compilation
 
@@ -235,29 +234,100 @@ class Step:
             ValueError: rows do not divide by a placement, or an output is missing or differs from
                 the glossary.
         """
-        self._check_inputs(batch)
+        wanted = set(self.graph.inputs.split())
+        if wanted - set(batch):
+            raise ValueError(f"the batch lacks {sorted(wanted - set(batch))}; it has {[*batch]}.")
         shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
-        self._args, self._made, self._traced, self._numbers = {}, {}, {}, {}
-        self._ways = {}
+        self.args, self.made, self.runners = {}, {}, {}
+        self.weights.begin()
         home: dict[str, jax.ShapeDtypeStruct] = {}
         for c in self.calls:
             glossary.check(c.name, {k: shapes[k] for k in c.reads})
-            self._check_rows(c, shapes)
-            args = self._args[c.name] = self._layouts.rows(c, {k: shapes[k] for k in c.reads})
-            out = self._outputs(c, args)
-            self._check_outputs(c, out)
-            shapes |= out
-            self._made[c.name] = self._layouts.rows(c, out)
-            home |= self._made[c.name]
+            args = self.args[c.name] = self.shardings.rows(c, {k: shapes[k] for k in c.reads})
+            runner = self.runners[c.name] = self._runner(c, args)
+            runners.check_outputs(c, runner.out)
+            shapes |= runner.out
+            self.made[c.name] = self.shardings.rows(c, runner.out)
+            home |= self.made[c.name]
         for k in self.graph.inputs.split():
             if k in self._first_reader:
-                home[k] = self._args[self._first_reader[k]][k]
+                home[k] = self.args[self._first_reader[k]][k]
         self._home = home
-        self._moves = Transfers(self._layouts, self._way, self._args, home, self._numbers)
-        self.operations = self._moves.operations
+        self.numbers = {c.name: self._metrics(c) for c in self.calls}
+        self.moves = Transfers(self.shardings, self.weights, self.args, home, self.numbers)
+        self.operations = self.moves.operations
         program_order.agree(self.operations)
         self._signature = {k: (tuple(v.shape), str(v.dtype)) for k, v in batch.items()}
         return self
+
+    def _runner(self, c: Call, args: dict[str, Any]) -> runners.Runner:
+        """Returns the runner of a call that reads arrays of these shapes."""
+
+        def seen() -> None:
+            self.traces[c.name] += 1
+
+        if c.host:
+            return runners.Host(c, args)
+        if c not in self.packed:
+            kind = runners.Train if c.kind == "train" else runners.Apply
+            return kind(self.shardings, c, args, seen)
+        kind = packed.PackedTrain if c.kind == "train" else packed.PackedInfer
+        return kind(
+            self.shardings, c, args, segments=self._segments, asks=self._asks(c), seen=seen,
+            schedules=self._schedules,
+        )  # fmt: skip
+
+    def _asks(self, c: Call) -> bool:
+        """Returns True if neither the host nor an earlier call knows the lengths of its rows."""
+        prefix, mine = packed.prefix_of(c), self._processes(c)
+        before = self.packed[: self.packed.index(c)]
+        return prefix not in self._host_rows and not any(
+            packed.prefix_of(b) == prefix and mine <= self._processes(b) for b in before
+        )
+
+    def _processes(self, c: Call) -> set[int]:
+        return {d.process_index for d in self.shardings.whole(c).device_set}
+
+    def _metrics(self, c: Call) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns a call's metrics, which are sent to processes without its devices, if any."""
+        if jax.process_count() == 1:
+            return {}
+        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=self.shardings.whole(c))
+        return {f"{c.name}/{k}": number for k in self.runners[c.name].metrics}
+
+    def scheduled(self, packings: Packing | Mapping[Placement, Packing]) -> "Step":
+        """Sets the arguments of the schedules of packed calls.
+
+        Args:
+            packings: one per mesh, see `places`; or one for all of them.
+
+        Raises:
+            ValueError: a mesh has none, or the longest row does not fit on it or in any of its
+                shapes.
+        """
+        if isinstance(packings, Packing):
+            packings = dict.fromkeys(self.places, packings)
+        if missing := [str(p) for p in self.places if p not in packings]:
+            raise ValueError(f"nothing says what schedules are made for on {missing}.")
+        schedules = Schedules(packings)
+        for place in self.places:
+            longest = max(length for _, length in self.sizes(place).values())
+            room = packings[place].room
+            if room * place.seq < longest:
+                raise ValueError(
+                    f"rows have {longest} tokens, but {place.seq} devices of a seq axis with room "
+                    f"for {room} tokens each hold {room * place.seq}."
+                )
+            schedules.plan(np.array([longest]), place)
+        self.packings, self._schedules = schedules.packings, schedules
+        for c in self.packed:
+            self.runners[c.name].schedules = schedules
+        return self
+
+    def sizes(self, place: Placement) -> dict[str, tuple[int, int]]:
+        """Returns (rows per update or pass, tokens per row) of each packed call on a mesh."""
+        here = [c.name for c in self.packed if self.plan[c.name].bare == place]
+        return {name: self.runners[name].size for name in here}
 
     def build(self, batch: Mapping[str, Any]) -> "Step":
         """Checks, traces and compiles every call for batches of these shapes, in parallel.
@@ -267,76 +337,27 @@ class Step:
         """
         if self._signature != {k: (tuple(v.shape), str(v.dtype)) for k, v in batch.items()}:
             self.check(batch)
-        device = [c for c in self.calls if not c.host and self._layouts.here(c)]
-        with ThreadPoolExecutor(max(1, len(device))) as pool:
+        here = [c for c in self.calls if self.shardings.here(c)]
+        with ThreadPoolExecutor(max(4, len(here))) as pool:
             # Largest programs first; each compiles while the next is traced.
             started = {
-                c.name: pool.submit(self._lower(c).compile)
-                for c in sorted(device, key=lambda c: _SLOWEST.index(c.kind))
+                c.name: {
+                    name: pool.submit(one.compile)
+                    for name, one in self.runners[c.name].lower(self.made[c.name]).items()
+                }
+                for c in sorted(here, key=lambda c: _SLOWEST.index(c.kind))
             }
             routes = [
                 pool.submit(route.compile)
-                for route in (*self._ways.values(), *self._moves.routes.values())
+                for route in (*self.weights.used(), *self.moves.routes.values())
             ]
-            again = {
-                c.name: pool.submit(
-                    lowering.lower_reselection(self._layouts, c, self._args[c.name]).compile
-                )
-                for c in device
-                if lowering.reselects(self._layouts, c)
-            }
-            self._programs = {c.name: started[c.name].result() for c in device}
-            self._reselections = {name: one.result() for name, one in again.items()}
+            for name, programs in started.items():
+                self.runners[name].programs = {k: one.result() for k, one in programs.items()}
             for route in routes:
                 route.result()
         self.built = True
         program_order.meet("compiled")
         return self
-
-    def _check_inputs(self, batch: Mapping[str, Any]) -> None:
-        wanted = set(self.graph.inputs.split())
-        if wanted - set(batch):
-            raise ValueError(f"the batch lacks {sorted(wanted - set(batch))}; it has {[*batch]}.")
-
-    def _check_rows(self, c: Call, shapes: Mapping[str, Any]) -> None:
-        place = self.plan[c.name]
-        parts = place.row_shards * place.microbatches * c.minibatches
-        for k in c.reads:
-            if c.of is not None and shapes[k].shape[0] % parts:
-                raise ValueError(
-                    f"{c.name} reads '{k}' with {shapes[k].shape[0]} rows, which do not divide by "
-                    f"{parts} = {place.row_shards} (dcn x data x fsdp) x {place.microbatches} "
-                    f"(microbatches) x {c.minibatches} (minibatches)."
-                )
-
-    def _outputs(self, c: Call, args: dict[str, Any]) -> dict[str, Any]:
-        """Returns shapes of the arrays that a call writes."""
-        if c.host:
-            return glossary.shapes(c.writes, args)
-        if c.kind == "train" and jax.process_count() == 1 and self.sync is None:
-            return {}  # traced when it is compiled
-        traced = self._traced[c.name] = self._trace(c)
-        number = jax.ShapeDtypeStruct((), jnp.float32, sharding=self._layouts.whole(c))
-        self._numbers[c.name] = {f"{c.name}/{k}": number for k in traced.out[1]}
-        return {} if c.kind == "train" else traced.out[0]
-
-    def _check_outputs(self, c: Call, out: dict[str, Any]) -> None:
-        if set(out) != set(c.writes):
-            raise ValueError(f"{c.name} wrote {sorted(out)}, but declares {sorted(c.writes)}.")
-        glossary.check(c.name, out)
-
-    def _trace(self, c: Call) -> lowering.Traced:
-        def seen() -> None:
-            self.traces[c.name] += 1
-
-        traced = lowering.trace(self._layouts, c, self._args[c.name], seen)
-        if c.name in self._layouts.sharded:
-            self.traffic[c.name] = self._layouts.sharded[c.name].traffic(traced.jaxpr)
-        return traced
-
-    def _lower(self, c: Call) -> Any:
-        traced = self._traced.pop(c.name, None) or self._trace(c)
-        return lowering.lower(self._layouts, c, traced, self._made[c.name])
 
     def saved(self) -> None:
         """Must be called whenever the state to resume a run from is saved.
@@ -344,31 +365,32 @@ class Step:
         Weights sent as rounded differences are sent in full next, as in a run resumed from that
         state, so that both runs give the same results.
         """
-        for way in self._ways.values():
-            if isinstance(way, WeightSync) and self.sync.bits:
-                way.restart()
+        self.weights.saved()
 
     def due(self, step: int) -> tuple[str, ...]:
         """Returns the models that reselect their trained part before a stage's step, from 0."""
-        ways = {
-            c.of: self.specs[c.of].tx for c in self.calls if lowering.reselects(self._layouts, c)
-        }
-        return tuple(model for model, tx in ways.items() if tx.due(step))
+        adapted = {c.of: self.specs[c.of].tx for c in self.calls if c.kind == "train"}
+        return tuple(
+            model
+            for model, tx in adapted.items()
+            if isinstance(tx, Adaptation) and tx.due is not None and tx.due(step)
+        )
 
-    def memory(self, call: str, *, choosing: bool = False) -> Any:
-        """Returns XLA's `memory_analysis` of a compiled call; with `choosing`, of the program that
-        reselects its trained part. None if there is none.
-        """
-        programs = self._reselections if choosing else self._programs
-        return programs[call].memory_analysis() if call in programs else None
-
-    def program(self, call: str) -> Any:
-        """Returns a compiled call for inspection."""
-        return self._programs[call]
+    def program(self, name: str) -> Any:
+        """Returns a compiled program for inspection, by its name in `analysis`."""
+        call, _, piece = name.partition(" ")
+        return self.runners[call].programs[piece]
 
     def analysis(self) -> dict[str, dict[str, float]]:
-        """Returns XLA's analysis of every compiled call, see `lowering.analysis`."""
-        return {name: lowering.analysis(p) for name, p in self._programs.items()}
+        """Returns XLA's analysis of every compiled program, see `lowering.analysis`.
+
+        The names are the calls'; "call piece" if a call has several programs.
+        """
+        return {
+            f"{name} {piece}".strip(): lowering.analysis(program)
+            for name, runner in self.runners.items()
+            for piece, program in runner.programs.items()
+        }
 
     # Running
 
@@ -403,101 +425,40 @@ class Step:
 
         Returns:
             models after the step; the arrays named by `keep`; metrics `call/name`, scalars on the
-            device. Blocks only where a host call needs its inputs.
+            device. Blocks only where a host call or a schedule needs its inputs.
         """
         if not self.built:
-            self._check_single_process()
+            if jax.process_count() > 1:
+                raise ValueError("with several processes call build(...) with global shapes first.")
             self.build(batch)
-        words = key_words(key)
-        timing = self.timeline.begin()
-        run = _Running(dict(models), self.put(batch), {}, {}, timing, words, {}, reselect)
+        words, timing = runners.key_words(key), self.timeline.begin()
+        run = Running(self, dict(models), self.put(batch), timing, words, reselect)
+        self._begin(batch, run)
         for op in self.operations:
-            c = self._by_name[op.call]
-            if op.kind == "move":
-                moved = self._moves.routes[op.name]({k: run.data[k] for k in op.arrays})
-                run.data |= {transfers.moved_name(k, c): v for k, v in moved.items()}
-            elif op.kind == "realloc":
-                run.borrowed[self._layouts.key(c)] = self._reallocate(op, c, run)
-            elif op.kind == "keep":
-                model, new = run.models[c.of], _copied(self._reallocate(op, c, run))
-                past = {**model.past, c.name: (*model.past[c.name][1:], new)}
-                run.models[c.of] = model._replace(past=past)
-            elif op.kind == "tell":
-                run.metrics |= self._tell(c, run.metrics)
-            else:
-                self._run(c, run)
-        return run.models, {k: run.data[k] for k in self.keep}, run.metrics
+            run.run(op, self._by_name[op.call])
+        return run.models, {k: run.data[k] for k in self.keep}, run.metrics | self._statistics()
 
-    def _check_single_process(self) -> None:
-        if jax.process_count() > 1:
-            raise ValueError("with several processes call build(...) with global shapes first.")
+    def _begin(self, batch: Mapping[str, np.ndarray], run: Running) -> None:
+        """Starts the step's schedules, and what packed calls can compute early."""
+        if self._schedules is None:
+            return
+        self._schedules.begin()
+        for prefix in self._host_rows:
+            segment = np.asarray(batch[f"{prefix}segment"])
+            self._schedules.learn(prefix, (segment > 0).sum(axis=1, dtype=np.int32))
+        for c in self.packed:
+            if self.shardings.here(c):
+                self.runners[c.name].begin(run.key(c))
 
-    def _run(self, c: Call, run: "_Running") -> None:
-        """Runs one call; on a process without its devices, only makes placeholders."""
-        dispatched = run.timing.now()
-        args = {k: run.data[self._moves.slots[c.name, k]] for k in c.reads}
-        for slot in [slot for slot, call in self._moves.last_use.items() if call == c.name]:
-            if slot not in self.keep:
-                run.data.pop(slot, None)
-        if not self._layouts.here(c):
-            out, m = {k: global_arrays.placeholder(v) for k, v in self._made[c.name].items()}, {}
-        elif c.host:
-            out, m = self._run_on_host(c, args, run.words), {}
-        elif c.kind == "train":
-            model = run.models.pop(c.of)
-            bare, past = model._replace(past=()), model.past
-            del model  # donated: no other reference may remain
-            if c.of in run.reselect:
-                bare, _ = self._reselections[c.name](bare, args, self._key(c, run))
-            trained, m = self._programs[c.name](bare, args, self._key(c, run))
-            run.models[c.of], out = trained._replace(past=past), {}
-        else:
-            out, m = self._programs[c.name](self._params(c, run), args, self._key(c, run))
-        if c.kind == "train":
-            run.borrowed = {k: v for k, v in run.borrowed.items() if k[0] != c.of}
-        del args
-        if self._layouts.here(c):
-            token = next(iter([*m.values(), *out.values()]), None)
-            devices = self.plan[c.name].devices
-            run.timing.add(c.name, devices, c.reads, c.writes, dispatched, token)
-        run.data |= {k: v for k, v in out.items() if k in self._moves.last_use or k in self.keep}
-        run.metrics |= {f"{c.name}/{k}": v for k, v in m.items()}
+    def _statistics(self) -> dict[str, np.float32]:
+        """Returns the metrics of the step's schedules."""
+        here = [c for c in self.packed if self.shardings.here(c)]
+        if not here:
+            return {}
+        found = self._schedules.numbers({c.name for c in here if c.kind == "train"})
+        return {f"schedule/{k}": v for k, v in found.items()}
 
-    def _params(self, c: Call, run: "_Running") -> Any:
-        """Returns the call's model in the call's layout."""
-        if c.of is None:
-            return None
-        if c.staleness:
-            return run.models[c.of].past[c.name][0]
-        return run.borrowed.get(self._layouts.key(c), run.models[c.of].params)
-
-    def _key(self, c: Call, run: "_Running") -> jax.Array:
-        place = self.plan[c.name]
-        if place not in run.keys:
-            run.keys[place] = global_arrays.from_whole(replicated(place), run.words)
-        return run.keys[place]
-
-    def _reallocate(self, op: Operation, c: Call, run: "_Running") -> Any:
-        dispatched, old = run.timing.now(), run.models[c.of].params
-        way = self._way(c)
-        new = way(old)
-        moved = [n for n, o in zip(*map(jax.tree.leaves, (new, old)), strict=True) if n is not o]
-        token = moved[-1] if moved else None
-        if isinstance(way, WeightSync):  # the next sync donates its copy
-            sent = way.done.numbers() if way.done is not None else {}
-            run.metrics |= {f"{c.name}/sync_{k}": v for k, v in sent.items()}
-            token = sent.get("changed")
-        if token is not None and self._layouts.here(c):
-            run.timing.add(op.name, self.plan[c.name].devices, (), (), dispatched, token)
-        return new
-
-    def _tell(self, c: Call, metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Sends a call's metrics to every process."""
-        mine = {
-            k: metrics[k] if k in metrics else global_arrays.placeholder(number)
-            for k, number in self._numbers[c.name].items()
-        }
-        return self._moves.routes[f"metrics of {c.name}"](mine)
+    # Reports
 
     def shown(self, data: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns kept arrays with rows in every process. Every process must call.
@@ -525,50 +486,13 @@ class Step:
     def reallocated(self) -> dict[str, int]:
         """Returns the bytes of parameters that all devices of a call receive from home."""
         return {
-            c.name: int(self._route(c).report().received) for c in self.calls if c.of is not None
+            c.name: int(self.weights.route(c).report().received)
+            for c in self.calls
+            if c.of is not None
         }
-
-    def _run_on_host(
-        self, c: Call, args: dict[str, jax.Array], words: np.ndarray
-    ) -> dict[str, jax.Array]:
-        out = c.fn({k: global_arrays.local_rows(v) for k, v in args.items()}, words)
-        made = self._made[c.name]
-        self._check_outputs(c, out)
-        return {k: global_arrays.from_parts(made[k], v) for k, v in out.items()}
-
-
-@dataclasses.dataclass
-class _Running:
-    """State of a running step.
-
-    Attributes:
-        data: slot -> array, until its last reader.
-        borrowed: layout -> parameters that were reallocated to it.
-        keys: placement -> the step's key there.
-        reselect: the models that reselect their trained part.
-    """
-
-    models: dict[str, Model]
-    data: dict[str, jax.Array]
-    borrowed: dict[Any, Any]
-    metrics: dict[str, jax.Array]
-    timing: StepTimes
-    words: np.ndarray
-    keys: dict[Placement, jax.Array]
-    reselect: tuple[str, ...]
 
 
 _SLOWEST = ("train", "generate", "infer", "local")  # to compile
-
-
-def key_words(key: Any) -> np.ndarray:
-    """Returns the two words of a key. A typed key is fetched; pass words to avoid the transfer."""
-    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
-    words = np.asarray(key, np.uint32)
-    if words.shape != (2,):
-        raise ValueError(f"a key has two uint32 words, got an array of shape {words.shape}.")
-    return words
 
 
 def _whole_batches(place: Placement) -> bool:
@@ -577,13 +501,3 @@ def _whole_batches(place: Placement) -> bool:
         return False
     in_order = place.devices == tuple(range(jax.device_count()))
     return not in_order or place.row_shards % jax.process_count() != 0
-
-
-def _zeros(like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
-
-
-@jax.jit
-def _copied(tree_: Any) -> Any:
-    """Copies arrays, so that donation of the originals does not affect them."""
-    return jax.tree.map(jnp.copy, tree_)

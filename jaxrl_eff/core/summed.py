@@ -74,8 +74,8 @@ class Summed:
         found = lowering.traced(self._layouts, self._call, run, self.carry, given, local)
         return lowering.lowered(self._layouts, self._call, found, self._where, donate=(0,))
 
-    def update(self, finish: Callable[[Mapping[str, Any]], Any]) -> lowering.Lowered:
-        """Lowers `(model, carry, key) -> (model, finish(meters))`."""
+    def traced(self, finish: Callable[[Mapping[str, Any]], Any]) -> lowering.Traced:
+        """Traces `(model, carry, key) -> (model, finish(meters))`."""
 
         def run(model: Model, carry: programs.Sums, key: jax.Array) -> Any:
             del key
@@ -84,8 +84,11 @@ class Summed:
             new, seen = programs.updated(self._way, model, leaves, carry)
             return new, finish(seen)
 
-        found = lowering.traced(self._layouts, self._call, run, self._model, self.carry)
-        return lowering.update(self._layouts, self._call, found)
+        return lowering.traced(self._layouts, self._call, run, self._model, self.carry)
+
+    def update(self, finish: Callable[[Mapping[str, Any]], Any]) -> lowering.Lowered:
+        """Lowers `traced`."""
+        return lowering.update(self._layouts, self._call, self.traced(finish))
 
 
 def read_one(seen: Mapping[str, Any]) -> dict[str, jax.Array]:

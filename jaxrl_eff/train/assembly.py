@@ -18,9 +18,8 @@ import numpy as np
 from jaxrl_eff import core
 from jaxrl_eff.algorithms import Rollout
 from jaxrl_eff.checkpoints import read_config
-from jaxrl_eff.core import Graph, Placement, Spec, Step, packed, plan_rules
+from jaxrl_eff.core import Graph, Placement, Spec, Step, plan_rules
 from jaxrl_eff.data import fates, loader
-from jaxrl_eff.data.balance.balanced_loader import BalancedLoader
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.models import LMConfig
 from jaxrl_eff.models.config import Rope
@@ -47,12 +46,13 @@ class Stage:
             ("stage", "sft/actor"), ("directory", path), or ("own", "") for the algorithm's own.
         step: the compiled graph's executor, checked for the stage's batches.
         loader: batches of this process's rows.
-        batch: name -> global shape and dtype; for a scheduled stage, a list of micro-batches.
+        batch: name -> global shape and dtype.
         evaluation: held-out evaluation, if any.
         schedules: trained role -> learning rate by optimizer update.
         source: the examples, for samples.
         searched: result of the plan search, if there was one.
-        placed: plan -> `step` under it, checked; None for schedules over a data set's sequences.
+        placed: plan -> `step` under it, checked.
+        lengths: tokens of some examples, if rows are packed by length.
         notes: remarks on the stage's examples for the user, before training.
     """
 
@@ -61,19 +61,16 @@ class Stage:
     lms: dict[str, LMConfig]
     origins: dict[str, tuple[str, str]]
     step: Step
-    loader: loader.Loader | BalancedLoader
-    batch: dict[str, jax.ShapeDtypeStruct] | list[dict[str, dict[str, jax.ShapeDtypeStruct]]]
+    loader: loader.Loader
+    batch: dict[str, jax.ShapeDtypeStruct]
     evaluation: Evaluation | None
     schedules: dict[str, Any]
     source: Any
     sampling: Sampling | None
-    searched: replan.Searched | None = None
-    placed: Callable[[Mapping[str, Placement]], Step] | None = None
+    searched: replan.Searched | None
+    placed: Callable[[Mapping[str, Placement]], Step]
+    lengths: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
-
-    def told(self) -> dict[str, Any]:
-        """Returns a scheduled stage's schedule arguments, see `BalancedLoader.told`."""
-        return (self.loader if isinstance(self.loader, BalancedLoader) else self.step).told()
 
     @property
     def trained(self) -> str:
@@ -241,50 +238,38 @@ def _stage(
     specs, schedules = parts.model_specs(s, graph, lms, name)
     with parts.at_path(f"config.{name}.zero"):
         specs = {role: parts.sent(s, spec, lms.get(role)) for role, spec in specs.items()}
-    scheduled = s.schedule.name == "skrull"
-    if scheduled and s.plan == "search" and kind != "prompts":
-        raise ValueError(
-            f"schedule is 'skrull', whose plan is not searched for {s.algorithm}: say its seq axis."
-        )
-    if scheduled and kind != "prompts":
-        step, batches, shapes, plan, survey = _scheduled(
-            s, name, graph, specs, lms, source, encoder, kind, seed, tokenizer
-        )
-        evaluation = held_out.evaluation(
-            run, name, tokenizer, lms, specs, plan, graph, apart, sampling
-        )
-        notes = _notes(s, kind, source, tokenizer, survey, evaluation)
-        return Stage(
-            name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
-            notes=notes,
-        )  # fmt: skip
-    shapes, searched, prompts = parts.batch_shapes(s, kind), None, []
-    if scheduled:
-        prompts = balanced.lengths_of(source, encoder, "prompts", s.schedule.sample)
-        prompts = np.minimum(prompts, s.data.prompt_length)
+    pack, length, pools = 0, s.data.length, []
+    if s.schedule.name == "skrull":
+        pack = 2 if kind == "preference" else 1
+        with parts.at_path(f"config.{name}.schedule"):
+            lengths = balanced.lengths_of(source, encoder, kind, s.schedule.sample)
+            if sampling is not None:
+                prompts = np.minimum(lengths, s.data.prompt_length)
+                pools = balanced.guessed(prompts, sampling.max_tokens)
+            else:
+                length = balanced.longest(lengths, length)
+                pools = [np.array([n for n in lengths if n <= length])]
+    shapes, searched = parts.batch_shapes(s, kind, length), None
     with parts.at_path(f"config.{name}.plan"):
         if s.plan == "search":
-            packing = {}
-            if scheduled:
-                packing = balanced.expected(s.schedule, graph, prompts, sampling.max_tokens)
-            problem = from_graph.works(
-                graph, lms, shapes, sampling=sampling, specs=specs, **from_graph.expecting(packing)
+            searched = replan.search(
+                _problem(s, graph, lms, shapes, sampling, specs, pools), s.search, seed=run.seed
             )
-            searched = replan.search(problem, s.search, seed=run.seed)
             plan = searched.plan
         else:
             plan = plan_rules.plan(s.plan, graph, jax.device_count(), parts.nodes_of(s))
     keep = "tokens segment mask score example" if kind == "prompts" else ""
 
     def placed(plan: Mapping[str, Placement]) -> Step:
-        make = packed.compile if scheduled else core.compile
-        step = make(graph, plan, specs, keep=keep, sync=parts.changes_of(s)).check(shapes)
-        if scheduled:
-            most, cluster = sampling.max_tokens, clusters.local(measured=s.schedule.measure)
-            return balanced.rollouts(s.schedule, step, lms, prompts, most, cluster=cluster)
+        step = core.compile(
+            graph, plan, specs, keep=keep, sync=parts.changes_of(s), pack=pack
+        ).check(shapes)
+        if pack:
+            cluster = clusters.local(measured=s.schedule.measure)
+            balanced.scheduled(s.schedule, step, lms, pools, cluster=cluster)
         return step
 
-    with parts.at_path(f"config.{name}.schedule") if scheduled else contextlib.nullcontext():
+    with parts.at_path(f"config.{name}.schedule") if pack else contextlib.nullcontext():
         step = placed(plan)
     batches = loader.batches(
         source,
@@ -292,10 +277,10 @@ def _stage(
         batch=s.batch,
         kind=kind,
         seed=seed,
-        length=s.data.length or None,
+        length=length or None,
         prompt_length=s.data.prompt_length or None,
         overlong=s.data.overlong,
-        packed=s.data.packed,
+        packed=s.data.packed and not pack,
         pad=tokenizer.pad or 0,
         process=step.share,
     )
@@ -303,49 +288,39 @@ def _stage(
         survey = batches.survey()
     evaluation = held_out.evaluation(run, name, tokenizer, lms, specs, plan, graph, apart, sampling)
     notes = (*_notes(s, kind, source, tokenizer, survey, evaluation), *tried)
+    known = tuple(pools[0].tolist()) if pack and sampling is None else ()
     return Stage(
         name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
-        searched, placed, notes,
+        searched, placed, known, notes,
     )  # fmt: skip
 
 
-def _scheduled(
+def _problem(
     s: StageSettings,
-    name: str,
     graph: Graph,
-    specs: dict[str, Spec],
     lms: dict[str, LMConfig],
-    source: Any,
-    encoder: Callable,
-    kind: str,
-    seed: int,
-    tokenizer: Tokenizer,
-) -> tuple[Any, Any, Any, dict[str, Placement], fates.Survey]:
-    """Returns step, loader, shapes, plan and survey of a stage over sequences of many lengths."""
-    with parts.at_path(f"config.{name}.plan"):
-        plan = plan_rules.plan(s.plan, graph, jax.device_count())
-        place = next(iter(plan.values()))
-    with parts.at_path(f"config.{name}.schedule"):
-        trained = next(c.of for c in graph.calls if c.kind == "train")
-        lengths = balanced.lengths_of(source, encoder, kind, s.schedule.sample)
-        made = balanced.prepared(
-            s.schedule, graph, plan, specs, lms[trained], lengths, batch=s.batch,
-            longest=s.data.length, cluster=clusters.local(measured=s.schedule.measure),
-        )  # fmt: skip
-    one_by_one = loader.batches(
-        source,
-        encode=encoder,
-        batch=s.batch,
-        kind=kind,
-        seed=seed,
-        length=s.data.length or made.room * place.seq,
-        overlong=s.data.overlong,
-        packed=False,
-        pad=tokenizer.pad or 0,
+    shapes: dict[str, jax.ShapeDtypeStruct],
+    sampling: Sampling | None,
+    specs: dict[str, Spec],
+    pools: list[np.ndarray],
+) -> Any:
+    """Returns the planner's problem of a stage.
+
+    Args:
+        pools: lengths of the rows to pack, if any.
+    """
+    packing = {}
+    if pools and sampling is None:
+        packing = balanced.expected(s.schedule, graph, pools[0])
+    elif pools:
+        before = (
+            round(float(np.mean(pools[-1]))) - sampling.max_tokens
+        )  # all of it is sampled there
+        responses = np.concatenate(balanced.guessed([0], sampling.max_tokens))
+        packing = balanced.expected(s.schedule, graph, responses, before=before)
+    return from_graph.works(
+        graph, lms, shapes, sampling=sampling, specs=specs, **from_graph.expecting(packing)
     )
-    with parts.at_path(f"config.{name}.data"):
-        survey = one_by_one.survey()
-    return made.step, made.batches(one_by_one, pad=tokenizer.pad or 0), made.batch, plan, survey
 
 
 def _notes(

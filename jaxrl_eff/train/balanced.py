@@ -1,6 +1,6 @@
-"""Stages over sequences of many lengths: cost, room and shapes of their schedules, from settings.
+"""Stages whose rows are packed by length: cost, room and shapes of their schedules, from settings.
 
-Lengths are those of examples (`prepared`), or guesses of what will be sampled (`rollouts`). The
+Lengths are those of examples (`lengths_of`), or guesses of what will be sampled (`guessed`). The
 *room* is the maximum number of tokens on a device in a micro-batch.
 """
 
@@ -14,15 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff import tree
-from jaxrl_eff.core import Graph, Placement, Spec, mixed, packed, program_order
-from jaxrl_eff.data import loader
+from jaxrl_eff.core import Graph, Packing, Placement, Step, packed, packed_memory, program_order
 from jaxrl_eff.data.balance.assignment import Shape
-from jaxrl_eff.data.balance.balanced_loader import BalancedLoader
 from jaxrl_eff.data.balance.cost import Cost
-from jaxrl_eff.data.balance.shapes import fitted, lattice
+from jaxrl_eff.data.balance.shapes import fitted
 from jaxrl_eff.models import LMConfig
-from jaxrl_eff.parallel import global_arrays, processes
+from jaxrl_eff.parallel import global_arrays
 from jaxrl_eff.parallel.sharding import replicated
 from jaxrl_eff.planner import packed_rows, problem, schedule_cost
 from jaxrl_eff.planner.clusters import Cluster
@@ -30,152 +27,42 @@ from jaxrl_eff.train.settings import ScheduleSettings
 
 TRIES = 6  # sizes tried when searching for the room
 SHARE = 0.9  # fraction of a device's memory to plan for
-DRAWN = 3  # batches per pool of guessed lengths and number of sequences
+DRAWN = 18  # batches per number of rows, over all pools of lengths
 BLOCK = 128  # tokens: columns of micro-batches are multiples of it
 
 
-@dataclasses.dataclass(frozen=True)
-class Long:
-    """Components of a scheduled stage.
-
-    Attributes:
-        step: checked for micro-batches of all shapes.
-        shapes, room: tokens per device: shapes of micro-batches, and the maximum.
-        cost: initial cost of schedules.
-        batch: a micro-batch of every shape, as shapes and dtypes.
-        lengths: of some units.
-        measure: True if measured steps correct the cost.
-    """
-
-    step: mixed.Mixed
-    shapes: tuple[Shape, ...]
-    room: int
-    cost: Cost
-    batch: list[dict[str, dict[str, jax.ShapeDtypeStruct]]]
-    lengths: list[int]
-    measure: bool = True
-
-    def batches(self, source: loader.Loader, *, pad: int) -> BalancedLoader:
-        """Returns the stage's loader, given one with an example per row."""
-        place = next(iter(self.step.plan.values()))
-        # Processes that cannot exchange schedules plan identically, by a fixed cost.
-        group = processes.group()
-        alike = jax.process_count() == 1 or group is not None
-        return BalancedLoader(
-            source, groups=place.row_shards, parts=place.seq, room=self.room, cost=self.cost,
-            shapes=self.shapes, lengths=self.lengths, pad=pad, group=group,
-            measure=self.measure and alike,
-        )  # fmt: skip
-
-
-def prepared(
-    s: ScheduleSettings,
-    graph: Graph,
-    plan: Mapping[str, Placement],
-    specs: Mapping[str, Spec],
-    lm: LMConfig,
-    lengths: Sequence[int],
-    *,
-    batch: int,
-    longest: int,
-    cluster: Cluster,
-) -> Long:
-    """Finds room and shapes, and checks the step.
-
-    Args:
-        lm: config of the trained model.
-        lengths: of some units.
-        batch: units per step.
-        longest: maximum tokens of a unit; 0: what fits.
-        cluster: rates of the devices.
+def longest(lengths: Sequence[int], limit: int) -> int:
+    """Returns the tokens of the longest row to expect: `limit`, or if it is 0 what examples need.
 
     Raises:
-        ValueError: the graph or the plan cannot be scheduled, nothing fits into memory, or units
-            can be longer than fits.
+        ValueError: no example is within the limit.
     """
-    step = mixed.compile(graph, plan, specs)
-    place = next(iter(step.plan.values()))
-    names = graph.inputs.split()
-    room = s.room
-    if not room:
-        most = _useful(lengths, place, batch=batch, longest=longest)
-        make = functools.partial(mixed.compile, graph, plan, specs)
-        need = functools.partial(needed, make, names, place)
-        room = found_room(need, place, cluster.memory_bytes, most)
-    most = room * place.seq
-    if longest > most:
-        raise ValueError(
-            f"data.length is {longest}, but {place.seq} devices of a seq axis with room for {room} "
-            f"tokens each hold {most}."
-        )
-    cost = cost_on(cluster, place, lm)
-    fits = [n for n in lengths if n <= (longest or most)]
-    if not fits:
-        raise ValueError(f"no example has at most {longest or most} tokens.")
-    shapes = lattice(
-        fits, groups=place.row_shards, parts=place.seq, room=room, batch=batch, cost=cost,
-        shapes=s.shapes, batches=16, multiple=min(BLOCK, room),
-    )  # fmt: skip
-    micro = [of_shape(names, shape, place) for shape in shapes]
-    step.check(micro)
-    return Long(step, shapes, room, cost, micro, fits, s.measure)
+    if limit and lengths and min(lengths) > limit:
+        raise ValueError(f"no example has at most {limit} tokens.")
+    return limit or max(2, *lengths)
 
 
-def cost_on(cluster: Cluster, place: Placement, lm: LMConfig) -> Cost:
-    """Returns estimated seconds of a training micro-step on a placement."""
-    return schedule_cost.cost_on(
-        cluster, schedule_cost.model_of(lm), seq=place.seq, tensor=place.tensor,
-        itemsize=jnp.dtype(lm.dtype).itemsize,
-    )  # fmt: skip
-
-
-def of_shape(
-    names: Sequence[str], shape: Shape, place: Placement
-) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Returns a micro-batch of a shape, as shapes and dtypes."""
-    sizes = {
-        "local": (place.row_shards * place.seq, shape.local),
-        "shared": (place.row_shards, shape.distributed * place.seq),
-    }
-    dtype = {k: jnp.float32 if k == "mask" else jnp.int32 for k in names}
-    return {
-        side: {k: jax.ShapeDtypeStruct(size, dtype[k]) for k in names}
-        for side, size in sizes.items()
-    }
-
-
-def _useful(lengths: Sequence[int], place: Placement, *, batch: int, longest: int) -> int:
-    """Returns the tokens per device above which a step has no fewer micro-steps."""
-    ranks = place.row_shards * place.seq
-    fair = 1.25 * batch * float(np.mean(lengths)) / ranks
-    need = max(fair, (longest or max(lengths)) / place.seq, 1.0)
-    return BLOCK * -(-int(np.ceil(need)) // BLOCK)
-
-
-def rollouts(
+def scheduled(
     s: ScheduleSettings,
-    step: packed.Packed,
+    step: Step,
     lms: Mapping[str, LMConfig],
-    prompts: Sequence[int] | np.ndarray,
-    answer: int,
+    pools: Sequence[np.ndarray],
     *,
     cluster: Cluster,
-) -> packed.Packed:
-    """Finds room and shapes for sequences to be sampled, separately on every mesh.
+) -> Step:
+    """Finds room and shapes for the packed rows of a step, separately on every mesh.
 
     With several processes the first one on a mesh decides for all; every process must call.
 
     Args:
         step: checked.
         lms: role -> config of its model. A mesh's cost is that of a model trained there, if any.
-        prompts: lengths of some prompts.
-        answer: maximum tokens of a response.
+        pools: lengths of rows to expect, equally likely; the longest ones in the last pool.
         cluster: rates of the devices.
 
     Raises:
         ValueError: nothing fits into memory, or rows are longer than fits.
     """
-    pools = guessed(prompts, answer)
     mine: dict[str, Any] = {}
     try:
         for i, place in enumerate(step.places):
@@ -195,18 +82,18 @@ def rollouts(
     return step.scheduled({p: _from_json(*said[str(i)]) for i, p in enumerate(step.places)})
 
 
-def _from_json(shapes: Any, room: int, cost: Mapping[str, Any]) -> packed.Packing:
-    return packed.Packing(tuple(Shape(*shape) for shape in shapes), room, Cost(**cost))
+def _from_json(shapes: Any, room: int, cost: Mapping[str, Any]) -> Packing:
+    return Packing(tuple(Shape(*shape) for shape in shapes), room, Cost(**cost))
 
 
 def _packing(
     s: ScheduleSettings,
-    step: packed.Packed,
+    step: Step,
     place: Placement,
     lms: Mapping[str, LMConfig],
     pools: Sequence[np.ndarray],
     cluster: Cluster,
-) -> packed.Packing:
+) -> Packing:
     """Returns the arguments of schedules on one mesh."""
     sizes = step.sizes(place)
     longest = max(length for _, length in sizes.values())
@@ -214,20 +101,38 @@ def _packing(
     room = s.room
     if not room:
         most = _useful(pools[-1], place, batch=counts[-1], longest=longest)
-        need = functools.partial(step.needs, place)
+        need = functools.partial(packed_memory.needs, step, place)
         room = found_room(need, place, cluster.memory_bytes, most)
-    first = min(step.on(place), key=lambda c: c.kind != "train")
+    here = [c for c in step.packed if c.name in sizes]
+    first = min(here, key=lambda c: c.kind != "train")
     cost = cost_on(cluster, place, lms[first.of])
     shapes = (Shape(0, room),)
-    if room * place.seq >= longest:  # otherwise `scheduled` raises
+    if room * place.seq >= longest:  # otherwise `Step.scheduled` raises
         rng = np.random.default_rng(0)
-        drawn = [rng.choice(pool, n) for _ in range(DRAWN) for n in counts for pool in pools]
+        each = range(-(-DRAWN // len(pools)))
+        drawn = [rng.choice(pool, n) for _ in each for n in counts for pool in pools]
         shapes = fitted(
             [drawn[i] for i in rng.permutation(len(drawn))],
             groups=place.row_shards, parts=place.seq, room=room, cost=cost, longest=longest,
             shapes=s.shapes, multiple=min(BLOCK, room),
         )  # fmt: skip
-    return packed.Packing(shapes, room, cost)
+    return Packing(shapes, room, cost)
+
+
+def cost_on(cluster: Cluster, place: Placement, lm: LMConfig) -> Cost:
+    """Returns estimated seconds of a training micro-step on a placement."""
+    return schedule_cost.cost_on(
+        cluster, schedule_cost.model_of(lm), seq=place.seq, tensor=place.tensor,
+        itemsize=jnp.dtype(lm.dtype).itemsize,
+    )  # fmt: skip
+
+
+def _useful(lengths: Sequence[int], place: Placement, *, batch: int, longest: int) -> int:
+    """Returns the tokens per device above which a step has no fewer micro-steps."""
+    ranks = place.row_shards * place.seq
+    fair = 1.25 * batch * float(np.mean(lengths)) / ranks
+    need = max(fair, (longest or max(lengths)) / place.seq, 1.0)
+    return BLOCK * -(-int(np.ceil(need)) // BLOCK)
 
 
 def guessed(
@@ -251,19 +156,15 @@ def guessed(
 
 
 def expected(
-    s: ScheduleSettings, graph: Graph, prompts: Sequence[int] | np.ndarray, answer: int
+    s: ScheduleSettings, graph: Graph, lengths: Sequence[int] | np.ndarray, *, before: int = 0
 ) -> dict[str, problem.ExpectedRows]:
     """Returns the expected rows of the calls to be packed, for a planner.
 
-    All pools of `guessed` have equal weight.
-
     Args:
-        prompts: tokens of some prompts.
-        answer: maximum tokens of a response.
+        lengths: of responses or whole rows, all equally likely.
+        before: tokens in front of each, of prompts.
     """
-    responses = packed_rows.guessed(np.concatenate(guessed([0], answer)))
-    prompt = round(float(np.mean(np.asarray(prompts))))
-    found = problem.ExpectedRows(prompt, responses, s.room)
+    found = problem.ExpectedRows(before, packed_rows.guessed(np.asarray(lengths)), s.room)
     return {c.name: found for c in graph.calls if packed.prefix_of(c) is not None}
 
 
@@ -305,31 +206,31 @@ def found_room(
     )
 
 
-def needed(
-    make: Callable[[], mixed.Mixed],
-    names: Sequence[str],
-    place: Placement,
-    shapes: Sequence[Shape],
-) -> float:
-    """Returns bytes per device for micro-batches of these shapes, the maximum over processes.
+def describe(step: Step, lengths: Sequence[int]) -> dict[str, Any]:
+    """Describes what a step's schedules are made for, as plain data.
 
     Args:
-        make: returns a step that is not checked yet.
-        names: of the graph's inputs.
+        lengths: of some rows, if they are known in advance.
+
+    Returns:
+        "places": for every mesh its calls, groups, parts, room and shapes; "lengths": a list of
+        (most tokens, share of rows), in bins that double.
     """
-    step = make().build([of_shape(names, shape, place) for shape in shapes])
-    mine = max(v["bytes"] for v in step.analysis().values()) + _beside(step)
-    return max(
-        map(float, program_order.texts_of_all(repr(float(mine))))
-    )  # all try the same sizes next
-
-
-def _beside(step: mixed.Mixed) -> float:
-    """Returns bytes per device of models that calls only read, while another is trained."""
-    place = next(iter(step.plan.values()))
-    trained = {c.of for c in step.calls if c.kind == "train"}
-    others = [step.home(m).params for m in step.graph.models if m not in trained]
-    return tree.nbytes(others) / (place.weight_shards * place.tensor)
+    places = [
+        {
+            "calls": [*step.sizes(place)],
+            "groups": place.row_shards,
+            "parts": place.seq,
+            "room": packing.room,
+            "shapes": [list(shape) for shape in packing.shapes],
+        }
+        for place, packing in step.packings.items()
+    ]
+    edges = 2 ** np.arange(1, max(2, max(lengths, default=2).bit_length() + 1))
+    share = np.bincount(np.searchsorted(edges, lengths), minlength=len(edges))[: len(edges)]
+    bins = zip(edges, share / max(1, len(lengths)), strict=True)
+    histogram = [[int(e), round(float(n), 6)] for e, n in bins] if len(lengths) else []
+    return {"places": places, "lengths": histogram}
 
 
 def lengths_of(source: Any, encode: Callable[[Any], Any], kind: str, count: int) -> list[int]:

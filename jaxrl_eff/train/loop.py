@@ -208,10 +208,8 @@ def _run_stage(
 
 
 def _dispatched(stage: Stage, step: int, metrics: Any, batch: Any) -> Dispatched:
-    schedule = getattr(stage.loader, "schedule", None)
-    found = lengths(batch) if schedule is None else schedule.lengths
     times = stage.step.timeline.newest
-    return Dispatched(step, metrics, times, found, schedule, _counts(stage))
+    return Dispatched(step, metrics, times, lengths(batch), _counts(stage))
 
 
 def _counts(stage: Stage) -> dict[str, float]:

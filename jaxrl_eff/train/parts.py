@@ -343,11 +343,18 @@ def _check_patterns(shapes: Any, patterns: tuple[str, ...]) -> None:
         tree.match(shapes, patterns)
 
 
-def batch_shapes(s: StageSettings, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(s: StageSettings, kind: str, length: int = 0) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and dtypes of a stage's batches.
+
+    Args:
+        kind: of the batches, see `data.loader.batches`.
+        length: tokens of a row; 0: the config's.
+    """
+
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    b, length, prompt = s.batch, s.data.length, s.data.prompt_length
+    b, length, prompt = s.batch, length or s.data.length, s.data.prompt_length
     if kind == "prompts":
         if prompt < 1:
             raise ValueError(f"data.prompt_length is {prompt}; {s.algorithm} needs at least 1.")

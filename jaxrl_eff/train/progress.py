@@ -12,9 +12,7 @@ import jax
 import numpy as np
 
 from jaxrl_eff import core
-from jaxrl_eff.core import packed
 from jaxrl_eff.core.timing import StepTimes
-from jaxrl_eff.data.balance.assignment import Assignment, quality
 from jaxrl_eff.models import params
 from jaxrl_eff.parallel import devices
 from jaxrl_eff.train.assembly import Stage
@@ -55,9 +53,8 @@ class Dispatched:
         step: its number in the stage, from 1.
         metrics: on devices.
         times: of its calls.
-        lengths: `[N]`, tokens of the sequences (sft, pairs) or prompts of its batch: of this
-            process's share, or of all with a schedule.
-        schedule: of a scheduled batch.
+        lengths: `[N]`, tokens of the sequences (sft, pairs) or prompts in this process's share of
+            its batch.
         counts: examples used, dropped and so on up to this batch, as in `Loader.stats`.
     """
 
@@ -65,15 +62,11 @@ class Dispatched:
     metrics: dict[str, jax.Array]
     times: StepTimes
     lengths: np.ndarray
-    schedule: Assignment | None = None
     counts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def lengths(batch: Any) -> np.ndarray:
     """Returns the tokens of every sequence, or prompt, of a batch from a loader, `[N]`."""
-    if isinstance(batch, list):
-        found = [lengths(rows) for micro in batch for rows in micro.values()]
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
     if "segment" not in batch:
         return np.asarray(batch["prompt_length"], np.int64)
     segment = np.asarray(batch["segment"], np.int64)
@@ -112,7 +105,7 @@ class StepLog:
             withheld: call -> steps, of this stage before the run was resumed.
         """
         self._stage, self._out, self._offset, self._nonfinite = stage, out, offset, nonfinite
-        self._calibration, self._scheduled = seen, False
+        self._calibration = seen
         # (end, tokens, FLOPs) of the last steps.
         self._window = collections.deque([(time.perf_counter(), 0.0, 0.0)], maxlen=RATE_STEPS + 1)
         self.spans: list[Any] = []
@@ -151,8 +144,6 @@ class StepLog:
         volumes = self._volumes(done, values)
         tokens, flops = _tokens(self._stage, volumes), self._flops(volumes)
         self._window.append((max(end, self._window[-1][0]), tokens, flops))
-        if done.schedule is not None:
-            values |= self._of_schedule(done.schedule)
         values |= {f"data/{k}": float(done.counts[k]) for k in COUNTED if k in done.counts}
         elapsed = self._window[-1][0] - self._window[0][0]
         tokens, flops = (sum(row[i] for row in list(self._window)[1:]) for i in (1, 2))
@@ -161,11 +152,9 @@ class StepLog:
             n / elapsed if elapsed > 1e-6 else None for n in (tokens, flops)
         )
         seconds = {s.call: s.end - s.start for s in self.spans}
-        if isinstance(self._stage.step, packed.Packed):
-            trained = [c.name for c in self._stage.step.packed if c.kind == "train"]
-            mine = [seconds[name] for name in trained if name in seconds]
-            if mine:  # of this process's devices
-                values["schedule/measured_seconds"] = sum(mine)
+        trained = [c.name for c in self._stage.step.packed if c.kind == "train"]
+        if mine := [seconds[name] for name in trained if name in seconds]:  # on its devices
+            values["schedule/measured_seconds"] = sum(mine)
         if self._calibration is not None:
             step = self._window[-1][0] - self._window[-2][0]
             self._calibration.see(self.spans, _response(values), step)
@@ -196,7 +185,7 @@ class StepLog:
         as long as a sampled one.
         """
         n = done.lengths.astype(float)
-        share = 1 if done.schedule is not None else self._stage.step.share[1]
+        share = self._stage.step.share[1]
         sampling = self._stage.sampling
         if sampling is None:
             every = Volume(share * n.sum(), share * (n * n).sum())
@@ -213,22 +202,6 @@ class StepLog:
                 rows = 1.0
             out[c.name] = Volume(rows * prompts.tokens, rows * prompts.squares)
         return out
-
-    def _of_schedule(self, schedule: Assignment) -> dict[str, float]:
-        """Returns statistics of a schedule; reports its measured time to the loader."""
-        seconds = self._window[-1][0] - self._window[-2][0] if len(self._window) > 1 else 0.0
-        if self._scheduled:  # the first step is slower than others
-            self._stage.loader.measured(schedule, seconds)
-        self._scheduled = True
-        found = quality(schedule)
-        return {
-            "schedule/padding": found.padding,
-            "schedule/balance": found.time_balance,
-            "schedule/distributed": found.distributed,
-            "schedule/micro_steps": float(found.steps),
-            "schedule/planned_seconds": found.seconds,
-            "schedule/measured_seconds": seconds,
-        }
 
     def _flops(self, volumes: Mapping[str, Volume]) -> float:
         """Returns useful FLOPs: a forward pass costs 1, a train pass 3 or less, padding nothing."""

@@ -119,7 +119,7 @@ def _opened(
     import jax
 
     from jaxrl_eff.checkpoints.run import Checkpoints
-    from jaxrl_eff.train import assembly, loop, resume, summary
+    from jaxrl_eff.train import assembly, balanced, loop, resume, summary
     from jaxrl_eff.train.writer import Writer
 
     assembled = assembly.assemble(config)
@@ -144,7 +144,8 @@ def _opened(
     writer.document("plan", {s.name: s.step.plan_table() for s in assembled.stages})
     scheduled = [s for s in assembled.stages if s.settings.schedule.name == "skrull"]
     if scheduled:
-        writer.document("schedule", {s.name: s.told() for s in scheduled})
+        described = {s.name: balanced.describe(s.step, s.lengths) for s in scheduled}
+        writer.document("schedule", described)
     console.header(f"jaxrl_eff: {' → '.join(config.stages)}", summary.facts(assembled, workdir))
     for stage in assembled.stages:
         for note in stage.notes:

@@ -8,8 +8,8 @@ import jax
 
 from jaxrl_eff.models import attention, count
 from jaxrl_eff.parallel.attention import sequence
+from jaxrl_eff.train import balanced, settings
 from jaxrl_eff.train import memory as footprint
-from jaxrl_eff.train import settings
 
 
 def facts(assembled: Any, workdir: Path) -> dict[str, str]:
@@ -42,7 +42,7 @@ def facts(assembled: Any, workdir: Path) -> dict[str, str]:
         memory = max(held.values()) / 1e6
         lines[stage.name] = f"{text}; models and optimizers about {memory:,.1f} MB a device"
         if stage.settings.schedule.name == "skrull":
-            lines[f"{stage.name}/schedule"] = scheduled_rows(stage.told())
+            lines[f"{stage.name}/schedule"] = scheduled_rows(balanced.describe(stage.step, ()))
         for role, part in stage.settings.adapt.items():
             ours, all_ = (f(stage.step, role) for f in (footprint.planned, footprint.whole))
             lines[f"{stage.name}/{role}"] = (
@@ -60,8 +60,8 @@ def facts(assembled: Any, workdir: Path) -> dict[str, str]:
 
 
 def scheduled_rows(told: dict[str, Any]) -> str:
-    """Describes the shapes of schedules; see `Stage.told`."""
-    places, out = told.get("places", [told]), []
+    """Describes the shapes of schedules; see `balanced.describe`."""
+    places, out = told["places"], []
     for place in places:
         # A single device has no shared rows.
         alone = place["parts"] == 1

@@ -271,6 +271,8 @@ def test_what_a_kill_leaves_behind_is_ignored_then_removed(open_run):
     shutil.rmtree(home / "deleting-00000000" / "state")  # killed while deleting
     again = open_run()
     assert again.peek() == {"step": 2} and again.messages == []
+    # There may be no further save, so a deletion is finished at once.
+    assert steps_in(home) == ["00000001", "00000002", "saving-00000003"]
     again.save(3, {"x": jnp.zeros(3)}, {"step": 3})
     again.wait()
     assert steps_in(home) == ["00000001", "00000002", "00000003"]

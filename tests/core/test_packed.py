@@ -13,9 +13,19 @@ from test_plan_law import check, models_after
 
 from jaxrl_eff.algorithms import grpo, ppo
 from jaxrl_eff.cli import report
-from jaxrl_eff.core import Graph, Placement, Spec, infer, packed, shardings, train
-from jaxrl_eff.core import step as dataflow
-from jaxrl_eff.data.balance import balanced_loader, skrull
+from jaxrl_eff.core import (
+    Graph,
+    Packing,
+    Placement,
+    Spec,
+    compile,
+    infer,
+    packed_memory,
+    rows,
+    shardings,
+    train,
+)
+from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.data.balance.cost import Model, cost_of
 from jaxrl_eff.parallel.attention.context import current_layout
@@ -182,7 +192,7 @@ def outcome(step, batch):
 def padded_tables():
     graph = tables()
     plan = dict.fromkeys((c.name for c in graph.calls), ONE)
-    step = dataflow.compile(graph, plan, table_specs(graph), keep="last fresh")
+    step = compile(graph, plan, table_specs(graph), keep="last fresh")
     return outcome(step.build(sampled()), sampled())
 
 
@@ -190,8 +200,8 @@ def padded_tables():
 def packed_tables(name):
     graph, batch = tables(), sampled()
     plan = {c.name: PLANS[name].get(c.name, PLANS[name]["default"]) for c in graph.calls}
-    step = packed.compile(graph, plan, table_specs(graph), keep="last fresh").check(batch)
-    packings = {p: packed.Packing(SHAPES[p], ROOM[p], COST) for p in step.places}
+    step = compile(graph, plan, table_specs(graph), keep="last fresh", pack=1).check(batch)
+    packings = {p: Packing(SHAPES[p], ROOM[p], COST) for p in step.places}
     return step.scheduled(packings).build(batch)
 
 
@@ -258,23 +268,21 @@ def test_nothing_is_compiled_for_other_lengths(wide, monkeypatch):
 @pytest.mark.parametrize("seed", range(3))
 def test_maps_take_every_token_once_and_keep_sequences_apart(seed):
     rng = np.random.default_rng(seed)
-    rows, lengths = rng.permutation(20)[:9], rng.integers(1, 13, 9)
+    picked, lengths = rng.permutation(20)[:9], rng.integers(1, 13, 9)
     how = {"groups": 2, "parts": 2, "room": 16, "cost": COST, "shapes": SHAPES[FOUR]}
     schedule = at_random(lengths, seed=seed, **how)
     taken = []
-    for shape, micro in zip(
-        schedule.shapes, balanced_loader.maps(schedule, rows, width=13), strict=True
-    ):
+    for shape, micro in zip(schedule.shapes, rows.maps(schedule, picked, width=13), strict=True):
         assert micro["local"]["source"].shape == (4, shape.local)
         assert micro["shared"]["source"].shape == (2, 2 * shape.distributed)
         for side in micro.values():
-            for source, segment in zip(side["source"], side["segment"], strict=True):
-                assert ((segment == 0) == (source == balanced_loader.NOWHERE)).all()
-                for s in range(1, segment.max(initial=0) + 1):
-                    here = source[segment == s]
+            for source, unit in zip(side["source"], side["unit"], strict=True):
+                assert ((unit == 0) == (source == rows.NOWHERE)).all()
+                for u in range(1, unit.max(initial=0) + 1):
+                    here = source[unit == u]
                     assert here[0] % 13 == 0 and (np.diff(here) == 1).all()
                     taken.append((here[0] // 13, len(here)))
-    assert sorted(taken) == sorted(zip(rows.tolist(), lengths.tolist(), strict=True))
+    assert sorted(taken) == sorted(zip(picked.tolist(), lengths.tolist(), strict=True))
 
 
 def test_guessed_lengths_go_from_short_responses_to_cut_off_ones():
@@ -321,12 +329,10 @@ def test_a_scheduled_algorithm_gives_the_same_parameters(algorithm, place):
     check(models_after(assembly.assemble(run(algorithm, room, **place))), padded(algorithm))
 
 
-def test_meshes_have_schedules_of_their_own_for_rows_whose_lengths_are_fetched_once(wide):
+def test_meshes_have_schedules_of_their_own(wide):
     step = packed_tables("three meshes")
     assert step.places == (FOUR, ONE, SHARDED)
-    asks = [name for name in step.analysis() if name.endswith(" lengths")]
-    assert asks == [f"{step.packed[0].name} lengths"]
-    told = {tuple(p["calls"]): p for p in step.told()["places"]}
+    told = {tuple(p["calls"]): p for p in balanced.describe(step, ())["places"]}
     assert told["value_train",] == {
         "calls": ["value_train"], "groups": 1, "parts": 1, "room": 32, "shapes": [[24, 0], [0, 32]],
     }  # fmt: skip
@@ -338,7 +344,9 @@ def test_meshes_have_schedules_of_their_own_for_rows_whose_lengths_are_fetched_o
 def test_what_lies_beside_a_packed_call_counts_where_it_lies(wide):
     step, table = packed_tables("three meshes"), V * V * 8
     calls = {c.name: c for c in step.packed}
-    found = {k: shardings.held(step._beside(calls[k])) for k in ("value_train", "logp_inf")}
+    found = {
+        k: shardings.held(packed_memory.beside(step, calls[k])) for k in ("value_train", "logp_inf")
+    }
     at = jax.devices()
     # With momentum a trained model is two tables; what waits in host memory counts nothing.
     assert found["value_train"][at[0]] == 3 * 2 * table
@@ -372,7 +380,8 @@ def test_what_is_trained_is_chosen_anew_as_by_padded_rows():
     same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (got.opt, want.opt)),
                                                  strict=True) if a.dtype == np.int32]  # fmt: skip
     assert same and all(same)  # the very same entries
-    assert step.needs(step.places[0], [Shape(0, 16)]) >= step._choosing(step.packed[-1])["bytes"]
+    choosing = step.analysis()["actor_train reselect"]["bytes"]
+    assert packed_memory.needs(step, step.places[0], [Shape(0, 16)]) >= choosing
 
 
 APART = (
@@ -411,6 +420,8 @@ def test_a_plan_is_searched_with_packed_calls_priced_by_expected_lengths():
     assert expected.room == 16 and expected.responses.tokens == (1, 2, 3, 4)
     places = {stage.searched.plan[c.name].bare for c in stage.step.packed}
     assert places == {*stage.step.places} == {*stage.step.packings}
+    # Lengths of sampled rows are fetched once.
+    assert [c.name for c in stage.step.packed if stage.step._asks(c)] == ["ref_inf"]
 
 
 @pytest.mark.slow
@@ -422,13 +433,13 @@ def test_a_searched_plan_may_be_given_up_for_another_one():
 
 
 def test_what_is_packed_where_is_said():
-    one = {"room": 16, "parts": 2, "shapes": [[12, 4], [0, 16]]}
+    one = {"calls": ["ref_inf"], "room": 16, "parts": 2, "shapes": [[12, 4], [0, 16]]}
     assert (
-        summary.scheduled_rows(one)
+        summary.scheduled_rows({"places": [one]})
         == "16 tokens a device; micro-batches of 12+4, 0+16 (own + shared)"
     )
     places = [
-        {"calls": ["ref_inf"], **one},
+        one,
         {"calls": ["a", "b"], "room": 8, "parts": 1, "shapes": [[0, 8]]},
     ]
     assert summary.scheduled_rows({"places": places}) == (
@@ -507,7 +518,7 @@ def test_a_call_that_numbers_rows_or_takes_no_tokens_is_refused():
 
     def compiled(reads, fn, finish=None):
         call = infer("inf", of="m", fn=fn, finish=finish, reads=reads, writes="last")
-        return packed.compile(Graph(row, (call,)), {"inf": ONE}, spec)
+        return compile(Graph(row, (call,)), {"inf": ONE}, spec, pack=1)
 
     batch = {k: sampled()[k] for k in row.split()}
     whole = compiled(row, lambda p, b, key: {"last": b["tokens"].sum(1)})
@@ -519,7 +530,7 @@ def test_a_call_that_numbers_rows_or_takes_no_tokens_is_refused():
     with pytest.raises(ValueError, match="say what schedules are made for"):
         every.build(batch)
     with pytest.raises(ValueError, match=r"one must be \(0, 12\)"):
-        every.scheduled(packed.Packing((Shape(12, 0),), 12, COST))
+        every.scheduled(Packing((Shape(12, 0),), 12, COST))
 
 
 @pytest.mark.slow
@@ -529,7 +540,7 @@ def test_room_for_sampled_rows_is_what_compiled_programs_need():
     step, (place,) = stage.step, stage.step.places
 
     def need(*shapes):
-        return step.needs(place, shapes)
+        return packed_memory.needs(step, place, shapes)
 
     def both(tokens):
         return need(Shape(tokens, 0), Shape(0, tokens))

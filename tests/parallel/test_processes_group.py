@@ -1,20 +1,14 @@
 """Processes that meet, agree and miss each other; here each is a thread with sockets of its own."""
 
 import contextlib
-import json
 import socket
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pytest
 
-from jaxrl_eff.data import loader
-from jaxrl_eff.data.balance import assignment, skrull
-from jaxrl_eff.data.balance.balanced_loader import BalancedLoader, heard, told
-from jaxrl_eff.data.balance.cost import Model, cost_of
 from jaxrl_eff.parallel import processes as peers
 from jaxrl_eff.parallel.attention import kernels
 from jaxrl_eff.planner import clusters
@@ -243,69 +237,6 @@ def test_all_processes_must_see_one_workdir(three, tmp_path, monkeypatch):
 
 
 # What the first process decides ---------------------------------------------------------------
-
-COST = cost_of(Model(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
-SHAPES = (assignment.Shape(32, 0), assignment.Shape(16, 16), assignment.Shape(0, 32))
-
-
-def iterator(group, seed=0):
-    source = [np.arange(1, 2 + (7 * i + seed) % 29 + 1) for i in range(40)]
-    batches = loader.batches(
-        source, encode=lambda ids: (ids, (np.arange(len(ids)) > 0).astype(np.float32)), batch=10,
-        kind="sft", seed=1, length=64, packed=False,
-    )  # fmt: skip
-    with peers.joined(group):
-        how = {"cost": COST, "shapes": SHAPES, "group": group}
-        return BalancedLoader(batches, groups=2, parts=2, room=32, **how)
-
-
-def test_measured_times_of_other_processes_change_no_batch(three):
-    """Every clock says something else, and every process has the same batches."""
-    several = [iterator(g) for g in three]
-    for it in several:
-        it._number = 0
-
-    def run(it):
-        out = []
-        for n in range(7):
-            batch = next(it)
-            out.append([batch, told(it.schedule)])
-            it.measured(it.schedule, 0.01 * (1 + 100 * it._peers.process + n % 3))
-        it.close()
-        return out
-
-    ours, *theirs = everywhere(several, run)
-    for other in theirs:
-        for (a, x), (b, y) in zip(ours, other, strict=True):
-            assert x == y
-            for one, two in zip(a, b, strict=True):
-                for side in ("local", "shared"):
-                    for name in one[side]:
-                        np.testing.assert_array_equal(one[side][name], two[side][name])
-    assert several[0]._cost != COST and several[1]._cost == COST  # the first one's clock counts
-
-
-def test_other_data_of_a_process_is_noticed(three):
-    several = [iterator(g, seed=g.process) for g in three]
-    for it in several:
-        it._number = 0
-    three[0]._thread(next, several[0])
-    with pytest.raises(ValueError, match="planned a batch of other lengths"):
-        next(several[1])
-    for it in several:
-        it.close()
-
-
-def test_a_schedule_goes_through_text():
-    lengths = [5, 7, 3, 30, 12, 1, 9]
-    found = skrull.plan(lengths, groups=2, parts=2, room=32, cost=COST, shapes=SHAPES)
-    again = heard(told(found), lengths, groups=2, parts=2, room=32, cost=COST)
-    for name in ("lengths", "step", "group", "rank"):
-        np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
-        assert getattr(again, name).dtype == getattr(found, name).dtype
-    for name in ("shapes", "seconds", "rule", "candidates", "cost", "room"):
-        assert getattr(again, name) == getattr(found, name)
-    assert json.loads(told(again)) == json.loads(told(found))
 
 
 def test_rates_are_the_first_process_s_and_memory_the_least(three, monkeypatch):

@@ -1,5 +1,6 @@
-"""Short and long sequences at once: no schedule of theirs changes a parameter."""
+"""Rows of the data source computed packed: no schedule and no plan changes a parameter."""
 
+import dataclasses
 import functools
 import re
 
@@ -8,14 +9,16 @@ import launch
 import numpy as np
 import optax
 import pytest
+from test_packed import at_random
+from test_plan_law import check as check_law
+from test_plan_law import models_after
 
 from jaxrl_eff import core
 from jaxrl_eff.algorithms import dpo, reward_model, sft
-from jaxrl_eff.core import Placement, Spec, mixed
+from jaxrl_eff.core import Packing, Placement, Spec, packed_memory
 from jaxrl_eff.data import packing
 from jaxrl_eff.data.balance import skrull
-from jaxrl_eff.data.balance.assignment import Assignment, Shape
-from jaxrl_eff.data.balance.balanced_loader import arrange
+from jaxrl_eff.data.balance.assignment import Shape
 from jaxrl_eff.data.balance.cost import Model, cost_of
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.train import assembly, balanced, writer
@@ -34,6 +37,7 @@ GRAPHS = {
 LENGTHS = (5, 7, 3, 30, 12, 1, 9, 4, 26, 2)
 PLACE = Placement((3, 0, 2, 1), data=2, seq=2)
 SHAPES = (Shape(16, 16), Shape(0, 32), Shape(32, 0))
+ROOM = 32
 COST = cost_of(Model(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
 
 
@@ -77,59 +81,34 @@ def after(step, batch):
 
 
 @functools.cache
-def alone(algorithm):
-    """One device, one sequence or pair a row."""
-    graph, these = GRAPHS[algorithm](), units(algorithm)
-    batch = packing.lay_out(these, length=64)
+def batch_of(algorithm):
+    """One sequence or pair a row."""
+    return packing.lay_out(units(algorithm), length=64)
+
+
+def graph_of(algorithm, **how):
+    """The algorithm's graph; `how` changes its train call."""
+    graph = GRAPHS[algorithm]()
+    calls = (dataclasses.replace(c, **how) if c.kind == "train" else c for c in graph.calls)
+    return dataclasses.replace(graph, calls=tuple(calls))
+
+
+def alone(algorithm, **how):
+    graph = graph_of(algorithm, **how)
     plan = {c.name: Placement((0,)) for c in graph.calls}
-    return after(core.compile(graph, plan, specs(graph)).build(batch), batch)
+    return after(core.compile(graph, plan, specs(graph)), batch_of(algorithm))
+
+
+alone = functools.cache(alone)
 
 
 @functools.cache
-def step_of(algorithm):
-    graph = GRAPHS[algorithm]()
+def step_of(algorithm, **how):
+    graph = graph_of(algorithm, **how)
     plan = dict.fromkeys((c.name for c in graph.calls), PLACE)
-    step = mixed.compile(graph, plan, specs(graph))
-    return step.build([like(shape, graph.inputs.split()) for shape in SHAPES])
-
-
-def like(shape, names):
-    sizes = {"local": (4, shape.local), "shared": (2, 2 * shape.distributed)}
-    kinds = {k: np.float32 if k == "mask" else np.int32 for k in names}
-    return {
-        side: {k: jax.ShapeDtypeStruct(size, kinds[k]) for k in names}
-        for side, size in sizes.items()
-    }
-
-
-def at_random(these, seed):
-    """Any legal schedule: every unit where there is room, in one of the shapes."""
-    rng = np.random.default_rng(seed)
-    shapes, steps, groups, ranks, free = [], [], [], [], []
-    for unit in these:
-        n = sum(len(ids) for ids, _ in unit)
-        options = [
-            (s, g, r)
-            for s, room in enumerate(free)
-            for g in range(2)
-            for r in (-1, 0, 1)
-            if room[g, r] >= n
-        ]
-        if not options or rng.random() < 0.2:
-            fit = [s for s in SHAPES if n <= max(s.local, 2 * s.distributed)]
-            shape = fit[rng.integers(len(fit))]
-            shapes.append(shape)
-            room = {(g, r): 2 * shape.distributed if r < 0 else shape.local
-                    for g in range(2) for r in (-1, 0, 1)}  # fmt: skip
-            free.append(room)
-            s = len(shapes) - 1
-            options = [(s, g, r) for g, r in room if room[g, r] >= n]
-        s, g, r = options[rng.integers(len(options))]
-        free[s][g, r] -= n
-        steps.append(s), groups.append(g), ranks.append(r)
-    lengths = np.array([sum(len(ids) for ids, _ in u) for u in these])
-    places = (np.array(x, np.int32) for x in (steps, groups, ranks))
-    return Assignment(lengths, 2, 2, 40, COST, tuple(shapes), *places, 1.0, "any", {})
+    pack = 1 if algorithm == "sft" else 2
+    step = core.compile(graph, plan, specs(graph), pack=pack).check(batch_of(algorithm))
+    return step.scheduled(Packing(SHAPES, ROOM, COST)).build(batch_of(algorithm))
 
 
 def check(got, want, moved_from):
@@ -138,71 +117,109 @@ def check(got, want, moved_from):
         assert (
             np.linalg.norm(a - b) <= 1e-6 * np.linalg.norm(b) + 1e-3 * np.linalg.norm(b - c) + 1e-9
         )
-    assert seen.keys() == told.keys()
+    assert {k for k in seen if not k.startswith("schedule/")} == {*told}
     for k in told:
         assert seen[k] == pytest.approx(told[k], rel=1e-4, abs=1e-5), k
+
+
+def first_of(step):
+    (trained,) = (c.of for c in step.graph.calls if c.kind == "train")
+    return jax.tree.map(np.asarray, start(step)[trained].params)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "algorithm",
+    ["dpo", *(pytest.param(a, marks=pytest.mark.slow) for a in ("sft", "reward_model"))],
+)
+def test_any_legal_schedule_gives_the_same_parameters(algorithm, seed, monkeypatch):
+    step = step_of(algorithm)
+    monkeypatch.setattr(skrull, "plan", functools.partial(at_random, seed=seed))
+    check(after(step, batch_of(algorithm)), alone(algorithm), first_of(step))
+
+
+@pytest.mark.parametrize(
+    "algorithm",
     ["sft", *(pytest.param(a, marks=pytest.mark.slow) for a in ("dpo", "reward_model"))],
 )
-def test_any_legal_schedule_gives_the_same_parameters(algorithm, seed):
-    step, these = step_of(algorithm), units(algorithm)
-    (trained,) = (c.of for c in step.graph.calls if c.kind == "train")
-    first = jax.tree.map(np.asarray, start(step)[trained].params)
-    schedule = at_random(these, seed)
-    check(after(step, arrange(schedule, these)), alone(algorithm), first)
+def test_epochs_and_minibatches_draw_the_same_rows(algorithm):
+    how = {"epochs": 2, "minibatches": 2 if algorithm == "sft" else 3}
+    step = step_of(algorithm, **how)
+    check(after(step, batch_of(algorithm)), alone(algorithm, **how), first_of(step))
 
 
 def test_the_scheduler_s_own_plan_does_too_and_nothing_is_compiled_for_it():
-    step, these = step_of("sft"), units("sft")
-    found = skrull.plan(
-        [len(u[0][0]) for u in these], groups=2, parts=2, room=32, cost=COST, shapes=SHAPES
-    )
+    step = step_of("dpo")
     before = dict(step.traces)
-    first = jax.tree.map(np.asarray, start(step)["actor"].params)
-    check(after(step, arrange(found, these)), alone("sft"), first)
-    assert step.traces == before == {"actor_train": len(SHAPES)}
-
-
-def test_a_micro_batch_of_another_shape_is_refused():
-    other = arrange(at_random(units("sft")[:2], 0), units("sft")[:2])[0]
-    other["local"] = {k: v[:, :3] for k, v in other["local"].items()}
-    with pytest.raises(ValueError, match=r"\(3, \d+\) tokens a row.*compiled: \[\(0, 32\)"):
-        step_of("sft")(start(step_of("sft")), [other], np.zeros(2, np.uint32))
+    check(after(step, batch_of("dpo")), alone("dpo"), first_of(step))
+    assert step.traces == before == dict.fromkeys(("ref_inf", "actor_train"), len(SHAPES))
+    assert not [name for name in step.analysis() if name.endswith(" lengths")]  # the host knows
 
 
 def test_rows_of_their_own_need_no_permutes_and_no_hidden_states_travel():
-    step = step_of("sft")
+    step = step_of("dpo")
     count = {}
     for shape in SHAPES:
         text = step.program(f"actor_train {shape.local}+{shape.distributed}").as_text()
         count[shape] = len(re.findall(r"collective-permute\(", text))
         for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]\S* all-gather\(", text):
             size = np.prod([int(n) for n in dims.split(",")])
-            assert kind == "s32" or size <= 4 * shape.columns * 4, (shape, kind, dims)
+            padded = 64 * len(units("dpo"))  # numbers of the padded rows
+            assert kind == "s32" or size <= max(padded, 4 * shape.columns * 4), (shape, kind, dims)
     assert count[SHAPES[2]] == 0 < min(count[SHAPES[0]], count[SHAPES[1]])
-
-
-def test_rows_hold_every_token_once():
-    these = units("dpo")
-    schedule = at_random(these, 5)
-    found = [
-        side
-        for micro in arrange(schedule, these, pad=9)
-        for side in micro.values()
-        for side in packing.unpack_pairs(side)
-    ]
-    key = lambda pair: [tuple(ids) for ids, _ in pair]  # noqa: E731
-    assert sorted(map(key, found)) == sorted(map(key, these))
 
 
 def run(*changes):
     plan = "sft.plan={'default': {'devices': [0, 1, 2, 3], 'data': 2, 'seq': 2}}"
     schedule = "sft.schedule={'name': 'skrull', 'room': 24, 'shapes': 2}"
     return launch.config("algorithm=sft,steps=4,every=1", plan, schedule, *changes)
+
+
+# Whole runs
+
+
+SCHEDULE = "{'name': 'skrull', 'room': 24, 'shapes': 2}"
+FOUR = "'devices': [3, 0, 2, 1], 'data': 2, 'seq': 2"
+APART = (
+    "'ref_inf': {'devices': [4, 5], 'seq': 2}, 'actor_train': {'devices': [0], 'offload': 'opt'}"
+)
+ENTRIES = "{'actor': {'name': 'spiel_ag', 'density': 0.1, 'selector': 'gradient', 'every': 1}}"
+
+
+def trained(algorithm, *changes):
+    more = (c.replace("STAGE", algorithm) for c in changes)
+    config = launch.config(f"algorithm={algorithm},optim=sgd", f"{algorithm}.batch=8", *more)
+    return models_after(assembly.assemble(config))
+
+
+@functools.cache
+def rows_alone(algorithm, *changes):
+    """One device, one example a row, in order."""
+    plan = "STAGE.plan={'default': {'devices': [0]}}"
+    return trained(algorithm, plan, "STAGE.data.packed=False", *changes)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "changes", "same"),
+    [
+        ("dpo", (f"STAGE.plan={{{APART}}}",), ()),
+        *(
+            pytest.param(algorithm, changes, same, marks=pytest.mark.slow)
+            for algorithm, changes, same in (
+                ("sft", (f"STAGE.plan={{'default': {{{FOUR}, 'offload': 'opt'}}}}",), ()),
+                ("sft", (f"STAGE.plan={{'default': {{{FOUR}, 'microbatches': 2}}}}",), ()),
+                ("sft", (f"STAGE.plan={{'default': {{{FOUR}}}}}",), (f"STAGE.adapt={ENTRIES}",)),
+                ("dpo", (f"STAGE.plan={{'default': {{{FOUR}}}}}",), (f"STAGE.adapt={ENTRIES}",)),
+                ("sft", ("STAGE.plan=search", "STAGE.search.evaluations=100"), ()),
+                ("dpo", ("STAGE.plan=search", "STAGE.search.evaluations=100"), ()),
+                ("rm", (f"STAGE.plan={{'default': {{{FOUR}, 'offload': 'opt'}}}}",), ()),
+            )
+        ),
+    ],
+)
+def test_every_plan_gives_the_parameters_of_one_device(algorithm, changes, same):
+    got = trained(algorithm, f"STAGE.schedule={SCHEDULE}", *changes, *same)
+    check_law(got, rows_alone(algorithm, *same))
 
 
 def test_a_scheduled_run_stops_and_goes_on(tmp_path, monkeypatch):
@@ -233,11 +250,11 @@ def test_a_scheduled_run_stops_and_goes_on(tmp_path, monkeypatch):
     ("changes", "message"),
     [
         (("sft.schedule.name=best",), "schedule: unknown schedule 'best'; expected one of"),
-        (("sft.plan=search",), "schedule is 'skrull', whose plan is not searched"),
-        (("sft.data.length=100",), r"data.length is 100, but 2 devices .* 24 tokens each hold 48"),
-        (("sft.plan={'default': {'microbatches': 2}}",), "actor_train has epochs or parts"),
+        (
+            ("sft.data.length=100",),
+            r"rows have 100 tokens, but 2 devices .* 24 tokens each hold 48",
+        ),
         (("sft.data.length=2",), "no example has at most 2 tokens"),
-        (("sft.plan={'default': {'offload': 'opt'}}",), "actor_train offloads 'opt'"),
     ],
 )
 def test_what_cannot_be_scheduled_is_said(changes, message):
@@ -245,13 +262,20 @@ def test_what_cannot_be_scheduled_is_said(changes, message):
         assembly.assemble(run(*changes))
 
 
+def test_rows_are_as_long_as_examples_need_where_no_length_is_said():
+    (stage,) = assembly.assemble(run("sft.data.length=0")).stages
+    assert stage.batch["tokens"].shape[1] == max(stage.lengths) <= 48
+    described = balanced.describe(stage.step, stage.lengths)
+    assert sum(share for _, share in described["lengths"]) == pytest.approx(1)
+
+
 @pytest.mark.slow
 def test_room_is_what_compiled_programs_need():
-    graph = GRAPHS["sft"]()
+    graph, capacity = GRAPHS["sft"](), 20e6
     plan = dict.fromkeys((c.name for c in graph.calls), PLACE)
-    make = functools.partial(mixed.compile, graph, plan, specs(graph))
-    capacity = 20e6
-    need = functools.partial(balanced.needed, make, graph.inputs.split(), PLACE)
+    batch = {k: jax.ShapeDtypeStruct((10, 64), v.dtype) for k, v in batch_of("sft").items()}
+    step = core.compile(graph, plan, specs(graph), pack=1).check(batch)
+    need = functools.partial(packed_memory.needs, step, PLACE)
     room = balanced.found_room(need, PLACE, capacity, most=8192)
 
     def needs(tokens):
