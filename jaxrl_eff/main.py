@@ -3,14 +3,14 @@ r"""Trains a language model as a config says.
   python -m jaxrl_eff.main --config=configs/quickstart.py --workdir=runs/quickstart
   python -m jaxrl_eff.main --config=configs/grpo_gsm8k.py:model=DIR,data=DIR --config.grpo.steps=50
 
-A config is a Python file in configs/ with a docstring that says what it does; any of its values
-can be changed on the command line (--config.a.b=c), and --help with a config shows them all. A run
-resumes by itself from its workdir. Clusters that JAX knows (SLURM, TPU pods, ...) start several
-processes by themselves; elsewhere give --coordinator, --processes and --process.
+A config is a Python file; its docstring says what it trains and what came of it. Every value can be
+changed on the command line (--config.a.b=c); --help together with --config lists the values. Run
+the same command again to continue a run from its workdir. On clusters that JAX knows (SLURM, TPU
+pods, ...) processes find each other; elsewhere give --coordinator, --processes and --process.
 
-Exit codes: 0 done, and the config's expectation met, or stopped by SIGTERM or Ctrl-C with all of it
-saved; 1 the expectation was missed, or a number was not finite; 2 anything else that went wrong, in
-one line (JAXRL_EFF_TRACEBACK=1 shows where); 130 Ctrl-C before there was anything to save.
+Exit codes: 0 done and the config's expectation met, or stopped by SIGTERM or Ctrl-C with everything
+saved; 1 the expectation was missed, or a number was not finite; 2 any other error, in one line
+(JAXRL_EFF_TRACEBACK=1 shows where); 130 Ctrl-C before there was anything to save.
 """
 
 import dataclasses
@@ -25,16 +25,16 @@ from jaxrl_eff.train import config_file, interrupts, settings, startup
 from jaxrl_eff.train.run import train
 from jaxrl_eff.train.workdir import check_workdir
 
-_CONFIG = flags.DEFINE_string("config", None, "A file of configs/, FILE[:argument].")
-_CHANGES = flags.DEFINE_multi_string(config_file.FLAG, [], "--config.a.b=c sets a value of it.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; resumes what is there.")
+_CONFIG = flags.DEFINE_string("config", None, "The config to run: FILE.py or FILE.py:ARGUMENT.")
+_CHANGES = flags.DEFINE_multi_string(config_file.FLAG, [], "Changes a value: --config.a.b=c.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run in it is continued.")
 _QUIET = flags.DEFINE_bool("quiet", False, "Print only the final table and verdict.")
 _ACCEPT_CHANGES = flags.DEFINE_bool(
-    "accept_changes", False, "Go on with the run of the workdir although config or data changed."
+    "accept_changes", False, "Continue the run although its config or data changed."
 )
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
-_PROCESS = flags.DEFINE_integer("process", None, "Which one this is, from 0.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.")
+_PROCESS = flags.DEFINE_integer("process", None, "Index of this process, from 0.")
 _WAIT = flags.DEFINE_float("wait", startup.WAIT, "Seconds until a silent process is given up.")
 # For the seconds of a whole run.
 _BEGAN = time.perf_counter()

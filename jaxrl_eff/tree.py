@@ -88,7 +88,12 @@ def match(tree: Any, patterns: Iterable[str]) -> Any:
             raise ValueError(
                 f"the pattern {pattern!r} matches no parameter; expected one of {every}."
             )
-    return map_with_name(lambda name, _: any(re.fullmatch(p, name) for p in patterns), tree)
+    return map_with_name(lambda name, _: matches(name, patterns), tree)
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Returns True if one of the patterns matches the whole name."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def size(tree: Any) -> int:

@@ -228,10 +228,8 @@ def compare_attention(args: argparse.Namespace) -> dict[str, Any]:
     for name, fn in kinds.items():
 
         def run(q, k, v, fn=fn):
-            return fn(
-                q, k, v, q_position=position, k_position=position, q_segment=segment,
-                k_segment=segment, scale=dim**-0.5,
-            )  # fmt: skip
+            mask = attention.Mask(position, segment, position, segment)
+            return fn(q, k, v, mask, scale=dim**-0.5)
 
         def both(q, k, v, g, run=run):
             y, back = jax.vjp(run, q, k, v)
@@ -258,25 +256,21 @@ def compare_attention(args: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
-def masked(
-    q, k, v, *, q_position, k_position, q_segment, k_segment, window=None, softcap=None, scale
-):
+def masked(q, k, v, mask, *, scale, softcap=None):
     """cuDNN with everything in the mask, so that nothing is skipped."""
-    seen = attention.allowed(q_position, k_position, q_segment, k_segment, window)
+    seen = mask.seen()
     out = jax.nn.dot_product_attention(
         q, k, v, mask=seen[:, None], scale=scale, implementation="cudnn"
     )
-    return jnp.where((q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
+    return jnp.where((mask.q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 
-def packed(
-    q, k, v, *, q_position, k_position, q_segment, k_segment, window=None, softcap=None, scale
-):
+def packed(q, k, v, mask, *, scale, softcap=None):
     """cuDNN told where each of at most 16 documents of a row begins (private to JAX)."""
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     n = jnp.arange(1, 17, dtype=jnp.int32)
-    size = (q_segment[:, None, :] == n[None, :, None]).sum(-1, dtype=jnp.int32)
+    size = (mask.q_segment[:, None, :] == n[None, :, None]).sum(-1, dtype=jnp.int32)
     before = jnp.cumsum(size, axis=1, dtype=jnp.int32) - size
     there = size > 0
     starts = jnp.where(there, before, -1)
@@ -290,12 +284,10 @@ def packed(
         q, k, v, q_seqlen=length, kv_seqlen=length, q_offsets=starts, kv_offsets=starts,
         scale=scale, mask_type=MaskType.PADDING_CAUSAL,
     )  # fmt: skip
-    return jnp.where((q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
+    return jnp.where((mask.q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 
-def triton(
-    q, k, v, *, q_position, k_position, q_segment, k_segment, window=None, softcap=None, scale
-):
+def triton(q, k, v, mask, *, scale, softcap=None):
     """The Pallas kernel that comes with JAX; key heads repeated."""
     from jax.experimental.pallas.ops.gpu.attention import BlockSizes, mha
 
@@ -304,8 +296,8 @@ def triton(
     sizes = BlockSizes(
         block_q=128, block_k=64, block_q_dkv=64, block_kv_dkv=64, block_q_dq=64, block_kv_dq=64
     )
-    out = mha(q, k, v, q_segment, sm_scale=scale, causal=True, block_sizes=sizes)
-    return jnp.where((q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
+    out = mha(q, k, v, mask.q_segment, sm_scale=scale, causal=True, block_sizes=sizes)
+    return jnp.where((mask.q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 
 OTHERS = {"masked": masked, "packed": packed, "triton": triton}

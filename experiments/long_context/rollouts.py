@@ -133,7 +133,7 @@ def compare(name, place, cluster):
                 seen[way].append((time.perf_counter() - wall, time.process_time() - cpu))
                 if way == "packed":
                     told.append({k: float(v) for k, v in m.items() if k.startswith("schedule/")})
-                    cost = step.packings[place].cost
+                    cost = step.packs.packings[place].cost
                     estimate = told[-1]["schedule/planned_seconds"]
                     predicted.append(estimate / padded_seconds(cost, place))
     ratios = [[b[i] / a[i] for a, b in zip(seen["padded"], seen["packed"], strict=True)]
@@ -143,7 +143,7 @@ def compare(name, place, cluster):
         return f"{statistics.median(x):.3f} ({min(x):.3f} to {max(x):.3f})"
 
     mean = {k.partition("/")[2]: statistics.mean(t[k] for t in told) for k in told[0]}
-    shapes = " ".join(f"{a}+{b}" for a, b in ours.packings[place].shapes)
+    shapes = " ".join(f"{a}+{b}" for a, b in ours.packs.packings[place].shapes)
     print(f"{name}: {STEPS} steps, {PROMPTS * SAMPLES} rows of {PROMPT + ANSWER}; shapes {shapes}, "
           f"made and compiled in {built:.0f} s")  # fmt: skip
     for way in seen:

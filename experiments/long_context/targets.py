@@ -27,6 +27,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_eff.parallel.attention import kernels, ring
+from jaxrl_eff.parallel.attention.context import Mask
+from jaxrl_eff.parallel.attention.on_mesh import on_mesh
 
 HEADS, KV_HEADS, PARTS = 28, 4, 8
 LENGTHS = (8_192, 32_768, 131_072)
@@ -51,14 +53,11 @@ def compiled(platform: str, over: Mesh, length: int, dim: int, kernel: kernels.K
     def of(*shape: int, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((1, length, *shape), dtype, sharding=pieces)
 
-    attend = ring.on_mesh(ring.ring(kernel=kernel), over)
+    attend = on_mesh(ring.ring(kernel=kernel), over)
 
     def layer(q, k, v, dout, position, segment):
         def apply(q, k, v):
-            return attend(
-                q, k, v, q_position=position, k_position=position, q_segment=segment,
-                k_segment=segment, scale=dim**-0.5,
-            )  # fmt: skip
+            return attend(q, k, v, Mask(position, segment, position, segment), scale=dim**-0.5)
 
         out, pull = jax.vjp(apply, q, k, v)
         return out, *pull(dout)

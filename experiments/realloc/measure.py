@@ -10,7 +10,9 @@ what a network would make of them; bytes and host copies are the same everywhere
 
 import argparse
 import json
+import sys
 import time
+from pathlib import Path
 
 PARSER = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 PARSER.add_argument("--devices", type=int, default=8)
@@ -28,7 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff.parallel import Placement, Route, hlo_bytes, rules
+from jaxrl_eff.parallel import Placement, Route, rules
+
+TESTS = Path(__file__).resolve().parents[2] / "tests" / "parallel"
+sys.path[:0] = [str(TESTS), str(TESTS / "reshard")]
+import hlo_bytes
+from counted import counted
 
 AXES = {
     "up": ("layers", "embed", "ffn"),
@@ -121,9 +128,10 @@ def row(name, places, tree, sizes, args):
     start = time.perf_counter()
     route.compile()
     compile_seconds = time.perf_counter() - start
-    report = route.report(compiled=True)
+    report, received = route.report(), counted(route)[0]
     fns = {"route": route, "device_put": lambda t: jax.device_put(t, target)}
-    out = {"case": name, "minimum": report.minimum, "nu": {"route": report.nu}}
+    out = {"case": name, "minimum": report.minimum, "nu": {}}
+    out["nu"]["route"] = received / report.minimum if report.minimum else 1.0
     if places[0].devices == places[1].devices:
         jitted = jax.jit(lambda t: t, out_shardings=target)
         start = time.perf_counter()

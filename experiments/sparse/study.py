@@ -38,7 +38,7 @@ from jaxrl_eff.checkpoints import load_hf, read_config
 from jaxrl_eff.core.graph import Adaptation, Model
 from jaxrl_eff.data.tokenizer import load_tokenizer
 from jaxrl_eff.models import LMConfig, init, token_logprobs
-from jaxrl_eff.peft import ways
+from jaxrl_eff.peft import ways, weights
 from jaxrl_eff.peft.config import AdaptSettings
 from jaxrl_eff.train.settings import OptimSettings
 
@@ -121,8 +121,9 @@ def way(lm: LMConfig, method: Method, steps: int, rate, seed) -> Adaptation:
 def loss(lm: LMConfig, params, tokens) -> jax.Array:
     position = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), tokens.shape)
     logp, _ = token_logprobs(
-        lm, params, tokens, position, jnp.ones_like(tokens), with_entropy=False
-    )
+        lm, weights.assembled(lm, params), tokens, position, jnp.ones_like(tokens),
+        with_entropy=False,
+    )  # fmt: skip
     return -logp[:, 1:].mean()
 
 

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl_eff.parallel.codec import Blocks, encode
 from jaxrl_eff.parallel.zero import collectives
 from jaxrl_eff.parallel.zero.levels import ZeroConfig, ZeroLevel, zero_level
+from tests.parallel.zero import zero_layers
 
 OUT = Path(__file__).parent / "results.json"
 DELTAS = Blocks(4)
@@ -49,7 +50,7 @@ def trainer(lm: Vector, plan: ZeroConfig, deltas: bool, nodes: int, steps: int):
 
     def start(shard):
         left = jnp.zeros((nodes, lm.shard)) if plan.rung.feedback else None
-        held = collectives.refresh(shard, plan, "bfloat16") if deltas else None
+        held = zero_layers.refresh(shard, plan, "bfloat16") if deltas else None
         return shard, tx.init(shard), left, held
 
     def gradients(shard, left, held, tokens):
@@ -58,7 +59,7 @@ def trainer(lm: Vector, plan: ZeroConfig, deltas: bool, nodes: int, steps: int):
 
         if not deltas:
             fn = jax.value_and_grad(
-                lambda s, e: collectives.sharded_apply(value, s, tokens, plan, feedback=e), (0, 1)
+                lambda s, e: zero_layers.sharded_apply(value, s, tokens, plan, feedback=e), (0, 1)
             )
             value, (g, left) = fn(shard, left)
             return value, g, left, held
@@ -66,7 +67,7 @@ def trainer(lm: Vector, plan: ZeroConfig, deltas: bool, nodes: int, steps: int):
         stage = encode(held, plan.weights)
         slot = jnp.zeros((nodes, lm.shard))
         value, g = jax.value_and_grad(
-            lambda slot: collectives.held_apply(value, stage, slot, tokens, plan)
+            lambda slot: zero_layers.held_apply(value, stage, slot, tokens, plan)
         )(slot)
         return value, *collectives.reduce_slow(g, left, plan), held
 

@@ -26,6 +26,7 @@ from jaxrl_eff.parallel import jaxpr_bytes
 from jaxrl_eff.parallel.codec import Blocks, encode
 from jaxrl_eff.parallel.zero import collectives
 from jaxrl_eff.parallel.zero.levels import ZeroConfig, ZeroLevel
+from tests.parallel.zero import zero_layers
 
 NODES, DEVICES, LAYERS, WIDTH, ROWS, BATCHES = 2, 4, 4, 256, 2, 4
 SHARD = WIDTH * WIDTH // (NODES * DEVICES)
@@ -54,7 +55,7 @@ def step(plan: ZeroConfig, shards: jax.Array, xs: jax.Array) -> jax.Array:
 
     def loss(shards):
         def body(x, shard):
-            return collectives.sharded_apply(layer, shard, x, plan), None
+            return zero_layers.sharded_apply(layer, shard, x, plan), None
 
         return jnp.sum(lax.scan(body, xs[0], shards)[0])
 
@@ -73,7 +74,7 @@ def hoisted(plan: ZeroConfig, deltas: Blocks | None, shards, held, xs):
 
     def loss(slot, x):
         def body(x, layers):
-            return collectives.held_apply(layer, *layers, x, plan), None
+            return zero_layers.held_apply(layer, *layers, x, plan), None
 
         return jnp.sum(lax.scan(body, x, (stage, slot))[0])
 
@@ -114,7 +115,7 @@ def table() -> list[tuple[str, float, float, float, float]]:
     for name, promised, rung, batches, deltas in PLANS:
         jaxpr, plan = program(rung, batches, deltas)
         counted = jaxpr_bytes.count(jaxpr, SIZES)
-        closed = jaxpr_bytes.expected(
+        closed = zero_layers.expected(
             plan, SHARD, NODES, DEVICES, weights=LAYERS, batches=batches, hoisted=batches > 1,
             deltas=deltas,
         )  # fmt: skip

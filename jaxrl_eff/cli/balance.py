@@ -1,16 +1,16 @@
-r"""Schedules batches of mixed lengths for a mesh, from lengths alone, and says what that gains.
+r"""Shows how batches of short and long sequences divide over a mesh, and what that gains.
 
   python -m jaxrl_eff balance --lengths=lengths.txt --mesh=data4,seq8 \
-      --model=qwen2.5-0.5b --hardware=h100 --page=schedule.html
+      --model=qwen2.5-0.5b --hardware=h100 --page=balance.html
 
-Short sequences stay whole on a rank, long ones are cut over the `seq` axis (`data/skrull.py`). The
-file holds one integer a line, or JSON: a list of integers, or a line for each example, an integer
-or an object with `length`. It is cut into batches in its order; what is left over at its end makes
-a last, smaller one. Seconds are estimates of a cost model on datasheet numbers: rules are compared
-under the same model, and nothing is run. "skrull" keeps to the shapes that are printed; "exact" is
-the same without that limit, and the other rules have none either.
+Short sequences stay whole on one rank; long ones are cut over the `seq` axis. --lengths is a file
+with the length of every example: an integer or a JSON object with "length" a line, or one JSON list
+of integers. It is cut into batches in its order; the last one may be smaller. Nothing is run:
+seconds are estimates of a cost model, the same for all rules that are compared. "skrull" is the
+rule that training uses, with the shapes that are printed; "exact" is the same rule without a limit
+on shapes, and the other rules have none either.
 
-Exit codes: 0 scheduled; 2 something in the command is wrong.
+Exit codes: 0 scheduled; 2 the command cannot be done.
 """
 
 import argparse
@@ -23,11 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_eff.data.balance.baselines import Study, rows, study
+from jaxrl_eff.cli import parser
+from jaxrl_eff.cli.pages import balance_page
+from jaxrl_eff.data.balance.baselines import Study, study
 from jaxrl_eff.data.balance.cost import Cost, Model
 from jaxrl_eff.planner import clusters as known
 from jaxrl_eff.planner import schedule_cost
-from jaxrl_eff.train.config_file import Parser, explained
+from jaxrl_eff.train.console import Console, number
 
 AXES = ("data", "fsdp", "seq", "tensor")
 ROOM = 26_000
@@ -55,16 +57,16 @@ def read_lengths(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"--lengths={path} is no file.")
+        raise FileNotFoundError(f"--lengths={path} is not a file.")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text: {error}.") from error
+        raise ValueError(f"{path} is not text: {error}.") from error
     if text.lstrip().startswith("["):
         try:
             items = json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{path} is no JSON list: {error}.") from error
+            raise ValueError(f"{path} is not a JSON list: {error}.") from error
         found = [_length(path, f"item {i}", x) for i, x in enumerate(items)]
     else:
         lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), start=1)]
@@ -85,7 +87,7 @@ def _length(path: Path, where: str, value: Any) -> int:
     given = value.get("length") if isinstance(value, dict) else value
     if not isinstance(given, int) or isinstance(given, bool) or given < 1:
         raise ValueError(
-            f"{path}, {where}: {str(value)[:60]!r} is no length, an integer of at least 1."
+            f"{path}, {where}: {str(value)[:60]!r} is not a length, an integer of at least 1."
         )
     return given
 
@@ -101,11 +103,11 @@ def read_mesh(text: str) -> dict[str, int]:
         match = re.fullmatch(r"\s*([a-z]+)=?([1-9]\d*)\s*", word)
         if match is None or match[1] not in AXES:
             raise ValueError(
-                f"--mesh={text}: {word!r} is no axis and size; write e.g. data4,seq8, of the axes "
-                f"{', '.join(AXES)}."
+                f"--mesh={text}: unknown axis {word!r}; expected one of {list(AXES)}, each with "
+                "its size, e.g. data4,seq8."
             )
         if match[1] in out:
-            raise ValueError(f"--mesh={text}: {match[1]} is there twice.")
+            raise ValueError(f"--mesh={text}: the axis {match[1]!r} is given twice.")
         out[match[1]] = int(match[2])
     return {axis: out.get(axis, 1) for axis in AXES}
 
@@ -123,8 +125,8 @@ def read_model(text: str) -> Model:
 
         return schedule_cost.model_of(read_config(text))
     raise ValueError(
-        f"--model={text} is no directory with a config.json, and no model that is known: "
-        f"{', '.join(MODELS)}."
+        f"--model: unknown model {text!r}; expected one of {list(MODELS)}, or a directory with a "
+        "config.json."
     )
 
 
@@ -134,9 +136,9 @@ def cost_on(hardware: str, mesh: dict[str, int], model: Model) -> Cost:
     Raises:
         ValueError: unknown hardware, or more devices than there are.
     """
-    names = [n for n in known.NAMES if n != "local"]
+    names = _hardware()
     if hardware.lower() not in names:
-        raise ValueError(f"--hardware={hardware} is unknown; there is {', '.join(names)}.")
+        raise ValueError(f"--hardware: unknown hardware {hardware!r}; expected one of {names}.")
     tensor, devices = mesh["tensor"], int(np.prod(list(mesh.values())))
     if hardware.lower() in ("v4", "v5e", "v5p", "v6e"):
         cluster = known.parse(f"{hardware}:{devices}")
@@ -147,58 +149,42 @@ def cost_on(hardware: str, mesh: dict[str, int], model: Model) -> Cost:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Schedules, prints and draws; returns the exit status."""
+    """Runs the command and returns its exit code."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed on a device
-    parser = _parser()
-    options = parser.parse_args(argv)
-    with explained():
-        for name in ("room", "batch", "shapes"):
-            low = 0 if name == "shapes" else 1
-            if getattr(options, name) < low:
-                raise ValueError(
-                    f"--{name} is {getattr(options, name)}, but must be {low} or more."
-                )
-        mesh, model = read_mesh(options.mesh), read_model(options.model)
-        cost = cost_on(options.hardware, mesh, model)
-        found = study(
-            read_lengths(options.lengths),
-            groups=mesh["data"] * mesh["fsdp"],
-            parts=mesh["seq"],
-            room=options.room,
-            cost=cost,
-            batch=options.batch,
-            shapes=options.shapes,
-        )
-        title, told = f"Schedule of {Path(options.lengths).name}", facts(found, options)
-        _print(title, told, found)
-        if options.page:
-            from jaxrl_eff.cli.pages import balance_page
-
-            path = Path(options.page)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(balance_page.page(title, told, found), encoding="utf-8")
-            print(f"written: {path}")
-    return 0
+    words = parser.command("balance", __doc__)
+    add = words.option
+    add("--lengths", "FILE", "tokens of every example")
+    add("--mesh", "AXES", "sizes of the axes, e.g. data4,seq8")
+    add("--model", "NAME", f"a directory with a config.json, or one of {', '.join(MODELS)}")
+    add("--hardware", "NAME", f"one of {', '.join(_hardware())}")
+    room = "tokens that fit in a rank's memory; of 0.5B parameters in 80 GB"
+    add("--room", "TOKENS", room, parser.COUNT, ROOM)
+    add("--batch", "N", "examples of a global batch", parser.COUNT, 256)
+    add("--shapes", "N", "most shapes to compile; 0: no limit", parser.number(int, 0), 12)
+    add("--page", "FILE.html", parser.PAGE, default=None)
+    return words.run(argv, _run)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m jaxrl_eff balance",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _hardware() -> list[str]:
+    return [name for name in known.NAMES if name != "local"]
+
+
+def _run(options: argparse.Namespace) -> None:
+    mesh, model = read_mesh(options.mesh), read_model(options.model)
+    cost = cost_on(options.hardware, mesh, model)
+    found = study(
+        read_lengths(options.lengths),
+        groups=mesh["data"] * mesh["fsdp"],
+        parts=mesh["seq"],
+        room=options.room,
+        cost=cost,
+        batch=options.batch,
+        shapes=options.shapes,
     )
-    add = parser.add_argument
-    add("--lengths", required=True, metavar="FILE", help="tokens of every example")
-    add("--mesh", required=True, metavar="AXES", help="sizes by axis: data4,seq8")
-    add("--model", required=True, help=f"a directory, or {', '.join(MODELS)}")
-    add("--hardware", required=True, help="a100, h100, h200, b200, v4, v5e, v5p or v6e")
-    add("--room", type=int, default=ROOM, metavar="TOKENS",
-        help="that a rank's memory holds (%(default)s, of 0.5B parameters in 80 GB)")  # fmt: skip
-    add("--batch", type=int, default=256, help="examples of a global batch (%(default)s)")
-    add("--shapes", type=int, default=12, help="programs at most (%(default)s); 0: exact shapes")
-    add("--page", metavar="FILE.html", help="draws the first batch and the comparison")
-    return parser
+    title, told = f"Schedule of {Path(options.lengths).name}", facts(found, options)
+    _print(title, told, found)
+    if options.page:
+        parser.write_page(options.page, balance_page.page(title, told, found))
 
 
 def facts(found: Study, options: argparse.Namespace) -> dict[str, str]:
@@ -220,39 +206,17 @@ def facts(found: Study, options: argparse.Namespace) -> dict[str, str]:
 
 
 def _print(title: str, told: dict[str, str], found: Study) -> None:
-    from jaxrl_eff.train.console import Console, number
-
-    columns = (
-        "rule", "seconds", "skrull's gain", "over limit", "micro-steps", "padding", "balance",
-        "distributed",
-    )  # fmt: skip
-    with Console(terminal=False) as console:
-        console.header(title, told)
-        console.table(
-            "estimated, all batches",
-            columns,
-            [
-                (
-                    r.name,
-                    number(r.seconds),
-                    f"{r.gain:.2f}x",
-                    f"{r.over_limit:.2f}x",
-                    r.steps,
-                    f"{r.padding:.1%}",
-                    f"{r.balance:.1%}",
-                    f"{r.distributed:.1%}",
-                )
-                for r in rows(found)
-            ],
-        )
-        first = found.schedules[0]
-        seconds = first.rank_seconds().reshape(len(first.shapes), -1).max(1)
-        here = [first.step == j for j in range(len(first.shapes))]
-        console.table(
-            f"the first batch: {first.rule}",
-            ("micro-step", "local columns", "distributed", "sequences", "of them local", "seconds"),
-            [
-                (j, *shape, int(at.sum()), int((first.rank[at] >= 0).sum()), number(float(s)))
-                for j, (shape, at, s) in enumerate(zip(first.shapes, here, seconds, strict=True))
-            ],
-        )
+    first = found.schedules[0]
+    seconds = first.rank_seconds().reshape(len(first.shapes), -1).max(1)
+    here = [first.step == j for j in range(len(first.shapes))]
+    columns = "micro-step", "local columns", "distributed", "sequences", "of them local", "seconds"
+    rows = [
+        (j, *shape, int(at.sum()), int((first.rank[at] >= 0).sum()), number(float(s)))
+        for j, (shape, at, s) in enumerate(zip(first.shapes, here, seconds, strict=True))
+    ]
+    console = Console(terminal=False)
+    console.header(title, told)
+    console.table(
+        "estimated, all batches", balance_page.COLUMNS, balance_page.table(found, times="x")
+    )
+    console.table(f"the first batch: {first.rule}", columns, rows)

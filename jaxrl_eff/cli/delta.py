@@ -1,4 +1,4 @@
-"""Deltas of Hugging Face directories: what a fine-tune changed, as a small file.
+"""Stores what a fine-tune changed as a small file, and applies, removes or adds up such files.
 
   python -m jaxrl_eff delta diff --base=DIR --tuned=DIR --out=FILE
   python -m jaxrl_eff delta show FILE
@@ -7,11 +7,13 @@
   python -m jaxrl_eff delta remove --model=DIR --delta=FILE --out=DIR
   python -m jaxrl_eff delta compose FILE FILE --weights=1,0.5 --out=FILE
 
-Directories are read a tensor at a time and never changed. `apply` refuses what fails the audit of
-the limits that were given: exit status 1. What cannot be done at all is one line and status 2.
+Every DIR is a Hugging Face directory. Inputs are read one tensor at a time and never changed.
+Exit codes: 0 done; 1 the delta exceeds one of the --max limits (`apply` then writes nothing);
+2 the command cannot be done.
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,8 +24,9 @@ import numpy as np
 from jaxrl_eff.checkpoints import deltas, read_config
 from jaxrl_eff.checkpoints.deltas.coding import bound
 from jaxrl_eff.checkpoints.deltas.file import index_bytes
+from jaxrl_eff.cli import parser
 from jaxrl_eff.data.tokenizer import load_tokenizer
-from jaxrl_eff.train import config_file
+from jaxrl_eff.train.console import Console
 
 
 def _diff(args: argparse.Namespace) -> None:
@@ -44,17 +47,16 @@ def _show(args: argparse.Namespace) -> None:
         "entries": f"{delta.count:,} ({delta.density:.3%} of the tensors below)",
         "size": f"{size:,} bytes, {size / max(1, delta.count):.2f} an entry",
     }
-    for name, value in facts.items():
-        print(f"{name:11}  {value}")
-    width = max([6, *(len(_plain(name)) for name in delta.tensors)])
-    head = ("tensor", "shape", "dtype", "entries", "share", "bits/index", "bound")
-    row = f"{{:{width}}}  {{:>14}}  {{:>9}}  {{:>12}}  {{:>8}}  {{:>10}}  {{:>6}}"
-    print(row.format(*head))
+    rows = []
     for name, e in delta.tensors.items():
         shape = "x".join(map(str, e.shape)) or "scalar"
         each, least = 8 * indices[name] / len(e), bound(len(e), e.size)
         numbers = f"{len(e):,}", f"{len(e) / e.size:.3%}", f"{each:.2f}", f"{least:.2f}"
-        print(row.format(_plain(name), shape, e.dtype, *numbers))
+        rows.append((_plain(name), shape, e.dtype, *numbers))
+    columns = ("tensor", "shape", "dtype", "entries", "share", "bits/index", "bound")
+    console = Console(terminal=False, width=shutil.get_terminal_size((100, 24)).columns)
+    console.header(args.file, facts)
+    console.table("", columns, rows)
 
 
 def _plain(text: str) -> str:
@@ -149,66 +151,48 @@ def _rows(directory: str, path: Path, length: int) -> np.ndarray:
     return np.array([row + [-1] * (width - len(row)) for row in ids], np.int32)
 
 
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} should be numbers: 1,0.5") from None
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    words = parser.command("delta", __doc__)
+    commands = words.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-
-def _parser() -> argparse.ArgumentParser:
-    parser = config_file.Parser(
-        prog="python -m jaxrl_eff delta", allow_abbrev=False, description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=config_file.Parser)
-
-    def command(name: str, run: Callable[[argparse.Namespace], None], what: str) -> Any:
-        sub = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+    def command(name: str, run: Callable[[argparse.Namespace], None], what: str) -> parser.Parser:
+        sub = commands.add_parser(name, prog=f"{words.prog} {name}", help=what, description=what)
         sub.set_defaults(run=run)
-        return sub.add_argument
+        return sub
 
-    def audited(add: Any) -> None:
-        add("--max_share", type=float, help="most changed entries of a tensor, as a share")
-        add("--max_rms", type=float, help="largest ||change|| / ||tensor||")
-        add("--max_largest", type=float, help="largest |change| / |weight| of an entry")
-        add("--max_kl", type=float, help="KL from the base on the probe set, nats a token")
-        add("--probe", help="a text a line, on which KL is measured")
-        add("--probe_tokens", type=int, default=512, help="of each line (default 512)")
-        add("--json", help="write the audit here as well")
-
-    add = command("diff", _diff, "what a fine-tune changed, as a file")
-    add("--base", required=True, help="a Hugging Face directory")
-    add("--tuned", required=True, help="another, with the same tensors")
-    add("--out", required=True, help="the file to write")
-    add("--method", default="", help="how it was trained, for the record")
-    add("--no_originals", action="store_true", help="smaller, but cannot be removed or composed")
-    add = command("show", _show, "what is in a file")
-    add("file")
-    add = command("audit", _audit, "what a delta would do to its base")
-    add("--base", required=True, help="the Hugging Face directory that it was made for")
-    add("--delta", required=True, help="the file")
-    audited(add)
-    add = command("apply", _apply, "base and delta -> model, if the audit is passed")
-    add("--base", required=True, help="the Hugging Face directory that it was made for")
-    add("--delta", required=True, help="the file")
-    add("--out", required=True, help="the directory to write")
-    add("--undo", help="write a delta with originals here, for `remove`")
-    audited(add)
-    add = command("remove", _remove, "model and delta -> base, proven by its hash")
-    add("--model", required=True, help="what `apply` wrote")
-    add("--delta", required=True, help="the file, with originals")
-    add("--out", required=True, help="the directory to write")
-    add = command("compose", _compose, "the weighted sum of deltas of one base")
-    add("files", nargs="+")
-    add("--weights", type=_numbers, help="one for each file: 1,0.5 (default 1 each)")
-    add("--out", required=True, help="the file to write")
-    return parser
+    sub = command("diff", _diff, "write the difference of two models to a file")
+    sub.option("--base", "DIR", "the model before fine-tuning")
+    sub.option("--tuned", "DIR", "the model after it, with the same tensors")
+    sub.option("--out", "FILE", "where to write the delta")
+    sub.option("--method", "TEXT", "how it was trained, to be recorded", default="")
+    sub.flag("--no_originals", "leave out old values: smaller, but no `remove` or `compose`")
+    sub = command("show", _show, "print what a delta contains, tensor by tensor")
+    sub.add_argument("file", metavar="FILE", help="the delta")
+    _audited(command("audit", _audit, "measure how much a delta would change its base"))
+    sub = command("apply", _apply, "write base plus delta, if it stays within the limits")
+    sub.option("--out", "DIR", "where to write the model")
+    sub.option("--undo", "FILE", "also write a delta with originals, for `remove`", default=None)
+    _audited(sub)
+    sub = command("remove", _remove, "restore the base exactly; its hash is checked")
+    sub.option("--model", "DIR", "what `apply` wrote")
+    sub.option("--delta", "FILE", "the delta, with originals")
+    sub.option("--out", "DIR", "where to write the base")
+    sub = command("compose", _compose, "write the weighted sum of deltas of one base")
+    sub.add_argument("files", nargs="+", metavar="FILE", help="deltas, with originals")
+    each = "one weight for each delta, e.g. 1,0.5 (default: all 1)"
+    sub.option("--weights", "N,N", each, parser.numbers(float), None)
+    sub.option("--out", "FILE", "where to write the delta")
+    return words.run(argv, lambda args: args.run(args))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command; what is wrong with it is one line and exit code 2."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    with config_file.explained():
-        args.run(args)
+def _audited(sub: parser.Parser) -> None:
+    sub.option("--base", "DIR", "the model that the delta was made for")
+    sub.option("--delta", "FILE", "the delta")
+    sub.option("--max_share", "X", "most changed entries of a tensor, as a share", float, None)
+    sub.option("--max_rms", "X", "largest ||change|| / ||tensor||", float, None)
+    sub.option("--max_largest", "X", "largest |change| / |weight| of an entry", float, None)
+    sub.option("--max_kl", "X", "largest KL from the base on --probe, nats a token", float, None)
+    sub.option("--probe", "FILE", "texts on which KL is measured, one a line", default=None)
+    sub.option("--probe_tokens", "N", "tokens of each line that are read", int, 512)
+    sub.option("--json", "FILE", "also write the audit as JSON", default=None)

@@ -1,7 +1,9 @@
-"""`python -m jaxrl_eff doctor`: what is installed, what the devices are and give, what is missing.
+"""Checks the installation: versions, devices, measured speed, and what is missing.
 
-Exit status 0 if training can run, 1 if something needed is missing or known not to work, 2 if the
-command or an environment variable asks for what cannot be. Nothing is changed or downloaded.
+  python -m jaxrl_eff doctor
+
+Nothing is changed or downloaded. Exit codes: 0 training can run; 1 something it needs is missing or
+known not to work; 2 the command or an environment variable asks for something impossible.
 """
 
 import importlib.metadata
@@ -12,9 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jaxrl_eff.cli import parser
 from jaxrl_eff.parallel import host
-from jaxrl_eff.train import config_file
-from jaxrl_eff.train.console import Console, number
 
 # Import names differ from the names of distributions; both are needed.
 REQUIRED = (
@@ -146,6 +147,7 @@ def notes(devices: list[Any]) -> list[str]:
 def rates(device: Any) -> list[list[str]]:
     """Measured rates of one device; about a second on a CPU."""
     from jaxrl_eff.parallel.devices import measure_copy, measure_matmul, peak_flops_per_s
+    from jaxrl_eff.train.console import number
 
     rows = []
     for dtype in ("float32", "bfloat16"):
@@ -160,17 +162,20 @@ def rates(device: Any) -> list[list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the findings; returns the exit status."""
-    parser = config_file.Parser(prog="python -m jaxrl_eff doctor", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="don't measure rates")
-    options = parser.parse_args(argv)
-    with config_file.explained():
-        return _examine(options.quick)
+    words = parser.command("doctor", __doc__)
+    words.add_argument("--quick", action="store_true", help="do not measure the speed")
+    return words.run(argv, lambda options: _examine(options.quick))
 
 
 def _examine(quick: bool) -> int:
-    console = Console(terminal=False, width=shutil.get_terminal_size((100, 24)).columns)
     versions = {name: version(name) for name in REQUIRED}
     broken = problems(versions)
+    if versions["rich"] is None:  # without it the rest cannot be printed
+        print("\n".join(f"broken: {problem}" for problem in broken))
+        return 1
+    from jaxrl_eff.train.console import Console
+
+    console = Console(terminal=False, width=shutil.get_terminal_size((100, 24)).columns)
     shown = {name: have or "MISSING" for name, have in versions.items()}
     console.header(
         "versions",

@@ -1,27 +1,29 @@
-"""Prints what a model says, token by token.
+"""Prints what a model answers, token by token.
 
-  python -m jaxrl_eff generate --model=DIR --prompt="Once upon a time" --max_tokens=100
+  python -m jaxrl_eff generate --model=runs/quickstart --prompt="123>" --temperature=0
   python -m jaxrl_eff generate --model=DIR --chat
 
-DIR is a Hugging Face directory, or the working directory of a run, whose `export/` is one. The
-model, the cache and the draw are those of `rollout.sample`, which gives the same tokens for the
-same seed; only the loop is on the host here, so that every token is shown as it comes.
-
-Left out: several devices, and keeping the cache between the turns of a conversation.
+--model is a Hugging Face directory, or the workdir of a run that exported its model. With --prompt
+only the continuation is printed. With --chat every line of standard input is answered, through the
+chat template of the checkpoint; end the conversation with Ctrl-D. The same seed gives the same
+tokens as in training. It runs on one device.
 """
+
+# The model, the cache and the draw are those of `rollout.sample`; only the loop is on the host, so
+# that every token is shown as it comes. Left out: keeping the cache between turns of a chat.
 
 import argparse
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_eff.checkpoints import load_hf, read_config
+from jaxrl_eff.cli import parser
 from jaxrl_eff.data.chat import render_chat
 from jaxrl_eff.data.text import decode_stream
 from jaxrl_eff.data.tokenizer import Tokenizer, load_tokenizer
@@ -32,7 +34,6 @@ from jaxrl_eff.parallel import host
 from jaxrl_eff.rollout import cache as kv
 from jaxrl_eff.rollout.generate import small
 from jaxrl_eff.rollout.sampling import Sampling, draw, uniforms
-from jaxrl_eff.train import config_file
 from jaxrl_eff.types import Array, Float, Int, Key, PyTree
 
 # Prompts are padded to multiples of this, so that a conversation compiles few programs.
@@ -119,8 +120,20 @@ def find(directory: str) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"--model={directory}: there is no such directory.")
     raise FileNotFoundError(
-        f"--model={directory}: it holds neither a config.json nor an export/ with one."
+        f"--model={directory} holds neither a config.json nor an export/ with one."
     )
+
+
+def language_model(directory: Path, ignore: Sequence[str] = ()) -> LMConfig:
+    """The config of a model that writes text.
+
+    Raises:
+        ValueError: it is a value model.
+    """
+    cfg = read_config(directory, ignore=ignore)
+    if cfg.head != "lm":
+        raise ValueError(f"{directory} holds a value model, which cannot write text.")
+    return cfg
 
 
 def _room(cfg: LMConfig, prompt: Sequence[int], asked: int | None) -> int:
@@ -149,32 +162,7 @@ def _load(directory: Path, cfg: LMConfig, ignore: Sequence[str]) -> PyTree:
     return params
 
 
-def _say(
-    cfg: LMConfig,
-    params: PyTree,
-    sampling: Sampling,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    key: Key[Array, ""],
-) -> str:
-    """Prints a response as it comes, and returns it."""
-    text = ""
-    ids = stream(cfg, params, sampling, prompt, key)
-    for piece in decode_stream(tokenizer, ids, after=prompt):
-        print(piece, end="", flush=True)
-        text += piece
-    print(flush=True)
-    return text
-
-
-def _chat(
-    cfg: LMConfig,
-    params: PyTree,
-    sampling: Sampling,
-    tokenizer: Tokenizer,
-    asked: int | None,
-    key: Key[Array, ""],
-) -> None:
+def _chat(tokenizer: Tokenizer, say: Callable[[Sequence[int], int], str]) -> None:
     """Answers every line of standard input until it ends."""
     messages: list[dict[str, str]] = []
     while True:
@@ -187,52 +175,38 @@ def _chat(
             continue
         messages.append({"role": "user", "content": line.rstrip("\n")})
         text = render_chat(tokenizer, messages, add_generation_prompt=True)
-        prompt = tokenizer.encode(text)
-        sampling = dataclasses.replace(sampling, max_tokens=_room(cfg, prompt, asked))
-        answer_key = jax.random.fold_in(key, len(messages))
-        answer = _say(cfg, params, sampling, tokenizer, prompt, answer_key)
+        answer = say(tokenizer.encode(text), len(messages))
         messages.append({"role": "assistant", "content": answer})
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = config_file.Parser(
-        prog="python -m jaxrl_eff generate", description="Prints what a model says.",
-        allow_abbrev=False,
-    )  # fmt: skip
-    add: Any = parser.add_argument
-    add("--model", required=True, help="a Hugging Face directory, or the workdir of a run")
-    add("--ignore", default="", help="fields and tensors of its files to pass over, by commas")
-    add("--prompt", help="text to continue; only the continuation is printed")
-    add("--chat", action="store_true", help="answer lines of standard input as a conversation")
-    add("--max_tokens", type=int, help=f"longest response (default {_DEFAULT_TOKENS}, if it fits)")
-    add("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)")
-    add("--top_k", type=int, default=0, help="draw from the k likeliest tokens; 0: from all")
-    add("--top_p", type=float, default=1.0, help="draw from the likeliest that sum to this")
-    add("--seed", type=config_file.SEED, default=0, help="of the random draws (default 0)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
-        help="of the parameters and the arithmetic (default float32)")  # fmt: skip
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; what is wrong with it is one line and exit code 2."""
-    parser = _parser()
-    args = parser.parse_args(argv)
-    if (args.prompt is None) != args.chat:
-        parser.error("give either --prompt=TEXT or --chat.")
-    with config_file.explained():
-        _run(args)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    words = parser.command("generate", __doc__)
+    add = words.option
+    add("--model", "DIR", parser.MODEL)
+    add("--prompt", "TEXT", "the text to continue", default=None)
+    words.flag("--chat", "hold a conversation on standard input")
+    longest = f"longest answer (default {_DEFAULT_TOKENS}, or what the context leaves)"
+    add("--max_tokens", "N", longest, int, None)
+    add("--temperature", "T", "0 always takes the likeliest token", float, 1.0)
+    add("--top_k", "K", "sample from the K likeliest tokens; 0: from all", int, 0)
+    add("--top_p", "P", "sample from the likeliest tokens that sum to this", float, 1.0)
+    add("--seed", "N", parser.SEED_OF, parser.SEED, 0)
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", "NAME", f"one of {', '.join(dtypes)}", default=dtypes[0], choices=dtypes)
+    unread = "fields and tensors of the checkpoint to ignore, separated by commas"
+    add("--ignore", "NAMES", unread, default="")
+    return words.run(argv, _run)
 
 
 def _run(args: argparse.Namespace) -> None:
     # Everything that can be wrong is found before the weights are read.
+    if (args.prompt is None) != args.chat:
+        raise ValueError("give either --prompt=TEXT or --chat; see --help.")
     host.devices()
     directory = find(args.model)
     ignore = tuple(filter(None, args.ignore.split(",")))
-    cfg = read_config(directory, ignore=ignore)
-    cfg = cfg.replace(dtype=args.dtype, param_dtype=args.dtype)
-    if cfg.head != "lm":
-        raise ValueError(f"{directory} holds a value model, which says nothing.")
+    cfg = language_model(directory, ignore).replace(dtype=args.dtype, param_dtype=args.dtype)
     tokenizer = load_tokenizer(directory, ignore=ignore)
     asked = args.max_tokens
     sampling = Sampling(
@@ -245,9 +219,23 @@ def _run(args: argparse.Namespace) -> None:
     key = jax.random.key(args.seed)
     if args.chat:
         render_chat(tokenizer, [{"role": "user", "content": ""}], add_generation_prompt=True)
-        _room(cfg, [0], asked)
-        _chat(cfg, _load(directory, cfg, ignore), sampling, tokenizer, asked, key)
-        return
-    prompt = tokenizer.encode(args.prompt, special=True)
-    sampling = dataclasses.replace(sampling, max_tokens=_room(cfg, prompt, asked))
-    _say(cfg, _load(directory, cfg, ignore), sampling, tokenizer, prompt, key)
+    prompt = [0] if args.chat else tokenizer.encode(args.prompt, special=True)
+    _room(cfg, prompt, asked)
+    params = _load(directory, cfg, ignore)
+
+    def say(prompt: Sequence[int], turn: int | None = None) -> str:
+        """Prints a response as it comes, and returns it."""
+        own = key if turn is None else jax.random.fold_in(key, turn)
+        limited = dataclasses.replace(sampling, max_tokens=_room(cfg, prompt, asked))
+        pieces = []
+        ids = stream(cfg, params, limited, prompt, own)
+        for piece in decode_stream(tokenizer, ids, after=prompt):
+            print(piece, end="", flush=True)
+            pieces.append(piece)
+        print(flush=True)
+        return "".join(pieces)
+
+    if args.chat:
+        _chat(tokenizer, say)
+    else:
+        say(prompt)

@@ -1,14 +1,16 @@
-r"""Measures how far back a model remembers: hidden needles by depth and length, loss by position.
+"""Measures how far back a model remembers.
 
   python -m jaxrl_eff needle --model=runs/long --lengths=64,128,256,512 --page=needle.html
   python -m jaxrl_eff needle --model=DIR --lengths=1024,4096,16384 --text=book.txt
 
-A needle is found if every token of its answer is the likeliest one after those before it. With a
-tokenizer of characters the needle is a digit in a row of letters (`data/needles.py`); otherwise a
-sentence with a number, at depths from the begin to the end of the text given. With --text the loss
-of that text is shown by position as well: a model that uses its context gets better along it.
+A needle is a short fact hidden in a long text, which the model is then asked for. The command hides
+needles at several depths in texts of several lengths, and prints the share that is found: those
+where every token of the answer is the likeliest one. If the model's tokens are single characters,
+a needle is a digit in a row of letters; else it is a sentence with a number in the text of --text.
+With --text the loss of that text is printed by position, too: it falls along the text if the model
+uses its context.
 
-Exit codes: 0 measured; 2 something in the command is wrong.
+Exit codes: 0 measured; 2 the command cannot be done.
 """
 
 import argparse
@@ -24,20 +26,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_eff.checkpoints import load_hf, read_config
-from jaxrl_eff.cli.generate import find
-from jaxrl_eff.cli.pages import page as frame
-from jaxrl_eff.cli.pages import svg as charts
-from jaxrl_eff.cli.pages.svg import escaped
+from jaxrl_eff.checkpoints import load_hf
+from jaxrl_eff.cli import parser
+from jaxrl_eff.cli.generate import find, language_model
+from jaxrl_eff.cli.pages import needle_page
 from jaxrl_eff.data import needles
 from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
 from jaxrl_eff.models import LMConfig, apply, unembed
 from jaxrl_eff.parallel import Placement, host
 from jaxrl_eff.parallel.attention import sequence
-from jaxrl_eff.train import config_file
+from jaxrl_eff.train.console import Console
 from jaxrl_eff.types import Array, Float, Int, PyTree
-
-Grid = dict[tuple[int, float], float]  # (length, depth) -> share
 
 SENTENCE, ASKED = " The number of the harbour is {}.", "\nThe number of the harbour is"
 _WHOLE = 2048  # tokens
@@ -169,107 +168,45 @@ def by_position(
     return [(float((a + b) / 2), float(loss[a:b].mean())) for a, b in bins]
 
 
-def heat(found_: Grid) -> str:
-    """The grid as an SVG: a column a length, a row a depth, greener for more found."""
-    lengths, depths = (sorted({k[i] for k in found_}) for i in (0, 1))
-    wide, high, left, top = 62, 26, 66, 8
-    parts = []
-    for (length, depth), share in found_.items():
-        x, y = left + lengths.index(length) * wide, top + depths.index(depth) * high
-        parts.append(
-            f'<rect x="{x}" y="{y}" width="{wide - 3}" height="{high - 3}" rx="3" '
-            f'fill="{charts.color(2)}" fill-opacity="{0.08 + 0.92 * share:.3f}"/>'
-            f'<text x="{x + wide / 2 - 1}" y="{y + 15}" text-anchor="middle" '
-            f'style="fill:var(--fg)">{share:.0%}</text>'
-        )
-    bottom = top + len(depths) * high
-    for i, depth in enumerate(depths):
-        y = top + i * high + 15
-        parts.append(f'<text x="{left - 8}" y="{y}" text-anchor="end">{depth:.0%}</text>')
-    for i, length in enumerate(lengths):
-        x = left + i * wide + wide / 2 - 1
-        parts.append(f'<text x="{x}" y="{bottom + 13}" text-anchor="middle">{length:,}</text>')
-    width = left + len(lengths) * wide
-    svg = charts.svg_of("chart", bottom + 20, parts, width=width)
-    return f'<div style="max-width:{1.3 * width:.0f}px">{svg}</div>'
-
-
-def page(title: str, found_: Grid, loss: Sequence[Any]) -> str:
-    """Both figures on a page that holds all it shows."""
-    mean = sum(found_.values()) / len(found_)
-    body = (
-        f"<header><h1>{escaped(title)}</h1><p class=lead>{mean:.0%} of the needles are "
-        "found.</p></header><section><h2>Needles by depth and length</h2><div class=wide>"
-        f"{heat(found_)}</div><p class=dim>Depth 0 % is the begin of the text; lengths are tokens."
-        "</p></section>"
-    )
-    if loss:
-        body += (
-            "<section><h2>Loss by position</h2>"
-            f"{frame.figure('nats a token', {'': list(loss)})}</section>"
-        )
-    return frame.whole(title, body)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints and draws."""
-    parser = config_file.Parser(
-        prog="python -m jaxrl_eff needle",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add: Any = parser.add_argument
-    add("--model", required=True, help="a Hugging Face directory, or the workdir of a run")
-    add("--lengths", default="64,128,256", help="tokens, separated by commas (%(default)s)")
-    add("--depths", type=int, default=5, help="how many (%(default)s)")
-    add("--samples", type=int, default=8, help="needles a length and depth (%(default)s)")
-    add("--text", help="a file: hides the needles, and its loss is shown by position")
-    add("--seed", type=config_file.SEED, default=0, help="of the needles (%(default)s)")
-    add("--page", metavar="FILE.html", help="draws both figures")
-    args = parser.parse_args(argv)
-    with config_file.explained():
-        _run(args)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    words = parser.command("needle", __doc__)
+    add = words.option
+    add("--model", "DIR", parser.MODEL)
+    add("--lengths", "N,N", "lengths of the texts in tokens", parser.numbers(int), [64, 128, 256])
+    add("--depths", "N", "number of depths, evenly from beginning to end", parser.COUNT, 5)
+    add("--samples", "N", "needles for each length and depth", parser.COUNT, 8)
+    add("--text", "FILE", "text to hide needles in and to measure the loss of", default="")
+    add("--seed", "N", parser.SEED_OF, parser.SEED, 0)
+    add("--page", "FILE.html", parser.PAGE, default=None)
+    return words.run(argv, _run)
 
 
 def _run(args: argparse.Namespace) -> None:
     host.devices()
-    try:
-        lengths = sorted({int(n) for n in args.lengths.split(",")})
-    except ValueError:
-        raise ValueError(f"--lengths={args.lengths} is no list of integers.") from None
-    for name in ("depths", "samples"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}, but must be at least 1.")
+    lengths = sorted(set(args.lengths))
     directory = find(args.model)
-    cfg = read_config(directory)
-    if cfg.head != "lm":
-        raise ValueError(f"{directory} holds a value model, which says nothing.")
+    cfg = language_model(directory)
     if lengths[0] < 1:
         raise ValueError(f"--lengths has {lengths[0]}, but must be at least 1.")
     if lengths[-1] > cfg.max_length:
-        print(
-            f"note: {lengths[-1]} tokens are more than the model's {cfg.max_length}.",
-            file=sys.stderr,
-        )
+        note = f"note: {lengths[-1]} tokens are more than the model's {cfg.max_length}."
+        print(note, file=sys.stderr)
     text = Path(args.text).read_text(encoding="utf-8") if args.text else ""
     tokenizer = load_tokenizer(directory)
     all_cases = cases(tokenizer, lengths, args.depths, args.samples, text, args.seed)
     params = load_hf(directory, cfg)
     share = grid(cfg, params, all_cases)
+    console = Console(terminal=False)
     depths = sorted({depth for _, depth in share})
-    print("needles found, by depth and length in tokens")
-    print(" " * 6 + "".join(f"{n:>9,}" for n in lengths))
-    for depth in depths:
-        print(f"{depth:>6.0%}" + "".join(f"{share[n, depth]:>9.0%}" for n in lengths))
+    rows = [[f"{d:.0%}", *(f"{share[n, d]:.0%}" for n in lengths)] for d in depths]
+    columns = ["depth", *(f"{n:,}" for n in lengths)]
+    console.table("needles found, by depth and length in tokens", columns, rows)
     loss = []
     if text:
         loss = by_position(cfg, params, tokenizer.encode(text), lengths[-1])
-        print("\nloss of the text, nats a token")
-        for at, value in loss:
-            print(f"{at:>9,.0f} {value:9.4f}")
+        rows = [[f"{at:,.0f}", f"{value:.4f}"] for at, value in loss]
+        console.table("loss of the text", ["position", "nats a token"], rows)
     if args.page:
-        path = Path(args.page)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(f"What {args.model} remembers", share, loss), encoding="utf-8")
-        print(f"written: {path}")
+        title = f"What {args.model} remembers"
+        parser.write_page(args.page, needle_page.page(title, share, loss))

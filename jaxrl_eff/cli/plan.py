@@ -1,28 +1,29 @@
-r"""Plans a config's stages for a cluster, without the cluster: where each call runs, and how fast.
+"""Plans where each call of a config runs on a cluster, and predicts how fast, without the cluster.
 
   python -m jaxrl_eff plan --config=configs/ppo.py --cluster=h100:16x8
   python -m jaxrl_eff plan --config=configs/grpo_gsm8k.py:model=DIR --cluster=v5p:4x4x4 --stage=grpo
 
-It needs no accelerator, reads no weights and no data: sizes come from the config and, of a
-checkpoint, from its config.json. It prints the plan, its predicted time and memory, what plans made
-by rule would take, where the time goes, and how far from the best the plan can be at most; and
-writes plan.json (tables that config.STAGE.plan takes), timeline.html, and trace.json for
-ui.perfetto.dev. Values of the config are changed as in training: --config.a.b=c.
+No accelerator, weights or data are needed: sizes come from the config and from a checkpoint's
+config.json. For every stage the command prints the plan, its predicted time and memory, what plans
+made by simple rules would take, where the time goes, and how much faster the best plan could be at
+most. It writes plan.json (the tables that config.STAGE.plan takes), timeline.html, and trace.json
+for ui.perfetto.dev. --config.a.b=c changes a value of the config, as in training.
 
-Exit codes: 0 planned; 2 something in the command is wrong, or no plan fits.
+Exit codes: 0 planned; 2 the command cannot be done, or no plan fits.
 """
 
 import argparse
 import dataclasses
 import json
-import math
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxrl_eff.cli import parser
+from jaxrl_eff.cli.pages import devices
 from jaxrl_eff.train import config_file, settings
+from jaxrl_eff.train.console import Console, number
 
 
 class Outline(NamedTuple):
@@ -155,35 +156,27 @@ def problem(outline: Outline, **options: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Plans, prints and writes; returns the exit status."""
+    """Runs the command and returns its exit code."""
     # Sizes are computed with JAX, on no device: an accelerator would be taken from its user.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    with config_file.explained():
-        options = _parse(sys.argv[1:] if argv is None else list(argv))
-        run = settings.run(config_file.load(options.config, options.changes))
-        plan_all(run, options)
-    return 0
+    words = parser.command("plan", __doc__)
+    add = words.option
+    add("--config", "FILE[:ARG]", "the config of a run")
+    changes = "written --config.NAME=VALUE: changes a value of the config"
+    add(f"--{config_file.FLAG}", "NAME=VALUE", changes, default=[], dest="changes", action="append")
+    add("--cluster", "NAME:SIZES", "e.g. h100:16x8 or v5p:4x4x4; local: the devices here")
+    add("--stage", "NAME", "the stage to plan (default: all with more than one call)", default="")
+    add("--workdir", "DIR", "where the files are written", default="runs/plan")
+    seconds, tried = "time to search for a stage's plan", "plans to try instead of a time limit"
+    add("--seconds", "S", seconds, parser.number(float, 0), 20.0)
+    add("--evaluations", "N", tried, parser.COUNT, None)
+    add("--seed", "N", parser.SEED_OF, parser.SEED, 0)
+    add("--smallest", "N", "smallest number of devices of a call", parser.COUNT, 1)
+    return words.run(argv, _run)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = config_file.Parser(
-        prog="python -m jaxrl_eff plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--config", required=True, metavar="FILE[:ARG]", help="a file of configs/")
-    add(f"--{config_file.FLAG}", dest="changes", action="append", default=[], metavar="NAME=VALUE",
-        help="written --config.NAME=VALUE: changes a value of the config")  # fmt: skip
-    add("--cluster", required=True, metavar="NAME:SIZES", help="h100:16x8, v5p:4x4x4, local, ...")
-    add("--stage", default="", help="plans this stage only; by default all with more than one call")
-    add("--workdir", default="runs/plan", help="where plan.json, timeline.html, trace.json go")
-    add("--seconds", type=float, default=20.0, help="how long to search, a stage")
-    add("--evaluations", type=int, help="plans to try instead, for a result without a clock")
-    add("--seed", type=config_file.SEED, default=0, help="of the search's random changes")
-    add("--smallest", type=int, default=1, help="devices of the smallest mesh")
-    return parser.parse_args(config_file.rewrite(argv))
+def _run(options: argparse.Namespace) -> None:
+    plan_all(settings.run(config_file.load(options.config, options.changes)), options)
 
 
 def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
@@ -196,14 +189,9 @@ def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
     from jaxrl_eff.planner import clusters
     from jaxrl_eff.planner.search import search
     from jaxrl_eff.train import parts
-    from jaxrl_eff.train.console import Console
 
     cluster = clusters.parse(options.cluster)
     chosen = _chosen(outlines(run), options.stage)
-    for name, low in (("seconds", 0.0), ("evaluations", 1), ("smallest", 1)):
-        value = getattr(options, name)
-        if value is not None and not low <= value < math.inf:
-            raise ValueError(f"--{name} is {value}, but must be at least {low}.")
     plans = []
     with Console(terminal=False) as console:
         for outline in chosen:
@@ -234,78 +222,86 @@ def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
 
 def _chosen(found: list[Outline], stage: str) -> list[Outline]:
     if stage:
-        if stage not in [o.name for o in found]:
-            raise ValueError(f"--stage={stage} is none of {[o.name for o in found]}.")
+        names = [o.name for o in found]
+        if stage not in names:
+            raise ValueError(f"--stage: unknown stage {stage!r}; expected one of {names}.")
         return [o for o in found if o.name == stage]
     several = [o for o in found if sum(c.of is not None for c in o.graph.calls) > 1]
     return several or found
 
 
 def _print(planned: Any, console: Any) -> None:
-    from jaxrl_eff.cli.pages import plan_page, svg
+    from jaxrl_eff.cli.pages import plan_page
     from jaxrl_eff.planner import zero_advice
-    from jaxrl_eff.planner.simulate import Simulation
-    from jaxrl_eff.train.console import number
 
-    found, cluster, gib = planned.found, planned.cluster, plan_page._gib
-    done = found.schedule
-    fullest = max(done.groups, key=lambda g: g.bytes)
-    console.header(
-        f"{planned.stage} on {cluster.name}",
-        {
-            "step": f"{number(done.seconds)} s, predicted",
-            "memory": (
-                f"{gib(fullest.bytes)} of {gib(cluster.memory_bytes)} on devices "
-                f"{svg.device_range(fullest.devices)}: {gib(fullest.static_bytes)} always, "
-                f"{gib(fullest.active_bytes)} in {fullest.busiest}"
-            ),
-            "certificate": _certificate(found),
-            "search": f"{found.evaluated:,} plans in {found.seconds:.1f} s",
-            **plan_page.packed(planned),
-        },
+    done = planned.found.schedule
+    console.header(f"{planned.stage} on {planned.cluster.name}", _facts(planned))
+    columns = [c for c in plan_page.COLUMNS if c not in ("kind", "model")]
+    rows = [(name, *row) for name, _, _, *row in plan_page.calls(planned)]
+    console.table("plan", columns, rows)
+    console.table(
+        "against plans made by rule", ["rule", "step", "the plan's gain"], _rules(planned)
     )
-    works = [w for w in planned.problem.works if w.model is not None]
-    rows = []
-    for w in works:
-        p, cost = found.plan[w.name], done.costs[w.name]
-        where = svg.device_range(p.devices)
-        held = gib(cost.static_bytes + cost.active_bytes)
-        mesh = plan_page.mesh(p)
-        rows.append([w.name, where, mesh, p.microbatches, number(cost.seconds), held])
-    console.table("plan", ["call", "devices", "mesh", "microbatches", "seconds", "memory"], rows)
-    rows = []
-    for name, said in found.heuristics.items():
-        if isinstance(said, Simulation):
-            rows.append([name, f"{number(said.seconds)} s", f"{said.seconds / done.seconds:.2f}x"])
-        else:
-            rows.append([name, "-", said])
-    console.table("against plans made by rule", ["rule", "step", "the plan's gain"], rows)
-    rows = []
-    for w in planned.problem.works:
-        cost = done.costs[w.name]
-        spent = plan_page.time_parts(done, w.name)
-        told = ", ".join(f"{what} {share:.0%}" for what, share in spent[:4] if share >= 0.01)
-        rows.append([w.name, number(cost.seconds), f"{cost.seconds / done.seconds:.0%}", told])
-    for name, seconds in plan_page.moved(done):
-        kind = "reallocation" if name.partition("->")[0] in planned.problem.roles else "transfer"
-        rows.append([name, number(seconds), f"{seconds / done.seconds:.1%}", kind])
-    console.table("where the time goes", ["call", "seconds", "of the step", "for"], rows)
-    told = zero_advice.advice(planned.problem, cluster)
-    for one in told:
+    console.table(
+        "where the time goes", ["call", "seconds", "of the step", "for"], _where_time_goes(planned)
+    )
+    for one in zero_advice.advice(planned.problem, planned.cluster):
         console.line(f"between nodes: {one.text()}")
+    gib = plan_page.gib
     rows = [
-        [
-            svg.device_range(g.devices),
-            gib(g.bytes),
-            gib(g.static_bytes),
-            gib(g.active_bytes),
+        (
+            devices.device_range(g.devices),
+            *map(gib, (g.bytes, g.static_bytes, g.active_bytes)),
             g.busiest,
-        ]
+        )
         for g in done.groups
     ]
     console.table(
         "memory of a device", ["devices", "peak", "always", "at most besides", "in"], rows
     )
+
+
+def _facts(planned: Any) -> dict[str, str]:
+    from jaxrl_eff.cli.pages import plan_page
+
+    found, gib = planned.found, plan_page.gib
+    fullest = max(found.schedule.groups, key=lambda g: g.bytes)
+    return {
+        "step": f"{number(found.schedule.seconds)} s, predicted",
+        "memory": (
+            f"{gib(fullest.bytes)} of {gib(planned.cluster.memory_bytes)} on devices "
+            f"{devices.device_range(fullest.devices)}: {gib(fullest.static_bytes)} always, "
+            f"{gib(fullest.active_bytes)} in {fullest.busiest}"
+        ),
+        "certificate": _certificate(found),
+        "search": f"{found.evaluated:,} plans in {found.seconds:.1f} s",
+        **plan_page.packed(planned),
+    }
+
+
+def _rules(planned: Any) -> list[tuple[str, str, str]]:
+    best = planned.found.schedule.seconds
+    return [
+        (name, "-", said)
+        if isinstance(said, str)
+        else (name, f"{number(said.seconds)} s", f"{said.seconds / best:.2f}x")
+        for name, said in planned.found.heuristics.items()
+    ]
+
+
+def _where_time_goes(planned: Any) -> list[tuple[str, str, str, str]]:
+    from jaxrl_eff.cli.pages import plan_page
+
+    done, rows = planned.found.schedule, []
+    for w in planned.problem.works:
+        seconds = done.costs[w.name].seconds
+        spent = plan_page.time_parts(done, w.name)
+        told = ", ".join(f"{what} {share:.0%}" for what, share in spent[:4] if share >= 0.01)
+        rows.append((w.name, number(seconds), f"{seconds / done.seconds:.0%}", told))
+    for name, seconds in plan_page.moved(done):
+        kind = "reallocation" if name.partition("->")[0] in planned.problem.roles else "transfer"
+        rows.append((name, number(seconds), f"{seconds / done.seconds:.1%}", kind))
+    return rows
 
 
 def _certificate(found: Any) -> str:

@@ -1,15 +1,17 @@
-"""`python -m jaxrl_eff report DIR`: a run directory as one page, DIR/report.html.
+"""Draws the page of a run: DIR/report.html, one file that needs no network.
 
-The page holds everything it shows: curves, plan, the calls of a step over time, samples, config.
-It reads what a run writes (metrics.jsonl, samples.jsonl, and result, plan, timeline and config as
-.json), and says what is absent, so a run that was cut short has a report as well.
+  python -m jaxrl_eff report runs/quickstart
+
+The page shows the result, curves of all metrics, the plan, the calls of one step over time, samples
+and the config. It is drawn from the files that a run writes into its workdir. What is missing is
+named on the page, so a run that is still going, or was cut short, has a report too.
 """
 
 from pathlib import Path
 
 from jaxrl_eff import files
+from jaxrl_eff.cli import parser
 from jaxrl_eff.cli.pages import run
-from jaxrl_eff.train import config_file
 
 
 def write(workdir: str | Path) -> Path:
@@ -26,9 +28,6 @@ def write(workdir: str | Path) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Writes the report; returns the exit status."""
-    parser = config_file.Parser(prog="python -m jaxrl_eff report", description=__doc__)
-    parser.add_argument("workdir", help="directory of a run")
-    options = parser.parse_args(argv)
-    with config_file.explained():
-        print(write(options.workdir))
-    return 0
+    words = parser.command("report", __doc__)
+    words.add_argument("workdir", help="the directory of a run")
+    return words.run(argv, lambda options: print(write(options.workdir)))

@@ -261,12 +261,13 @@ class Adaptation:
     Attributes:
         init: params -> optimizer state.
         leaves: (params, opt) -> the differentiated arrays, by name.
-        attach: (params, opt, leaves) -> the parameters that a call's function reads.
+        attach: (params, opt, leaves) -> the parameters with the leaves, for `Spec.view`.
         update: (gradients of the leaves, opt, params, finite) -> (params, opt), both unchanged
             unless `finite`; its temporaries are no larger than the trained part.
         extended: parameters of the base model -> all parameters that the model starts with.
-        axes: name of a leaf of the optimizer state -> logical axes of its first axes; None for a
-            leaf that is sharded like its parameter, or replicated.
+        axes: name of a leaf of the optimizer state, or of a differentiated array that is not a
+            parameter -> logical axes of its first axes; None for a leaf that is sharded like its
+            parameter, or replicated.
         due: step of the stage -> True if `reselect` runs before it; None: never.
         probes: (params, opt) -> leaves whose gradients `reselect` needs; None: it needs no
             gradient.
@@ -298,6 +299,8 @@ class Spec(NamedTuple):
         tx: the optax transform or `Adaptation`, if a call trains the model.
         sends: precision of weights and gradients sent between the nodes of a train call; None:
             unquantized, with communication left to the compiler.
+        view: parameters, as stored -> the parameters that functions of calls read; None: the same.
+        codes: names of parameters that are never quantized when sent, since they are codes already.
 
     Example:
         >>> from jaxrl_eff import LMConfig, Spec, abstract, logical_axes
@@ -311,6 +314,20 @@ class Spec(NamedTuple):
     axes: Any
     tx: optax.GradientTransformation | Adaptation | None = None
     sends: levels.ZeroConfig | None = None
+    view: Callable[[Any], Any] | None = None
+    codes: frozenset[str] = frozenset()
+
+
+def viewed(c: Call, spec: Spec | None) -> Call:
+    """Returns the call with functions of stored parameters, which it passes on as their view."""
+    if spec is None or spec.view is None:
+        return c
+
+    def of_view(fn: Callable) -> Callable:
+        return lambda params, *args: fn(spec.view(params), *args)
+
+    forward = None if c.forward is None else of_view(c.forward)
+    return dataclasses.replace(c, fn=of_view(c.fn), forward=forward)
 
 
 def order(graph: Graph) -> tuple[Call, ...]:

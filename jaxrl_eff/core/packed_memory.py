@@ -21,7 +21,7 @@ def needs(step: Step, place: Placement, shapes: Sequence[Shape]) -> float:
         shapes: of micro-batches.
     """
     most = 0.0
-    for c in [c for c in step.packed if step.plan[c.name].bare == place]:
+    for c in [c for c in step.packs.calls if step.plan[c.name].bare == place]:
         lowered = step.runners[c.name].lower_shapes(shapes, step.made[c.name])
         with ThreadPoolExecutor(4) as pool:
             compiled = pool.map(lambda one: one.compile(), lowered.values())

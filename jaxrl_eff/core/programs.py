@@ -17,6 +17,7 @@ from jaxrl_eff import tree
 from jaxrl_eff.core import meters
 from jaxrl_eff.core.graph import Adaptation, Call, Model
 from jaxrl_eff.optim import mcf, precision_metrics
+from jaxrl_eff.parallel.offload import OffloadedWeight
 
 # (parameters, arrays, key) -> sums of loss and weight over rows, meters.
 Loss = Callable[[Any, Any, jax.Array], tuple[jax.Array, jax.Array, dict[str, Any]]]
@@ -50,10 +51,11 @@ def split(batch: Any, parts: int) -> Any:
 
 
 def fetched(params: Any, axes: Any) -> Any:
-    """Fetches parameters from host memory, except stacked layers: models fetch these one by one."""
+    """Fetches parameters from host memory; those of layers when a layer uses them."""
 
-    def fetch(names: tuple, x: jax.Array) -> jax.Array:
-        return x if "layers" in names else jax.device_put(x, jax.memory.Space.Device)
+    def fetch(names: tuple, x: jax.Array) -> Any:
+        x = OffloadedWeight(x)
+        return x if "layers" in names else x.materialize()
 
     return jax.tree.map(fetch, axes, params, is_leaf=lambda x: isinstance(x, tuple))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxrl_eff import tree
-from jaxrl_eff.core.graph import Adaptation, Call, Graph, Model, Spec, order
+from jaxrl_eff.core.graph import Adaptation, Call, Graph, Model, Spec, order, viewed
 from jaxrl_eff.core.zero import NodeGradients
 from jaxrl_eff.optim import state_shardings
 from jaxrl_eff.parallel import Placement, Rules, global_arrays, rows, rules
@@ -31,7 +31,8 @@ class Shardings:
 
     Attributes:
         graph, plan, specs: the constructor's arguments.
-        calls: calls of the graph, in the order in which they run.
+        calls: calls of the graph, in the order in which they run, with functions of parameters as
+            they are stored.
         rules: call -> sharding rules of logical axes on its placement.
         sharded: train calls whose model's `Spec` sets `sends` -> computation of their sums.
     """
@@ -43,7 +44,7 @@ class Shardings:
         specs: Mapping[str, Spec],
     ):
         self.graph, self.plan, self.specs = graph, plan, specs
-        self.calls = order(graph)
+        self.calls = tuple(viewed(c, specs.get(c.of)) for c in order(graph))
         self.rules = {c.name: self._rules_of(c) for c in self.calls}
         self.sharded = {
             c.name: NodeGradients(c, plan[c.name], self.rules[c.name], specs[c.of])
@@ -103,6 +104,21 @@ class Shardings:
         sharded = self.sharded.get(call.name)
         left, held = (sharded.left(), sharded.held()) if sharded is not None else ((), ())
         return Model(params, opt, past or (), left or (), held or ())
+
+    def gradients(self, model: str) -> Any:
+        """Returns shapes and shardings of the differentiated arrays of a trained model, at home."""
+        home, tx = self.home(model), self.specs[model].tx
+        if not isinstance(tx, Adaptation):
+            return home.params
+        there, rules_ = tree.flat(home.params), self.rules[self.graph.home(model).name]
+
+        def of(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            if name in there:
+                return there[name]
+            return placed(leaf, rules_.fitting(tx.axes(name) or (), leaf.shape))
+
+        shapes = jax.eval_shape(tx.leaves, self.specs[model].shapes, home.opt)
+        return {name: of(name, leaf) for name, leaf in shapes.items()}
 
     def rows(self, c: Call, shapes: Mapping[str, Any]) -> dict[str, Any]:
         """Adds the shardings in which a call reads or writes arrays."""

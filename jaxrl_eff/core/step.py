@@ -33,19 +33,11 @@ from jaxrl_eff.core import (
     runners,
     transfers,
 )
-from jaxrl_eff.core.graph import (
-    Adaptation,
-    Call,
-    Graph,
-    Model,
-    Plan,
-    Spec,
-    check_plan,
-    order,
-)
+from jaxrl_eff.core.graph import Adaptation, Call, Graph, Model, Plan, Spec, check_plan, order
+from jaxrl_eff.core.packed_calls import PackedCalls
 from jaxrl_eff.core.program_order import Operation
 from jaxrl_eff.core.running import Running
-from jaxrl_eff.core.schedules import Packing, Schedules
+from jaxrl_eff.core.schedules import Packing
 from jaxrl_eff.core.shardings import Shardings
 from jaxrl_eff.core.timing import Timeline
 from jaxrl_eff.core.transfers import Transfers
@@ -122,22 +114,12 @@ def compile(
 class Step:
     """A compiled graph. Call it as `models, data, metrics = step(models, batch, key)`.
 
-    With packed calls, metrics also have `schedule/name`. They cover the packed calls on devices of
-    this process, and are absent if it has none.
-
-    - `padding`: fraction of columns without a token, over all micro-batches.
-    - `distributed`: fraction of tokens in distributed rows; 0 without a `seq` axis.
-    - `balance`: mean over max of the estimated seconds of the devices of a call.
-    - `micro_steps`: number of programs run, over all packed calls.
-    - `planned_seconds`: estimated seconds of the train calls.
-    - `planning_seconds`: seconds that the host took to make schedules and maps.
+    Metrics of packed calls are described at `schedules.Schedules.numbers`.
 
     Attributes:
         plan: a placement for every call.
         calls: in the order in which they run.
-        packed: the packed calls, in order.
-        places: the distinct meshes of the packed calls, in order; see `Placement.bare`.
-        packings: mesh -> arguments of its schedules.
+        packs: the packed calls and their schedules.
         traces: call -> number of times its function was traced; stays at one, or at one for every
             shape of a packed call's micro-batches.
         timeline: seconds of the calls of the last steps, measured without blocking.
@@ -161,11 +143,7 @@ class Step:
         self.graph, self.plan, self.specs, self.keep, self.sync = graph, plan, specs, keep, sync
         self.shardings = Shardings(graph, plan, specs)
         self.calls = self.shardings.calls
-        self._segments = pack
-        self.packed = tuple(c for c in self.calls if pack and packed.prefix_of(c) is not None)
-        self.places = tuple(dict.fromkeys(plan[c.name].bare for c in self.packed))
-        self.packings: dict[Placement, Packing] = {}
-        self._schedules: Schedules | None = None
+        self.packs = PackedCalls(self.shardings, pack)
         self.traces = dict.fromkeys((c.name for c in self.calls), 0)
         self.timeline = Timeline()
         self.notes = {c.name: self.shardings.rules[c.name].notes for c in self.calls}
@@ -179,13 +157,8 @@ class Step:
         self._signature: Any = None
         self._by_name = {c.name: c for c in self.calls}
         self._first_reader = {k: c.name for c in reversed(self.calls) for k in c.reads}
-        # Lengths that the host knows need not be fetched.
-        inputs = graph.inputs.split()
-        self._host_rows = {
-            p for c in self.packed if f"{(p := packed.prefix_of(c))}segment" in inputs
-        }
-        readers = {self._first_reader[k] for k in inputs if k in self._first_reader}
-        whole = self._host_rows or any(_whole_batches(plan[call]) for call in readers)
+        readers = {self._first_reader[k] for k in graph.inputs.split() if k in self._first_reader}
+        whole = self.packs.whole_batches() or any(_whole_batches(plan[call]) for call in readers)
         self.share = (0, 1) if whole else (jax.process_index(), jax.process_count())
 
     @property
@@ -198,13 +171,13 @@ class Step:
 
     # Models
 
-    def params_sharding(self, call: str) -> Any:
-        """Returns the tree of shardings of the call's model on the call's placement."""
-        return self.shardings.params(self._by_name[call])
-
     def home(self, model: str) -> Model:
         """Returns shapes and shardings of a model at home: a tree of `jax.ShapeDtypeStruct`."""
         return self.shardings.home(model)
+
+    def gradients(self, model: str) -> Any:
+        """Returns shapes and shardings of the differentiated arrays of a trained model, at home."""
+        return self.shardings.gradients(model)
 
     def init(self, model: str, params: Any) -> Model:
         """Makes a model at home from its parameters: adds a fresh optimizer state.
@@ -268,25 +241,10 @@ class Step:
 
         if c.host:
             return runners.Host(c, args)
-        if c not in self.packed:
-            kind = runners.Train if c.kind == "train" else runners.Apply
-            return kind(self.shardings, c, args, seen)
-        kind = packed.PackedTrain if c.kind == "train" else packed.PackedInfer
-        return kind(
-            self.shardings, c, args, segments=self._segments, asks=self._asks(c), seen=seen,
-            schedules=self._schedules,
-        )  # fmt: skip
-
-    def _asks(self, c: Call) -> bool:
-        """Returns True if neither the host nor an earlier call knows the lengths of its rows."""
-        prefix, mine = packed.prefix_of(c), self._processes(c)
-        before = self.packed[: self.packed.index(c)]
-        return prefix not in self._host_rows and not any(
-            packed.prefix_of(b) == prefix and mine <= self._processes(b) for b in before
-        )
-
-    def _processes(self, c: Call) -> set[int]:
-        return {d.process_index for d in self.shardings.whole(c).device_set}
+        if c.name in self.packs:
+            return self.packs.runner(c, args, seen)
+        kind = runners.Train if c.kind == "train" else runners.Apply
+        return kind(self.shardings, c, args, seen)
 
     def _metrics(self, c: Call) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns a call's metrics, which are sent to processes without its devices, if any."""
@@ -296,38 +254,9 @@ class Step:
         return {f"{c.name}/{k}": number for k in self.runners[c.name].metrics}
 
     def scheduled(self, packings: Packing | Mapping[Placement, Packing]) -> "Step":
-        """Sets the arguments of the schedules of packed calls.
-
-        Args:
-            packings: one per mesh, see `places`; or one for all of them.
-
-        Raises:
-            ValueError: a mesh has none, or the longest row does not fit on it or in any of its
-                shapes.
-        """
-        if isinstance(packings, Packing):
-            packings = dict.fromkeys(self.places, packings)
-        if missing := [str(p) for p in self.places if p not in packings]:
-            raise ValueError(f"nothing says what schedules are made for on {missing}.")
-        schedules = Schedules(packings)
-        for place in self.places:
-            longest = max(length for _, length in self.sizes(place).values())
-            room = packings[place].room
-            if room * place.seq < longest:
-                raise ValueError(
-                    f"rows have {longest} tokens, but {place.seq} devices of a seq axis with room "
-                    f"for {room} tokens each hold {room * place.seq}."
-                )
-            schedules.plan(np.array([longest]), place)
-        self.packings, self._schedules = schedules.packings, schedules
-        for c in self.packed:
-            self.runners[c.name].schedules = schedules
+        """Sets the arguments of the schedules of packed calls, see `PackedCalls.schedule`."""
+        self.packs.schedule(packings)
         return self
-
-    def sizes(self, place: Placement) -> dict[str, tuple[int, int]]:
-        """Returns (rows per update or pass, tokens per row) of each packed call on a mesh."""
-        here = [c.name for c in self.packed if self.plan[c.name].bare == place]
-        return {name: self.runners[name].size for name in here}
 
     def build(self, batch: Mapping[str, Any]) -> "Step":
         """Checks, traces and compiles every call for batches of these shapes, in parallel.
@@ -433,30 +362,14 @@ class Step:
             self.build(batch)
         words, timing = runners.key_words(key), self.timeline.begin()
         run = Running(self, dict(models), self.put(batch), timing, words, reselect)
-        self._begin(batch, run)
+        self.packs.begin(batch, run.key)
         for op in self.operations:
             run.run(op, self._by_name[op.call])
-        return run.models, {k: run.data[k] for k in self.keep}, run.metrics | self._statistics()
-
-    def _begin(self, batch: Mapping[str, np.ndarray], run: Running) -> None:
-        """Starts the step's schedules, and what packed calls can compute early."""
-        if self._schedules is None:
-            return
-        self._schedules.begin()
-        for prefix in self._host_rows:
-            segment = np.asarray(batch[f"{prefix}segment"])
-            self._schedules.learn(prefix, (segment > 0).sum(axis=1, dtype=np.int32))
-        for c in self.packed:
-            if self.shardings.here(c):
-                self.runners[c.name].begin(run.key(c))
-
-    def _statistics(self) -> dict[str, np.float32]:
-        """Returns the metrics of the step's schedules."""
-        here = [c for c in self.packed if self.shardings.here(c)]
-        if not here:
-            return {}
-        found = self._schedules.numbers({c.name for c in here if c.kind == "train"})
-        return {f"schedule/{k}": v for k, v in found.items()}
+        return (
+            run.models,
+            {k: run.data[k] for k in self.keep},
+            run.metrics | self.packs.statistics(),
+        )
 
     # Reports
 

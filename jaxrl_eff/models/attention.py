@@ -1,57 +1,38 @@
 """Attention over packed rows.
 
-A query sees a key iff both belong to the same packed sequence, the key is not later, and it is
-within the layer's window. `plain` is the definition that every other attention (fused kernels, ring
-attention) is tested against; all share its signature, so a model takes any of them as its `attend`.
+`plain` is the definition that every other attention (fused kernels, ring attention) is tested
+against; all share its signature, so a model takes any of them as its `attend`. A `Mask` says which
+keys a query sees.
 """
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_eff.models.config import LMConfig
-from jaxrl_eff.parallel.attention.context import Attend
-from jaxrl_eff.types import Array, Bool, Float, Int
+from jaxrl_eff.parallel.attention.context import Attend, Mask
+from jaxrl_eff.types import Array, Float
 
 BLOCK = 64  # queries; smaller matrix products cost more than the work they save
 FEW = 16  # queries; below this the flash kernel does not pay off
 KERNEL = "cudnn"
 
 
-def allowed(
-    q_position: Int[Array, "B T"],
-    k_position: Int[Array, "B S"],
-    q_segment: Int[Array, "B T"],
-    k_segment: Int[Array, "B S"],
-    window: int | Int[Array, ""] | None = None,
-) -> Bool[Array, "B T S"]:
-    """Returns a mask of the keys each query sees. Padding (segment 0) neither sees nor is seen."""
-    behind = q_position[:, :, None] - k_position[:, None, :]
-    same = (q_segment[:, :, None] == k_segment[:, None, :]) & (k_segment > 0)[:, None, :]
-    seen = same & (behind >= 0)
-    return seen if window is None else seen & (behind < window)
-
-
 def plain(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
+    mask: Mask,
     *,
-    q_position: Int[Array, "B T"],
-    k_position: Int[Array, "B S"],
-    q_segment: Int[Array, "B T"],
-    k_segment: Int[Array, "B S"],
-    window: int | Int[Array, ""] | None = None,
-    softcap: float | None = None,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes softmax(c tanh(scale q.k / c)) v over allowed keys; 0 for a query without keys.
 
     Scores and softmax are float32. Query head n reads key/value head n // (N/K).
 
     Args:
-        window: keys at least this many positions back are not seen; None: no limit.
-        softcap: c; None: scores are not capped.
         scale: factor on q.k.
+        softcap: c; None: scores are not capped.
     """
     rows, length, heads, dim = q.shape
     groups = heads // k.shape[2]
@@ -63,7 +44,7 @@ def plain(
     score = jnp.einsum("bkth,bksh->bkts", q, k, preferred_element_type=jnp.float32)
     if softcap is not None:
         score = softcap * jnp.tanh(score / softcap)
-    seen = allowed(q_position, k_position, q_segment, k_segment, window)[:, None, None, :, :]
+    seen = mask.seen()[:, None, None, :, :]
     score = jnp.where(seen, score.reshape(rows, k.shape[1], groups, length, -1), -1e30)
     # With this floor all weights of a query without keys vanish, instead of being equal.
     top = jax.lax.stop_gradient(jnp.maximum(score.max(axis=-1, keepdims=True), -1e29))
@@ -79,14 +60,10 @@ def blocked(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
+    mask: Mask,
     *,
-    q_position: Int[Array, "B T"],
-    k_position: Int[Array, "B S"],
-    q_segment: Int[Array, "B T"],
-    k_segment: Int[Array, "B S"],
-    window: int | Int[Array, ""] | None = None,
-    softcap: float | None = None,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes `plain` in blocks of queries, skipping the keys after each block in the row.
 
@@ -96,21 +73,14 @@ def blocked(
     """
     length = q.shape[1]
     blocks = next((n for n in (8, 4, 2) if length % n == 0 and length // n >= BLOCK), 1)
-    common = {"window": window, "softcap": softcap, "scale": scale}
     if blocks == 1 or k.shape[1] != length:
-        return plain(
-            q, k, v, q_position=q_position, k_position=k_position,
-            q_segment=q_segment, k_segment=k_segment, **common,
-        )  # fmt: skip
+        return plain(q, k, v, mask, scale=scale, softcap=softcap)
     outs = []
     for start in range(0, length, length // blocks):
         end = start + length // blocks
-        out = plain(
-            q[:, start:end], k[:, :end], v[:, :end],
-            q_position=q_position[:, start:end], k_position=k_position[:, :end],
-            q_segment=q_segment[:, start:end], k_segment=k_segment[:, :end], **common,
-        )  # fmt: skip
-        outs.append(out)
+        part = mask.each(lambda x, a=start, b=end: x[:, a:b], lambda x, b=end: x[:, :b])
+        keys = k[:, :end], v[:, :end]
+        outs.append(plain(q[:, start:end], *keys, part, scale=scale, softcap=softcap))
     return jnp.concatenate(outs, axis=1)
 
 
@@ -118,14 +88,10 @@ def fused(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
+    mask: Mask,
     *,
-    q_position: Int[Array, "B T"],
-    k_position: Int[Array, "B S"],
-    q_segment: Int[Array, "B T"],
-    k_segment: Int[Array, "B S"],
-    window: int | Int[Array, ""] | None = None,
-    softcap: float | None = None,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes `plain` by cuDNN's flash attention: scores never reach memory. GPU, half precision.
 
@@ -138,24 +104,20 @@ def fused(
     """
     if softcap is not None:
         raise ValueError(f"fused attention has no soft-cap, but softcap={softcap}; use plain.")
-    where = {
-        "q_position": q_position, "k_position": k_position, "q_segment": q_segment,
-        "k_segment": k_segment, "window": window,
-    }  # fmt: skip
     if q.shape[1] < FEW:
-        return plain(q, k, v, **where, softcap=softcap, scale=scale)
+        return plain(q, k, v, mask, scale=scale, softcap=softcap)
     # Padding sees padding, so that every query has a key; the result is dropped.
-    seen = q_segment[:, :, None] == k_segment[:, None, :]
+    seen = mask.q_segment[:, :, None] == mask.k_segment[:, None, :]
     in_order = q.shape[1] == k.shape[1]
     if not in_order:
-        seen &= allowed(**where) | (q_segment == 0)[:, :, None]
-    elif window is not None:
-        seen &= q_position[:, :, None] - k_position[:, None, :] < window
+        seen &= mask.seen() | (mask.q_segment == 0)[:, :, None]
+    elif mask.window is not None:
+        seen &= mask.q_position[:, :, None] - mask.k_position[:, None, :] < mask.window
     out = jax.nn.dot_product_attention(
         q, k, v, mask=seen[:, None, :, :], scale=scale, is_causal=in_order,
         implementation=KERNEL,
     )  # fmt: skip
-    return jnp.where((q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
+    return jnp.where((mask.q_segment > 0)[:, :, None, None], out, jnp.zeros((), out.dtype))
 
 
 def choose(cfg: LMConfig, platform: str | None = None) -> Attend:

@@ -12,8 +12,8 @@ __all__, __getattr__, __dir__ = public.table(
         "sharding": ("Rules", "rows", "rules"),
         "reshard.layout": ("Network",),
         "reshard.route": ("Report", "Route"),
-        "reshard.changes": ("ChangedElements",),
-        "reshard.sync": ("SyncConfig", "WeightSync"),
+        "reshard.changes": ("ChangedElements", "SyncConfig"),
+        "reshard.sync": ("WeightSync",),
     },
     modules=("host",),
 )

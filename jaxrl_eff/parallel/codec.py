@@ -30,7 +30,6 @@ class Blocks:
             elements of the block.
         shrink: candidate factors of the full-range scale; each block uses the one with the least
             squared error. (1.0,) clips nothing.
-        stochastic: round stochastically, so that codes are unbiased; otherwise to nearest.
 
     Raises:
         ValueError: unknown bits, an odd size (or, with Hadamard, one that is not a power of two),
@@ -41,7 +40,6 @@ class Blocks:
     size: int = 256
     hadamard: bool = False
     shrink: tuple[float, ...] = (1.0,)
-    stochastic: bool = False
 
     def __post_init__(self):
         if self.bits not in (4, 8, 16, 32):
@@ -80,18 +78,10 @@ class Blocks:
         return count * (width * self.bits // 8 + SCALE_BYTES)
 
 
-def encode(x: jax.Array, blocks: Blocks, salt: int | jax.Array = 0) -> jax.Array:
-    """Encodes vectors as bytes.
+def encode(x: jax.Array, blocks: Blocks) -> jax.Array:
+    """Encodes vectors as bytes: [..., n] floats -> [..., blocks.nbytes(n)] uint8.
 
     A block that contains a NaN or an infinity gets a NaN scale and decodes to NaN everywhere.
-
-    Args:
-        x: [..., n] floats.
-        blocks: the encoding.
-        salt: seed of stochastic rounding; a different salt rounds the same numbers differently.
-
-    Returns:
-        [..., blocks.nbytes(n)] uint8.
     """
     if blocks.exact:
         return _bytes(x.astype(EXACT[blocks.bits]))
@@ -102,21 +92,14 @@ def encode(x: jax.Array, blocks: Blocks, salt: int | jax.Array = 0) -> jax.Array
     if blocks.hadamard:
         x = rotate(x)
     scale = _scale(x, blocks)
-    draw = _uniform(x, salt) if blocks.stochastic else None
-    codes = _codes(x, scale.astype(jnp.float32), blocks, draw)
+    codes = _codes(x, scale.astype(jnp.float32), blocks)
     packed = _pack(codes) if blocks.bits == 4 else lax.bitcast_convert_type(codes, jnp.uint8)
     packed = packed.reshape(*packed.shape[:-2], -1)
     return jnp.concatenate([packed, _bytes(scale)], axis=-1)
 
 
 def decode(payload: jax.Array, n: int, blocks: Blocks, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Decodes the bytes of vectors of n elements.
-
-    Args:
-        payload: [..., blocks.nbytes(n)] uint8.
-
-    Returns:
-        [..., n] of dtype.
+    """Decodes the bytes of vectors: [..., blocks.nbytes(n)] uint8 -> [..., n] of dtype.
 
     Raises:
         ValueError: the number of bytes does not match n elements.
@@ -145,22 +128,17 @@ def rotate(x: jax.Array) -> jax.Array:
     H of size n = a b is the Kronecker product of those of sizes a and b, so two small matrix
     products suffice.
     """
+    from scipy.linalg import hadamard  # late: it takes a tenth of a second
+
     n = x.shape[-1]
     a = 1 << (n.bit_length() // 2)
-    left, right = (jnp.asarray(_hadamard(k)) for k in (a, n // a))
+    left, right = (
+        jnp.asarray(hadamard(k, np.float32) / np.float32(np.sqrt(k))) for k in (a, n // a)
+    )
     y = x.reshape(*x.shape[:-1], a, n // a)
     # The default precision of accelerators rounds operands to ten mantissa bits or fewer.
     y = jnp.einsum("ij,...jk,kl->...il", left, y, right, precision=lax.Precision.HIGHEST)
     return y.reshape(x.shape)
-
-
-def _hadamard(n: int) -> np.ndarray:
-    h = np.ones((1, 1), np.float32)
-    while len(h) < n:
-        h = np.block([[h, h], [h, -h]])
-    if len(h) != n:
-        raise ValueError(f"a Hadamard matrix of size {n}: it must be a power of two.")
-    return h / np.float32(np.sqrt(n))
 
 
 def _top(blocks: Blocks) -> int:
@@ -194,25 +172,12 @@ def _up(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(x), jnp.bfloat16(jnp.nan), up)
 
 
-def _codes(
-    x: jax.Array, scale: jax.Array, blocks: Blocks, draw: jax.Array | None = None
-) -> jax.Array:
+def _codes(x: jax.Array, scale: jax.Array, blocks: Blocks) -> jax.Array:
     """[..., blocks, width] int8 codes; zeros where the scale is zero or NaN."""
     good = (scale > 0)[..., None]
-    x = x / jnp.where(good, scale[..., None], 1)
-    x = jnp.round(x) if draw is None else jnp.floor(x + draw)
+    x = jnp.round(x / jnp.where(good, scale[..., None], 1))
     x = jnp.clip(x, -_top(blocks), _top(blocks))
     return jnp.where(good, x, 0).astype(jnp.int8)
-
-
-def _uniform(x: jax.Array, salt: int | jax.Array) -> jax.Array:
-    """Hashes the bits of x, their indices and the salt to [0, 1) (murmur3's finalizer)."""
-    h = lax.bitcast_convert_type(x, jnp.uint32)
-    place = lax.iota(jnp.uint32, x.size).reshape(x.shape)
-    h = h ^ (place * jnp.uint32(0x9E3779B9)) ^ (jnp.asarray(salt, jnp.uint32) * jnp.uint32(0x85EB))
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        h = (h ^ (h >> jnp.uint32(shift))) * jnp.uint32(factor)
-    return (h >> jnp.uint32(8)).astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def _pack(codes: jax.Array) -> jax.Array:

@@ -1,8 +1,7 @@
-"""Bytes that a program sends over each mesh axis, counted on its jaxpr, and their expected values.
+"""Bytes that a program sends over each mesh axis, counted on its jaxpr.
 
 Compiled programs are unsuitable for this: the CPU compiler widens narrow dtypes in collectives and
-merges equal ones. A jaxpr contains the collectives as written, with trip counts of loops. See
-`hlo_bytes` for the bytes of compiled programs.
+merges equal ones. A jaxpr contains the collectives as written, with trip counts of loops.
 
 All counts are bytes that one device receives in one execution. A collective over several axes is
 assumed to send directly from device to device: every byte counts on the slowest axis in which
@@ -15,9 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
-
-from jaxrl_eff.parallel.codec import Blocks
-from jaxrl_eff.parallel.zero.levels import ZeroConfig
 
 # Bytes received from each other device of the group, in units of the operand, by group size.
 _SHARES = {
@@ -70,47 +66,6 @@ def collectives(program: ClosedJaxpr | Jaxpr, sizes: Mapping[str, int]) -> list[
 def count(program: ClosedJaxpr | Jaxpr, sizes: Mapping[str, int]) -> dict[str, float]:
     """Mesh axis -> bytes that a device receives over it in one execution; see `collectives`."""
     return _sum(collectives(program, sizes), sizes)
-
-
-def expected(
-    plan: ZeroConfig,
-    m: int,
-    nodes: int,
-    devices: int,
-    *,
-    weights: int = 1,
-    batches: int = 1,
-    hoisted: bool = False,
-    deltas: Blocks | None = None,
-) -> dict[str, float]:
-    """Traffic of a training step, as `count` returns it, in closed form.
-
-    With N nodes of A devices, and w and g the bytes of m weights and gradients including scales, a
-    weight needs (N-1)(2w + g) bytes on the slow axis: gathered twice, reduced once. A secondary
-    copy makes it (N-1)(w + g). On the fast axis it needs (A-1) N (2w + h), where h is the bytes of
-    m gradients there.
-
-    Args:
-        plan: as for `sharded_apply` or `held_apply`.
-        m: elements of a shard of one weight.
-        nodes, devices: N, A.
-        weights: number of such weights.
-        batches: microbatches per step.
-        hoisted: slow traffic occurs once per step, not once per microbatch.
-        deltas: encoding of weight differences if they are sent in place of weights; requires
-            `hoisted`.
-
-    Raises:
-        ValueError: deltas without hoisted.
-    """
-    if deltas is not None and not hoisted:
-        raise ValueError("deltas are sent once a step; they need hoisted=True.")
-    w, g = plan.weights.nbytes(m), plan.gradients.nbytes(m)
-    gathers = 1 if plan.rung.secondary or hoisted else 2
-    first = w if deltas is None else deltas.nbytes(m)
-    slow = (nodes - 1) * (gathers * first + g) * (1 if hoisted else batches)
-    fast = (devices - 1) * nodes * (2 * w + plan.fast_gradients.nbytes(m)) * batches
-    return {plan.slow: float(weights * slow), plan.fast: float(weights * fast)}
 
 
 def summed(nbytes: float | int, sizes: Mapping[str, int]) -> dict[str, float]:

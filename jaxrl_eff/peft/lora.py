@@ -1,6 +1,5 @@
-"""Adapters in a model's parameter tree: their shapes, initial values, merging and removal."""
+"""LoRA of a model's projections: which, with which leaves, and their initial values."""
 
-import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 from jaxrl_eff import tree
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.params import abstract, logical_axes
-from jaxrl_eff.peft import gradient_taps, products, quantized
 from jaxrl_eff.types import Array, Key, PyTree
 
 TARGETS = ("layers/attn/[qkvo]/kernel", "layers/mlp/(gate|up|down)/kernel")
@@ -104,89 +102,3 @@ def lora_init(
         else:
             out[name] = jnp.zeros(shape.shape, jnp.float32)
     return out
-
-
-def base(params: PyTree) -> PyTree:
-    """Returns the parameters without adapters: the model before training, if kernels are frozen.
-
-    This is the reference policy of a model with LoRA or an overlay, using the same arrays.
-    """
-    return tree.without(params, lambda name: name.rpartition("/")[2] in products.LEAVES)
-
-
-def merge(cfg: LMConfig, params: PyTree, *, low_rank: bool = True) -> PyTree:
-    """Merges the adapters into the kernels and returns plain parameters.
-
-    Sums are float32 and rounded once to the kernel's dtype. Gradient taps are not part of a model
-    and must be absent. Quantized kernels are dequantized, since the adapters were trained with
-    these and not with the original kernels.
-
-    Args:
-        low_rank: False keeps LoRA beside the kernels and merges only sparse overlays; quantized
-            kernels then keep both beside them.
-    """
-    flat, merged, gone = tree.flat(params), {}, set()
-    few_bits = quantized.kernels(params)
-    for name, axes in targets(cfg, (".*",)).items():
-        parent = name.removesuffix("kernel")
-        wanted = products.LEAVES if low_rank else ("delta", "delta_index")
-        leaves = {k: flat[parent + k] for k in wanted if parent + k in flat}
-        if name in few_bits:
-            if not low_rank:
-                continue
-            gone |= {parent + k for k in quantized.LEAVES}
-        gone |= {parent + k for k in leaves}
-        if leaves or name in few_bits:
-            n, dtype = inputs_of(axes[1:]), jnp.dtype(cfg.param_dtype)
-            run = functools.partial(_merged, n, dtype)
-            merged[name] = jax.lax.map(run, (few_bits.get(name, flat.get(name)), leaves))
-    return tree.with_leaves(tree.without(params, gone.__contains__), merged)
-
-
-def with_norms(cfg: LMConfig, params: PyTree) -> PyTree:
-    """Returns the parameters with DoRA's norms beside the kernels, computed once for many products.
-
-    They become invalid when a kernel or an adapter changes, so they are only for models that are
-    not being trained: `dora_norm`, float32 `[L, F]`.
-    """
-    flat, few_bits, norms = tree.flat(params), quantized.kernels(params), {}
-    for name, axes in targets(cfg, (".*",)).items():
-        parent = name.removesuffix("kernel")
-        if parent + "dora" in flat:
-            leaves = {k: flat[parent + k] for k in ("lora_a", "lora_b", "lora_scale")}
-            run = functools.partial(_norm, inputs_of(axes[1:]), jnp.dtype(cfg.dtype))
-            kept = few_bits.get(name, flat.get(name))
-            norms[parent + "dora_norm"] = jax.lax.map(run, (kept, leaves))
-    return tree.with_leaves(params, norms)
-
-
-def _norm(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]) -> Array:
-    """Computes the norm of one layer's kernel as used in products, in the compute dtype."""
-    kernel, leaves = pair
-    kernel = quantized.dequantize(kernel, dtype) if isinstance(kernel, dict) else kernel
-    matrix = kernel.astype(dtype).reshape(math.prod(kernel.shape[:inputs]), -1)
-    return products.column_norm(leaves, matrix)
-
-
-def _merged(inputs: int, dtype: jnp.dtype, pair: tuple[Any, Mapping[str, Array]]) -> Array:
-    """Merges one layer's kernel, with `inputs` contracted axes, and its adapters.
-
-    `dtype` is the result's dtype if the kernel is quantized.
-    """
-    kernel, leaves = pair
-    if isinstance(kernel, dict):
-        kernel = quantized.dequantize(kernel, jnp.float32)
-    else:
-        dtype = kernel.dtype
-    matrix = kernel.reshape(math.prod(kernel.shape[:inputs]), -1)
-    if "delta" in leaves:
-        index = leaves["delta_index"]
-        t = gradient_taps.tiling_of(matrix.shape, leaves["delta"], index)
-        matrix = gradient_taps.with_delta(t, matrix, leaves["delta"], index)
-    if "lora_a" in leaves:
-        whole = matrix.astype(jnp.float32) + products.change(leaves, matrix)
-        if "dora" in leaves:
-            size = leaves["dora"].reshape(-1) / products.column_norm(leaves, matrix)
-            whole = whole * size[None]
-        matrix = whole
-    return matrix.astype(dtype).reshape(kernel.shape)

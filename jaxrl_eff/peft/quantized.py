@@ -8,9 +8,9 @@
             weights of ZeRO++ (arXiv:2306.10209, Sec. 3.1) and the frozen ones of its MixZ++
 
 Both represent 0 and +-scale exactly, so that quantizing twice changes nothing. `kernel_codes` and
-`kernel_scales` replace `kernel` and have its axes, so that scanning, sharding and moving work on
-them as on any leaf. A block runs along `head_dim` or along `ffn`: no plan shards the first and only
-tensor parallelism the second, whose tiles no block crosses.
+`kernel_scales` are stored in place of `kernel` and have its axes, so that scanning, sharding and
+moving work on them as on any leaf. A block runs along `head_dim` or along `ffn`: no plan shards the
+first and only tensor parallelism the second, whose tiles no block crosses.
 
 qwix is not used: its arrays are objects that replace a module's parameters by intercepting its
 operations, with a 4-bit code in each byte or in `int4`, which CPUs widen to a byte.
@@ -18,19 +18,21 @@ operations, with a 4-bit code in each byte or in `int4`, which CPUs widen to a b
 Not supported: double quantization of the scales (it would save 0.37 bits per parameter).
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff import tree
+from jaxrl_eff.models import products, weights
 from jaxrl_eff.types import Array, Float, PyTree
 
 KINDS = ("int8", "nf4")
-LEAVES = ("kernel_codes", "kernel_scales")
+LEAVES = ("kernel_codes", "kernel_scales")  # in storage
 BLOCK = 64
 SMALLEST = 8
 NF4 = np.array(
@@ -77,14 +79,71 @@ def block_of(kind: str, axes: tuple[str | None, ...], shape: tuple[int, ...], ti
     return Block(axis, sizes[-1])
 
 
-def quantize(kernel: Float[Array, "..."], kind: str, block: Block) -> dict[str, Array]:
-    """Quantizes a kernel into codes and scales.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A kernel in 8 or 4 bits. The shapes and dtypes determine the block and the kind.
 
-    Returns:
-        `kernel_codes`: int8 of the kernel's shape, or for nf4 uint8 with half of the block's axis,
-        neighbors in the low and the high half of a byte; `kernel_scales`: float32, with one number
-        per block along that axis.
+    Attributes:
+        codes: int8 of the kernel's shape, or for nf4 uint8 with half of the block's axis, neighbors
+            in the low and the high half of a byte.
+        scales: float32, with one number per block along that axis.
+        axes: logical axes of the kernel of one layer; () if they do not matter.
     """
+
+    codes: Any
+    scales: Any
+    axes: tuple[str | None, ...] = dataclasses.field(default=(), metadata={"static": True})
+    transient: ClassVar[bool] = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        shape = self.codes.shape
+        return (*shape[: self._axis], self._length, *shape[self._axis + 1 :])
+
+    @property
+    def _axis(self) -> int:
+        # A block has 8 or more numbers, so only its axis differs.
+        pairs = zip(self.codes.shape, self.scales.shape, strict=True)
+        return next(i for i, (n, blocks) in enumerate(pairs) if n != blocks)
+
+    @property
+    def _length(self) -> int:
+        return self.codes.shape[self._axis] * (2 if self.codes.dtype == jnp.uint8 else 1)
+
+    def dequantize(self, dtype: Any) -> Float[Array, "..."]:
+        """Returns the kernel, of one layer or of all."""
+        codes, axis = self.codes, self._axis
+        if codes.dtype == jnp.uint8:
+            low, high = codes & 15, codes >> 4
+            codes = jnp.stack([low, high], axis + 1).reshape(self.shape)
+            y = jnp.take(jnp.asarray(NF4), codes.astype(jnp.int32), mode="clip")
+        else:
+            y = codes.astype(jnp.float32) / 127
+        each = self._length // self.scales.shape[axis]
+        return (y * jnp.repeat(self.scales, each, axis)).astype(dtype)
+
+    def materialize(self, dtype: Any = None) -> Array:
+        """Returns the kernel of one layer, by default in float32."""
+        # Gathered over the fsdp axis as codes, in a fraction of the bytes.
+        axes = tuple(None if axis == "embed" else axis for axis in self.axes)
+        kept = (weights.array(x) for x in (self.codes, self.scales))
+        if axes:
+            kept = (nn.with_logical_constraint(x, axes) for x in kept)
+        return Quantized(*kept).dequantize(dtype or jnp.float32)
+
+    def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        return products.product(x, weights.matrix(self, x.shape[-1], x.dtype))
+
+    def prepared(self, dtype: Any) -> "Quantized":
+        """Returns itself: dequantized, all layers would take the memory that codes save."""
+        del dtype
+        return self
+
+
+def quantize(kernel: Float[Array, "..."], kind: str, block: Block) -> Quantized:
+    """Quantizes a kernel into codes and scales."""
     x = jnp.moveaxis(kernel.astype(jnp.float32), block.axis, -1)
     x = x.reshape(*x.shape[:-1], -1, block.size)
     scale = jnp.max(jnp.abs(x), axis=-1)
@@ -97,75 +156,33 @@ def quantize(kernel: Float[Array, "..."], kind: str, block: Block) -> dict[str, 
         codes = codes.reshape(*scale.shape[:-1], -1, 2)
         codes = codes[..., 0] | codes[..., 1] << 4
     back = lambda a: jnp.moveaxis(a, -1, block.axis)  # noqa: E731
-    return {"kernel_codes": back(codes), "kernel_scales": back(scale)}
+    return Quantized(back(codes), back(scale))
 
 
-def dequantize(leaves: Mapping[str, Array], dtype: Any) -> Float[Array, "..."]:
-    """Dequantizes codes and scales; their shapes and dtypes determine the block and the kind."""
-    codes, scale = (leaves[k] for k in LEAVES)
-    axis, size = _axis(codes, scale), _length(codes, scale)
-    if codes.dtype == jnp.uint8:
-        low, high = codes & 15, codes >> 4
-        codes = jnp.stack([low, high], axis + 1).reshape(_shape(codes, scale))
-        y = jnp.take(jnp.asarray(NF4), codes.astype(jnp.int32), mode="clip")
-    else:
-        y = codes.astype(jnp.float32) / 127
-    return (y * jnp.repeat(scale, size // scale.shape[axis], axis)).astype(dtype)
-
-
-def _axis(codes: Any, scale: Any) -> int:
-    """Returns the axis of the blocks. A block has 8 or more numbers, so only its axis differs."""
-    return next(i for i, n in enumerate(codes.shape) if n != scale.shape[i])
-
-
-def _length(codes: Any, scale: Any) -> int:
-    return codes.shape[_axis(codes, scale)] * (2 if codes.dtype == jnp.uint8 else 1)
-
-
-def _shape(codes: Any, scale: Any) -> tuple[int, ...]:
-    """Returns the shape of the kernel."""
-    axis = _axis(codes, scale)
-    return (*codes.shape[:axis], _length(codes, scale), *codes.shape[axis + 1 :])
+def is_quantized(x: Any) -> bool:
+    return isinstance(x, Quantized)
 
 
 def inside(params: PyTree) -> bool:
-    """Returns True if the parameters have quantized kernels."""
-    return any(f"/{LEAVES[0]}" in f"/{name}" for name in tree.names(params))
+    """Returns True if parameters have quantized kernels."""
+    return any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized)))
 
 
-def kernels(params: PyTree) -> dict[str, dict[str, Any]]:
-    """Returns name of a quantized kernel -> its codes and scales."""
-    flat = tree.flat(params)
-    names = [k.removesuffix("_codes") for k in flat if k.endswith(f"/{LEAVES[0]}")]
-    return {k: {leaf: flat[k.removesuffix("kernel") + leaf] for leaf in LEAVES} for k in names}
+def dequantized(params: PyTree, dtype: Any) -> PyTree:
+    """Returns parameters with dequantized kernels; under jit, only of those that are read."""
+
+    def one(x: Any) -> Any:
+        return x.dequantize(dtype) if is_quantized(x) else x
+
+    return jax.tree.map(one, params, is_leaf=is_quantized)
 
 
-def plain(params: PyTree, dtype: Any) -> PyTree:
-    """Returns the parameters with all kernels dequantized; under jit, only those that are read."""
-    wide = {k: dequantize(leaves, dtype) for k, leaves in kernels(params).items()}
-    return tree.with_leaves(_rest(params), wide)
+def layout(where: PyTree) -> PyTree:
+    """Returns the shardings of dequantized parameters: kernels as their codes."""
+    return jax.tree.map(lambda x: x.codes if is_quantized(x) else x, where, is_leaf=is_quantized)
 
 
-def plain_shapes(params: PyTree, dtype: Any) -> PyTree:
-    """Returns shapes and dtypes of `plain`, for arrays or `jax.ShapeDtypeStruct`s."""
-    wide = {
-        k: jax.ShapeDtypeStruct(_shape(*(leaves[x] for x in LEAVES)), dtype)
-        for k, leaves in kernels(params).items()
-    }
-    return tree.with_leaves(_rest(params), wide)
-
-
-def plain_layout(where: PyTree) -> PyTree:
-    """Returns the shardings of `plain`, given those of the parameters: kernels as their codes."""
-    wide = {k: leaves[LEAVES[0]] for k, leaves in kernels(where).items()}
-    return tree.with_leaves(_rest(where), wide)
-
-
-def _rest(params: PyTree) -> PyTree:
-    return tree.without(params, lambda name: name.rpartition("/")[2] in LEAVES)
-
-
-class Quantized(NamedTuple):
+class BaseFormat(NamedTuple):
     """The quantized kernels of a model, and their format.
 
     Attributes:
@@ -177,7 +194,7 @@ class Quantized(NamedTuple):
     blocks: dict[str, Block]
 
     def names(self, name: str) -> list[str]:
-        """Returns the names of the leaves that replace a kernel."""
+        """Returns the names of the leaves that are stored in place of a kernel."""
         return [name.removesuffix("kernel") + leaf for leaf in LEAVES]
 
     def leaves(self, name: str, x: Array) -> dict[str, Array]:
@@ -185,35 +202,22 @@ class Quantized(NamedTuple):
         if name not in self.blocks:
             return {name: x}
         found = quantize(x, self.kind, self.blocks[name])
-        return dict(zip(self.names(name), found.values(), strict=True))
+        return dict(zip(self.names(name), (found.codes, found.scales), strict=True))
 
-    def params(self, plain_: PyTree) -> PyTree:
+    def params(self, plain: PyTree) -> PyTree:
         """Quantizes plain parameters."""
-        flat, found = tree.flat(plain_), {}
-        for name, x in flat.items():
+        found: dict[str, Array] = {}
+        for name, x in tree.flat(plain).items():
             found |= self.leaves(name, x)
         return tree.with_leaves({}, found)
 
     def shapes(self, shapes: PyTree, axes: PyTree) -> tuple[PyTree, PyTree]:
         """Returns shapes and logical axes of the parameters, given those of the plain ones."""
-        flat, found, names = tree.flat(shapes), {}, {}
-        for name in self.blocks:
-            made = jax.eval_shape(lambda x, name=name: self.leaves(name, x), flat[name])
+        names = tree.flat(axes, is_leaf=lambda x: isinstance(x, tuple))
+        found: dict[str, Any] = {}
+        where: dict[str, Any] = {}
+        for name, x in tree.flat(shapes).items():
+            made = jax.eval_shape(lambda x, name=name: self.leaves(name, x), x)
             found |= made
-            names |= dict.fromkeys(made, _at(axes, name))
-        without = lambda t: _without(t, self.blocks)  # noqa: E731
-        return tree.with_leaves(without(shapes), found), tree.with_leaves(without(axes), names)
-
-
-def _at(axes: PyTree, name: str) -> Any:
-    for key in name.split("/"):
-        axes = axes[key]
-    return axes
-
-
-def _without(nested: Any, names: Any, path: str = "") -> Any:
-    """Returns nested dicts without some leaves; leaves can be tuples."""
-    if not isinstance(nested, dict):
-        return nested
-    kept = {k: v for k, v in nested.items() if path + k not in names}
-    return {k: _without(v, names, f"{path}{k}/") for k, v in kept.items()}
+            where |= dict.fromkeys(made, names[name])
+        return tree.with_leaves({}, found), tree.with_leaves({}, where)

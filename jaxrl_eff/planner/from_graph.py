@@ -12,7 +12,7 @@ from jaxrl_eff import tree
 from jaxrl_eff.core.glossary import EDGES
 from jaxrl_eff.core.graph import Adaptation, Call, Graph, Spec, order
 from jaxrl_eff.models import LMConfig, abstract
-from jaxrl_eff.peft import lora, quantized
+from jaxrl_eff.peft import quantized, weights
 from jaxrl_eff.planner.problem import ExpectedRows, Lengths, Problem, Role, Shape, Work
 from jaxrl_eff.rollout.sampling import Sampling
 
@@ -44,20 +44,29 @@ def shape(cfg: LMConfig) -> Shape:
 def role(cfg: LMConfig | None, spec: Spec | None, trained: bool) -> Role:
     """A model and, if a call trains it, the bytes of optimizer state that optax would hold."""
     sizes = _ONE if cfg is None else shape(cfg)
-    if cfg is not None and spec is not None and quantized.inside(spec.shapes):
-        held = tree.nbytes(lora.base(spec.shapes)) / tree.size(abstract(cfg))
+    read = _read(spec)
+    if cfg is not None and quantized.inside(read):
+        held = tree.nbytes(weights.base(read)) / tree.size(abstract(cfg))
         sizes = dataclasses.replace(sizes, param_bytes=held)
     if not trained:
         return Role(sizes)
     opt, grad, passes = 8.0, float(sizes.param_bytes), 3.0
     if spec is not None and spec.tx is not None:
         state = jax.eval_shape(spec.tx.init, spec.shapes)
-        size = max(1, tree.size(quantized.plain_shapes(spec.shapes, jnp.float32)))
+        plain = jax.eval_shape(lambda x: quantized.dequantized(x, jnp.float32), read)
+        size = max(1, tree.size(plain))
         opt = tree.nbytes(state) / size
         if isinstance(spec.tx, Adaptation):
             grad = tree.nbytes(jax.eval_shape(spec.tx.leaves, spec.shapes, state)) / size
             passes = spec.tx.passes
     return Role(sizes, opt_bytes=float(opt), grad_bytes=grad, passes=passes)
+
+
+def _read(spec: Spec | None) -> Any:
+    """Returns shapes of the parameters that functions of calls read."""
+    if spec is None or spec.view is None:
+        return spec and spec.shapes
+    return spec.view(spec.shapes)
 
 
 def works(

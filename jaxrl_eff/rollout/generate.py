@@ -20,7 +20,7 @@ from jaxrl_eff.models import attention
 from jaxrl_eff.models import params as params_
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.transformer import Cache, apply, cast_for_decode, unembed, unstack_layers
-from jaxrl_eff.peft import lora, quantized
+from jaxrl_eff.models.weights import any_transient
 from jaxrl_eff.rollout import cache as kv
 from jaxrl_eff.rollout.sampling import Sampling, draw, ends, uniforms
 from jaxrl_eff.types import Array, Float, Int, PyTree
@@ -94,11 +94,9 @@ def sample(
         group = jnp.repeat(group, sampling.samples)
         sample_ = jnp.tile(jnp.arange(sampling.samples, dtype=jnp.int32), len(prompt))
         uniform = uniforms(key, group * sampling.samples + sample_, sampling.max_tokens)
-        # Once for all tokens; LoRA's small matrices are as fast beside the kernels.
-        params = lora.merge(cfg, cast_for_decode(cfg, params), low_rank=False)
-        params = lora.with_norms(cfg, params)
+        params = cast_for_decode(cfg, params)
         hidden, cache = _read(cfg, params, prompt, length, attend)
-        if unstacked and not quantized.inside(params):  # unstacked, all would be dequantized
+        if unstacked and not any_transient(params):  # unstacked, all would be dequantized
             params, cache = unstack_layers(cfg, params), kv.unstack(cache)
         cache = kv.repeat(cache, sampling.samples)
         logits = jnp.repeat(unembed(cfg, params, hidden), sampling.samples, axis=0)

@@ -65,7 +65,7 @@ def scheduled(
     """
     mine: dict[str, Any] = {}
     try:
-        for i, place in enumerate(step.places):
+        for i, place in enumerate(step.packs.places):
             if global_arrays.here(replicated(place)):
                 found = _packing(s, step, place, lms, pools, cluster)
                 mine[str(i)] = found.shapes, found.room, dataclasses.asdict(found.cost)
@@ -79,7 +79,7 @@ def scheduled(
         said |= json.loads(text)
     if "error" in said:
         raise ValueError(said["error"])
-    return step.scheduled({p: _from_json(*said[str(i)]) for i, p in enumerate(step.places)})
+    return step.scheduled({p: _from_json(*said[str(i)]) for i, p in enumerate(step.packs.places)})
 
 
 def _from_json(shapes: Any, room: int, cost: Mapping[str, Any]) -> Packing:
@@ -95,7 +95,7 @@ def _packing(
     cluster: Cluster,
 ) -> Packing:
     """Returns the arguments of schedules on one mesh."""
-    sizes = step.sizes(place)
+    sizes = step.packs.sizes(place)
     longest = max(length for _, length in sizes.values())
     counts = sorted({count for count, _ in sizes.values()})
     room = s.room
@@ -103,7 +103,7 @@ def _packing(
         most = _useful(pools[-1], place, batch=counts[-1], longest=longest)
         need = functools.partial(packed_memory.needs, step, place)
         room = found_room(need, place, cluster.memory_bytes, most)
-    here = [c for c in step.packed if c.name in sizes]
+    here = [c for c in step.packs.calls if c.name in sizes]
     first = min(here, key=lambda c: c.kind != "train")
     cost = cost_on(cluster, place, lms[first.of])
     shapes = (Shape(0, room),)
@@ -218,13 +218,13 @@ def describe(step: Step, lengths: Sequence[int]) -> dict[str, Any]:
     """
     places = [
         {
-            "calls": [*step.sizes(place)],
+            "calls": [*step.packs.sizes(place)],
             "groups": place.row_shards,
             "parts": place.seq,
             "room": packing.room,
             "shapes": [list(shape) for shape in packing.shapes],
         }
-        for place, packing in step.packings.items()
+        for place, packing in step.packs.packings.items()
     ]
     edges = 2 ** np.arange(1, max(2, max(lengths, default=2).bit_length() + 1))
     share = np.bincount(np.searchsorted(edges, lengths), minlength=len(edges))[: len(edges)]

@@ -7,16 +7,14 @@ field of `settings` can be set, even if the file omits it; a value is parsed as 
 "1e-4", "(1, 2)", "true"), or kept as text if the file's value is text or it is not Python.
 """
 
-import argparse
 import ast
 import contextlib
 import importlib.util
 import inspect
-import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,32 +27,6 @@ _LONGEST = 2000  # characters of a message; values of a config can have any size
 
 class ConfigError(ValueError):
     """A config file or an override that cannot be used."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that reports errors in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message}; see --help.")
-
-
-def number(kind: type, low: float | int, high: float | int = math.inf) -> Callable[[str], Any]:
-    """Returns a parser's type: an int or a float within a range, which excludes NaN."""
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-        if not low <= value <= high:
-            above = f" and at most {high:,}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text} must be at least {low}{above}")
-        return value
-
-    return read
-
-
-SEED = number(int, 0, 2**32 - 1)
 
 
 @contextlib.contextmanager

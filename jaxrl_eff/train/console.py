@@ -8,15 +8,22 @@ lines.
 A model's text goes through `clean`, since terminals would execute control characters in it.
 """
 
-import itertools
 import math
 import sys
-import textwrap
 import time
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from io import TextIOBase
 from typing import Any
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console as Rich
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 
 class Console:
@@ -41,18 +48,24 @@ class Console:
             seconds_between_lines: of progress, without a terminal. First and last always print.
         """
         self._stream = stream or sys.stdout
+        if hasattr(self._stream, "reconfigure"):  # a poor encoding prints ? for what it lacks
+            self._stream.reconfigure(errors="replace")
         is_terminal = self._stream.isatty() if terminal is None else terminal
         self._quiet = quiet
         self._between = seconds_between_lines
         self._blank = False
-        self._rich: Any = None
-        self._live: Any = None
+        self._terminal = is_terminal and not quiet
+        self._live: Live | None = None
         self._progress: _Progress | None = None
-        if is_terminal and not quiet:
-            from rich.console import Console as Rich
-
-            self._rich = Rich(file=self._stream, force_terminal=True, width=width, highlight=False)
-        self._width = self._rich.width if self._rich else width or 100
+        self._rich = Rich(
+            file=self._stream,
+            force_terminal=self._terminal,
+            width=width or (None if self._terminal else 100),
+            highlight=False,
+            markup=False,
+            emoji=False,
+        )
+        self._width = self._rich.width
 
     # Opening ------------------------------------------------------------------------------------
 
@@ -61,24 +74,23 @@ class Console:
         if self._quiet:
             return
         self._print(title, style="bold")
-        column = max((cells(name) for name in facts), default=0)
+        grid = _grid()
         for name, value in facts.items():
-            lines = wrap(value, self._width - column - 4)
-            for first, line in zip(itertools.chain([name], itertools.repeat("")), lines):  # noqa: B905
-                self._print(f"  {pad(first, column)}  {line}")
+            grid.add_row(clean(name), clean(value))
+        self._draw(grid)
         self._gap()
 
     def line(self, text: str) -> None:
         """Prints a remark, wrapped."""
         if not self._quiet:
-            self._wrapped(text)
+            self._draw(Text(clean(text)))
 
     def warn(self, text: str) -> None:
         """Prints a warning; if quiet, to standard error."""
         if self._quiet:
-            print(_encodable(clean(text), sys.stderr), file=sys.stderr, flush=True)
+            print(clean(text), file=sys.stderr, flush=True)
         else:
-            self._wrapped(f"warning: {text}", style="yellow")
+            self._draw(Text(f"warning: {clean(text)}", style="yellow"))
 
     # Progress -----------------------------------------------------------------------------------
 
@@ -86,9 +98,7 @@ class Console:
         """Begins the progress of a stage of `steps` steps, `start` of them already taken."""
         self.end_stage()
         self._progress = _Progress(name, steps, start)
-        if self._rich is not None:
-            from rich.live import Live
-
+        if self._terminal:
             self._live = Live(
                 get_renderable=self._progress.renderable,
                 console=self._rich,
@@ -116,9 +126,9 @@ class Console:
             return
         progress.step(step, values, tokens_per_s, seconds or {})
         due = time.monotonic() - progress.printed >= self._between
-        if self._rich is None and (progress.steps_seen == 1 or step >= progress.steps or due):
+        if not self._terminal and (progress.steps_seen == 1 or step >= progress.steps or due):
             progress.printed = time.monotonic()
-            self._print(cut("  ".join(progress.words()), self._width))
+            self._print(progress.line())
 
     def end_stage(self) -> None:
         """Replaces the bar by its last line."""
@@ -126,23 +136,23 @@ class Console:
             self._live.stop()
             self._live = None
             if self._progress is not None and self._progress.steps_seen:
-                self._print(cut("  ".join(self._progress.words()), self._width))
+                self._print(self._progress.line())
         self._progress = None
 
     def samples(self, title: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Prints samples: `prompt`, `completion` and, if given, `reward` of each row."""
         if self._quiet:
             return
-        self._print(cut(f"  {title}", self._width), style="dim")
+        self._print(f"  {title}", style="dim")
         for row in rows:
             reward = row.get("reward")
             mark = "" if reward is None else f"{number(reward):>7}"
-            said = f"{clean(str(row.get('prompt', '')))} → {clean(str(row.get('completion', '')))}"
-            lines = wrap(said, self._width - len(mark) - 5)
-            if len(lines) > 4:
-                lines = [*lines[:3], cut(lines[3], self._width - len(mark) - 8) + " ..."]
-            for first, text in zip(itertools.chain([mark], itertools.repeat("")), lines):  # noqa: B905
-                self._print(f"  {first:>{len(mark)}}  {text}")
+            said = Text(f"{clean(row.get('prompt', ''))} → {clean(row.get('completion', ''))}")
+            lines = said.wrap(self._rich, max(self._width - len(mark) - 5, 8))
+            text = "\n".join(line.plain for line in lines[:4])
+            grid = _grid()
+            grid.add_row(mark, f"{text[:-4]} ..." if len(lines) > 4 else text)
+            self._draw(grid)
 
     # Closing ------------------------------------------------------------------------------------
 
@@ -161,37 +171,28 @@ class Console:
         """
         if self._quiet and not final:
             return
-        raw = [list(row) for row in rows]
-        body = [[_cell(x) for x in row] for row in raw]
-        number_like = [
-            all(_is_number(r[i]) or r[i] is None for r in raw) for i in range(len(columns))
-        ]
-        widths = _fit([list(columns), *body], self._width - 2)
-
-        def show(row: Sequence[str], style: str = "") -> None:
-            parts = [
-                pad(cut(x, w), w, right=right)
-                for x, w, right in zip(row, widths, number_like, strict=True)
-            ]
-            self._print(("  " + "  ".join(parts)).rstrip(), style=style)
-
+        rows = list(rows)
+        drawn = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for i, name in enumerate(columns):
+            numbers = all(is_number(row[i]) or row[i] is None for row in rows)
+            drawn.add_column(clean(name), justify="right" if numbers else "left", overflow="fold")
+        for row in rows:
+            drawn.add_row(*map(_cell, row))
         self._gap()
         if title:
-            self._print(cut(title, self._width), style="bold")
-        show([clean(c) for c in columns], style="dim")
-        for row in body:
-            show(row)
+            self._print(title, style="bold")
+        self._draw(Padding(drawn, (0, 0, 0, 2), expand=False))
         self._gap()
 
     def final(self, text: str) -> None:
         """Prints a closing line even if quiet, such as a path. Unwrapped, for copying."""
-        self._print(clean(text))
+        self._print(clean(text), whole=True)
 
     def verdict(self, passed: bool, text: str) -> None:
         """Prints the last line: PASS or FAIL, and its subject."""
         self.end_stage()
         style = "bold green" if passed else "bold red"
-        self._wrapped(f"{'PASS' if passed else 'FAIL'}  {text}", style=style)
+        self._draw(Text(f"{'PASS' if passed else 'FAIL'}  {clean(text)}", style=style))
 
     def close(self) -> None:
         """Removes the bar. Can be called twice."""
@@ -203,24 +204,32 @@ class Console:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _wrapped(self, text: str, style: str = "") -> None:
-        for line in wrap(text, self._width):
-            self._print(line, style=style)
-
     def _gap(self) -> None:
         """Prints one blank line, never two."""
         if not self._blank:
             self._print("")
 
-    def _print(self, text: str, style: str = "") -> None:
+    def _print(self, text: str, style: str = "", whole: bool = False) -> None:
+        """Prints a line, cut to the width unless it is to stay `whole`."""
         self._blank = not text
-        text = _encodable(text, self._stream)
-        if self._rich is None:
-            print(text, file=self._stream, flush=True)
-            return
-        from rich.text import Text
+        text = text if whole else cut(text, self._width)
+        if self._terminal:
+            self._rich.print(Text(text, style=style), soft_wrap=True)
+        else:
+            self._plain(text)
 
-        self._rich.print(Text(text, style=style), soft_wrap=True)
+    def _draw(self, what: RenderableType) -> None:
+        """Prints lines within the width; without spaces at their ends, except on a terminal."""
+        self._blank = False
+        if self._terminal:
+            self._rich.print(what)
+        else:
+            for line in self._rich.render_lines(what, pad=False):
+                self._plain("".join(part.text for part in line).rstrip())
+
+    def _plain(self, line: str) -> None:
+        # Not through rich, which ends the program where a pipe is closed.
+        print(line, file=self._stream, flush=True)
 
 
 class _Progress:
@@ -252,8 +261,7 @@ class _Progress:
             self._facts.append(f"{number(tokens_per_s, short=True)} tokens/s")
         total = sum(seconds.values())
         largest = sorted(seconds.items(), key=lambda item: -item[1]) if total > 0 else []
-        shares = [f"{name} {s / total:.0%}" for name, s in largest]
-        self._split = " · ".join(shares)
+        self._split = " · ".join(f"{name} {s / total:.0%}" for name, s in largest)
 
     def time_left(self) -> str:
         done, rest = self.at - self._start, self.steps - self.at
@@ -263,19 +271,14 @@ class _Progress:
             f"{clock((self._last - self._began) / done * rest)} left" if done > 0 else "-:-- left"
         )
 
-    def words(self) -> list[str]:
-        """Returns the facts of a plain line."""
+    def line(self) -> str:
+        """Returns the facts as a plain line."""
         count = f"{self.at:>{len(str(self.steps))}}/{self.steps}"
         parts = [f"{self.name:<8}", count, *self._facts, self.time_left(), self._split]
-        return [part for part in parts if part]
+        return "  ".join(part for part in parts if part)
 
-    def renderable(self) -> Any:
+    def renderable(self) -> RenderableType:
         """Returns the bar and, below it, the split of the step."""
-        from rich.console import Group
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
         left = self.time_left() if self.steps_seen else "compiling"
         facts = "  ".join([f"{self.at}/{self.steps}", *self._facts, left])
         grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
@@ -312,64 +315,36 @@ def clock(seconds: float | int) -> str:
     return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
 
 
-def clean(text: str) -> str:
+def clean(text: Any) -> str:
     """Returns one line without control characters: newlines become ⏎, others their escape."""
-    text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " ")
+    text = str(text).replace("\r\n", "\n").replace("\n", "⏎").replace("\t", " ")
     safe = (
         c if unicodedata.category(c)[0] != "C" or c == "\u200d" else ascii(c)[1:-1] for c in text
     )
     return "".join(safe)
 
 
-def cells(text: str) -> int:
-    """Returns the terminal columns of the text."""
-    if text.isascii():
-        return len(text)
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
-
-
 def cut(text: str, width: int) -> str:
     """Truncates the text to at most `width` columns, ending in `...`."""
-    if cells(text) <= width:
+    if cell_len(text) <= width:
         return text
-    while text and cells(text) > width - 3:
-        text = text[:-1]
-    return (text + "...")[: max(width, 0)]
+    return (set_cell_size(text, max(width - 3, 0)) + "...")[: max(width, 0)]
 
 
-def pad(text: str, width: int, *, right: bool = False) -> str:
-    """Pads the text with spaces to `width` columns, aligned left or right."""
-    fill = " " * (width - cells(text))
-    return fill + text if right else text + fill
+def _grid() -> Table:
+    """A grid of `  name  text`, indented; the text is wrapped."""
+    grid = Table.grid(padding=(0, 0, 0, 2), pad_edge=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
 
 
-def wrap(text: str, width: int) -> list[str]:
-    """Wraps into lines of at most `width` columns. Returns at least one line."""
-    text = clean(text)
-    columns = max(width, 8) * len(text) // max(cells(text), 1) if text else max(width, 8)
-    return textwrap.wrap(text, max(columns, 8), break_on_hyphens=False) or [""]
-
-
-def _encodable(text: str, stream: TextIOBase) -> str:
-    """Replaces characters that the stream's encoding lacks by `?`."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.encode(encoding, errors="replace").decode(encoding)
-
-
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
+    """True for integers and floats, not for booleans."""
     return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 def _cell(x: Any) -> str:
     if isinstance(x, float):
         return number(x)
-    return "" if x is None else clean(str(x))
-
-
-def _fit(rows: Sequence[Sequence[str]], width: int) -> list[int]:
-    """Returns column widths whose sum, with two spaces between, is at most `width`."""
-    widths = [max(map(cells, column)) for column in zip(*rows, strict=True)]
-    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 4:
-        widths[widths.index(max(widths))] -= 1
-    return widths
+    return "" if x is None else clean(x)

@@ -11,7 +11,7 @@ import jax
 
 from jaxrl_eff.checkpoints import deltas, save_hf
 from jaxrl_eff.checkpoints.peft_files import save_peft
-from jaxrl_eff.peft import lora, ways
+from jaxrl_eff.peft import lora, ways, weights
 from jaxrl_eff.train import state
 
 
@@ -57,7 +57,7 @@ def write(assembled: Any, done: Any, workdir: Path, console: Any) -> Path:
     if not base:
         base = str(workdir / "base")
         with _telling(workdir / "base"):
-            merged = state.merged(lm, lora.base(trained))
+            merged = state.merged(lm, weights.base(weights.assembled(lm, trained)))
             save_hf(base, lm, merged, tokenizer_from=assembled.tokenizer)
     whole = ways.whole_names(part, lm)
     with _telling(workdir / "adapter"):

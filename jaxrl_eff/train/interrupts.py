@@ -150,6 +150,13 @@ class Outlasting(TextIOBase):
         except OSError:
             self._drop()
 
+    def reconfigure(self, **options: Any) -> None:
+        """Changes how text is encoded, where the stream allows it."""
+        try:
+            getattr(self._stream, "reconfigure", lambda **_: None)(**options)
+        except OSError:
+            self._drop()
+
     def _drop(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             null = os.open(os.devnull, os.O_WRONLY)

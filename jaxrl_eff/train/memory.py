@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxrl_eff import tree
-from jaxrl_eff.core import Adaptation, Step
+from jaxrl_eff.core import Step
 from jaxrl_eff.core.shardings import placed, shard_bytes
-from jaxrl_eff.peft import lora, quantized
+from jaxrl_eff.peft import quantized, weights
 
 
 class Footprint(NamedTuple):
@@ -39,31 +38,23 @@ class Footprint(NamedTuple):
 
 def planned(step: Step, model: str) -> Footprint:
     """Returns a model's memory at home in a compiled graph, from shapes and shardings alone."""
-    home, spec = step.home(model), step.specs[model]
+    home = step.home(model)
     params, state = _bytes(home.params), _bytes((home.opt, home.left, home.held))
     if not any(c.kind == "train" for c in step.graph.of(model)):
         return Footprint(params, 0, 0)
-    if not isinstance(spec.tx, Adaptation):
-        return Footprint(params, state, params)
-    there, gradients = tree.flat(home.params), 0
-    # A tap has one number per original value.
-    originals = [x for name, x in tree.flat(home.opt).items() if name.endswith("/original")]
-    for name, leaf in jax.eval_shape(spec.tx.leaves, spec.shapes, home.opt).items():
-        if name in there:
-            gradients += _bytes(there[name])
-        elif name.startswith("shared/"):  # a few layers of a kernel
-            kernel = there[name.removeprefix("shared/").removesuffix("whole") + "kernel"]
-            gradients += _bytes(kernel, itemsize=4) * leaf.shape[0] // kernel.shape[0]
-    return Footprint(params, state, gradients + _bytes(originals, itemsize=4))
+    return Footprint(params, state, _bytes(step.gradients(model)))
 
 
 def whole(step: Step, model: str) -> Footprint:
     """Returns the memory if all parameters were trained by Adam with float32 moments."""
-    there = lora.base(step.home(model).params)
+    there, view = step.home(model).params, step.specs[model].view
+    if view is not None:
+        there = weights.base(view(there))
     if quantized.inside(there):
-        dtype = tree.flat(there)["embed/table"].dtype
-        where = quantized.plain_layout(jax.tree.map(lambda x: x.sharding, there))
-        there = jax.tree.map(placed, quantized.plain_shapes(there, dtype), where)
+        dtype = there["embed"]["table"].dtype
+        shapes = jax.eval_shape(lambda x: quantized.dequantized(x, dtype), there)
+        where = quantized.layout(jax.tree.map(lambda x: x.sharding, there))
+        there = jax.tree.map(placed, shapes, where)
     params = jax.tree.leaves(there)
     size = _bytes(params)
     return Footprint(size, 2 * _bytes(params, itemsize=4), size)

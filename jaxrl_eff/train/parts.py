@@ -26,7 +26,7 @@ from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.optim import optimizer, warmup_then
 from jaxrl_eff.parallel import SyncConfig
 from jaxrl_eff.parallel.zero import levels
-from jaxrl_eff.peft import lora, ways
+from jaxrl_eff.peft import ways, weights
 from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.rollout.rewards import symbolic, verify
 from jaxrl_eff.schema import build
@@ -262,7 +262,7 @@ def _without_ref(c: core.Call) -> core.Call:
 
 
 def _on_base(fn: Callable, params_: Any, batch: Any, key: Any) -> Any:
-    return fn(lora.base(params_), batch, key)
+    return fn(weights.base(params_), batch, key)
 
 
 def model_specs(

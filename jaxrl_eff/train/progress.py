@@ -152,7 +152,7 @@ class StepLog:
             n / elapsed if elapsed > 1e-6 else None for n in (tokens, flops)
         )
         seconds = {s.call: s.end - s.start for s in self.spans}
-        trained = [c.name for c in self._stage.step.packed if c.kind == "train"]
+        trained = [c.name for c in self._stage.step.packs.calls if c.kind == "train"]
         if mine := [seconds[name] for name in trained if name in seconds]:  # on its devices
             values["schedule/measured_seconds"] = sum(mine)
         if self._calibration is not None:

@@ -144,8 +144,8 @@ def _opened(
     writer.document("plan", {s.name: s.step.plan_table() for s in assembled.stages})
     scheduled = [s for s in assembled.stages if s.settings.schedule.name == "skrull"]
     if scheduled:
-        described = {s.name: balanced.describe(s.step, s.lengths) for s in scheduled}
-        writer.document("schedule", described)
+        found = {s.name: balanced.describe(s.step, s.lengths) for s in scheduled}
+        writer.document("schedule", found)
     console.header(f"jaxrl_eff: {' → '.join(config.stages)}", summary.facts(assembled, workdir))
     for stage in assembled.stages:
         for note in stage.notes:

@@ -16,7 +16,7 @@ from jaxrl_eff.core import Adaptation, Model, Step
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.parallel import Placement, Route, global_arrays
 from jaxrl_eff.parallel.mesh import mesh
-from jaxrl_eff.peft import lora, quantized, ways
+from jaxrl_eff.peft import quantized, ways, weights
 from jaxrl_eff.train import parts
 from jaxrl_eff.train.assembly import Assembled, Stage
 from jaxrl_eff.train.start import started
@@ -39,12 +39,10 @@ def _params(assembled: Assembled, stage: Stage, role: str, shelf: Shelf) -> Any:
     way = stage.step.specs[role].tx
     if role not in stage.settings.adapt or not isinstance(way, Adaptation):
         return _base(assembled, stage, role, shelf, where)
-    base_where = lora.base(where)
-    kept = ways.kept_in_bits(stage.settings.adapt[role], stage.lms[role])
-    keep = kept and _Keep(kept, base_where)
-    base = _base(assembled, stage, role, shelf, base_where, keep)
+    kept, there = ways.kept_in_bits(stage.settings.adapt[role], stage.lms[role]), tree.flat(where)
+    plain_where = quantized.layout(weights.base(stage.step.specs[role].view(where)))
+    base = _base(assembled, stage, role, shelf, plain_where, kept and _Keep(kept, there))
     full = jax.jit(way.extended, out_shardings=where, donate_argnums=0)(base)
-    there = tree.flat(where)
     given = started(stage.settings.adapt[role], stage.lms[role])
     put = {k: global_arrays.from_whole(there[k], np.asarray(v)) for k, v in given.items()}
     return tree.with_leaves(full, put)
@@ -55,17 +53,16 @@ class _Keep(NamedTuple):
 
     Attributes:
         kept: the quantized kernels, and their format.
-        where: shardings of the stored leaves.
+        where: name of a stored leaf -> its sharding.
     """
 
-    kept: quantized.Quantized
-    where: Any
+    kept: quantized.BaseFormat
+    where: dict[str, Any]
 
     def __call__(self, name: str, x: jax.Array) -> dict[str, jax.Array]:
         if name not in self.kept.blocks:
             return {name: x}
-        flat = tree.flat(self.where)
-        there = {k: flat[k] for k in self.kept.names(name)}
+        there = {k: self.where[k] for k in self.kept.names(name)}
         return jax.jit(lambda x: self.kept.leaves(name, x), out_shardings=there)(x)
 
 
@@ -73,8 +70,6 @@ def _base(
     assembled: Assembled, stage: Stage, role: str, shelf: Shelf, where: Any, keep: Any = None
 ) -> Any:
     """Returns parameters without an adapter at home; with a `_Keep`, their stored leaves."""
-    if keep is not None:
-        where = quantized.plain_layout(where)
     kind, name = stage.origins[role]
     if kind == "own":
         algorithm = parts.algorithm_of(stage.settings)
@@ -107,11 +102,11 @@ def _kept(params_: Any, keep: _Keep | None) -> Any:
 
 def merged(lm: LMConfig, params_: Any) -> Any:
     """Returns parameters with adapters merged into dequantized kernels; others unchanged."""
-    where = jax.tree.map(lambda x: x.sharding, lora.base(params_))
-    where = quantized.plain_layout(where)
+    there = weights.base(weights.assembled(lm, params_))
+    where = quantized.layout(jax.tree.map(lambda x: x.sharding, there))
     if jax.tree.structure(where) == jax.tree.structure(params_):
         return params_
-    return jax.jit(lambda t: lora.merge(lm, t), out_shardings=where)(params_)
+    return jax.jit(lambda t: weights.merged(lm, t), out_shardings=where)(params_)
 
 
 def moved(models: Models, old: Step, new: Step) -> Models:

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from jaxrl_eff import checkpoints, tree
 from jaxrl_eff.checkpoints import load_hf, peft_files, read_config, save_hf
 from jaxrl_eff.models import apply, unembed
-from jaxrl_eff.peft import lora
+from jaxrl_eff.peft import lora, weights
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install '.[parity]'")
@@ -52,7 +52,7 @@ def logits_of(model):
 
 def ours(cfg, params):
     tokens = jnp.asarray(IDS)[None]
-    place = jnp.arange(tokens.shape[1])[None]
+    place, params = jnp.arange(tokens.shape[1])[None], weights.assembled(cfg, params)
     return np.asarray(
         unembed(cfg, params, apply(cfg, params, tokens, place, jnp.ones_like(tokens))[0])
     )[0]
@@ -236,7 +236,7 @@ def test_adapters_of_the_project_have_its_logits_in_peft(case, kind, whole, tmp_
     model.save_pretrained(tmp_path / "b")
     leaves = peft_files.load_peft(tmp_path / "b", cfg)
     close(ours(cfg, tree.with_leaves(base, leaves)), ours(cfg, params))
-    save_hf(tmp_path / "merged", cfg, lora.merge(cfg, params))
+    save_hf(tmp_path / "merged", cfg, weights.merged(cfg, params))
     assert checkpoints.load_hf(tmp_path / "merged", cfg)
     np.testing.assert_allclose(
         logits_of(reloaded(tmp_path / "merged")), logits_of(model), rtol=1e-3, atol=1e-3

@@ -10,7 +10,7 @@ from test_lora import CFG, adapted
 
 from jaxrl_eff import checkpoints, models, tree
 from jaxrl_eff.checkpoints import peft_files
-from jaxrl_eff.peft import lora
+from jaxrl_eff.peft import weights
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_peft_would_merge_to_the_same_checkpoint(base, kind, tmp_path):
     """W + alpha/r B A on torch's [out, in] matrices; DoRA scales rows to their magnitude."""
     params = adapted(base, kind)
     checkpoints.save_hf(tmp_path / "base", CFG, base)
-    checkpoints.save_hf(tmp_path / "merged", CFG, lora.merge(CFG, params))
+    checkpoints.save_hf(tmp_path / "merged", CFG, weights.merged(CFG, params))
     peft_files.save_peft(tmp_path / "adapter", CFG, params)
     start, want, adapter = (
         load_file(tmp_path / f)

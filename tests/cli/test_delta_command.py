@@ -127,7 +127,7 @@ def test_what_is_wrong_is_one_line(home, capsys, tmp_path):
     base, a = f"--base={home}/base", f"--delta={home}/a.d"
     out = f"--out={tmp_path}/out"
     (tmp_path / "text").write_text("no delta\n")
-    refuses("required: command")
+    refuses("required: COMMAND")
     refuses("invalid choice: 'patch'", "patch")
     refuses("--tuned", "diff", base, out)
     refuses("unrecognized arguments: --too=1", "show", f"{home}/a.d", "--too=1")

@@ -50,6 +50,18 @@ def test_missing_packages_and_bad_pairs_are_broken(capsys, monkeypatch):
     assert "broken: grain missing" in capsys.readouterr().out
 
 
+def test_a_missing_console_is_told_without_it():
+    code = (
+        "import sys; sys.modules['rich'] = None\n"
+        "from jaxrl_eff.cli import doctor\n"
+        "real = doctor.version; doctor.version = lambda n: None if n == 'rich' else real(n)\n"
+        "sys.exit(doctor.main(['--quick']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout == "broken: rich missing: pip install jaxrl_eff\n"
+
+
 def test_a_backend_that_does_not_start_is_broken(capsys, monkeypatch):
     def fail():
         raise RuntimeError("no driver")

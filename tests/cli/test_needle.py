@@ -8,6 +8,7 @@ import pytest
 
 from jaxrl_eff import checkpoints, models
 from jaxrl_eff.cli import needle
+from jaxrl_eff.cli.pages import needle_page
 from jaxrl_eff.data import needles
 from jaxrl_eff.data.tokenizer import CharTokenizer
 from jaxrl_eff.models import LMConfig, heads
@@ -59,7 +60,7 @@ def test_a_needle_is_found_if_greedy_words_are_the_answer(params):
     assert [needle.found(LM, params, c) for c in asked] == said
     share = needle.grid(LM, params, asked)
     assert sum(share.values()) * 6 == pytest.approx(sum(said))
-    drawn = needle.page("a", share, [(1.0, 2.0), (5.0, 1.0)])
+    drawn = needle_page.page("a", share, [(1.0, 2.0), (5.0, 1.0)])
     assert drawn.count("<rect") >= 6 and "Loss by position" in drawn
 
 
@@ -86,9 +87,9 @@ def test_the_command_measures_and_draws(params, tmp_path, capsys):
     code, out, err = launch.called(needle.main, capsys, *call, f"--page={page}")
     assert code == 0 and "written" in out and page.read_text().count("<svg") == 1 and not err
     for bad, message in (
-        ("--lengths=a", "--lengths=a is no list of integers"),
+        ("--lengths=a", "--lengths: 'a' should be numbers separated by commas"),
         ("--lengths=4", "--lengths has 4; a needle needs 6 or more"),
-        ("--depths=0", "--depths is 0, but must be at least 1"),
+        ("--depths=0", "--depths: is 0, but must be at least 1"),
         (f"--model={tmp_path}", "neither a config.json nor an export/"),
     ):
         code, _, err = launch.called(needle.main, capsys, *call, bad)

@@ -3,49 +3,16 @@
 import json
 import math
 import re
-import xml.dom.minidom
-from html.parser import HTMLParser
 
 import launch
 import pytest
+from pages import Page
 
 from jaxrl_eff.checkpoints import manifest
 from jaxrl_eff.cli import report
 from jaxrl_eff.cli.pages import svg
+from jaxrl_eff.cli.pages.devices import device_range
 from jaxrl_eff.train.writer import Writer
-
-VOID = {"meta", "input", "br"}
-
-
-class Page(HTMLParser):
-    """Checks that tags are closed in order, and collects the text and what is referred to."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.text, self.references, self.tags = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.references += [v for k, v in attrs if k in ("src", "href", "srcset")]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.text.append(data)
-
-    @property
-    def all(self):
-        return " ".join(self.text)
 
 
 def place(devices, kind, of, microbatches=1, **axes):
@@ -84,11 +51,9 @@ def run(tmp_path):
     w.document(
         "result",
         {
-            "title": "reverse <four> digits",
             "passed": True,
-            "expected": "a rise of 0.30",
-            "columns": ["", "accuracy"],
-            "rows": [["after SFT", 0.31], ["after PPO", 0.912345]],
+            "expected": {"metric": "after <PPO>", "at_least": 0.75},
+            "results": {"after SFT": 0.31, "after <PPO>": 0.912345},
             "exported": "/tmp/hf",
         },
     )
@@ -102,7 +67,7 @@ def test_everything_a_run_wrote_is_on_the_page(run):
     assert path == run / "report.html"
     page = Page(path.read_text())
     for expected in (
-        "reverse <four> digits", "PASS", "a rise of 0.30", "after PPO", "0.9123", "/tmp/hf",
+        "PASS", "after <PPO> 0.9123; expected at least 0.75", "after SFT", "0.3100", "/tmp/hf",
         "40 steps", "659 steps", "sft_train/loss", "gap", "p95", "tokens/s", "seconds by call",
         "data 4 × tensor 2", "0-7", "actor_gen", "host", "0-3", "step 41", "step 699",
         "<script>alert('x')</script> & more", "answer: 7", "</pre><b>",
@@ -114,20 +79,16 @@ def test_everything_a_run_wrote_is_on_the_page(run):
 def test_the_page_needs_no_network_and_holds_no_foreign_markup(run):
     text = report.write(run).read_text()
     page = Page(text)
-    assert page.references == []
-    assert re.findall(r"https?://(?!www\.w3\.org)", text) == []
     assert page.tags.count("script") == 1 and page.tags.count("b") > 0
     assert "<script>alert" not in text and "</pre><b>" not in text
 
 
 def test_every_drawing_is_sound_xml_within_its_frame(run):
-    text = report.write(run).read_text()
-    drawings = re.findall(r"<svg.*?</svg>", text, flags=re.S)
+    drawings = Page(report.write(run).read_text()).drawings
     assert len(drawings) >= 8
-    for drawing in drawings:
-        root = xml.dom.minidom.parseString(drawing).documentElement
+    for root in drawings:
         _, _, width, height = map(float, root.getAttribute("viewBox").split())
-        assert "nan" not in re.sub(r"data-series=\"[^\"]*\"", "", drawing)
+        assert "nan" not in re.sub(r"data-series=\"[^\"]*\"", "", root.toxml())
         for path in root.getElementsByTagName("path"):
             numbers = list(map(float, re.findall(r"-?[\d.]+", path.getAttribute("d"))))
             assert all(-0.1 <= n <= max(width, height) + 0.1 for n in numbers)
@@ -181,7 +142,7 @@ def test_odd_documents_do_not_break_the_page(tmp_path):
 
 
 def test_a_missing_or_empty_directory_is_named(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="nowhere is no directory"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
         report.write(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no run: none of metrics\.jsonl"):
         report.write(tmp_path)
@@ -202,9 +163,9 @@ def test_ticks_are_round():
 
 
 def test_device_ranges_read_well():
-    assert svg.device_range([0, 1, 2, 3, 6]) == "0-3, 6"
-    assert svg.device_range([1, 0]) == "1, 0"
-    assert svg.device_range([]) == ""
+    assert device_range([0, 1, 2, 3, 6]) == "0-3, 6"
+    assert device_range([1, 0]) == "1, 0"
+    assert device_range([]) == ""
 
 
 def test_a_straight_line_is_its_own_trend():

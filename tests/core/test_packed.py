@@ -201,7 +201,7 @@ def packed_tables(name):
     graph, batch = tables(), sampled()
     plan = {c.name: PLANS[name].get(c.name, PLANS[name]["default"]) for c in graph.calls}
     step = compile(graph, plan, table_specs(graph), keep="last fresh", pack=1).check(batch)
-    packings = {p: Packing(SHAPES[p], ROOM[p], COST) for p in step.places}
+    packings = {p: Packing(SHAPES[p], ROOM[p], COST) for p in step.packs.places}
     return step.scheduled(packings).build(batch)
 
 
@@ -331,7 +331,7 @@ def test_a_scheduled_algorithm_gives_the_same_parameters(algorithm, place):
 
 def test_meshes_have_schedules_of_their_own(wide):
     step = packed_tables("three meshes")
-    assert step.places == (FOUR, ONE, SHARDED)
+    assert step.packs.places == (FOUR, ONE, SHARDED)
     told = {tuple(p["calls"]): p for p in balanced.describe(step, ())["places"]}
     assert told["value_train",] == {
         "calls": ["value_train"], "groups": 1, "parts": 1, "room": 32, "shapes": [[24, 0], [0, 32]],
@@ -343,7 +343,7 @@ def test_meshes_have_schedules_of_their_own(wide):
 
 def test_what_lies_beside_a_packed_call_counts_where_it_lies(wide):
     step, table = packed_tables("three meshes"), V * V * 8
-    calls = {c.name: c for c in step.packed}
+    calls = {c.name: c for c in step.packs.calls}
     found = {
         k: shardings.held(packed_memory.beside(step, calls[k])) for k in ("value_train", "logp_inf")
     }
@@ -381,7 +381,7 @@ def test_what_is_trained_is_chosen_anew_as_by_padded_rows():
                                                  strict=True) if a.dtype == np.int32]  # fmt: skip
     assert same and all(same)  # the very same entries
     choosing = step.analysis()["actor_train reselect"]["bytes"]
-    assert packed_memory.needs(step, step.places[0], [Shape(0, 16)]) >= choosing
+    assert packed_memory.needs(step, step.packs.places[0], [Shape(0, 16)]) >= choosing
 
 
 APART = (
@@ -418,10 +418,10 @@ def test_a_plan_is_searched_with_packed_calls_priced_by_expected_lengths():
     assert expected == works["actor_train"].packed and works["actor_gen"].packed is None
     assert works["actor_gen"].responses == expected.responses
     assert expected.room == 16 and expected.responses.tokens == (1, 2, 3, 4)
-    places = {stage.searched.plan[c.name].bare for c in stage.step.packed}
-    assert places == {*stage.step.places} == {*stage.step.packings}
+    places = {stage.searched.plan[c.name].bare for c in stage.step.packs.calls}
+    assert places == {*stage.step.packs.places} == {*stage.step.packs.packings}
     # Lengths of sampled rows are fetched once.
-    assert [c.name for c in stage.step.packed if stage.step._asks(c)] == ["ref_inf"]
+    assert [c.name for c in stage.step.packs.calls if stage.step.packs.asks(c)] == ["ref_inf"]
 
 
 @pytest.mark.slow
@@ -537,7 +537,7 @@ def test_a_call_that_numbers_rows_or_takes_no_tokens_is_refused():
 def test_room_for_sampled_rows_is_what_compiled_programs_need():
     place = {"devices": [0], "data": 1}
     (stage,) = assembly.assemble(run("ppo", skrull_of("ppo").replace("16", "24"), **place)).stages
-    step, (place,) = stage.step, stage.step.places
+    step, (place,) = stage.step, stage.step.packs.places
 
     def need(*shapes):
         return packed_memory.needs(step, place, shapes)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_plan_law import check
 
-from jaxrl_eff.peft import lora
+from jaxrl_eff.peft import weights
 from jaxrl_eff.train import assembly, state
 
 pytestmark = pytest.mark.slow
@@ -102,7 +102,7 @@ def reference(algorithm, chosen):
 def merged(run, algorithm, params):
     """What the adapted model computes with: adapters merged into kernels."""
     (stage,), role = run.stages, role_of(algorithm)
-    return jax.jit(lambda p: lora.merge(stage.lms[role], p))(params[role])
+    return jax.jit(lambda p: weights.merged(stage.lms[role], p))(params[role])
 
 
 @functools.cache

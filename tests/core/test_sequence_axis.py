@@ -15,7 +15,12 @@ from jaxrl_eff import core
 from jaxrl_eff.models import LMConfig, attention, logical_axes, params
 from jaxrl_eff.parallel import Network, Placement
 from jaxrl_eff.parallel.attention import kernels, sequence
-from jaxrl_eff.parallel.attention.context import SequenceLayout, current_layout, sequence_layout
+from jaxrl_eff.parallel.attention.context import (
+    Mask,
+    SequenceLayout,
+    current_layout,
+    sequence_layout,
+)
 from jaxrl_eff.train import assembly
 
 ALGORITHMS = ("sft", "reward_model", "dpo", "ppo", "grpo")
@@ -151,10 +156,7 @@ def test_own_and_shared_tokens_by_any_way_are_two_attentions(way):
 
     def on(attend, arrays, at):
         position, segment = at
-        return attend(
-            *arrays, q_position=position, k_position=position, q_segment=segment,
-            k_segment=segment, scale=scale,
-        )  # fmt: skip
+        return attend(*arrays, Mask(position, segment, position, segment), scale=scale)
 
     def joined(one, other):
         return jax.vmap(lambda a, b: sequence.joined(a, b, 2), (2, 2), 2)(
@@ -175,8 +177,8 @@ def test_own_and_shared_tokens_by_any_way_are_two_attentions(way):
 def test_chunks_on_cpus_are_short():
     q, at = jnp.zeros((1, 512, 2, 8)), jnp.zeros((1, 512), jnp.int32)
     attend = sequence.attend(Placement((0, 1), seq=2), "ring")
-    where = dict.fromkeys(("q_position", "k_position", "q_segment", "k_segment"), at)
-    text = str(jax.make_jaxpr(lambda q: attend(q, q, q, **where, scale=1.0))(q))
+    mask = Mask(at, at, at, at)
+    text = str(jax.make_jaxpr(lambda q: attend(q, q, q, mask, scale=1.0))(q))
     assert f"f32[2,1,2,{sequence.CPU_CHUNK},8]" in text  # two chunks a device
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import hlo_bytes
 import jax
 import jax.numpy as jnp
 import launch
@@ -21,8 +22,8 @@ from jaxrl_eff.core import lowering
 from jaxrl_eff.core.graph import Spec
 from jaxrl_eff.core.shardings import Shardings
 from jaxrl_eff.models import LMConfig, params
-from jaxrl_eff.models.transformer import SAVED
-from jaxrl_eff.parallel import Placement, hlo_bytes
+from jaxrl_eff.models.layers import SAVED
+from jaxrl_eff.parallel import Placement
 from jaxrl_eff.parallel.attention import sequence
 from jaxrl_eff.parallel.codec import Blocks, decode, encode
 from jaxrl_eff.parallel.zero import collectives, levels
@@ -194,6 +195,7 @@ def traffic(place, plan, lm=LM, fn=None, more=1, of=None):
     c = dataclasses.replace(c, fn=fn or c.fn, epochs=more)
     graph = dataclasses.replace(graph, calls=(c,))
     there = Shardings(graph, {c.name: place}, {"actor": of or spec(plan, lm)})
+    (c,) = there.calls
     shapes = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch().items()}
     jaxpr = lowering.trace(there, c, there.rows(c, shapes)).jaxpr
     return there.sharded[c.name].traffic(jaxpr)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxrl_eff.models import LMConfig, attention
+from jaxrl_eff.models.attention import Mask
 
 
 def loops(q, k, v, q_position, k_position, q_segment, k_segment, window, softcap, scale):
@@ -36,10 +37,8 @@ def test_attention_equals_loops(attend, window, softcap, monkeypatch):
     position = np.asarray([[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3, 4, 5, 0, 0]], np.int32)
     expected = loops(q, k, v, position, position, segment, segment, window, softcap, scale=0.3)
     position, segment = jnp.asarray(position), jnp.asarray(segment)
-    got = attend(
-        *map(jnp.asarray, (q, k, v)), q_position=position, k_position=position, q_segment=segment,
-        k_segment=segment, window=window, softcap=softcap, scale=0.3,
-    )  # fmt: skip
+    mask = Mask(position, segment, position, segment, window)
+    got = attend(*map(jnp.asarray, (q, k, v)), mask, scale=0.3, softcap=softcap)
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert (np.asarray(got)[np.asarray(segment) == 0] == 0).all()
 
@@ -51,10 +50,7 @@ def test_blocks_of_queries_have_the_gradient_of_plain(key, monkeypatch):
     segment = jnp.where(position < 13, 1, 0)
 
     def loss(attend, qkv):
-        out = attend(
-            *qkv, q_position=position, k_position=position, q_segment=segment, k_segment=segment,
-            window=None, softcap=None, scale=0.5,
-        )  # fmt: skip
+        out = attend(*qkv, Mask(position, segment, position, segment), scale=0.5)
         return (out * g).sum()
 
     gradient = jax.jit(jax.grad(loss, 1), static_argnums=0)
@@ -74,11 +70,8 @@ def test_what_the_fused_kernel_is_told_is_plain(window, queries, cached, key, mo
     q = jnp.concatenate([q, 2 * q], axis=2)[:, cached:]  # two query heads a key head
     segment = jnp.asarray([[1] * 5 + [2] * 6 + [0], [1] * 10 + [0] * 2])[:, : queries + cached]
     position = jnp.asarray([[*range(5), *range(6), 0], [*range(10), 0, 0]])[:, : queries + cached]
-    where = dict(
-        q_position=position[:, cached:], k_position=position, q_segment=segment[:, cached:],
-        k_segment=segment, window=window, softcap=None, scale=0.5,
-    )  # fmt: skip
-    outs = [attend(q, k, v, **where) for attend in (attention.plain, attention.fused)]
+    mask = Mask(position[:, cached:], segment[:, cached:], position, segment, window)
+    outs = [attend(q, k, v, mask, scale=0.5) for attend in (attention.plain, attention.fused)]
     np.testing.assert_allclose(*outs, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_eff import models
-from jaxrl_eff.models import LMConfig, Rope, transformer
+from jaxrl_eff.models import LMConfig, Rope, layers
 from jaxrl_eff.rollout import cache
 
 # Every option at once: each layer differs, and nothing divides what it should not.
@@ -136,7 +136,7 @@ def test_memory_falls_from_rung_to_rung():
 def test_gated_units_have_the_gradient_of_their_formula(key):
     gate, up = jax.random.normal(key, (2, 3, 5))
     for name, act in [("silu", nn.silu), ("gelu_tanh", functools.partial(nn.gelu))]:
-        fast = lambda g, u, name=name: transformer._gated(name, g, u)  # noqa: E731
+        fast = lambda g, u, name=name: layers._gated(name, g, u)  # noqa: E731
         got = jax.jit(jax.grad(lambda *x: (fast(*x) ** 2).sum(), (0, 1)))(gate, up)  # noqa: B023
         want = jax.grad(lambda g, u: ((act(g) * u) ** 2).sum(), (0, 1))  # noqa: B023
         want = jax.jit(want)(gate, up)

@@ -2,6 +2,7 @@
 
 import functools
 
+import hlo_bytes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +10,6 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-
-from jaxrl_eff.parallel import hlo_bytes
 
 N, G = 8, 4
 GROUPS = [[0, 1, 2, 3], [4, 5, 6, 7]]

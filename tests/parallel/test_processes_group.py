@@ -95,7 +95,7 @@ def test_one_may_ask_what_others_do_not(three):
 def test_an_end_is_for_all(three, left):
     before = []
     threading.Timer(0.5, lambda: before.append(1) or three[2].finish()).start()
-    three[1]._thread(three[1].finish)
+    three[1]._thread("finish", three[1].finish)
     three[0].finish()
     assert before and not left
 
@@ -173,7 +173,7 @@ def test_strangers_at_the_door_are_sent_away():
         both = [first.result(), second]
     assert everywhere(both, lambda g: g.exchange("a", "")) == [["", ""]] * 2
     for g in both:
-        g._thread(g.finish)
+        g._thread("finish", g.finish)
 
 
 def connected(port):

@@ -11,7 +11,7 @@ from jaxrl_eff import models, tree
 from jaxrl_eff.models import LMConfig
 from jaxrl_eff.optim import sparse
 from jaxrl_eff.optim.sparse import selectors
-from jaxrl_eff.peft import lora
+from jaxrl_eff.peft import lora, weights
 
 CFG = LMConfig(
     vocab=24, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=24, init_std=0.3, unroll=1
@@ -39,8 +39,11 @@ def rows():
     return tokens, position, jnp.ones_like(tokens)
 
 
+view = functools.partial(weights.assembled, CFG)
+
+
 def loss(params, rows, cfg=CFG):
-    return models.token_logprobs(cfg, params, *rows)[0].sum()
+    return models.token_logprobs(cfg, view(params), *rows)[0].sum()
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,9 @@ def adapted(base, kind):
 
 
 hidden = functools.partial(jax.jit, static_argnums=0)(
-    lambda cfg, params, rows: models.unembed(cfg, params, models.apply(cfg, params, *rows)[0])
+    lambda cfg, params, rows: models.unembed(
+        cfg, params, models.apply(cfg, view(params) if "layers" in params else params, *rows)[0]
+    )
 )
 
 
@@ -143,12 +148,12 @@ hidden = functools.partial(jax.jit, static_argnums=0)(
 def test_merging_an_adapter_gives_the_same_logits(base, rows, kind):
     params = adapted(base, kind)
     beside_ = hidden(CFG, params, rows)
-    merged = jax.jit(lambda p: lora.merge(CFG, p))(params)
+    merged = jax.jit(lambda p: weights.merged(CFG, p))(params)
     assert tree.names(merged) == tree.names(base)
     np.testing.assert_allclose(beside_, hidden(CFG, merged, rows), rtol=1e-4, atol=1e-4)
     assert float(jnp.abs(beside_ - hidden(CFG, base, rows)).max()) > 1e-2
-    jax.tree.map(np.testing.assert_array_equal, lora.base(params), base)
-    apart = hidden(CFG, models.unstack_layers(CFG, params), rows)
+    jax.tree.map(np.testing.assert_array_equal, weights.base(view(params)), base)
+    apart = hidden(CFG, models.unstack_layers(CFG, view(params)), rows)
     np.testing.assert_allclose(beside_, apart, rtol=1e-5, atol=1e-5)
 
 
@@ -164,15 +169,15 @@ def products(jaxpr, shape):
 
 def test_norms_made_ahead_are_those_made_at_every_use(base, rows):
     params = adapted(base, "dora")
-    ready = jax.jit(lambda p: lora.with_norms(CFG, p))(params)
-    found = {k: v.shape for k, v in tree.flat(ready).items() if k.endswith("/dora_norm")}
-    assert found["layers/attn/q/dora_norm"] == (2, 32) and len(found) == 7
+    ready = jax.jit(lambda p: models.cast_for_decode(CFG, view(p)))(params)
+    found = {k: v.shape for k, v in tree.flat(ready).items() if k.endswith("/norm")}
+    assert found["layers/attn/q/kernel/norm"] == (2, 32) and len(found) == 7
     got, want = (hidden(CFG, p, rows) for p in (ready, params))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    run = functools.partial(jax.make_jaxpr(functools.partial(models.apply, CFG)))
+    run = jax.make_jaxpr(lambda p, *rows: models.apply(CFG, view(p), *rows))
     counts = [products(run(p, *rows).jaxpr, (CFG.width, CFG.ffn)) for p in (params, ready)]
     assert counts == [2, 0]  # A B of gate and up
-    assert tree.names(lora.with_norms(CFG, base)) == tree.names(base)
+    assert tree.names(models.cast_for_decode(CFG, base)) == tree.names(base)
 
 
 @pytest.mark.parametrize("kind", but(("dora",), ("lora", "dora")))
@@ -189,7 +194,7 @@ def test_a_fresh_adapter_changes_nothing(base, rows, kind):
 
 def test_an_overlay_has_the_gradient_of_its_merged_kernel(base, rows):
     params = adapted(base, "delta")
-    merged = lora.merge(CFG, params)
+    merged = weights.merged(CFG, params)
     dense = tree.flat(jax.jit(jax.grad(loss))(merged, rows))
     taps = {k: v for k, v in tree.flat(params).items() if k.endswith("/delta")}
     got = jax.jit(jax.grad(lambda taps: loss(tree.with_leaves(params, taps), rows)))(taps)
@@ -197,6 +202,11 @@ def test_an_overlay_has_the_gradient_of_its_merged_kernel(base, rows):
         index = tree.flat(params)[beside(name, "delta_index")]
         want = sparse.gather(dense[name], index, t)
         np.testing.assert_allclose(got[beside(name, "delta")], want, rtol=1e-4, atol=1e-4)
+
+
+def test_leaves_beside_a_kernel_are_not_ignored(base, rows):
+    with pytest.raises(ValueError, match=r"layers/attn/q has \['lora_a', 'lora_b', 'lora_scale'\]"):
+        jax.eval_shape(functools.partial(models.apply, CFG), adapted(base, "lora"), *rows)
 
 
 def test_what_cannot_be_adapted_is_said():

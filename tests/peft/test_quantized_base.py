@@ -18,7 +18,7 @@ from jaxrl_eff.algorithms import sft
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.parallel import Placement, rules
 from jaxrl_eff.parallel.mesh import mesh
-from jaxrl_eff.peft import lora, quantized, ways
+from jaxrl_eff.peft import lora, quantized, ways, weights
 from jaxrl_eff.peft.quantized import NF4, Block
 from jaxrl_eff.rollout import Sampling, sample
 from jaxrl_eff.train import memory, settings
@@ -75,9 +75,9 @@ BLOCKS = [Block(3, 8), Block(3, 32), Block(2, 20)]
 @pytest.mark.parametrize("block", BLOCKS)
 def test_int8_is_within_half_a_step(block):
     x = kernel((3, 5, 40, 32))
-    leaves = quantized.quantize(x, "int8", block)
-    assert leaves["kernel_codes"].dtype == jnp.int8 and leaves["kernel_codes"].shape == x.shape
-    got, step = np.asarray(quantized.dequantize(leaves, jnp.float32)), by_hand(x, block) / 127
+    kept = quantized.quantize(x, "int8", block)
+    assert kept.codes.dtype == jnp.int8 and kept.codes.shape == kept.shape == x.shape
+    got, step = np.asarray(kept.dequantize(jnp.float32)), by_hand(x, block) / 127
     assert np.all(np.abs(got - x) <= step * (0.5 + 1e-4))
     assert np.abs(got - x).max() > 0.4 * step.min()
 
@@ -85,10 +85,10 @@ def test_int8_is_within_half_a_step(block):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_nf4_takes_the_nearest_code(block):
     x = kernel((3, 5, 40, 32))
-    leaves = quantized.quantize(x, "nf4", block)
+    kept = quantized.quantize(x, "nf4", block)
     half = tuple(n // 2 if i == block.axis else n for i, n in enumerate(x.shape))
-    assert leaves["kernel_codes"].dtype == jnp.uint8 and leaves["kernel_codes"].shape == half
-    got, top = np.asarray(quantized.dequantize(leaves, jnp.float32)), by_hand(x, block)
+    assert kept.codes.dtype == jnp.uint8 and kept.codes.shape == half and kept.shape == x.shape
+    got, top = np.asarray(kept.dequantize(jnp.float32)), by_hand(x, block)
     every = np.abs(top[..., None] * NF4 - np.asarray(x)[..., None])
     np.testing.assert_allclose(np.abs(got - x), every.min(-1), atol=1e-6)
 
@@ -98,12 +98,12 @@ def test_nf4_takes_the_nearest_code(block):
 def test_zeros_and_extremes_are_exact_and_twice_is_once(kind, dtype):
     block = Block(3, 16)
     x = kernel(dtype=dtype)
-    leaves = quantized.quantize(x, kind, block)
-    got = np.asarray(quantized.dequantize(leaves, dtype))
+    kept = quantized.quantize(x, kind, block)
+    got = np.asarray(kept.dequantize(dtype))
     exact = (np.asarray(x) == 0) | (np.abs(np.asarray(x, np.float32)) == by_hand(x, block))
     np.testing.assert_array_equal(got[exact], np.asarray(x)[exact])
     again = quantized.quantize(jnp.asarray(got), kind, block)
-    jax.tree.map(np.testing.assert_array_equal, again, leaves)
+    jax.tree.map(np.testing.assert_array_equal, again, kept)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,15 @@ def started(way, kind):
     return of, tree.with_leaves(full, moved)
 
 
+def meant(p):
+    """Parameters as a model reads them, with the kernels that codes mean."""
+    return quantized.dequantized(weights.assembled(CFG, p), jnp.float32)
+
+
+def codes(p):
+    return [k for k in tree.flat(p) if k.endswith("/kernel_codes")]
+
+
 def test_kernels_are_quantized_one_by_one_as_they_are_read(tmp_path):
     checkpoints.save_hf(tmp_path, CFG, jax.tree.map(jnp.asarray, base()))
     kept = ways.kept_in_bits(settings.AdaptSettings(name="lora", rank=1, base="nf4"), CFG)
@@ -170,7 +179,7 @@ def test_kernels_are_quantized_one_by_one_as_they_are_read(tmp_path):
         return kept.leaves(name, x)
 
     got = checkpoints.load_hf(tmp_path, CFG, keep=keep)
-    assert len(seen) == len(quantized.kernels(got)) == 7
+    assert len(seen) == len(codes(got)) == 7
     want = kept.params(jax.tree.map(jnp.asarray, base()))
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
@@ -186,29 +195,33 @@ CASES = [
 def test_a_model_on_codes_is_the_model_on_what_they_mean(kind, way):
     """Forward, gradients of adapters, and merged; what is trained whole is not quantized."""
     of, ours = started(way, kind)
-    theirs = jax.jit(lambda p: quantized.plain(p, jnp.float32))(ours)
-    assert jax.tree.structure(params.abstract(CFG)) == jax.tree.structure(lora.base(theirs))
-    found = quantized.kernels(ours)
-    assert len(found) == 6 and "layers/attn/v/kernel" not in found
+    assert len(codes(ours)) == 6 and "layers/attn/v/kernel" in tree.flat(ours)
+    theirs = jax.eval_shape(lambda p: weights.base(meant(p)), ours)
+    assert jax.tree.structure(params.abstract(CFG)) == jax.tree.structure(theirs)
     np.testing.assert_array_equal(
         ours["layers"]["attn"]["v"]["kernel"], base()["layers"]["attn"]["v"]["kernel"]
     )
     like = jax.tree.map(lambda x: (x.shape, x.dtype), (ours, of.shapes))
     assert like[0] == like[1]
 
-    def loss(given, p):
-        p = tree.with_leaves(p, given)
+    def loss(read, given, p):
+        p = read(tree.with_leaves(p, given))
         return models.token_logprobs(CFG, p, *map(jnp.asarray, rows()))[0].sum()
 
-    run = jax.jit(jax.value_and_grad(loss))
     leaves = {k: tree.flat(ours)[k] for k in of.tx.leaves(ours, of.tx.init(ours))}
     assert all(k in leaves for k in ("layers/attn/q/lora_a", "layers/attn/v/kernel"))
-    got, want = run(leaves, ours), run(leaves, theirs)
+    got, want = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, read)))(leaves, ours)
+        for read in (of.view, meant)
+    )
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
     for name in leaves:
         size = np.abs(want[1][name]).max()  # small numbers are sums of ones as large as this
         np.testing.assert_allclose(got[1][name], want[1][name], rtol=1e-5, atol=3e-6 * size)
-    merged = [jax.jit(functools.partial(lora.merge, CFG))(p) for p in (ours, theirs)]
+    merged = [
+        jax.jit(lambda p, read=read: weights.merged(CFG, read(p)))(ours)
+        for read in (of.view, meant)
+    ]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
     jax.tree.map(close, *merged)
 
@@ -230,7 +243,7 @@ def compiled(base_):
 
     def run(p, opt, *rows):
         def loss(given):
-            return models.token_logprobs(cfg, of.tx.attach(p, opt, given), *rows)[0].sum()
+            return models.token_logprobs(cfg, of.view(of.tx.attach(p, opt, given)), *rows)[0].sum()
 
         return jax.grad(loss)(of.tx.leaves(p, opt))
 
@@ -255,7 +268,8 @@ def test_sampling_dequantizes_layer_by_layer():
     cfg = LARGE.replace(layers=8, windowed=(), unroll=0)
     of = spec(cfg, name="lora", rank=4, base="nf4")
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32), PROMPTS)
-    run = jax.jit(sample(cfg, Sampling(max_tokens=4)))
+    draw = sample(cfg, Sampling(max_tokens=4))
+    run = jax.jit(lambda p, *args: draw(of.view(p), *args))
     program = run.lower(of.shapes, like, jax.random.key(1)).compile()
     floats = 8 * 4 * 128 * (4 * 256 + 3 * 384)
     assert program.memory_analysis().temp_size_in_bytes < floats / 4
@@ -263,21 +277,22 @@ def test_sampling_dequantizes_layer_by_layer():
 
 @pytest.mark.slow
 def test_samples_from_codes_are_those_from_what_they_mean():
-    _, p = started("overlay", "nf4")
-    plain = jax.jit(lambda p: quantized.plain(p, jnp.float32))(p)
-    run = jax.jit(sample(CFG, Sampling(max_tokens=8)))
-    prompts = jax.tree.map(jnp.asarray, PROMPTS)
-    got, want = (run(p, prompts, jax.random.key(1)) for p in (p, plain))
+    of, p = started("overlay", "nf4")
+    draw, prompts = sample(CFG, Sampling(max_tokens=8)), jax.tree.map(jnp.asarray, PROMPTS)
+    got, want = (
+        jax.jit(lambda p, read=read: draw(read(p), prompts, jax.random.key(1)))(p)
+        for read in (of.view, meant)
+    )
     np.testing.assert_array_equal(got["tokens"], want["tokens"])
     np.testing.assert_allclose(got["logp"], want["logp"], rtol=1e-4, atol=1e-5)
 
 
 def test_norms_of_kernels_on_codes_can_be_made_ahead():
-    _, p = started("dora", "nf4")
-    tokens = [jnp.asarray(x) for x in rows()]
+    of, p = started("dora", "nf4")
+    tokens, p = [jnp.asarray(x) for x in rows()], of.view(p)
     run = jax.jit(lambda p: models.apply(CFG, p, *tokens)[0])
-    ready = jax.jit(lambda p: lora.with_norms(CFG, p))(p)
-    assert "layers/attn/o/dora_norm" in tree.flat(ready)
+    ready = jax.jit(lambda p: models.cast_for_decode(CFG, p))(p)
+    assert "layers/attn/o/kernel/norm" in tree.flat(ready)
     np.testing.assert_allclose(run(ready), run(p), rtol=1e-5, atol=1e-5)
 
 
@@ -293,7 +308,8 @@ def test_codes_are_what_is_gathered():
 
     def run(p, *rows):
         def loss(given):
-            return models.token_logprobs(LARGE, of.tx.attach(p, opt, given), *rows)[0].sum()
+            read = of.view(of.tx.attach(p, opt, given))
+            return models.token_logprobs(LARGE, read, *rows)[0].sum()
 
         return jax.grad(loss)(of.tx.leaves(p, opt))
 
@@ -320,6 +336,6 @@ def test_bytes_of_a_base_in_few_bits(kind, a_parameter):
     shapes = params.abstract(LARGE)
     count = sum(tree.flat(shapes)[k].size for k in lora.targets(LARGE))
     rest = tree.nbytes(shapes) - 4 * count
-    adapters = tree.nbytes(of.shapes) - tree.nbytes(lora.base(of.shapes))
+    adapters = tree.nbytes(of.shapes) - tree.nbytes(weights.base(of.view(of.shapes)))
     assert memory.planned(step, "actor").parameters == a_parameter * count + rest + adapters
     assert memory.whole(step, "actor").total == 16 * models.count(LARGE)

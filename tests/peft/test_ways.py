@@ -16,7 +16,7 @@ from jaxrl_eff.checkpoints import deltas, save_hf
 from jaxrl_eff.core import Placement, Spec
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.optim import optimizer
-from jaxrl_eff.peft import lora, ways
+from jaxrl_eff.peft import entries, ways, weights
 from jaxrl_eff.planner import from_graph
 from jaxrl_eff.train import assembly, settings, state, writer
 
@@ -122,7 +122,7 @@ def test_only_what_is_active_changes_and_the_base_comes_back():
         assert 0 < share <= 0.11 if name in got.opt["entries"].active else share == 0, name
     part = settings.AdaptSettings(name="static", density=0.1, targets=TARGETS)
     model = jax.tree.map(jnp.asarray, got)
-    back = jax.jit(ways.entries_of(part, LM, OPTIM).revert)(model.params, model.opt["entries"])
+    back = jax.jit(entries.entries_of(part, LM, OPTIM).revert)(model.params, model.opt["entries"])
     jax.tree.map(np.testing.assert_array_equal, back, base())
 
 
@@ -133,9 +133,11 @@ def test_an_overlay_learns_what_training_in_place_learns():
     inside, _ = train(spec(**way), ONE)
     beside, _ = train(spec(**way, mode="overlay"), ONE)
     params_ = jax.tree.map(jnp.asarray, beside.params)
-    jax.tree.map(np.testing.assert_array_equal, lora.base(params_), base())
+    jax.tree.map(
+        np.testing.assert_array_equal, weights.base(weights.assembled(LM, params_)), base()
+    )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, jax.jit(lambda p: lora.merge(LM, p))(params_), inside.params)
+    jax.tree.map(close, jax.jit(lambda p: weights.merged(LM, p))(params_), inside.params)
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ from jaxrl_eff.algorithms import sft
 from jaxrl_eff.models import LMConfig, logical_axes, params
 from jaxrl_eff.parallel import Placement, rules
 from jaxrl_eff.parallel.mesh import mesh
-from jaxrl_eff.peft import gradient_taps, ways
+from jaxrl_eff.peft import gradient_taps, ways, weights
+from jaxrl_eff.peft.entries import entries_of
 from jaxrl_eff.train import memory as footprint
 from jaxrl_eff.train import settings
 
@@ -53,7 +54,7 @@ def entries(**changes):
         **{"name": "periodic", "density": 0.1, "tiles": (FSDP, TENSOR), "targets": TARGETS}
         | changes
     )
-    return ways.entries_of(s, LM, settings.OptimSettings(name="adam"))
+    return entries_of(s, LM, settings.OptimSettings(name="adam"))
 
 
 def placed_like(like, of):
@@ -171,6 +172,7 @@ def programs():
     optim = settings.OptimSettings(name="adam")
 
     def loss(p, tokens, position, segment):
+        p = weights.assembled(cfg, p)
         return models.apply(cfg, p, tokens, position, segment)[0].astype(jnp.float32).sum()
 
     def compiled(way, p):

@@ -133,5 +133,5 @@ def test_what_would_do_nothing_is_refused():
     with pytest.raises(ValueError, match=r"config.sft.optim.actor.*unknown store 'int4'"):
         assembly.assemble(launch.config("algorithm=sft", BF16, "sft.optim.actor.store='int4'"))
     lora = "sft.adapt.actor={'name': 'lora', 'rank': 2}"
-    with pytest.raises(ValueError, match="descent is for models that are trained whole"):
-        assembly.assemble(launch.config("algorithm=sft", lora, "sft.optim.actor.descent=True"))
+    with pytest.raises(ValueError, match=r"adapt.actor: .*adapters are float32"):
+        assembly.assemble(launch.config("algorithm=sft", lora, BF16, "sft.optim.actor.store='sr'"))

@@ -25,7 +25,7 @@ def log(algorithm, *changes, nonfinite="stop"):
 
 
 def figures(of, stage, lengths, values):
-    done = types.SimpleNamespace(lengths=np.array(lengths), schedule=None)
+    done = types.SimpleNamespace(lengths=np.array(lengths))
     volumes = of._volumes(done, values)
     return volumes, progress._tokens(stage, volumes), of._flops(volumes)
 
@@ -33,18 +33,6 @@ def figures(of, stage, lengths, values):
 def test_lengths_of_packed_rows():
     rows = {"segment": np.array([[1, 1, 1, 2, 0], [1, 2, 2, 3, 3], [0, 0, 0, 0, 0]])}
     assert sorted(progress.lengths(rows)) == [1, 1, 2, 2, 3]
-    assert sorted(progress.lengths([{"local": rows}, {"shared": rows}])) == [
-        1,
-        1,
-        1,
-        1,
-        2,
-        2,
-        2,
-        2,
-        3,
-        3,
-    ]
     prompts = {"prompt_length": np.array([3, 4], np.int32)}
     assert list(progress.lengths(prompts)) == [3, 4]
 

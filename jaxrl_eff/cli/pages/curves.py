@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxrl_eff.cli.pages.page import Colors, figure
-from jaxrl_eff.cli.pages.svg import escaped
+from jaxrl_eff.cli.pages.page import Colors, charts, figure, folded, section
+from jaxrl_eff.train.console import is_number
+
+Curves = dict[str, list[tuple[int, float | int]]]  # name -> (step, value)
 
 # The last part of a metric's name decides how early its curve stands; others are folded away.
 FIRST = (
@@ -22,11 +24,6 @@ def by_stage(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, A
     return stages
 
 
-def is_number(value: Any) -> bool:
-    """True for integers and floats, not for booleans."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def curves(steps: Sequence[Mapping[str, Any]], colors: Mapping[str, Colors]) -> str:
     """A section of figures for each stage; all but the most looked-at are folded away."""
     sections = []
@@ -36,14 +33,8 @@ def curves(steps: Sequence[Mapping[str, Any]], colors: Mapping[str, Colors]) -> 
         behind = [figure for where, figure in figures if where[0] >= len(FIRST)]
         if len(ahead) < 3 or len(behind) < 3:
             ahead, behind = ahead + behind[:6], behind[6:]
-        fold = ""
-        if behind:
-            fold = (
-                f"<details><summary>{len(behind)} more curves</summary>"
-                f"<div class=charts>{''.join(behind)}</div></details>"
-            )
-        grid = f"<div class=charts>{''.join(ahead)}</div>"
-        sections.append(f"<section><h2>{escaped(stage or 'Curves')}</h2>{grid}{fold}</section>")
+        fold = folded(f"{len(behind)} more curves", charts(behind)) if behind else ""
+        sections.append(section(stage or "Curves", charts(ahead), fold))
     return "\n".join(sections)
 
 
@@ -51,33 +42,32 @@ def _figures(
     rows: Sequence[Mapping[str, Any]], colors: Colors
 ) -> Iterable[tuple[tuple[int, str], str]]:
     """(rank, figure) of every curve of one stage; `gap_mean`, `gap_max`, ... share a figure."""
-    groups: dict[str, dict[str, list[tuple[int, float | int]]]] = {}
+    groups: dict[str, Curves] = {}
+    rates: Curves = {}
+    seconds: Curves = {}
     for row in rows:
         for name, value in row["values"].items():
-            if isinstance(value, int | float):
-                base, label = split(name)
-                groups.setdefault(base, {}).setdefault(label, []).append((row["step"], value))
+            base, label = split(name)
+            _add(groups.setdefault(base, {}), label, row["step"], value)
+        for name in ("tokens_per_s", "mfu", "flops_per_s"):
+            _add(rates, name, row["step"], row.get(name))
+        for call, value in (row.get("seconds") or {}).items():
+            _add(seconds, call, row["step"], value)
     for base, series in groups.items():
         order = sorted(series, key=lambda k: _SUFFIXES.index(k) if k in _SUFFIXES else -1)
-        yield rank(base), figure(base, {name: series[name] for name in order})
-    seconds: dict[str, list[tuple[int, float | int]]] = {}
-    for row in rows:
-        for call, value in (row.get("seconds") or {}).items():
-            if isinstance(value, int | float):
-                seconds.setdefault(call, []).append((row["step"], value))
+        if order:
+            yield rank(base), figure(base, {name: series[name] for name in order})
     last = len(FIRST) - 1
-    for name in ("tokens_per_s", "mfu", "flops_per_s"):
-        points = [
-            (row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)
-        ]
-        if points:
-            place = (last + (name == "flops_per_s"), f"~{name}")
-            yield (
-                place,
-                figure(name.replace("_per_s", "/s"), {"": points}, percent=name == "mfu"),
-            )
+    for name, points in rates.items():
+        drawn = figure(name.replace("_per_s", "/s"), {"": points}, percent=name == "mfu")
+        yield (last + (name == "flops_per_s"), f"~{name}"), drawn
     if seconds:
         yield (last, "~~seconds"), figure("seconds by call", seconds, colors=colors)
+
+
+def _add(curves: Curves, name: str, step: int, value: Any) -> None:
+    if is_number(value):
+        curves.setdefault(name, []).append((step, value))
 
 
 def split(name: str) -> tuple[str, str]:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_eff import secret
-from jaxrl_eff.cli.pages import curves
-from jaxrl_eff.cli.pages import samples as samples_
-from jaxrl_eff.cli.pages import svg as charts
-from jaxrl_eff.cli.pages.page import Colors, figure, legend, swatch, table, whole
-from jaxrl_eff.cli.pages.svg import escaped
+from jaxrl_eff.cli.pages import curves, page
+from jaxrl_eff.cli.pages.devices import HOST, by_device, device_range
+from jaxrl_eff.cli.pages.page import Colors
+from jaxrl_eff.cli.pages.samples import answers
+from jaxrl_eff.cli.pages.svg import GRAY, Bar, Html, Row, bars, escaped
 from jaxrl_eff.train import writer
-from jaxrl_eff.train.console import clock, number
+from jaxrl_eff.train.console import clock, is_number, number
 
 FILES = (
     "metrics.jsonl", "samples.jsonl", "result.json", "plan.json", "timeline.json", "config.json",
@@ -32,7 +32,7 @@ def draw(workdir: Path) -> str:
         ValueError: the directory holds nothing that a run writes.
     """
     if not workdir.is_dir():
-        raise FileNotFoundError(f"{workdir} is no directory; a run's --workdir is expected.")
+        raise FileNotFoundError(f"{workdir} is not a directory; give the --workdir of a run.")
     if not any((workdir / name).is_file() for name in FILES):
         raise ValueError(f"{workdir} holds no run: none of {', '.join(FILES)} is in it.")
     notes: list[str] = []
@@ -46,7 +46,7 @@ def draw(workdir: Path) -> str:
         notes.append("metrics.jsonl holds no step yet: no curves")
     if not samples:
         notes.append("samples.jsonl holds no sample: none is shown")
-    colors = _part("colours", notes, _colors, plan, timeline, steps) or {}
+    colors = _part("colors", notes, _colors, plan, timeline, steps) or {}
     body = [
         _part("head", notes, _head, workdir, result, steps),
         _part("result.json", notes, _summary, result),
@@ -55,11 +55,11 @@ def draw(workdir: Path) -> str:
         _part("timeline.json", notes, _timeline, timeline, colors),
         _part("calibration.json", notes, _calibration, workdir, notes),
         _part("schedule.json", notes, _schedule, workdir, notes, steps),
-        _part("samples.jsonl", notes, samples_.samples, samples),
+        _part("samples.jsonl", notes, answers, samples),
         _config(config),
-        _notes(notes),
     ]
-    return whole(workdir.resolve().name, "\n".join(filter(None, body)))
+    body.append(page.section("Not here", _items(notes)))
+    return page.whole(workdir.resolve().name, *body)
 
 
 # Reading --------------------------------------------------------------------------------------
@@ -85,12 +85,15 @@ def _is_step(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("step"), int) and isinstance(row.get("values"), dict)
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _calls(plan: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """stage -> call -> placement, what isn't one left out."""
-    stages = {s: calls for s, calls in plan.items() if isinstance(calls, Mapping)}
+    """stage -> call -> placement; other values are left out."""
     return {
-        stage: {call: p for call, p in calls.items() if isinstance(p, Mapping)}
-        for stage, calls in stages.items()
+        stage: {call: p for call, p in _mapping(calls).items() if isinstance(p, Mapping)}
+        for stage, calls in plan.items()
     }
 
 
@@ -131,66 +134,50 @@ def _part(name: str, notes: list[str], draw: Callable[..., Any], *given: Any) ->
 
 
 def _head(workdir: Path, result: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
-    title = result.get("title") or workdir.resolve().name
-    passed = result.get("passed")
-    verdict = ""
+    badge, passed = "", result.get("passed")
     if isinstance(passed, bool):
         word = "PASS" if passed else "FAIL"
-        verdict = f'<span class="{word.lower()}">{word}</span>'
-    expected = _expected(result)
-    lead = f"<p class=lead>{escaped(expected)}</p>" if expected else ""
-    where = f"<p class=dim>{escaped(workdir.resolve())}</p>"
-    return f"<header><h1>{escaped(title)} {verdict}</h1>{lead}{where}{_facts(steps)}</header>"
+        badge = f' <span class="{word.lower()}">{word}</span>'
+    title = Html(escaped(workdir.resolve().name) + badge)
+    return page.head(title, _expected(result), page.note(workdir.resolve()), _facts(steps))
 
 
 def _expected(result: Mapping[str, Any]) -> str:
-    """Describes the expectation in a sentence: the given one, or the conditions on a metric."""
-    expected = result.get("expected")
-    if not isinstance(expected, Mapping):
-        return str(expected or "")
-    metric, results = expected.get("metric"), result.get("results")
+    """Describes the conditions on a metric in a sentence."""
+    expected, results = (_mapping(result.get(k)) for k in ("expected", "results"))
+    metric = expected.get("metric")
     if not metric:
         return ""
-    value = results.get(metric) if isinstance(results, Mapping) else None
     wanted = []
-    if isinstance(expected.get("at_least"), int | float):
+    if is_number(expected.get("at_least")):
         wanted.append(f"at least {expected['at_least']:g}")
     if expected.get("rises_over"):
         wanted.append(f"a rise of {expected.get('rise', 0):g} over {expected['rises_over']}")
-    shown = f" {number(value)}" if isinstance(value, int | float) else ""
+    shown = f" {number(results[metric])}" if is_number(results.get(metric)) else ""
     return f"{metric}{shown}; expected {' and '.join(wanted) or 'nothing of it'}"
 
 
 def _facts(steps: Sequence[Mapping[str, Any]]) -> str:
     if not steps:
         return ""
-    facts = []
+    told = []
     for stage, rows in curves.by_stage(steps).items():
         trained = [row for row in rows if row.get("seconds")] or rows  # not mere evaluations
         count = len({row["step"] for row in trained})
-        facts.append((stage or "steps", f"{count} step{'s' * (count != 1)}", _outcome(rows)))
+        told.append((stage or "steps", f"{count} step{'s' * (count != 1)}", _outcome(rows)))
     times = [r["time"] for r in steps if isinstance(r.get("time"), int | float)]
     if len(times) > 1:
-        facts.append(("time", clock(times[-1] - times[0]), "from first to last step"))
+        told.append(("time", clock(times[-1] - times[0]), "from first to last step"))
     mfu = [r["mfu"] for r in steps if isinstance(r.get("mfu"), float)]
     if mfu:
-        facts.append(("utilisation", f"{statistics.median(mfu):.0%}", "of the peak, median"))
-    cells = "".join(
-        f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd><p>{escaped(more)}</p></div>"
-        for name, value, more in facts
-    )
-    return f"<dl class=facts>{cells}</dl>"
+        told.append(("utilization", f"{statistics.median(mfu):.0%}", "of the peak, median"))
+    return page.facts(told)
 
 
 def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
     """Describes the beginning and end of the stage's first-named curve."""
-    names = {
-        name
-        for row in rows
-        for name in row["values"]
-        if 0 < curves.rank(name)[0] < len(curves.FIRST)
-    }
-    names = sorted(names, key=curves.rank)
+    names = sorted({name for row in rows for name in row["values"]}, key=curves.rank)
+    names = [name for name in names if 0 < curves.rank(name)[0] < len(curves.FIRST)]
     if not names:
         return ""
     rewarded = [n for n in names if n.rsplit("/", 1)[-1] in ("reward", "score")]
@@ -202,29 +189,19 @@ def _outcome(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _summary(result: Mapping[str, Any]) -> str:
-    rows, columns = result.get("rows") or [], result.get("columns")
-    if rows and all(isinstance(row, Mapping) for row in rows):
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        rows = [[row.get(key, "") for key in columns] for row in rows]
-    rows = [row for row in rows if isinstance(row, list | tuple)]
-    drawn = table(columns or [], rows) if rows else ""
-    results = result.get("results")
-    pairs = list(results.items()) if isinstance(results, Mapping) else []
-    named = {"title", "passed", "expected", "rows", "columns", "results", "data", "notes"}
-    pairs += [(k, v) for k, v in result.items() if k not in named and v is not None]
-    pairs += _of_data(result)
-    more = table([], pairs, kind="pairs") if pairs else ""
-    return f"<section><h2>Result</h2>{drawn}{more}</section>" if drawn or more else ""
+    own = ("passed", "expected", "results", "data", "notes")
+    told = list(_mapping(result.get("results")).items())
+    told += [(k, v) for k, v in result.items() if k not in own and v is not None]
+    return page.section("Result", page.pairs([*told, *_of_data(result)]))
 
 
 def _of_data(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Describes what became of each stage's examples."""
     out = []
     for name in ("data", "notes"):
-        stages = result.get(name)
-        for stage, value in stages.items() if isinstance(stages, Mapping) else ():
+        for stage, value in _mapping(result.get(name)).items():
             if isinstance(value, Mapping):
-                told = ", ".join(f"{k} {v:g}" for k, v in value.items() if curves.is_number(v))
+                told = ", ".join(f"{k} {v:g}" for k, v in value.items() if is_number(v))
                 out.append((f"{name} of {stage}", told))
             elif isinstance(value, list):
                 out += [(f"note on {stage}", str(note)) for note in value]
@@ -236,32 +213,27 @@ def _plan(plan: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
     moves = any(p.get("reallocated_bytes") for calls in stages.values() for p in calls.values())
     for stage, calls in stages.items():
         for i, (call, p) in enumerate(calls.items()):
-            first = f"<td class=stage>{escaped(stage) if i == 0 else ''}</td>"
-            dot = swatch(colors.get(stage, {}).get(call, 7))
+            dotted = page.named(call, colors.get(stage, {}).get(call, GRAY))
             words = (p.get("kind") or "", p.get("of") or "–", *_where(p))
-            ends = [escaped(p.get("microbatches", ""))]
-            if moves:
-                ends.append(_megabytes(p.get("reallocated_bytes")))
-            cells = "".join(f"<td>{escaped(x)}</td>" for x in words)
-            cells += "".join(f"<td class=n>{x}</td>" for x in ends)
-            rows.append(f"<tr>{first}<td>{dot}{escaped(call)}</td>{cells}</tr>")
-    if not rows:
-        return ""
-    heads = "".join(f"<th>{h}</th>" for h in ("stage", "call", "kind", "model", "devices", "mesh"))
-    heads += "".join(f"<th class=n>{h}</th>" for h in ("microbatches", "reallocated")[: 1 + moves])
-    table = f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
-    return f"<section><h2>Plan</h2><div class=wide>{table}</div></section>"
+            ends = (p.get("microbatches", ""), _megabytes(p.get("reallocated_bytes")))
+            rows.append((_first(stage, i), dotted, *words, *ends[: 1 + moves]))
+    columns = ("stage", "call", "kind", "model", "devices", "mesh", "microbatches", "reallocated")
+    return page.section("Plan", page.table(columns[: 7 + moves], rows, right=1 + moves))
+
+
+def _first(stage: str, i: int) -> Html:
+    """The stage's name in the first of its rows."""
+    return Html(f"<b>{escaped(stage)}</b>" if i == 0 else "")
 
 
 def _where(placement: Mapping[str, Any]) -> tuple[str, str]:
     """Devices and mesh, as text."""
     devices = placement.get("devices")
     if not isinstance(devices, list) or not devices or placement.get("kind") == "host":
-        return "host", "–"
-    axes = placement.get("axes")
-    sizes = axes.items() if isinstance(axes, Mapping) else ()
-    mesh = " × ".join(f"{name} {size}" for name, size in sizes if size != 1)
-    return charts.device_range(devices), mesh or "one device"
+        return HOST, "–"
+    sizes = _mapping(placement.get("axes"))
+    mesh = " × ".join(f"{name} {size}" for name, size in sizes.items() if size != 1)
+    return device_range(devices), mesh or "one device"
 
 
 def _megabytes(value: Any) -> str:
@@ -273,13 +245,23 @@ def _timeline(timeline: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
     parts = []
     for stage, spans in _spans(timeline).items():
         own = colors.get(stage, {})
-        keys = legend({str(s["call"]): own.get(str(s["call"]), 7) for s in spans})
-        svg = charts.timeline(spans, own)
-        parts.append(f"<h3>{escaped(stage)}</h3><div class=wide>{svg}</div>{keys}")
-    if not parts:
-        return ""
-    lead = "<p class=dim>The calls of one step, by device.</p>"
-    return f"<section><h2>Timeline</h2>{lead}{''.join(parts)}</section>"
+        keys = page.legend({str(s["call"]): own.get(str(s["call"]), GRAY) for s in spans})
+        parts.append(f"<h3>{escaped(stage)}</h3>{page.wide(_by_device(spans, own))}{keys}")
+    lead = page.note("The calls of one step, by device.") if parts else ""
+    return page.section("Timeline", lead, *parts)
+
+
+def _by_device(spans: Sequence[Mapping[str, Any]], colors: Colors) -> str:
+    """An SVG of the calls of one step: a row for every group of devices that did the same."""
+    origin = min(float(s["start"]) for s in spans)
+    drawn = []
+    for s in sorted(spans, key=lambda s: s["start"]):
+        call, start, end = str(s["call"]), float(s["start"]) - origin, float(s["end"]) - origin
+        title = f"{call}: {end - start:.4g} s, from {start:.4g} s"
+        bar = Bar(start, end, colors.get(call, GRAY), title, call)
+        drawn.append((s.get("devices") or [HOST], bar))
+    groups = by_device([devices for devices, _ in drawn])
+    return bars([Row(name, [drawn[i][1] for i in which]) for name, which in groups], seconds=True)
 
 
 def _calibration(workdir: Path, notes: list[str]) -> str:
@@ -291,19 +273,10 @@ def _calibration(workdir: Path, notes: list[str]) -> str:
         for i, row in enumerate(r for r in calls if isinstance(r, Mapping)):
             predicted, measured = (float(row.get(k) or 0.0) for k in ("predicted", "measured"))
             ratio = f"{measured / predicted:.2f}" if predicted else "–"
-            cells = [f"{1e3 * x:,.1f}" for x in (predicted, measured)] + [ratio]
-            ends = "".join(f"<td class=n>{x}</td>" for x in cells)
-            first = f"<td class=stage>{escaped(stage) if i == 0 else ''}</td>"
-            rows.append(f"<tr>{first}<td>{escaped(row.get('name', ''))}</td>{ends}</tr>")
-    heads = "<th>stage</th><th>call or reallocation</th>" + "".join(
-        f"<th class=n>{h}</th>" for h in ("predicted, ms", "measured, ms", "ratio")
-    )
-    table = f"<table><tr>{heads}</tr>{''.join(rows)}</table>"
-    return (
-        f"<section><h2>Predicted and measured</h2><div class=wide>{table}</div></section>"
-        if rows
-        else ""
-    )
+            times = (f"{1e3 * x:,.1f}" for x in (predicted, measured))
+            rows.append((_first(stage, i), row.get("name", ""), *times, ratio))
+    columns = ("stage", "call or reallocation", "predicted, ms", "measured, ms", "ratio")
+    return page.section("Predicted and measured", page.table(columns, rows, right=3))
 
 
 def _schedule(workdir: Path, notes: list[str], steps: Sequence[Mapping[str, Any]]) -> str:
@@ -313,23 +286,20 @@ def _schedule(workdir: Path, notes: list[str], steps: Sequence[Mapping[str, Any]
     sections = []
     for stage, told in _document(workdir, "schedule.json", notes).items():
         rows = [r for r in steps if r.get("stage") == stage]
+        names = {kind: f"schedule/{kind}_seconds" for kind in ("planned", "measured")}
         times = {
-            kind: [
-                (r["step"], r["values"][name])
-                for r in rows
-                if (name := f"schedule/{kind}_seconds") in r["values"]
-            ]
-            for kind in ("planned", "measured")
+            kind: [(r["step"], r["values"][name]) for r in rows if name in r["values"]]
+            for kind, name in names.items()
         }
-        figures = figure("seconds a step", times) if any(times.values()) else ""
+        figures = [page.figure("seconds a step", times)] if any(times.values()) else []
         lengths = told.get("lengths", ())
         cells = [(f"up to {_count(most)}", _share(share)) for most, share in lengths]
-        sections.append(
-            f"{''.join(_mesh(stage, place) for place in told.get('places', [told]))}"
-            f"<div class=charts>{figures}</div>"
-            f"{table(['tokens', 'of the sequences'], cells) if cells else ''}"
-        )
-    return f"<section><h2>Short and long sequences</h2>{''.join(sections)}</section>"
+        sections += [_mesh(stage, place) for place in told.get("places", [told])]
+        sections += [
+            page.charts(figures),
+            page.table(["tokens", "of the sequences"], cells, right=1),
+        ]
+    return page.section("Short and long sequences", *sections)
 
 
 def _mesh(stage: str, told: Mapping[str, Any]) -> str:
@@ -358,12 +328,9 @@ def _config(config: Mapping[str, Any]) -> str:
     if not config:
         return ""
     text = json.dumps(secret.redacted(config), indent=2, ensure_ascii=False)
-    return (
-        "<section><h2>Config</h2><details><summary>the resolved config</summary>"
-        f"<pre>{escaped(text)}</pre></details></section>"
-    )
+    return page.section("Config", page.folded("the resolved config", f"<pre>{escaped(text)}</pre>"))
 
 
-def _notes(notes: Sequence[str]) -> str:
+def _items(notes: Sequence[str]) -> str:
     lines = "".join(f"<li>{escaped(note)}</li>" for note in notes)
-    return f"<section><h2>Not here</h2><ul class=dim>{lines}</ul></section>" if notes else ""
+    return f"<ul class=dim>{lines}</ul>" if notes else ""

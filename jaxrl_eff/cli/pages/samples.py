@@ -4,20 +4,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxrl_eff.cli.pages.curves import by_stage
-from jaxrl_eff.cli.pages.page import plain
-from jaxrl_eff.cli.pages.svg import escaped
+from jaxrl_eff.cli.pages.page import note, plain, section, table
+from jaxrl_eff.cli.pages.svg import Html, escaped
 from jaxrl_eff.train.console import number
 
 _LONGEST_TEXT = 1200
 
 
-def samples(samples: Sequence[Mapping[str, Any]]) -> str:
+def answers(samples: Sequence[Mapping[str, Any]]) -> str:
     """Held-out answers over the whole run, then what each stage sampled."""
     held = [row for row in samples if row.get("held_out")]
     groups = {"held out": held} if held else {}
     groups |= by_stage(row for row in samples if not row.get("held_out"))
     parts = [f"<h3>{escaped(name)}</h3>{_first_and_last(rows)}" for name, rows in groups.items()]
-    return f"<section><h2>Samples</h2>{''.join(parts)}</section>" if parts else ""
+    return section("Samples", *parts)
 
 
 def _first_and_last(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -29,40 +29,34 @@ def _first_and_last(rows: Sequence[Mapping[str, Any]]) -> str:
     if first != last and both:
         heads = ["prompt", _moment(early[both[0]]), "reward", _moment(late[both[0]]), "reward"]
         lines = [[_said(p), *_answer(early[p]), *_answer(late[p])] for p in both[:8]]
-        return _sample_table(heads, lines)
+        return table(heads, lines, "samples")
     lines = [
-        [escaped(step), _said(p), *_answer(r)]
+        [str(step), _said(p), *_answer(r)]
         for step, group in {first: early, last: late}.items()
         for p, r in list(group.items())[:6]
     ]
-    return _sample_table(["step", "prompt", "completion", "reward"], lines)
+    return table(["step", "prompt", "completion", "reward"], lines, "samples")
 
 
 def _moment(row: Mapping[str, Any]) -> str:
     return f"{row.get('stage', '')}, step {row['step']}"
 
 
-def _answer(row: Mapping[str, Any]) -> list[str]:
+def _answer(row: Mapping[str, Any]) -> list[Html]:
     reward = row.get("reward")
     shown = number(reward) if isinstance(reward, int | float) else ""
     named = ("step", "stage", "prompt", "completion", "reward", "held_out", "example")
     rest = [f"{key}: {plain(value)}" for key, value in row.items() if key not in named]
-    more = f"<p class=dim>{escaped(', '.join(rest))}</p>" if rest else ""
+    more = note(", ".join(rest)) if rest else ""
     return [
-        _said(row.get("completion", "")) + more,
-        f"<span class=reward>{escaped(shown)}</span>",
+        Html(_said(row.get("completion", "")) + more),
+        Html(f"<span class=reward>{escaped(shown)}</span>"),
     ]
 
 
-def _said(value: Any) -> str:
+def _said(value: Any) -> Html:
     text = str(value)
     if not text.strip():
-        return "<div class='said dim'>(empty)</div>"
+        return Html("<div class='said dim'>(empty)</div>")
     cut = text[:_LONGEST_TEXT] + (" […]" if len(text) > _LONGEST_TEXT else "")
-    return f"<div class=said>{escaped(cut)}</div>"
-
-
-def _sample_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escaped(h)}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table class=samples><tr>{head}</tr>{body}</table></div>"
+    return Html(f"<div class=said>{escaped(cut)}</div>")

@@ -1,35 +1,51 @@
-"""Small charts as SVG text: curves over steps, and the calls of a step over time.
+"""Small charts as SVG text: curves over steps, and horizontal bars over time or side by side.
 
-No library and no network: a page that is mailed or opened years later still shows them. Colours
-are the page's variables `--c0` ... `--c7`, so that one palette serves light and dark.
+No library and no network: a page that is mailed or opened years later still shows them. Colors are
+the page's variables `--c0` ... `--c9`, so that one palette serves light and dark.
 """
 
 import html
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Number = float | int
 Points = Sequence[tuple[Number, Number]]
 
-_WIDTH, _HEIGHT = 320, 178
+_WIDTH, _HEIGHT = 320, 178  # of curves, in their own units
+_WIDE = 1000  # of bars
+LOW = 5  # height of thin bars
 _CHARACTER = 6.4  # width of an 11 px digit, in fonts that run wide
+GRAY = 7  # the color of what has none of its own
+
+_STRIPES = """<defs><pattern id="stripes" width="6" height="6" patternUnits="userSpaceOnUse"
+ patternTransform="rotate(45)"><path class="stripe" d="M0 0V6"/></pattern></defs>"""
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+def escaped(value: Any) -> Html:
+    """Text with the characters of HTML escaped; HTML stays as it is."""
+    return value if isinstance(value, Html) else Html(html.escape(str(value)))
 
 
 def color(index: int) -> str:
-    """The CSS value of the palette's colour."""
-    return f"var(--c{index % 8})"
+    """The CSS value of one of the palette's ten colors."""
+    return f"var(--c{index % 10})"
 
 
 def curves(
     series: Mapping[str, Points], *, percent: bool = False, colors: Mapping[str, int] | None = None
 ) -> str:
-    """An SVG of one or more curves over steps, in palette order unless `colors` says otherwise.
+    """An SVG of one or more curves over steps, colored in order unless `colors` says otherwise.
 
     Many points are averaged in bins, with a band from least to largest; a thin line is what was
     measured and a thick one its local trend. Steps whose value is NaN or infinite are marked
-    at the top in the colour of alarm.
+    at the top in the color of alarm.
     """
     finite = {k: [(x, y) for x, y in p if math.isfinite(y)] for k, p in series.items()}
     broken = sorted({x for p in series.values() for x, y in p if not math.isfinite(y)})
@@ -50,14 +66,14 @@ def curves(
         return _HEIGHT - 20 - (y - low) / (high - low) * (_HEIGHT - 32)
 
     parts = []
-    for tick, label in zip(y_ticks, y_labels, strict=True):
+    for tick, text in zip(y_ticks, y_labels, strict=True):
         y = at_y(tick)
         parts.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{_WIDTH - 10}"/>')
-        parts.append(f'<text x="{left - 6:.1f}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
-    for tick, label in zip(x_ticks, _labels(x_ticks), strict=True):
+        parts.append(label(left - 6, y + 3.5, text, "end"))
+    for tick, text in zip(x_ticks, _labels(x_ticks), strict=True):
         x = at_x(tick)
-        anchor = "end" if x > _WIDTH - len(label) * 3.3 else "middle"
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 5}" text-anchor="{anchor}">{label}</text>')
+        anchor = "end" if x > _WIDTH - len(text) * 3.3 else "middle"
+        parts.append(label(x, _HEIGHT - 5, text, anchor))
     for i, (name, points) in enumerate(finite.items()):
         parts += _curve(points, (colors or {}).get(name, i), at_x, at_y)
     for x in broken[:200]:
@@ -91,30 +107,24 @@ def _binned(points: Points, most: int) -> list[tuple[Number, Number, Number, Num
     """(step, mean, least, largest) of at most `most` bins."""
     size = math.ceil(len(points) / most)
     bins = [points[i : i + size] for i in range(0, len(points), size)]
-    return [
-        (
-            sum(x for x, _ in b) / len(b),
-            sum(y for _, y in b) / len(b),
-            min(y for _, y in b),
-            max(y for _, y in b),
-        )
-        for b in bins
-    ]
+    pairs = [tuple(zip(*b, strict=True)) for b in bins]
+    return [(sum(xs) / len(xs), sum(ys) / len(ys), min(ys), max(ys)) for xs, ys in pairs]
 
 
 def _smooth(line: Sequence[tuple[Number, Number]]) -> list[tuple[Number, Number]]:
-    """At every point the straight line through its neighbours, a twelfth of the curve.
+    """At every point the straight line through its neighbors, a twelfth of the curve.
 
     Unlike a moving average it neither lags at the ends of a falling curve nor follows their noise.
+    It stays within the values around it.
     """
     half, out = max(2, len(line) // 24), []
     for i, (x, _) in enumerate(line):
         near = line[max(0, i - half) : i + half + 1]
-        mean_x = sum(p[0] for p in near) / len(near)
-        mean_y = sum(p[1] for p in near) / len(near)
-        spread = sum((p[0] - mean_x) ** 2 for p in near) or 1.0
-        slope = sum((p[0] - mean_x) * (p[1] - mean_y) for p in near) / spread
-        out.append((x, mean_y + slope * (x - mean_x)))
+        xs, ys = zip(*near, strict=True)
+        mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+        spread = sum((a - mean_x) ** 2 for a in xs) or 1.0
+        slope = sum((a - mean_x) * (b - mean_y) for a, b in near) / spread
+        out.append((x, min(max(mean_y + slope * (x - mean_x), min(ys)), max(ys))))
     return out
 
 
@@ -128,80 +138,106 @@ def _thin(points: Points) -> Points:
     return points[:: math.ceil(len(points) / 300)] if points else points
 
 
-def timeline(spans: Sequence[Mapping[str, Any]], colors: Mapping[str, int]) -> str:
-    """An SVG of the calls of one step: a row for every group of devices that did the same.
+class Bar(NamedTuple):
+    """A rectangle in a row of a timeline or a bar chart.
+
+    Attributes:
+        fill: index of a color, or "realloc" (striped) or "move" (gray).
+        title: shown under the pointer; neighbors with the same title light up together.
+        text: written on the bar if there is room.
+        thin: drawn low, below the other bars of its row.
+    """
+
+    start: Number
+    end: Number
+    fill: int | str
+    title: str
+    text: str = ""
+    opacity: float = 1.0
+    thin: bool = False
+
+
+class Row(NamedTuple):
+    """Bars with a label in front, and maybe a text behind and more space above."""
+
+    label: str
+    bars: Sequence[Bar]
+    after: str = ""
+    space: int = 0
+
+
+def stacked(name: str, parts: Sequence[tuple[int, Number, str]], after: str) -> Row:
+    """A row of bars end to end: (color, length, title) of each."""
+    ends = itertools.accumulate(length for _, length, _ in parts)
+    told = zip(parts, ends, strict=True)
+    return Row(name, [Bar(x - length, x, fill, title) for (fill, length, title), x in told], after)
+
+
+def bars(
+    rows: Sequence[Row],
+    *,
+    end: Number | None = None,
+    seconds: bool = False,
+    lines: Sequence[Number] = (),
+    high: int = 26,
+    pitch: int = 34,
+) -> str:
+    """An SVG of horizontal bars: a timeline, or quantities to compare.
 
     Args:
-        spans: of `call`, `start`, `end` (seconds) and `devices`; drawn from the first start on.
-        colors: palette index by call.
+        end: value at the right end; None is the largest of the bars.
+        seconds: True to draw a time axis below.
+        lines: values marked by dashed vertical lines.
+        high, pitch: height of a bar, and distance from row to row.
     """
-    origin = min((float(s["start"]) for s in spans), default=0.0)
-    spans = [{**s, "start": s["start"] - origin, "end": s["end"] - origin} for s in spans]
-    rows = _rows(spans)
-    end = max((float(s["end"]) for s in spans), default=0.0) or 1.0
-    width = 1000
-    left = max(len(label) for label, _ in rows) * 6.2 + 14
-    bottom = 8 + 34 * len(rows)
-    scale = (width - left - 14) / end
-    marks = ticks(0.0, end, 8)
-    parts = []
-    for tick, label in zip(marks, _labels(marks), strict=True):
-        x = left + tick * scale
+    if end is None:
+        end = max((bar.end for row in rows for bar in row.bars), default=0.0) or 1.0
+    left = max(len(row.label) for row in rows) * _CHARACTER + 14
+    right = max((len(row.after) for row in rows if row.bars), default=0) * _CHARACTER + 16
+    scale, y, drawn = (_WIDE - left - right) / end, 6, []
+    for row in rows:
+        y += row.space
+        middle = y + high / 2 + 4
+        if row.label:
+            drawn.append(label(left - 8, middle, row.label, "end"))
+        for title, group in itertools.groupby(row.bars, key=lambda bar: bar.title):
+            shapes = "".join(_bar(bar, left, y, scale, high) for bar in group)
+            drawn.append(f"<g><title>{escaped(title)}</title>{shapes}</g>")
+        if row.after:
+            last = max((bar.end for bar in row.bars), default=0.0)
+            drawn.append(label(left + last * scale + 8, middle, row.after, "start"))
+        y += pitch
+    back = _time_axis(end, left, scale, y) if seconds else []
+    back += [f'<path class="next" d="M{left + x * scale:.1f} 4V{y}"/>' for x in lines]
+    if any(bar.fill == "realloc" for row in rows for bar in row.bars):
+        back.append(_STRIPES)
+    return svg_of("timeline", y + 22 * seconds, back + drawn, width=_WIDE)
+
+
+def _bar(bar: Bar, left: Number, y: Number, scale: Number, high: int) -> str:
+    if bar.end <= bar.start:
+        return ""
+    x, wide = left + bar.start * scale, max((bar.end - bar.start) * scale, 0.6)
+    wide = min(wide, _WIDE - 4 - x)
+    at, tall = (y + high + 2, LOW) if bar.thin else (y, high)
+    kind = f'class="{bar.fill}"' if isinstance(bar.fill, str) else f'style="fill:{color(bar.fill)}"'
+    faint = f' opacity="{bar.opacity}"' if bar.opacity < 1 else ""
+    shape = f'<rect x="{x:.2f}" y="{at}" width="{wide:.2f}" height="{tall}" rx="2" {kind}{faint}/>'
+    if not bar.text or len(bar.text) * _CHARACTER + 10 > wide:
+        return shape
+    return shape + label(x + wide / 2, y + high / 2 + 4, bar.text, "middle", "on")
+
+
+def _time_axis(end: Number, left: Number, scale: Number, bottom: Number) -> list[str]:
+    """Grid lines at round times, and their labels below."""
+    unit, factor = (" ms", 1e3) if end < 1 else (" s", 1.0)
+    marks, parts = ticks(0.0, end * factor, 8), []
+    for tick, text in zip(marks, _labels(marks), strict=True):
+        x = left + tick / factor * scale
         parts.append(f'<path class="grid" d="M{x:.1f} 4V{bottom}"/>')
-        unit = " s" if tick == marks[-1] else ""
-        anchor = "end" if x > width - 24 else "middle"
-        parts.append(
-            f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="{anchor}">{label}{unit}</text>'
-        )
-    for i, (label, calls) in enumerate(rows):
-        y = 8 + 34 * i
-        parts.append(
-            f'<text x="{left - 8:.1f}" y="{y + 18}" text-anchor="end">{escaped(label)}</text>'
-        )
-        for span in sorted(calls, key=lambda s: s["start"]):
-            parts.append(_bar(span, colors, left + span["start"] * scale, y, scale))
-    return svg_of("timeline", bottom + 22, parts, width=width)
-
-
-def _bar(
-    span: Mapping[str, Any], colors: Mapping[str, int], x: Number, y: Number, scale: float
-) -> str:
-    call, start, end = str(span["call"]), float(span["start"]), float(span["end"])
-    wide = max((end - start) * scale, 1.0)
-    label = ""
-    if len(call) * 6.4 + 10 <= wide:
-        middle = f'x="{x + wide / 2:.1f}" y="{y + 18}" text-anchor="middle"'
-        label = f'<text class="on" {middle}>{escaped(call)}</text>'
-    return (
-        f"<g><title>{escaped(call)}: {end - start:.4g} s, from {start:.4g} s</title>"
-        f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="26" rx="3" '
-        f'style="fill:{color(colors.get(call, 7))}"/>{label}</g>'
-    )
-
-
-def _rows(spans: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Spans by device, devices with equal spans together; without devices, as the host's."""
-    by_device: dict[Any, list[int]] = {}
-    for i, span in enumerate(spans):
-        for device in span.get("devices") or ["host"]:
-            by_device.setdefault(device, []).append(i)
-    groups: dict[tuple[int, ...], list[Any]] = {}
-    for device in sorted(by_device, key=lambda d: (isinstance(d, str), d)):
-        groups.setdefault(tuple(by_device[device]), []).append(device)
-    return [(device_range(d), [spans[i] for i in which]) for which, d in groups.items()]
-
-
-def device_range(devices: Sequence[Any]) -> str:
-    """`0-3, 6` for [0, 1, 2, 3, 6]; an order that isn't ascending is spelled out."""
-    if not all(isinstance(d, int) for d in devices):
-        return ", ".join(map(str, devices))
-    runs: list[list[int]] = []
-    for device in devices:
-        if runs and device == runs[-1][-1] + 1:
-            runs[-1].append(device)
-        else:
-            runs.append([device])
-    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)
+        text += unit if tick == marks[-1] else ""
+        parts.append(label(x, bottom + 15, text, "end" if x > _WIDE - 30 else "middle"))
+    return parts
 
 
 def ticks(low: Number, high: Number, about: int) -> list[Number]:
@@ -247,11 +283,9 @@ def _labels(values: Sequence[Number], percent: bool = False) -> list[str]:
 def svg_of(
     kind: str, height: Number, parts: Sequence[str], more: str = "", width: int = _WIDTH
 ) -> str:
-    return (
-        f'<svg class="{kind}" viewBox="0 0 {width} {height:.0f}" role="img" {more}>'
-        + "".join(parts)
-        + "</svg>"
-    )
+    """An SVG of a class in the style sheet, from its parts; `more` are attributes."""
+    frame = f'<svg class="{kind}" viewBox="0 0 {width} {height:.0f}" role="img" {more}>'
+    return frame + "".join(parts) + "</svg>"
 
 
 def label(x: Number, y: Number, text: str, anchor: str, kind: str = "") -> str:
@@ -263,8 +297,3 @@ def label(x: Number, y: Number, text: str, anchor: str, kind: str = "") -> str:
     """
     kind = f' class="{kind}"' if kind else ""
     return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(text)}</text>'
-
-
-def escaped(value: Any) -> str:
-    """Text with the characters of HTML escaped."""
-    return html.escape(str(value))

@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxrl_eff.cli.pages import svg
-from jaxrl_eff.cli.pages.plan_page import Planned, device_rows
+from jaxrl_eff.cli.pages.devices import HOST, by_device, device_range
+from jaxrl_eff.cli.pages.plan_page import Planned, places
 from jaxrl_eff.planner.simulate import Span
 
 
@@ -14,12 +14,11 @@ def trace(plans: Sequence[Planned]) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
     for pid, planned in enumerate(plans, start=1):
         schedule = planned.found.schedule
-        hosted = [w.name for w in planned.problem.works if w.host]
         spans = [s for s in schedule.spans if s.end > s.start]
         calls = [s for s in spans if s.kind != "move"]
-        labels, where = device_rows(calls, hosted)
+        rows = by_device(places(planned, calls))
         lanes = _lanes([s for s in spans if s.kind == "move"])
-        names = [text if text == "host" else f"devices {text}" for text in labels]
+        names = [text if text == HOST else f"devices {text}" for text, _ in rows]
         names += [f"transfers {i}" for i in range(1, len(lanes) + 1)]
         named = f"{planned.stage} on {planned.cluster.name}"
         events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": named}})
@@ -28,11 +27,11 @@ def trace(plans: Sequence[Planned]) -> dict[str, Any]:
             events.append({**thread, "name": "thread_name", "args": {"name": name}})
             events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": tid}})
         for i, s in enumerate(calls):
-            args: dict[str, Any] = {"step": s.iteration, "devices": svg.device_range(s.devices)}
+            args: dict[str, Any] = {"step": s.iteration, "devices": device_range(s.devices)}
             if s.name in schedule.costs:
                 args |= {f"{k}_s": v for k, v in schedule.costs[s.name].parts.items()}
-            events += [_event(s, pid, tid, args) for tid in where[i]]
-        for tid, lane in enumerate(lanes, start=len(labels)):
+            events += [_event(s, pid, tid, args) for tid, (_, here) in enumerate(rows) if i in here]
+        for tid, lane in enumerate(lanes, start=len(rows)):
             events += [_event(s, pid, tid, {"step": s.iteration}) for s in lane]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 

@@ -14,11 +14,9 @@ from jaxrl_eff.optim.sparse.adapt import (
     SparseAdapt,
     SparseState,
     SparseUpdate,
-    apply_sparse_updates,
-    dense_to_sparse,
-    from_dense,
     sparse_adapt,
 )
+from jaxrl_eff.optim.sparse.dense import apply_sparse_updates, dense_to_sparse, from_dense
 from jaxrl_eff.optim.sparse.layers import LayersState, SampledLayers, sampled_layers
 from jaxrl_eff.optim.sparse.overlay import Overlay, OverlayState, SparseOverlay, sparse_overlay
 from jaxrl_eff.optim.sparse.per_entry import per_entry

@@ -7,9 +7,8 @@ rounding error (`remainder`): the parameter is the nearest bfloat16 of a float32
 int16 holds the difference of the number's bits from it. So training is in exact float32, at two
 bytes per active entry and without a float32 copy.
 
-Gradients are values of the active entries only, from a tap in the model's backward pass. For a loop
-with dense gradients, `from_dense` makes it an ordinary optax transform, which saves optimizer state
-but not gradients.
+Gradients are values of the active entries only, from a tap in the model's backward pass; for a loop
+with dense gradients see `dense`.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,18 +17,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxrl_eff.optim import mcf
 from jaxrl_eff.optim.paths import path_name
 from jaxrl_eff.optim.sparse import reselection, selectors
+from jaxrl_eff.optim.sparse.masks import Layout, mask_index, masked_tiling, matrices
 from jaxrl_eff.optim.sparse.per_entry import check_elementwise, per_entry
 from jaxrl_eff.optim.sparse.sm3 import SM3
-from jaxrl_eff.optim.sparse.tiling import Tiling, gather, per_shard, scatter, tiling
+from jaxrl_eff.optim.sparse.tiling import Tiling, gather, per_shard, scatter
 from jaxrl_eff.optim.store import apart
-
-Layout = Callable[[str, Any], Tiling | None]
 
 
 class Active(NamedTuple):
@@ -138,13 +135,13 @@ def sparse_adapt(
             f"SM3 grows by what it saw since the start, but the selector is {selector!r} and the "
             f"schedule {schedule}; it needs one of {[*selectors.WEIGHTS]} and first=False."
         )
-    tiled = layout or partial(_matrices, density, block)
+    tiled = layout or partial(matrices, density, block)
     if masks is not None:
-        tiled = partial(_masked_tiling, masks, tiled)
+        tiled = partial(masked_tiling, masks, tiled)
 
     def choice(name: str, x: jax.Array, t: Tiling) -> jax.Array:
         if masks is not None:
-            return _mask_index(masks[name], t)
+            return mask_index(masks[name], t)
         # Selectors of gradients start from a random choice, until the first gradient.
         by = selector if selector in selectors.WEIGHTS else "random"
         return selectors.select(name, by, x, t, seed)
@@ -254,61 +251,6 @@ def tiled_leaves(layout: Layout, params: Any) -> dict[str, tuple[Any, Tiling]]:
     return found
 
 
-def apply_sparse_updates(
-    params: Any, updates: Mapping[str, SparseUpdate], layout: Layout | None = None
-) -> Any:
-    """Sets the active entries of the parameters to new values.
-
-    Args:
-        layout: as for `sparse_adapt`; needed where units are not single entries of 2-d matrices.
-    """
-    find = layout or partial(_matrices, 1.0, (1, 1))
-
-    def one(path: Any, x: jax.Array) -> jax.Array:
-        name = path_name(path)
-        return scatter(x, *updates[name], find(name, x)) if name in updates else x
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
-def dense_to_sparse(grads: Any, state: SparseState, layout: Layout) -> dict[str, jax.Array]:
-    """The active entries of dense gradients, by name, as a tap would return them."""
-    out = {}
-    for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        name = path_name(path)
-        if name in state.active:
-            t = layout(name, g)
-            out[name] = per_shard(partial(gather, t=t), t, "pt", "t")(g, state.active[name].index)
-    return out
-
-
-def from_dense(adapt: SparseAdapt) -> optax.GradientTransformation:
-    """Wraps `adapt` as an ordinary optax transform from dense gradients to dense updates.
-
-    It saves the memory of optimizer state, not of gradients; other entries get updates of 0. The
-    updates are float32 differences to the new value. `optax.apply_updates` gives exactly that
-    value, except that float32 parameters can differ by the rounding of the difference.
-    """
-
-    def update(grads: Any, state: SparseState, params: Any = None):
-        if params is None:
-            raise ValueError("sparse_adapt needs the parameters: update(grads, state, params).")
-        taps = dense_to_sparse(grads, state, adapt.layout)
-        updates, state = adapt.update(taps, state, params)
-        new = adapt.apply(params, updates)
-        wide = lambda x: x.astype(jnp.float32)  # noqa: E731
-        return jax.tree.map(lambda a, b: wide(a) - wide(b), new, params), state
-
-    return optax.GradientTransformation(adapt.init, update)
-
-
-def _matrices(density: float, block: tuple[int, int], name: str, leaf: Any) -> Tiling | None:
-    del name
-    if leaf.ndim < 2:
-        return None
-    return tiling(leaf.shape, density, stack=leaf.ndim - 2, block=block)
-
-
 def _some(remainder: Any) -> tuple[Any, ...]:
     return () if isinstance(remainder, tuple) else (remainder,)
 
@@ -398,34 +340,3 @@ def carried(t: Tiling, old: Active, fresh: Active) -> Active:
         old.index, fresh.index, *before, *start
     )
     return Active(fresh.index, *jax.tree.unflatten(structure, moved))
-
-
-def _masked_tiling(masks: Any, plain: Layout, name: str, leaf: Any) -> Tiling | None:
-    if name not in masks:
-        return None
-    mask, t = np.asarray(masks[name]), plain(name, leaf)
-    if t is None or t.unit or mask.shape != leaf.shape or mask.dtype != bool:
-        raise ValueError(
-            f"the mask of {name!r} is {mask.dtype}{list(mask.shape)}; it must be a bool for every "
-            f"entry of a parameter of {list(leaf.shape)} that is adapted by single entries."
-        )
-    counts = np.unique(_tile_masks(mask, t).sum(-1))
-    if len(counts) > 1 or counts[0] == 0:
-        raise ValueError(
-            f"the mask of {name!r} has between {counts[0]} and {counts[-1]} entries a tile; every "
-            "tile of every layer needs as many, and at least one."
-        )
-    return Tiling(t.stack, t.inputs, t.tile, int(counts[0]), t.block, t.spec)
-
-
-def _tile_masks(mask: np.ndarray, t: Tiling) -> np.ndarray:
-    rows, columns = t.matrix_shape(mask.shape)
-    stack, grid = mask.shape[: t.stack], (rows // t.tile[0], columns // t.tile[1])
-    x = mask.reshape(*stack, grid[0], t.tile[0], grid[1], t.tile[1])
-    return np.moveaxis(x, -2, -3).reshape(*stack, *grid, -1)
-
-
-def _mask_index(mask: Any, t: Tiling) -> jax.Array:
-    tiles = _tile_masks(np.asarray(mask), t)
-    index = np.nonzero(tiles)[-1].reshape(*tiles.shape[:-1], t.count)
-    return jnp.asarray(index, jnp.int32)

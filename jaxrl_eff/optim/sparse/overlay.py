@@ -15,7 +15,8 @@ import optax
 
 from jaxrl_eff.optim import mcf
 from jaxrl_eff.optim.sparse import reselection, selectors
-from jaxrl_eff.optim.sparse.adapt import Active, Layout, carried, chosen, tiled_leaves
+from jaxrl_eff.optim.sparse.adapt import Active, carried, chosen, tiled_leaves
+from jaxrl_eff.optim.sparse.masks import Layout
 from jaxrl_eff.optim.sparse.per_entry import check_elementwise, per_entry
 from jaxrl_eff.optim.sparse.tiling import per_shard
 from jaxrl_eff.optim.store import apart

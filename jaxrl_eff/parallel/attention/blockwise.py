@@ -11,34 +11,51 @@ chunk, d keys per chunk, R = G c.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrl_eff.types import Array, Bool, Float, Int
+from jaxrl_eff.parallel.attention.context import Mask
+from jaxrl_eff.types import Array, Float, Int
 
 NEG = -1e30  # lse of a query that has seen no key; finite, so that differences are finite
 FLOOR = -1e29
 
-Window = Int[Array, ""] | None
+
+class Where(NamedTuple):
+    """A `Mask` in chunks: (position, segment) of every query and key.
+
+    Attributes:
+        q, k: of queries and of keys, see `fold_where`.
+        window: as in `Mask`.
+    """
+
+    q: Int[Array, "n 2 B c"]
+    k: Int[Array, "m 2 B d"]
+    window: Int[Array, ""] | None = None
+
+
+class Queries(NamedTuple):
+    """Operands of the backward pass that belong to queries.
+
+    Attributes:
+        q: scaled queries.
+        dout: gradient of the output.
+        lse: over all keys, including those of other shards.
+        delta: rowsum(dout * out), with `out` over all keys.
+    """
+
+    q: Float[Array, "n B K R H"]
+    dout: Float[Array, "n B K R H"]
+    lse: Float[Array, "n B K R"]
+    delta: Float[Array, "n B K R"]
 
 
 def wide(dtype: Any) -> Any:
     """Accumulation dtype: float64 for float64, otherwise float32."""
     return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
-def sees(
-    q_where: Int[Array, "2 B c"], k_where: Int[Array, "2 B d"], window: Window
-) -> Bool[Array, "B c d"]:
-    """Attention mask from positions and segments, as `models.attention.allowed`."""
-    (q_position, q_segment), (k_position, k_segment) = q_where, k_where
-    behind = q_position[:, :, None] - k_position[:, None, :]
-    same = (q_segment[:, :, None] == k_segment[:, None, :]) & (k_segment > 0)[:, None, :]
-    seen = same & (behind >= 0)
-    return seen if window is None else seen & (behind < window)
 
 
 def merge(
@@ -65,13 +82,10 @@ def nothing(q: Float[Array, "n B K R H"]) -> tuple[Array, Array]:
 
 
 def forward(
-    out: Float[Array, "n B K R H"],
-    lse: Float[Array, "n B K R"],
+    met: tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]],
     q: Float[Array, "n B K R H"],
     kv: Float[Array, "m 2 B K d H"],
-    q_where: Int[Array, "n 2 B c"],
-    k_where: Int[Array, "m 2 B d"],
-    window: Window,
+    where: Where,
     softcap: float | None,
 ) -> tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]]:
     """Updates (out, lse) with these keys. `q` is already scaled."""
@@ -81,57 +95,48 @@ def forward(
 
         def keys(one, chunk):
             kv, k_where = chunk
-            seen = sees(q_where, k_where, window)
+            seen = Mask(*q_where, *k_where, where.window).seen()
             one = lax.cond(
                 seen.any(), lambda: merge(*one, *_piece(q, kv, seen, softcap)), lambda: one
             )
             return one, None
 
-        return _put(met, i, _scan(keys, _at(met, i), (kv, k_where))[0]), None
+        return _put(met, i, _scan(keys, _at(met, i), (kv, where.k))[0]), None
 
-    return _scan(queries, (out, lse), (jnp.arange(len(q)), q, q_where))[0]
+    return _scan(queries, tuple(met), (jnp.arange(len(q)), q, where.q))[0]
 
 
 def backward(
     dq: Float[Array, "n B K R H"],
-    q: Float[Array, "n B K R H"],
-    dout: Float[Array, "n B K R H"],
-    lse: Float[Array, "n B K R"],
-    delta: Float[Array, "n B K R"],
+    queries: Queries,
     kv: Float[Array, "m 2 B K d H"],
-    q_where: Int[Array, "n 2 B c"],
-    k_where: Int[Array, "m 2 B d"],
-    window: Window,
+    where: Where,
     softcap: float | None,
 ) -> tuple[Float[Array, "n B K R H"], Float[Array, "m 2 B K d H"]]:
     """Adds these keys' share to dq; returns it and the gradient of the keys and values.
 
     Both are in the accumulation dtype.
-
-    Args:
-        lse: over all keys, including those of other shards.
-        delta: rowsum(dout * out), with `out` over all keys.
     """
+    of_queries = (jnp.arange(len(queries.q)), where.q, queries)
 
     def keys(dq, chunk):
         kv, k_where = chunk
 
-        def queries(carry, chunk):
+        def one_chunk(carry, chunk):
             dq, dkv = carry
-            i, q, q_where, *rest = chunk
-            seen = sees(q_where, k_where, window)
+            i, q_where, queries = chunk
+            seen = Mask(*q_where, *k_where, where.window).seen()
 
             def add():
-                more, more_kv = _piece_gradient(q, kv, seen, softcap, *rest)
+                more, more_kv = _piece_gradient(queries, kv, seen, softcap)
                 return _at(dq, i) + more, dkv + more_kv
 
             one, dkv = lax.cond(seen.any(), add, lambda: (_at(dq, i), dkv))
             return (_put(dq, i, one), dkv), None
 
-        chunks = (jnp.arange(len(q)), q, q_where, dout, lse, delta)
-        return _scan(queries, (dq, jnp.zeros_like(kv, dq.dtype)), chunks)[0]
+        return _scan(one_chunk, (dq, jnp.zeros_like(kv, dq.dtype)), of_queries)[0]
 
-    return _scan(keys, dq, (kv, k_where))
+    return _scan(keys, dq, (kv, where.k))
 
 
 def _piece(q, kv, seen, softcap):
@@ -146,7 +151,8 @@ def _piece(q, kv, seen, softcap):
     return out / total[..., None], lse
 
 
-def _piece_gradient(q, kv, seen, softcap, dout, lse, delta):
+def _piece_gradient(queries, kv, seen, softcap):
+    q, dout, lse, delta = queries
     score, slope = _scores(q, kv[0], seen, softcap)
     weight = jnp.exp(score - jnp.maximum(lse, FLOOR)[..., None])
     dv = _product("bkrd,bkrh->bkdh", weight, dout)
@@ -185,7 +191,7 @@ def _put(tree: Any, i: Array, one: Any) -> Any:
 
 def _scan(body: Callable, carry: Any, chunks: Any) -> tuple[Any, Any]:
     """`lax.scan`, unrolled if there is a single chunk."""
-    return lax.scan(body, carry, chunks, unroll=chunks[-1].shape[0] == 1)
+    return lax.scan(body, carry, chunks, unroll=jax.tree.leaves(chunks)[0].shape[0] == 1)
 
 
 # Conversion to and from chunks

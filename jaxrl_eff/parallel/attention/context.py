@@ -12,7 +12,56 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxrl_eff.types import Array, Bool, Int
+
 Attend = Callable[..., jax.Array]  # with the signature of `models.attention.plain`
+
+
+class Mask(NamedTuple):
+    """Attention mask, given by positions and packed sequences of queries and keys.
+
+    A query sees a key iff both belong to the same packed sequence, the key is not later, and it is
+    within the window.
+
+    Attributes:
+        q_position, k_position: index of each token in its packed sequence.
+        q_segment, k_segment: packed sequence of each token; 0: padding, which neither sees nor is
+            seen.
+        window: keys at least this many positions back are not seen; None: no limit.
+    """
+
+    q_position: Int[Array, "B T"]
+    q_segment: Int[Array, "B T"]
+    k_position: Int[Array, "B S"]
+    k_segment: Int[Array, "B S"]
+    window: int | Int[Array, ""] | None = None
+
+    def seen(self) -> Bool[Array, "B T S"]:
+        """Boolean mask of the keys that each query sees."""
+        q, k = (x[:, :, None] for x in self[:2]), (x[:, None, :] for x in self[2:4])
+        return sees(*q, *k, self.window)
+
+    def each(
+        self,
+        of_queries: Callable[[Array], Array],
+        of_keys: Callable[[Array], Array] | None = None,
+    ) -> "Mask":
+        """Applies functions to the arrays of queries and of keys; None: the same function."""
+        of_keys = of_keys or of_queries
+        return Mask(*map(of_queries, self[:2]), *map(of_keys, self[2:4]), self.window)
+
+
+def sees(
+    q_position: Array,
+    q_segment: Array,
+    k_position: Array,
+    k_segment: Array,
+    window: int | Array | None,
+) -> Array:
+    """`Mask.seen` for arrays that broadcast against each other."""
+    behind = q_position - k_position
+    seen = (q_segment == k_segment) & (k_segment > 0) & (behind >= 0)
+    return seen if window is None else seen & (behind < window)
 
 
 def _same(x: jax.Array) -> jax.Array:

@@ -1,23 +1,144 @@
 """Common parts of the GPU and TPU attention kernels, which implement `blockwise`.
 
+`forward` and `backward` call three kernels of a `Device`: one updates the partial result, one adds
+to the gradient of the queries, and one computes that of the keys and values.
+
 FlashAttention (Dao, 2023, arXiv:2307.08691) with masks from positions and segments, in the chunks
 of `blockwise`: scores stay on the chip, and a chunk of queries visits only the chunks of keys from
 the first to the last that it can see. The partial result (out, lse) of earlier keys is an input and
 is updated in place, so hops of a ring need no merging.
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
-from jaxrl_eff.parallel.attention.blockwise import FLOOR, NEG, Window
+from jaxrl_eff.parallel.attention.blockwise import FLOOR, NEG, Queries, Where
 from jaxrl_eff.types import Array, Bool, Float, Int
 
 FAR = 2**30  # as a window: masks nothing; as a position: after all others
 LOG2E = math.log2(math.e)
+
+
+class Walk(NamedTuple):
+    """A kernel, its grid of programs, and the blocks of its operands.
+
+    Attributes:
+        kernel: its code, without `softcap`.
+        where: first operands: `Bounds`, window, positions and segments of queries and of keys.
+        at: blocks of those operands (of the last two if the others are prefetched).
+        q, number, kv: blocks of arrays of queries, of their lse and delta, and of keys and values.
+        specs: (input blocks, output blocks) -> arguments of `pallas_call`.
+    """
+
+    kernel: Callable[..., None]
+    where: tuple[Array, ...]
+    at: tuple[Any, ...]
+    q: Any
+    number: Any
+    kv: Any
+    specs: Callable[[list[Any], Any], dict[str, Any]]
+
+    def run(
+        self,
+        name: str,
+        softcap: float | None,
+        interpret: bool,
+        inputs: Sequence[tuple[Array, Any]],
+        outputs: Sequence[tuple[tuple[int, ...], Any]],
+        aliases: dict[int, int],
+    ) -> Sequence[Array]:
+        """Calls the kernel.
+
+        Args:
+            name: of the kernel, for profiles.
+            inputs: operands after `where`, with their blocks.
+            outputs: shapes of the float32 outputs, with their blocks.
+            aliases: operand (with those of `where`) -> the output that replaces it in place.
+        """
+        operands, blocks = zip(*inputs, strict=True)
+        shapes, out_blocks = zip(*outputs, strict=True)
+        axes = jax.typeof(operands[0]).manual_axis_type  # over which outputs vary
+        return pl.pallas_call(
+            functools.partial(self.kernel, softcap=softcap),
+            out_shape=[
+                jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=axes) for shape in shapes
+            ],
+            input_output_aliases=aliases,
+            name=name,
+            interpret=interpret,
+            **self.specs([*self.at, *blocks], list(out_blocks)),
+        )(*self.where, *operands)
+
+
+class Device(NamedTuple):
+    """A device's kernels, each as a function of (q by head, kv, where) to its `Walk`.
+
+    Attributes:
+        numbers: `[n B N c]` of lse or delta -> the array that the kernels take.
+    """
+
+    forward: Callable[..., Walk]
+    to_queries: Callable[..., Walk]
+    to_keys: Callable[..., Walk]
+    numbers: Callable[[Array], Array] = lambda x: x
+
+
+def forward(
+    device: Device,
+    met: tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]],
+    q: Float[Array, "n B K R H"],
+    kv: Float[Array, "m 2 B K d H"],
+    where: Where,
+    softcap: float | None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]]:
+    """Computes `blockwise.forward`."""
+    out, lse, q = (_by_head(x, where) for x in (*met, q))
+    walk, lse = device.forward(q, kv, where), device.numbers(lse)
+    inputs = [(q, walk.q), (kv, walk.kv), (out, walk.q), (lse, walk.number)]
+    outputs = [(out.shape, walk.q), (lse.shape, walk.number)]
+    done = walk.run("ring_forward", softcap, interpret, inputs, outputs, {6: 0, 7: 1})
+    return tuple(x.reshape(old.shape) for x, old in zip(done, met, strict=True))
+
+
+def backward(
+    device: Device,
+    dq: Float[Array, "n B K R H"],
+    queries: Queries,
+    kv: Float[Array, "m 2 B K d H"],
+    where: Where,
+    softcap: float | None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "n B K R H"], Float[Array, "m 2 B K d H"]]:
+    """Computes `blockwise.backward`."""
+    shape, queries = dq.shape, queries._replace(dout=queries.dout.astype(kv.dtype))
+    dq, q, dout, lse, delta = (_by_head(x, where) for x in (dq, *queries))
+    lse, delta = map(device.numbers, (lse, delta))
+
+    def read(walk: Walk) -> list[tuple[Array, Any]]:
+        pairs = (q, walk.q), (kv, walk.kv), (dout, walk.q)
+        return [*pairs, (lse, walk.number), (delta, walk.number)]
+
+    walk = device.to_queries(q, kv, where)
+    inputs, outputs = [*read(walk), (dq, walk.q)], [(dq.shape, walk.q)]
+    (dq,) = walk.run("ring_backward_q", softcap, interpret, inputs, outputs, {9: 0})
+    walk = device.to_keys(q, kv, where)
+    outputs = [(kv.shape, walk.kv)]
+    (dkv,) = walk.run("ring_backward_kv", softcap, interpret, read(walk), outputs, {})
+    return dq.reshape(shape), dkv
+
+
+def _by_head(x: Float[Array, "n B K R *h"], where: Where) -> Float[Array, "n B N c *h"]:
+    """Splits the rows of `blockwise.fold`, c queries of G heads each, by head."""
+    (chunks, rows, heads, many), chunk = x.shape[:4], where.q.shape[-1]
+    return x.reshape(chunks, rows, heads * many // chunk, chunk, *x.shape[4:])
 
 
 class Bounds(NamedTuple):
@@ -31,9 +152,7 @@ class Bounds(NamedTuple):
     of_keys: Int[Array, "4 m B"]
 
 
-def bounds(
-    q_where: Int[Array, "n 2 B c"], k_where: Int[Array, "m 2 B d"], window: Window
-) -> Bounds:
+def bounds(where: Where) -> Bounds:
     """Chunks that each chunk visits: all that it sees, and few others.
 
     A chunk is summarized by its lowest and highest document, and by the first and last position in
@@ -41,7 +160,7 @@ def bounds(
     document are compared, since other documents in a chunk are irrelevant to it. Only the first run
     of chunks without a mask is used.
     """
-    q, k = _known(q_where), _known(k_where)
+    q, k, window = _known(where.q), _known(where.k), where.window
     ends = q.most[:, None] == k.least[None]  # the only document in both
     begins = q.least[:, None] == k.most[None]
 
@@ -204,38 +323,6 @@ def spread_queries(dscore: Array, k: Array) -> Array:
     return _product(dscore, k, 1, 0)
 
 
-def sees(
-    q_position: Int[Array, "#c #d"],
-    q_segment: Int[Array, "#c #d"],
-    k_position: Int[Array, "#c #d"],
-    k_segment: Int[Array, "#c #d"],
-    window: Int[Array, ""],
-) -> Bool[Array, "c d"]:
-    """Mask of one row, as `models.attention.allowed`; a window of `FAR` masks nothing.
-
-    Transposed if queries are a row and keys are a column.
-    """
-    behind = q_position - k_position
-    return (q_segment == k_segment) & (k_segment > 0) & (behind >= 0) & (behind < window)
-
-
-def window_of(window: Window) -> Int[Array, "1"]:
-    """The window as an operand of the kernels; `FAR` for None."""
-    return jnp.asarray(FAR if window is None else window, jnp.int32).reshape(1)
-
-
-def by_head(x: Float[Array, "n B K R *h"], chunk: int) -> Float[Array, "n B N c *h"]:
-    """Splits the rows of `blockwise.fold`, c queries of G heads each, by head."""
-    chunks, rows, heads, many = x.shape[:4]
-    return x.reshape(chunks, rows, heads * many // chunk, chunk, *x.shape[4:])
-
-
-def by_group(x: Float[Array, "n B N c *h"], keys: int) -> Float[Array, "n B K R *h"]:
-    """Inverse of `by_head`."""
-    chunks, rows, heads, chunk = x.shape[:4]
-    return x.reshape(chunks, rows, keys, heads // keys * chunk, *x.shape[4:])
-
-
-def like(x: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an output that varies over the same mesh axes as `x`."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+def window_of(where: Where) -> Int[Array, "1"]:
+    """The window as an operand of the kernels; `FAR`, which masks nothing, for None."""
+    return jnp.asarray(FAR if where.window is None else where.window, jnp.int32).reshape(1)

@@ -14,8 +14,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxrl_eff.parallel.attention import flash
-from jaxrl_eff.parallel.attention.blockwise import Window
-from jaxrl_eff.types import Array, Float, Int
+from jaxrl_eff.parallel.attention.blockwise import Where
+from jaxrl_eff.parallel.attention.context import sees
+from jaxrl_eff.types import Array, Int
 
 CHUNK = 128  # tokens; Triton requires block sizes that are powers of two
 # Compute capabilities with at least 160 kB of shared memory per program; others have at most 100.
@@ -73,147 +74,73 @@ def _large() -> bool:
     return getattr(jax.devices()[0], "compute_capability", LARGE[-1]) in LARGE
 
 
-def forward(
-    out: Float[Array, "n B K R H"],
-    lse: Float[Array, "n B K R"],
-    q: Float[Array, "n B K R H"],
-    kv: Float[Array, "m 2 B K d H"],
-    q_where: Int[Array, "n 2 B c"],
-    k_where: Int[Array, "m 2 B d"],
-    window: Window,
-    softcap: float | None,
-    interpret: bool = False,
-) -> tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]]:
-    """Computes `blockwise.forward`."""
-    chunk = q_where.shape[-1]
-    out, lse, q = (flash.by_head(x, chunk) for x in (out, lse, q))
-    shapes = out.shape, lse.shape
-    tile = tiles(q.shape[-1], kv.dtype).forward
-    work = _Queries(q, kv, q_where, k_where, window, tile)
-    out, lse = pl.pallas_call(
-        functools.partial(_forward, softcap=softcap, met=work.met),
-        grid=work.grid,
-        in_specs=[*work.at, work.tile, work.keys, work.tile, work.number],
-        out_specs=[work.tile, work.number],
-        out_shape=[flash.like(q, shape) for shape in shapes],
-        input_output_aliases={6: 0, 7: 1},
-        name="ring_forward",
-        **_how(tile, interpret),
-    )(*work.where, q, kv, out, lse)
-    return flash.by_group(out, kv.shape[3]), flash.by_group(lse, kv.shape[3])
-
-
-def backward(
-    dq: Float[Array, "n B K R H"],
-    q: Float[Array, "n B K R H"],
-    dout: Float[Array, "n B K R H"],
-    lse: Float[Array, "n B K R"],
-    delta: Float[Array, "n B K R"],
-    kv: Float[Array, "m 2 B K d H"],
-    q_where: Int[Array, "n 2 B c"],
-    k_where: Int[Array, "m 2 B d"],
-    window: Window,
-    softcap: float | None,
-    interpret: bool = False,
-) -> tuple[Float[Array, "n B K R H"], Float[Array, "m 2 B K d H"]]:
-    """Computes `blockwise.backward`."""
-    chunk = q_where.shape[-1]
-    dout = dout.astype(kv.dtype)
-    dq, q, dout, lse, delta = (flash.by_head(x, chunk) for x in (dq, q, dout, lse, delta))
-    _, to_queries, to_keys = tiles(q.shape[-1], kv.dtype)
-    work = _Queries(q, kv, q_where, k_where, window, to_queries)
-    dq = pl.pallas_call(
-        functools.partial(_to_queries, softcap=softcap, met=work.met),
-        grid=work.grid,
-        in_specs=[
-            *work.at, work.tile, work.keys, work.tile, work.number, work.number, work.tile,
-        ],
-        out_specs=work.tile,
-        out_shape=flash.like(q, dq.shape),
-        input_output_aliases={9: 0},
-        name="ring_backward_q",
-        **_how(to_queries, interpret),
-    )(*work.where, q, kv, dout, lse, delta, dq)  # fmt: skip
-    work = _Keys(q, kv, q_where, k_where, window, to_keys)
-    dkv = pl.pallas_call(
-        functools.partial(_to_keys, softcap=softcap, met=work.met),
-        grid=work.grid,
-        in_specs=[*work.at, work.group, work.tile, work.group, work.numbers, work.numbers],
-        out_specs=work.tile,
-        out_shape=flash.like(q, kv.shape),
-        name="ring_backward_kv",
-        **_how(to_keys, interpret),
-    )(*work.where, q, kv, dout, lse, delta)
-    return flash.by_group(dq, kv.shape[3]), dkv
-
-
-def _how(tile: Tile, interpret: bool) -> dict[str, Any]:
+def _specs(grid: tuple[int, ...], tile: Tile, blocks: list[Any], out: Any) -> dict[str, Any]:
     # JAX plans to drop this backend. With the import here only `kernels.best` is affected, which
     # then falls back to XLA.
     from jax.experimental.pallas import triton
 
     params = triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
-    return {"compiler_params": params, "interpret": interpret}
+    return {"grid": grid, "in_specs": blocks, "out_specs": out, "compiler_params": params}
 
 
-class _Queries:
+def _over_queries(kernel: Callable[..., None], tile: Tile, q, kv, where: Where) -> flash.Walk:
     """Grid with a program per tile of queries: (tile, row, head), last tiles first.
 
     Later queries see more keys, so the longest programs start first. The block of an array that a
     program loops over spans all its tiles: Triton loads only what is read.
     """
+    n, rows, heads, c, dim = q.shape
+    m, _, _, keys, d, _ = kv.shape
+    own, met = min(tile.own, c), min(tile.met, d)
+    parts, group = c // own, heads // keys
+    cut = Where(_cut(where.q, own), _cut(where.k, met), where.window)
+    last = n * parts - 1
 
-    def __init__(self, q, kv, q_where, k_where, window: Window, tile: Tile):
-        n, rows, heads, c, dim = q.shape
-        m, _, _, keys, d, _ = kv.shape
-        own, self.met = min(tile.own, c), min(tile.met, d)
-        parts, group = c // own, heads // keys
-        mine, theirs = _cut(q_where, own), _cut(k_where, self.met)
-        spans = flash.bounds(mine, theirs, window).of_queries
-        self.where = spans, flash.window_of(window), mine, theirs
-        self.grid = n * parts, rows, heads
-        last = n * parts - 1
+    def tile_at(i, b, h):
+        return lax.div(last - i, parts), b, h, lax.rem(last - i, parts), 0
 
-        def tile_at(i, b, h):
-            return lax.div(last - i, parts), b, h, lax.rem(last - i, parts), 0
-
-        self.at = (
+    return flash.Walk(
+        functools.partial(kernel, met=met),
+        (flash.bounds(cut).of_queries, flash.window_of(where), cut.q, cut.k),
+        at=(
             pl.BlockSpec((4, None, None), lambda i, b, h: (0, last - i, b)),
             pl.BlockSpec((1,), lambda *_: (0,)),
             pl.BlockSpec((None, 2, None, own), lambda i, b, h: (last - i, 0, b, 0)),
-            pl.BlockSpec((m * d // self.met, 2, None, self.met), lambda i, b, h: (0, 0, b, 0)),
-        )
-        self.tile = pl.BlockSpec((None, None, None, own, dim), tile_at)
-        self.number = pl.BlockSpec((None, None, None, own), lambda *i: tile_at(*i)[:4])
-        self.keys = pl.BlockSpec(
+            pl.BlockSpec((m * d // met, 2, None, met), lambda i, b, h: (0, 0, b, 0)),
+        ),
+        q=pl.BlockSpec((None, None, None, own, dim), tile_at),
+        number=pl.BlockSpec((None, None, None, own), lambda *i: tile_at(*i)[:4]),
+        kv=pl.BlockSpec(
             (m, 2, None, None, d, dim), lambda i, b, h: (0, 0, b, lax.div(h, group), 0, 0)
-        )
+        ),
+        specs=functools.partial(_specs, (n * parts, rows, heads), tile),
+    )
 
 
-class _Keys:
+def _over_keys(kernel: Callable[..., None], tile: Tile, q, kv, where: Where) -> flash.Walk:
     """Grid with a program per tile of keys: (tile, row, key head)."""
-
-    def __init__(self, q, kv, q_where, k_where, window: Window, tile: Tile):
-        n, rows, heads, c, dim = q.shape
-        m, _, _, keys, d, _ = kv.shape
-        own, self.met = min(tile.own, d), min(tile.met, c)
-        parts, group = d // own, heads // keys
-        mine, theirs = _cut(k_where, own), _cut(q_where, self.met)
-        spans = flash.bounds(theirs, mine, window).of_keys
-        self.where = spans, flash.window_of(window), theirs, mine
-        self.grid = m * parts, rows, keys
-        self.at = (
+    n, rows, heads, c, dim = q.shape
+    m, _, _, keys, d, _ = kv.shape
+    own, met = min(tile.own, d), min(tile.met, c)
+    parts, group = d // own, heads // keys
+    cut = Where(_cut(where.q, met), _cut(where.k, own), where.window)
+    return flash.Walk(
+        functools.partial(kernel, met=met),
+        (flash.bounds(cut).of_keys, flash.window_of(where), cut.q, cut.k),
+        at=(
             pl.BlockSpec((4, None, None), lambda j, b, k: (0, j, b)),
             pl.BlockSpec((1,), lambda *_: (0,)),
-            pl.BlockSpec((n * c // self.met, 2, None, self.met), lambda j, b, k: (0, 0, b, 0)),
+            pl.BlockSpec((n * c // met, 2, None, met), lambda j, b, k: (0, 0, b, 0)),
             pl.BlockSpec((None, 2, None, own), lambda j, b, k: (j, 0, b, 0)),
-        )
-        self.tile = pl.BlockSpec(
+        ),
+        q=pl.BlockSpec((n, None, group, c, dim), lambda j, b, k: (0, b, k, 0, 0)),
+        number=pl.BlockSpec((n, None, group, c), lambda j, b, k: (0, b, k, 0)),
+        kv=pl.BlockSpec(
             (None, 2, None, None, own, dim),
             lambda j, b, k: (lax.div(j, parts), 0, b, k, lax.rem(j, parts), 0),
-        )
-        self.group = pl.BlockSpec((n, None, group, c, dim), lambda j, b, k: (0, b, k, 0, 0))
-        self.numbers = pl.BlockSpec((n, None, group, c), lambda j, b, k: (0, b, k, 0))
+        ),
+        specs=functools.partial(_specs, (m * parts, rows, keys), tile),
+    )
 
 
 def _cut(where: Int[Array, "n 2 B c"], size: int) -> Int[Array, "m 2 B d"]:
@@ -255,7 +182,7 @@ def _forward(span, window, q_where, k_where, q, kv, out, lse, new_out, new_lse, 
     queries, at = q[...], (_column(q_where[0]), _column(q_where[1]))
 
     def step(masked, t, found):
-        seen = flash.sees(*at, *_row(k_where, t), window[0]) if masked else None
+        seen = sees(*at, *_row(k_where, t), window[0]) if masked else None
         j, part = _place(t, met, kv.shape[-2])
         return flash.meet(found, queries, kv[j, 0, part], kv[j, 1, part], seen, softcap)
 
@@ -271,7 +198,7 @@ def _to_queries(
     queries = q[...]
 
     def step(masked, t, dq):
-        seen = flash.sees(*at, *_row(k_where, t), window[0]) if masked else None
+        seen = sees(*at, *_row(k_where, t), window[0]) if masked else None
         j, part = _place(t, met, kv.shape[-2])
         keys = kv[j, 0, part]
         dscore = flash.weights(queries, keys, kv[j, 1, part], *mine, seen, softcap)[1]
@@ -287,7 +214,7 @@ def _to_keys(span, window, q_where, k_where, q, kv, dout, lse, delta, dkv, *, so
     def head(g, both):
         def step(masked, t, both):
             # Transposed, so that the weights are the left operand below without a transpose.
-            seen = flash.sees(*_row(q_where, t), *at, window[0]) if masked else None
+            seen = sees(*_row(q_where, t), *at, window[0]) if masked else None
             i, part = _place(t, met, q.shape[-2])
             queries, pull = q[i, g, part], dout[i, g, part]
             numbers = lse[i, g, part][None], delta[i, g, part][None]
@@ -299,3 +226,17 @@ def _to_keys(span, window, q_where, k_where, q, kv, dout, lse, delta, dkv, *, so
 
     zero = jnp.zeros(keys.shape, jnp.float32)
     dkv[0], dkv[1] = lax.fori_loop(0, q.shape[1], head, (zero, zero))
+
+
+def _walk(over: Callable[..., flash.Walk], kernel: Callable[..., None], which: str):
+    """The walk of a kernel, whose tiles are chosen by the operands."""
+    return lambda q, kv, where: over(
+        kernel, getattr(tiles(q.shape[-1], kv.dtype), which), q, kv, where
+    )
+
+
+DEVICE = flash.Device(
+    _walk(_over_queries, _forward, "forward"),
+    _walk(_over_queries, _to_queries, "to_queries"),
+    _walk(_over_keys, _to_keys, "to_keys"),
+)

@@ -6,6 +6,7 @@ inside, which the pipeline already holds.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,8 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 
 from jaxrl_eff.parallel.attention import flash
-from jaxrl_eff.parallel.attention.blockwise import Window
-from jaxrl_eff.types import Array, Float, Int
+from jaxrl_eff.parallel.attention.blockwise import Where
+from jaxrl_eff.parallel.attention.context import sees
+from jaxrl_eff.types import Array
 
 CHUNK = 512  # tokens, a multiple of the 128 lanes
 LANES = 128
@@ -26,162 +28,96 @@ def fits(head_dim: int, dtype: Any) -> bool:
     return head_dim % 64 == 0 and head_dim <= 256 and jnp.dtype(dtype).itemsize <= 4
 
 
-def forward(
-    out: Float[Array, "n B K R H"],
-    lse: Float[Array, "n B K R"],
-    q: Float[Array, "n B K R H"],
-    kv: Float[Array, "m 2 B K d H"],
-    q_where: Int[Array, "n 2 B c"],
-    k_where: Int[Array, "m 2 B d"],
-    window: Window,
-    softcap: float | None,
-    interpret: bool = False,
-) -> tuple[Float[Array, "n B K R H"], Float[Array, "n B K R"]]:
-    """Computes `blockwise.forward`."""
-    spans = flash.bounds(q_where, k_where, window).of_queries[:2]
-    grid = _Grid(q, kv, q_where, k_where)
-    out, lse, q = grid.heads(out), grid.rows(lse), grid.heads(q)
-    out, lse = pl.pallas_call(
-        functools.partial(_forward, softcap=softcap),
-        grid_spec=tpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=grid.over_queries,
-            in_specs=[*grid.at_query, grid.query, grid.keys, grid.query, grid.number],
-            out_specs=[grid.query, grid.number],
-            scratch_shapes=[grid.scratch_q, grid.scratch_one, grid.scratch_one],
-        ),
-        out_shape=[flash.like(q, out.shape), flash.like(q, lse.shape)],
-        input_output_aliases={6: 0, 7: 1},
-        name="ring_forward",
-        interpret=interpret,
-        compiler_params=_PARALLEL,
-    )(spans, flash.window_of(window), *grid.where, q, kv, out, lse)
-    return grid.folded(out), grid.folded(lse[..., 0, :])
-
-
-def backward(
-    dq: Float[Array, "n B K R H"],
-    q: Float[Array, "n B K R H"],
-    dout: Float[Array, "n B K R H"],
-    lse: Float[Array, "n B K R"],
-    delta: Float[Array, "n B K R"],
-    kv: Float[Array, "m 2 B K d H"],
-    q_where: Int[Array, "n 2 B c"],
-    k_where: Int[Array, "m 2 B d"],
-    window: Window,
-    softcap: float | None,
-    interpret: bool = False,
-) -> tuple[Float[Array, "n B K R H"], Float[Array, "m 2 B K d H"]]:
-    """Computes `blockwise.backward`."""
-    spans = flash.bounds(q_where, k_where, window)
-    grid = _Grid(q, kv, q_where, k_where)
-    dq, q, dout = (grid.heads(x) for x in (dq, q, dout.astype(kv.dtype)))
-    lse, delta = grid.rows(lse), grid.rows(delta)
-    how = {"interpret": interpret, "compiler_params": _PARALLEL}
-    window = flash.window_of(window)
-    dq = pl.pallas_call(
-        functools.partial(_to_queries, softcap=softcap),
-        grid_spec=tpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=grid.over_queries,
-            in_specs=[
-                *grid.at_query, grid.query, grid.keys, grid.query, grid.number, grid.number,
-                grid.query,
-            ],
-            out_specs=grid.query,
-            scratch_shapes=[grid.scratch_q],
-        ),
-        out_shape=flash.like(q, dq.shape),
-        input_output_aliases={9: 0},
-        name="ring_backward_q",
-        **how,
-    )(spans.of_queries[:2], window, *grid.where, q, kv, dout, lse, delta, dq)  # fmt: skip
-    dkv = pl.pallas_call(
-        functools.partial(_to_keys, softcap=softcap, chunks=len(q)),
-        grid_spec=tpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=grid.over_keys,
-            in_specs=[
-                *grid.at_key, grid.met_query, grid.key, grid.met_query, grid.met_number,
-                grid.met_number,
-            ],
-            out_specs=grid.key,
-            scratch_shapes=[grid.scratch_k, grid.scratch_k],
-        ),
-        out_shape=flash.like(q, kv.shape),
-        name="ring_backward_kv",
-        **how,
-    )(spans.of_keys[:2], window, *grid.where, q, kv, dout, lse, delta)  # fmt: skip
-    return grid.folded(dq), dkv
-
-
 _PARALLEL = tpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
 )
 
 
-class _Grid:
-    """The kernels' two grids and the block specs of their operands.
+def _specs(grid: tuple[int, ...], scratch: list[Any], blocks: list[Any], out: Any):
+    spec = tpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2, grid=grid, in_specs=blocks, out_specs=out, scratch_shapes=scratch
+    )
+    return {"grid_spec": spec, "compiler_params": _PARALLEL}
 
-    Over queries: (B, N, n, m), the last axis over the chunks of keys for a chunk of queries. Over
-    keys: (B, K, m, G n), the last axis over the chunks of queries of all heads of a group. A
-    block's last two axes are full axes of its array or multiples of a register's tile.
+
+def _where(where: Where, spans: Array) -> tuple[Array, ...]:
+    """First operands of a kernel, with places of queries as columns and of keys as rows."""
+    places = jnp.moveaxis(where.q, 1, 3), jnp.moveaxis(where.k, 1, 2)
+    return spans[:2], flash.window_of(where), *places
+
+
+def _nearest(at: Any, i: Any, b: Any, spans: Any) -> Array:
+    """The chunk to be visited that is nearest to `at`."""
+    return jnp.clip(at, spans[0, i, b], jnp.maximum(spans[1, i, b] - 1, 0))
+
+
+def _over_queries(kernel: Callable[..., None], scratch: int, q, kv, where: Where) -> flash.Walk:
+    """Grid (B, N, n, m), the last axis over the chunks of keys for a chunk of queries.
+
+    A block's last two axes are full axes of its array or multiples of a register's tile.
+
+    Args:
+        scratch: number of accumulators that hold a number per query.
     """
+    n, rows, heads, c, dim = q.shape
+    m, _, _, keys, d, _ = kv.shape
+    group = heads // keys
 
-    def __init__(self, q: Array, kv: Array, q_where: Array, k_where: Array):
-        n, rows, keys, many, dim = q.shape
-        m, _, _, _, d, _ = kv.shape
-        self._chunk = c = q_where.shape[-1]
-        self._keys, group = keys, many // c
-        self.over_queries = rows, keys * group, n, m
-        self.over_keys = rows, keys, m, group * n
-        # Positions and segments: of queries as columns, of keys as rows.
-        self.where = jnp.moveaxis(q_where, 1, 3), jnp.moveaxis(k_where, 1, 2)
+    def own(*shape):
+        return pl.BlockSpec((None, None, None, *shape), lambda b, h, i, j, *_: (i, b, h, 0, 0))
 
-        def met(at, i, b, spans):
-            return jnp.clip(at, spans[0, i, b], jnp.maximum(spans[1, i, b] - 1, 0))
+    def keys_at(b, h, i, j, spans, _):
+        return _nearest(j, i, b, spans), 0, b, lax.div(h, group), 0, 0
 
-        def query(*shape):
-            def index(b, h, i, j, *_):
-                return i, b, h, 0, 0
+    one = tpu.VMEM((c, LANES), jnp.float32)
+    return flash.Walk(
+        kernel,
+        _where(where, flash.bounds(where).of_queries),
+        at=(
+            pl.BlockSpec((None, None, c, 2), lambda b, h, i, j, *_: (i, b, 0, 0)),
+            pl.BlockSpec(
+                (None, None, 2, d), lambda b, h, i, j, s, _: (_nearest(j, i, b, s), b, 0, 0)
+            ),
+        ),
+        q=own(c, dim),
+        number=own(1, c),
+        kv=pl.BlockSpec((None, 2, None, None, d, dim), keys_at),
+        specs=functools.partial(
+            _specs, (rows, heads, n, m), [tpu.VMEM((c, dim), jnp.float32), *[one] * scratch]
+        ),
+    )
 
-            return pl.BlockSpec((None, None, None, *shape), index)
 
-        def met_query(*shape):
-            def index(b, k, j, t, spans, _):
-                return met(lax.rem(t, n), j, b, spans), b, k * group + lax.div(t, n), 0, 0
+def _over_keys(kernel: Callable[..., None], q, kv, where: Where) -> flash.Walk:
+    """Grid (B, K, m, G n), the last axis over the chunks of queries of all heads of a group."""
+    n, rows, heads, c, dim = q.shape
+    m, _, _, keys, d, _ = kv.shape
+    group = heads // keys
 
-            return pl.BlockSpec((None, None, None, *shape), index)
+    def met(*shape):
+        def index(b, k, j, t, spans, _):
+            chunk = _nearest(lax.rem(t, n), j, b, spans)
+            return chunk, b, k * group + lax.div(t, n), 0, 0
 
-        def keys_of(b, h, i, j, spans, _):
-            return met(j, i, b, spans), 0, b, lax.div(h, group), 0, 0
+        return pl.BlockSpec((None, None, None, *shape), index)
 
-        one_key = (None, 2, None, None, d, dim)
-        self.query, self.number = query(c, dim), query(1, c)
-        self.met_query, self.met_number = met_query(c, dim), met_query(1, c)
-        self.keys = pl.BlockSpec(one_key, keys_of)
-        self.key = pl.BlockSpec(one_key, lambda b, k, j, t, *_: (j, 0, b, k, 0, 0))
-        here = (None, None, c, 2), (None, None, 2, d)
-        self.at_query = (
-            pl.BlockSpec(here[0], lambda b, h, i, j, *_: (i, b, 0, 0)),
-            pl.BlockSpec(here[1], lambda b, h, i, j, s, _: (met(j, i, b, s), b, 0, 0)),
-        )
-        self.at_key = (
-            pl.BlockSpec(here[0], lambda b, k, j, t, s, _: (met(lax.rem(t, n), j, b, s), b, 0, 0)),
-            pl.BlockSpec(here[1], lambda b, k, j, t, *_: (j, b, 0, 0)),
-        )
-        self.scratch_q = tpu.VMEM((c, dim), jnp.float32)
-        self.scratch_one = tpu.VMEM((c, LANES), jnp.float32)
-        self.scratch_k = tpu.VMEM((d, dim), jnp.float32)
-
-    def heads(self, x: Float[Array, "n B K R *h"]) -> Float[Array, "n B N c *h"]:
-        return flash.by_head(x, self._chunk)
-
-    def rows(self, x: Float[Array, "n B K R"]) -> Float[Array, "n B N 1 c"]:
-        return self.heads(x)[..., None, :]
-
-    def folded(self, x: Float[Array, "n B N c *h"]) -> Float[Array, "n B K R *h"]:
-        return flash.by_group(x, self._keys)
+    return flash.Walk(
+        functools.partial(kernel, chunks=n),
+        _where(where, flash.bounds(where).of_keys),
+        at=(
+            pl.BlockSpec(
+                (None, None, c, 2),
+                lambda b, k, j, t, s, _: (_nearest(lax.rem(t, n), j, b, s), b, 0, 0),
+            ),
+            pl.BlockSpec((None, None, 2, d), lambda b, k, j, t, *_: (j, b, 0, 0)),
+        ),
+        q=met(c, dim),
+        number=met(1, c),
+        kv=pl.BlockSpec((None, 2, None, None, d, dim), lambda b, k, j, t, *_: (j, 0, b, k, 0, 0)),
+        specs=functools.partial(
+            _specs, (rows, keys, m, group * n), [tpu.VMEM((d, dim), jnp.float32)] * 2
+        ),
+    )
 
 
 def _inside(spans: Any, chunk: Any, row: Any, at: Any) -> Any:
@@ -194,7 +130,7 @@ def _column(row: Any) -> Array:
 
 
 def _seen(q_where: Any, k_where: Any, window: Any) -> Array:
-    return flash.sees(q_where[:, 0:1], q_where[:, 1:2], k_where[0:1], k_where[1:2], window[0])
+    return sees(q_where[:, 0:1], q_where[:, 1:2], k_where[0:1], k_where[1:2], window[0])
 
 
 def _forward(
@@ -267,3 +203,11 @@ def _to_keys(
     @pl.when(at == pl.num_programs(3) - 1)
     def _():
         dkv[0], dkv[1] = dk[...], dv[...]
+
+
+DEVICE = flash.Device(
+    functools.partial(_over_queries, _forward, 2),
+    functools.partial(_over_queries, _to_queries, 0),
+    functools.partial(_over_keys, _to_keys),
+    numbers=lambda x: x[..., None, :],
+)

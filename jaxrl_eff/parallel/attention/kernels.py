@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff.parallel import processes
-from jaxrl_eff.parallel.attention import blockwise, flash_gpu, flash_tpu
+from jaxrl_eff.parallel.attention import blockwise, flash, flash_gpu, flash_tpu
+from jaxrl_eff.parallel.attention.blockwise import Queries, Where
 
 CHUNK = 512  # tokens
 TRIAL = "attention kernel"  # name under which processes exchange their `trouble`
@@ -54,19 +55,14 @@ def _lanes(length: int) -> int:
     return min(flash_tpu.CHUNK, -(-length // flash_tpu.LANES) * flash_tpu.LANES)
 
 
-TRITON = Kernel(
-    "triton", flash_gpu.forward, flash_gpu.backward, _powers, fits=flash_gpu.fits
-)  # fmt: skip
-MOSAIC = Kernel(
-    "mosaic", flash_tpu.forward, flash_tpu.backward, _lanes, fits=flash_tpu.fits
-)  # fmt: skip
+def _pallas(name: str, device: flash.Device, **how: Any) -> Kernel:
+    ways = (functools.partial(f, device) for f in (flash.forward, flash.backward))
+    return Kernel(name, *ways, **how)
+
+
+TRITON = _pallas("triton", flash_gpu.DEVICE, chunk=_powers, fits=flash_gpu.fits)
+MOSAIC = _pallas("mosaic", flash_tpu.DEVICE, chunk=_lanes, fits=flash_tpu.fits)
 _OF_PLATFORM = {"gpu": TRITON, "cuda": TRITON, "tpu": MOSAIC}
-
-
-def interpreted(kernel: Kernel) -> Kernel:
-    """The kernel in Pallas's interpret mode, on any device; slow, for tests."""
-    ways = (functools.partial(f, interpret=True) for f in (kernel.forward, kernel.backward))
-    return kernel._replace(**dict(zip(("forward", "backward"), ways, strict=True)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -131,14 +127,14 @@ def _by(kernel, q, dout, k, v, position, segment):
     """(out, dq, dk, dv) of self-attention on one row, computed by the kernel in bfloat16."""
     length, heads = q.shape[0], k.shape[1]
     chunk = kernel.chunk(length)
-    where = blockwise.fold_where(position[None], segment[None], chunk)
+    where = Where(*[blockwise.fold_where(position[None], segment[None], chunk)] * 2)
     q, dout, k, v = (
         blockwise.fold(x[None].astype(jnp.bfloat16), heads, chunk) for x in (q, dout, k, v)
     )  # fmt: skip
     kv = jnp.stack([k, v], axis=1)
-    out, lse = kernel.forward(*blockwise.nothing(q), q, kv, where, where, None, None)
-    delta, zero = (out * dout.astype(jnp.float32)).sum(axis=-1), jnp.zeros_like(out)
-    dq, dkv = kernel.backward(zero, q, dout, lse, delta, kv, where, where, None, None)
+    out, lse = kernel.forward(blockwise.nothing(q), q, kv, where, None)
+    queries = Queries(q, dout, lse, (out * dout.astype(jnp.float32)).sum(axis=-1))
+    dq, dkv = kernel.backward(jnp.zeros_like(out), queries, kv, where, None)
     return [blockwise.unfold(x, length, chunk)[0] for x in (out, dq, dkv[:, 0], dkv[:, 1])]
 
 

@@ -2,7 +2,7 @@
 
 Three variants that differ in their communication, each with the signature and the result of
 `models.attention.plain`. They are called inside a `shard_map` over the axis, on shards of equal
-length; `on_mesh` wraps them for global arrays.
+length; `on_mesh.on_mesh` wraps them for global arrays.
 
 - `ring`: keys and values circulate while attention to the current shard is computed (Liu et al.,
   2023, arXiv:2310.01889). Memory falls with the number of devices; transfers overlap with compute.
@@ -18,18 +18,19 @@ backward pass are local: q, k, v, the output and its lse, the last two named "at
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from jaxrl_eff.parallel.attention import blockwise, kernels, token_order
-from jaxrl_eff.parallel.attention.context import Attend
-from jaxrl_eff.parallel.attention.kernels import CHUNK, Kernel
+from jaxrl_eff.parallel.attention import blockwise, kernels
+from jaxrl_eff.parallel.attention.blockwise import Queries, Where
+from jaxrl_eff.parallel.attention.context import Attend, Mask
+from jaxrl_eff.parallel.attention.kernels import Kernel
+from jaxrl_eff.parallel.attention.token_order import pad
 from jaxrl_eff.types import Array, Float, Int
 
 NAMES = ("attend_out", "attend_lse")
@@ -39,23 +40,15 @@ class _Tour(NamedTuple):
     """Forward and backward pass of a device's queries over the keys of all devices.
 
     Attributes:
-        forward: (kernel, axis, q, kv, q_where, k_where, window, softcap) -> out, lse.
-        backward: (kernel, axis, q, dout, lse, delta, kv, q_where, k_where, window, softcap)
-            -> dq, dkv.
+        forward: (kernel, axis, q, kv, where, softcap) -> out, lse.
+        backward: (kernel, axis, queries, kv, where, softcap) -> dq, dkv.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
 
 
-def ring(
-    axis: str = "seq",
-    *,
-    chunk: int = CHUNK,
-    kernel: Kernel | None = None,
-    reach: int | None = None,
-    unroll: int = 1,
-) -> Attend:
+def ring(axis: str = "seq", *, kernel: Kernel | None = None, reach: int | None = None) -> Attend:
     """Attention with keys and values circulating over `axis`, one permute per hop.
 
     The forward pass has P - 1 permutes; the backward pass as many for keys and values, and P for
@@ -64,31 +57,28 @@ def ring(
 
     Args:
         axis: mesh axis over which tokens are sharded.
-        chunk: maximum tokens per chunk of queries or keys in the XLA kernel.
         kernel: kernel to use if it fits, see `kernels`; None: XLA.
         reach: number of subsequent shards that a shard's keys are sent to; None: all. Requires
-            contiguous tokens (`token_order.contiguous`) and windows that reach no farther back.
-        unroll: hops per loop iteration. More give the compiler more freedom to overlap, but it can
-            then hold as many shards at once.
+            tokens in order and windows that reach no farther back.
 
     Raises:
         ValueError: a negative reach.
     """
     if reach is not None and reach < 0:
         raise ValueError(f"reach is {reach}; it must be at least 0.")
-    ways = (functools.partial(f, unroll, reach) for f in (_ring_forward, _ring_backward))
-    return functools.partial(_spread, _Tour(*ways), axis, chunk, kernel)
+    ways = (functools.partial(f, reach) for f in (_ring_forward, _ring_backward))
+    return functools.partial(_spread, _Tour(*ways), axis, kernel)
 
 
-def gathered(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
+def gathered(axis: str = "seq", *, kernel: Kernel | None = None) -> Attend:
     """Attention to keys and values all-gathered over `axis`, once forward and once backward.
 
     Their gradients are reduce-scattered in float32. Arguments as for `ring`.
     """
-    return functools.partial(_spread, _GATHERED, axis, chunk, kernel)
+    return functools.partial(_spread, _GATHERED, axis, kernel)
 
 
-def ulysses(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
+def ulysses(axis: str = "seq", *, kernel: Kernel | None = None) -> Attend:
     """Attention to complete rows with heads sharded over `axis`. Arguments as for `ring`.
 
     Key heads are repeated as needed to be divisible by P.
@@ -96,47 +86,42 @@ def ulysses(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = No
     Raises:
         ValueError: (on use) the number of query heads is not divisible by P.
     """
-    return functools.partial(_ulysses, axis, chunk, kernel)
+    return functools.partial(_ulysses, axis, kernel)
 
 
-def local(axis: str = "seq", *, chunk: int = CHUNK, kernel: Kernel | None = None) -> Attend:
+def local(axis: str = "seq", *, kernel: Kernel | None = None) -> Attend:
     """Attention within each device's own shard, without communication. Arguments as for `ring`."""
-    return functools.partial(_spread, _ALONE, axis, chunk, kernel)
+    return functools.partial(_spread, _ALONE, axis, kernel)
 
 
 def _spread(
     tour: _Tour,
     axis: str,
-    chunk: int,
     kernel: Kernel | None,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
+    mask: Mask,
     *,
-    q_position: Int[Array, "B T"],
-    k_position: Int[Array, "B S"],
-    q_segment: Int[Array, "B T"],
-    k_segment: Int[Array, "B S"],
-    window: int | Int[Array, ""] | None = None,
-    softcap: float | None = None,
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     if kernel is None or not kernel.fits(k.shape[3], k.dtype):
-        kernel = kernels.xla(chunk)
+        kernel = kernels.xla()
     heads, length = k.shape[2], q.shape[1]
     chunk = kernel.chunk(max(length, k.shape[1]))
     if kernel.exact:
-        q, q_position, q_segment = (_pad(x, chunk) for x in (q, q_position, q_segment))
-        k, v, k_position, k_segment = (_pad(x, chunk) for x in (k, v, k_position, k_segment))
+        q, k, v = (pad(x, chunk) for x in (q, k, v))
+        mask = mask.each(lambda x: pad(x, chunk))
     folded = blockwise.fold(q * jnp.asarray(scale, q.dtype), heads, chunk)
     kv = jnp.stack([blockwise.fold(x, heads, chunk) for x in (k, v)], axis=1)
-    q_where = blockwise.fold_where(q_position, q_segment, chunk) + _zero_of(q)
-    k_where = blockwise.fold_where(k_position, k_segment, chunk)
-    windows = [] if window is None else [jnp.asarray(window, jnp.int32)]
-    operands = _varying(axis, folded, kv, q_where, k_where, *windows)
+    where = Where(
+        blockwise.fold_where(*mask[:2], chunk) + _zero_of(q),
+        blockwise.fold_where(*mask[2:4], chunk),
+        None if mask.window is None else jnp.asarray(mask.window, jnp.int32),
+    )
     tour = tour if lax.axis_size(axis) > 1 else _ALONE
-    how = tour, kernel, axis, softcap
-    out = _attention(*how, *operands[:4], operands[4] if windows else None)
+    out = _attention(tour, kernel, axis, softcap, *_varying(axis, (folded, kv, where)))
     return blockwise.unfold(out, q.shape[1], chunk)[:, :length]
 
 
@@ -150,33 +135,35 @@ def _zero_of(q: Array) -> Int[Array, ""]:
     return ((one != one) & False).astype(jnp.int32)
 
 
-def _varying(axis: str, *arrays: Array) -> list[Array]:
+def _varying(axis: str, tree: Any) -> Any:
     """Casts all arrays to vary over the same mesh axes, for `shard_map`'s varying-axes check."""
+    arrays, treedef = jax.tree.flatten(tree)
     kinds = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     every = {axis}.union(*kinds)
-    return [
+    return treedef.unflatten(
         lax.pcast(x, tuple(sorted(every - kind)), to="varying")
         for x, kind in zip(arrays, kinds, strict=True)
-    ]
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _attention(tour, kernel, axis, softcap, q, kv, q_where, k_where, window):
-    return _attention_forward(tour, kernel, axis, softcap, q, kv, q_where, k_where, window)[0]
+def _attention(tour, kernel, axis, softcap, q, kv, where):
+    return _attention_forward(tour, kernel, axis, softcap, q, kv, where)[0]
 
 
-def _attention_forward(tour, kernel, axis, softcap, q, kv, q_where, k_where, window):
-    out, lse = tour.forward(kernel, axis, q, kv, q_where, k_where, window, softcap)
+def _attention_forward(tour, kernel, axis, softcap, q, kv, where):
+    out, lse = tour.forward(kernel, axis, q, kv, where, softcap)
     out = checkpoint_name(out.astype(kv.dtype), NAMES[0])
     lse = checkpoint_name(lse, NAMES[1])
-    return out, (q, kv, out, lse, q_where, k_where, window)
+    return out, (q, kv, out, lse, where)
 
 
 def _attention_backward(tour, kernel, axis, softcap, saved, dout):
-    q, kv, out, lse, *where = saved
+    q, kv, out, lse, where = saved
     delta = (dout.astype(lse.dtype) * out.astype(lse.dtype)).sum(axis=-1)
-    dq, dkv = tour.backward(kernel, axis, q, dout, lse, delta, kv, *where, softcap)
-    return dq.astype(q.dtype), dkv.astype(kv.dtype), None, None, None
+    queries = Queries(q, dout, lse, delta)
+    dq, dkv = tour.backward(kernel, axis, queries, kv, where, softcap)
+    return dq.astype(q.dtype), dkv.astype(kv.dtype), None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -185,14 +172,14 @@ _attention.defvjp(_attention_forward, _attention_backward)
 # Single device
 
 
-def _alone_forward(kernel, axis, q, *rest):
+def _alone_forward(kernel, axis, q, kv, where, softcap):
     del axis
-    return kernel.forward(*blockwise.nothing(q), q, *rest)
+    return kernel.forward(blockwise.nothing(q), q, kv, where, softcap)
 
 
-def _alone_backward(kernel, axis, q, *rest):
+def _alone_backward(kernel, axis, queries, kv, where, softcap):
     del axis
-    return kernel.backward(blockwise.nothing(q)[0], q, *rest)
+    return kernel.backward(blockwise.nothing(queries.q)[0], queries, kv, where, softcap)
 
 
 _ALONE = _Tour(_alone_forward, _alone_backward)
@@ -202,32 +189,28 @@ _ALONE = _Tour(_alone_forward, _alone_backward)
 # compiler can schedule all sends before any computation, and every device then holds all shards.
 
 
-def _ring_forward(unroll, reach, kernel, axis, q, kv, q_where, k_where, *rest):
-    sends = _sends(reach, axis)
-    places = lax.all_gather(k_where, axis)
+def _ring_forward(reach, kernel, axis, q, kv, where, softcap):
+    sends, at = _sends(reach, axis), _hops(where, axis)
 
     def compute(met, kv, hop):
-        return kernel.forward(*met, q, kv, q_where, _of_hop(places, hop, axis), *rest)
+        return kernel.forward(met, q, kv, at(hop), softcap)
 
     def step(carry, hop):
         kv, met = carry
         coming = _next(kv, axis)
         return (coming, compute(met, kv, hop)), None
 
-    carry, _ = lax.scan(
-        step, (kv, blockwise.nothing(q)), jnp.arange(sends, dtype=jnp.int32), unroll=unroll
-    )
+    carry, _ = lax.scan(step, (kv, blockwise.nothing(q)), jnp.arange(sends, dtype=jnp.int32))
     kv, met = carry
     return compute(met, kv, sends)
 
 
-def _ring_backward(unroll, reach, kernel, axis, q, dout, lse, delta, kv, q_where, k_where, *rest):
-    sends = _sends(reach, axis)
-    places = lax.all_gather(k_where, axis)
+def _ring_backward(reach, kernel, axis, queries, kv, where, softcap):
+    sends, at = _sends(reach, axis), _hops(where, axis)
+    none = blockwise.nothing(queries.q)[0]
 
     def compute(dq, kv, hop):
-        there = _of_hop(places, hop, axis)
-        return kernel.backward(dq, q, dout, lse, delta, kv, q_where, there, *rest)
+        return kernel.backward(dq, queries, kv, at(hop), softcap)
 
     def last(dq, kv, dkv, hop):
         # The gradient accumulated so far for this shard arrives while this hop is computed.
@@ -242,11 +225,11 @@ def _ring_backward(unroll, reach, kernel, axis, q, dout, lse, delta, kv, q_where
         return (dq, coming, dkv), None
 
     if sends == 0:
-        return compute(blockwise.nothing(q)[0], kv, 0)
+        return compute(none, kv, 0)
     coming = _next(kv, axis)
-    dq, dkv = compute(blockwise.nothing(q)[0], kv, 0)
+    dq, dkv = compute(none, kv, 0)
     between = jnp.arange(1, sends, dtype=jnp.int32)
-    (dq, kv, dkv), _ = lax.scan(step, (dq, coming, dkv), between, unroll=unroll)
+    (dq, kv, dkv), _ = lax.scan(step, (dq, coming, dkv), between)
     dq, dkv = last(dq, kv, dkv, sends)
     return dq, _next(dkv, axis, -sends)
 
@@ -261,22 +244,31 @@ def _next(x: Array, axis: str, by: int = 1) -> Array:
     return lax.ppermute(x, axis, [(i, (i + by) % parts) for i in range(parts)])
 
 
-def _of_hop(places: Int[Array, "P m 2 B d"], hop: int | Array, axis: str) -> Int[Array, "m 2 B d"]:
-    source = (lax.axis_index(axis) - hop) % lax.axis_size(axis)
-    return lax.dynamic_index_in_dim(places, source, keepdims=False)
+def _hops(where: Where, axis: str) -> Callable[[int | Array], Where]:
+    """All-gathers positions and segments of keys; hop -> those of the keys that arrive in it."""
+    places = lax.all_gather(where.k, axis)
+
+    def of_hop(hop: int | Array) -> Where:
+        source = (lax.axis_index(axis) - hop) % lax.axis_size(axis)
+        return where._replace(k=lax.dynamic_index_in_dim(places, source, keepdims=False))
+
+    return of_hop
 
 
 # Gathered
 
 
-def _gathered_forward(kernel, axis, q, kv, q_where, k_where, *rest):
-    kv, k_where = (lax.all_gather(x, axis, tiled=True) for x in (kv, k_where))
-    return _alone_forward(kernel, axis, q, kv, q_where, k_where, *rest)
+def _every(kv: Array, where: Where, axis: str) -> tuple[Array, Where]:
+    kv, k_where = (lax.all_gather(x, axis, tiled=True) for x in (kv, where.k))
+    return kv, where._replace(k=k_where)
 
 
-def _gathered_backward(kernel, axis, q, dout, lse, delta, kv, q_where, k_where, *rest):
-    kv, k_where = (lax.all_gather(x, axis, tiled=True) for x in (kv, k_where))
-    dq, dkv = _alone_backward(kernel, axis, q, dout, lse, delta, kv, q_where, k_where, *rest)
+def _gathered_forward(kernel, axis, q, kv, where, softcap):
+    return _alone_forward(kernel, axis, q, *_every(kv, where, axis), softcap)
+
+
+def _gathered_backward(kernel, axis, queries, kv, where, softcap):
+    dq, dkv = _alone_backward(kernel, axis, queries, *_every(kv, where, axis), softcap)
     return dq, lax.psum_scatter(dkv, axis, tiled=True)
 
 
@@ -288,32 +280,28 @@ _GATHERED = _Tour(_gathered_forward, _gathered_backward)
 
 def _ulysses(
     axis: str,
-    chunk: int,
     kernel: Kernel | None,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
-    *,
-    q_position: Int[Array, "B T"],
-    k_position: Int[Array, "B S"],
-    q_segment: Int[Array, "B T"],
-    k_segment: Int[Array, "B S"],
+    mask: Mask,
     **how: Any,
 ) -> Float[Array, "B T N H"]:
     parts = lax.axis_size(axis)
-    repeats = head_repeats(q.shape[2], k.shape[2], parts, axis)
-    where = [q_position, q_segment, k_position, k_segment]
+    k, v = repeated_heads(q.shape[2], (k, v), parts, axis)
     if parts > 1:
-        q, k, v, *where = _varying(axis, q, k, v, *where)
-        k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
-        to_heads = functools.partial(lax.all_to_all, split_axis=2, concat_axis=1, tiled=True)
-        q, k, v = (to_heads(x, axis) for x in (q, k, v))
-        where = [lax.all_gather(x, axis, axis=1, tiled=True) for x in where]
-    names = ("q_position", "q_segment", "k_position", "k_segment")
-    out = _spread(
-        _ALONE, axis, chunk, kernel, q, k, v, **dict(zip(names, where, strict=True)), **how
-    )
+        q, k, v, where = _varying(axis, (q, k, v, mask[:4]))
+        q, k, v = (lax.all_to_all(x, axis, 2, 1, tiled=True) for x in (q, k, v))
+        where = (lax.all_gather(x, axis, axis=1, tiled=True) for x in where)
+        mask = Mask(*where, mask.window)
+    out = _spread(_ALONE, axis, kernel, q, k, v, mask, **how)
     return lax.all_to_all(out, axis, 1, 2, tiled=True) if parts > 1 else out
+
+
+def repeated_heads(heads: int, arrays: Any, parts: int, axis: str) -> list[Array]:
+    """Repeats key heads, if needed, so that they can be sharded like the query heads."""
+    repeats = head_repeats(heads, arrays[0].shape[2], parts, axis)
+    return [jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in arrays]
 
 
 def head_repeats(heads: int, kv_heads: int, parts: int, axis: str) -> int:
@@ -329,88 +317,6 @@ def head_repeats(heads: int, kv_heads: int, parts: int, axis: str) -> int:
         )
     # Each repeated head serves a whole number of query heads: P / gcd(K, P) divides N / K.
     return parts // math.gcd(kv_heads, parts)
-
-
-# On global arrays
-
-
-def on_mesh(
-    attend: Attend,
-    mesh: Mesh | AbstractMesh,
-    *,
-    axis: str = "seq",
-    rows: Sequence[str] = ("dcn", "data", "fsdp"),
-    heads: str = "tensor",
-    split: bool = True,
-) -> Attend:
-    """Wraps `attend` for global arrays with rows, tokens and heads sharded over axes of `mesh`.
-
-    Rows or query heads that do not divide are replicated; where query heads are sharded, key heads
-    are repeated as in `ulysses`. Lengths that do not divide are padded.
-
-    Args:
-        attend: `ring(axis)`, `gathered(axis)` or `ulysses(axis)`.
-        axis: mesh axis for tokens.
-        rows, heads: mesh axes for rows and heads, if the mesh has them.
-        split: False shards rows over `rows` and `axis`, and does not shard tokens.
-
-    Raises:
-        ValueError: `mesh` has no such axis for tokens.
-    """
-    sizes = dict(mesh.shape)
-    if axis not in sizes:
-        raise ValueError(f"no axis {axis!r} in the mesh; it has {list(sizes)}.")
-    rows = tuple(a for a in (*rows, *([] if split else [axis])) if a in sizes)
-    ways = {"rows": math.prod(sizes[a] for a in rows), "heads": sizes.get(heads, 1)}
-
-    def attention(
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K H"],
-        *,
-        q_position: Int[Array, "B T"],
-        k_position: Int[Array, "B S"],
-        q_segment: Int[Array, "B T"],
-        k_segment: Int[Array, "B S"],
-        window: int | Int[Array, ""] | None = None,
-        softcap: float | None = None,
-        scale: float,
-    ) -> Float[Array, "B T N H"]:
-        length = q.shape[1]
-        of_rows = rows if rows and q.shape[0] % ways["rows"] == 0 else None
-        of_heads = heads if heads in sizes and q.shape[2] % ways["heads"] == 0 else None
-        if of_heads:
-            repeats = head_repeats(q.shape[2], k.shape[2], ways["heads"], heads)
-            k, v = (jnp.repeat(x, repeats, axis=2) if repeats > 1 else x for x in (k, v))
-        of_tokens = axis if split else None
-        spec = PartitionSpec(of_rows, of_tokens, of_heads)
-        where = {
-            "q_position": q_position, "k_position": k_position, "q_segment": q_segment,
-            "k_segment": k_segment,
-        }  # fmt: skip
-        pieces = sizes[axis] if split else 1
-        q, k, v, where = jax.tree.map(lambda x: _pad(x, pieces), (q, k, v, where))
-        # The window can be a tracer, which `shard_map` takes only as an operand.
-        windows = {} if window is None else {"window": jnp.asarray(window, jnp.int32)}
-
-        def local(q, k, v, where, windows):
-            return attend(q, k, v, **where, **windows, softcap=softcap, scale=scale)
-
-        out = jax.shard_map(
-            local,
-            mesh=mesh,
-            in_specs=(spec, spec, spec, PartitionSpec(of_rows, of_tokens), PartitionSpec()),
-            out_specs=spec,
-        )(q, k, v, where, windows)
-        return out[:, :length]
-
-    attention.names = NAMES
-    return attention
-
-
-def _pad(x: Array, multiple: int) -> Array:
-    short = token_order.padded(x.shape[1], multiple) - x.shape[1]
-    return jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2)) if short else x
 
 
 def wire_bytes(

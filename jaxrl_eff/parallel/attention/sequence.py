@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff.parallel.attention import kernels, ring
+from jaxrl_eff.parallel.attention.context import Mask
+from jaxrl_eff.parallel.attention.on_mesh import on_mesh
 from jaxrl_eff.parallel.devices import CORE_FLOPS_PER_S, peak_flops_per_s
 from jaxrl_eff.parallel.mesh import Placement, mesh
 from jaxrl_eff.parallel.reshard.layout import Network
@@ -25,7 +27,6 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
     Cached, since another function object would cause a program to be retraced.
 
     Args:
-        place: devices and mesh of the call.
         way: "ring", "gathered" or "ulysses"; "": the one estimated fastest for the traced shapes.
         reach: use a ring that sends keys and values this many shards on; see `ring.ring`.
 
@@ -36,15 +37,15 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
         raise ValueError(f"attention over the sequence axis is {way!r}; there are {list(WAYS)}.")
     grid = mesh(place)
     if place.seq == 1:
-        return _when_called(lambda: ring.on_mesh(ring.local("seq", kernel=kernel()), grid))
+        return _when_called(lambda: on_mesh(ring.local("seq", kernel=kernel()), grid))
     if reach is not None:
-        return ring.on_mesh(ring.ring("seq", reach=reach, kernel=kernel()), grid)
-    made = {name: ring.on_mesh(make("seq", kernel=kernel()), grid) for name, make in WAYS.items()}
+        return on_mesh(ring.ring("seq", reach=reach, kernel=kernel()), grid)
+    made = {name: on_mesh(make("seq", kernel=kernel()), grid) for name, make in WAYS.items()}
     if way:
         return made[way]
 
-    def chosen(q: Array, k: Array, v: Array, **how: Any) -> Array:
-        return made[fastest(place, q.shape, k.shape[2], q.dtype)](q, k, v, **how)
+    def chosen(q: Array, k: Array, v: Array, mask: Mask, **how: Any) -> Array:
+        return made[fastest(place, q.shape, k.shape[2], q.dtype)](q, k, v, mask, **how)
 
     chosen.names = ring.NAMES
     return chosen
@@ -83,13 +84,13 @@ def fastest(
     Args:
         place: devices and mesh; its seq axis has P devices.
         shape: of the global queries, [B, T, N, H].
-        kv_heads: K.
-        dtype: of queries, keys and values.
         network: bandwidths and latencies; None: those typical of this platform.
         flops_per_s: of a device; None: its published peak, or a typical value for a CPU core.
     """
     network = network or Network.local()
-    flops_per_s = flops_per_s or _peak(dtype)
+    flops_per_s = flops_per_s or (
+        peak_flops_per_s(jax.devices()[0].device_kind, dtype) or CORE_FLOPS_PER_S
+    )
     rows, length, heads, dim = shape
     rows, heads, kv = (max(1, n // w) for n, w in (
         (rows, place.row_shards), (heads, place.tensor), (kv_heads, place.tensor)
@@ -139,38 +140,28 @@ def _on_gpu() -> bool:
     return jax.default_backend() in ("gpu", "cuda")
 
 
-def _peak(dtype: Any) -> float:
-    return peak_flops_per_s(jax.devices()[0].device_kind, dtype) or CORE_FLOPS_PER_S
-
-
 @functools.lru_cache(maxsize=256)
 def both(place: Placement, local: int, way: str = "") -> Callable[..., Array]:
     """Attention on rows sharded over all of data, fsdp and seq, with unsharded tokens.
 
     The first `local` tokens of a row attend to each other; the rest are a stripe of a row shared by
     the devices along seq, and attend to all its stripes. The two are independent, so the compiler
-    can overlap the local part with the transfer of keys.
-
-    Args:
-        place: devices and mesh of the call.
-        local: leading tokens per row that are local to a device.
-        way: as for `attend`, for the shared part.
+    can overlap the local part with the transfer of keys. `way` as for `attend`.
     """
     own = ring.local("seq", kernel=kernel())
     shared = {name: make("seq", kernel=kernel()) for name, make in WAYS.items()}
 
-    def attend(q: Array, k: Array, v: Array, **how: Any) -> Array:
-        where = {name: how.pop(name) for name in _WHERE}
+    def attend(q: Array, k: Array, v: Array, mask: Mask, **how: Any) -> Array:
         outs = []
         for mine, part in ((True, slice(local)), (False, slice(local, None))):
             pieces = [x[:, part] for x in (q, k, v)]
             if pieces[0].shape[1]:
-                there = {name: x[:, part] for name, x in where.items()}
+                there = mask.each(lambda x, part=part: x[:, part])
                 by = own if mine else shared[way or _fastest_of_stripes(place, *pieces[:2])]
-                outs.append(by(*pieces, **there, **how))
+                outs.append(by(*pieces, there, **how))
         return jnp.concatenate(outs, axis=1)
 
-    return ring.on_mesh(attend, mesh(place), split=False)
+    return on_mesh(attend, mesh(place), split=False)
 
 
 def _fastest_of_stripes(place: Placement, q: Array, k: Array) -> str:
@@ -178,9 +169,6 @@ def _fastest_of_stripes(place: Placement, q: Array, k: Array) -> str:
     rows, length, heads, dim = q.shape
     whole = rows * place.row_shards, length * place.seq, heads * place.tensor, dim
     return fastest(place, whole, k.shape[2] * place.tensor, q.dtype) if place.seq > 1 else "ring"
-
-
-_WHERE = ("q_position", "k_position", "q_segment", "k_segment")
 
 
 def joined(local: Array, shared: Array, parts: int) -> Array:

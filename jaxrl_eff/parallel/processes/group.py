@@ -48,8 +48,8 @@ class Group:
         self._parted: set[int] = set()
         self._done = self._leaving = False
         for who in self._links:
-            self._thread(self._listen, who)
-        self._thread(self._beat)
+            self._thread(f"messages of process {who}", self._listen, who)
+        self._thread("heartbeats", self._beat)
 
     # Strings --------------------------------------------------------------------------------------
 
@@ -72,8 +72,7 @@ class Group:
         """
         if self.process:
             raise ValueError(f"process {self.process} would tell all, but that is process 0's.")
-        for link in self._links.values():
-            link.offer({"key": key, "all": [text]})
+        self._offer({"key": key, "all": [text]})
 
     def hear(self, key: str, stop: Callable[[], bool] = lambda: False) -> list[str] | None:
         """Waits for the values under a key and removes them.
@@ -86,13 +85,7 @@ class Group:
             PeerLost: a process is lost.
         """
         with self._changed:
-            while key not in self._board:
-                if self._lost:
-                    raise PeerLost(self._lost)
-                if stop():
-                    return None
-                self._changed.wait(0.1)
-            return self._board.pop(key)
+            return self._board.pop(key) if self._arrived(key, stop) else None
 
     def offer(self, name: str, answer: Callable[[], str]) -> None:
         """Registers an answer that `everywhere` collects. Every process must offer the same."""
@@ -108,11 +101,24 @@ class Group:
         """
         self._ask(name)
         with self._changed:
-            while f"answer {name}" not in self._board:
-                if self._lost:
-                    raise PeerLost(self._lost)
-                self._changed.wait(0.1)
+            self._arrived(f"answer {name}")
             return list(self._board[f"answer {name}"])
+
+    def _arrived(self, key: str, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Waits for the values under a key; False if `stop` returned True before."""
+        while key not in self._board:
+            if self._lost:
+                raise PeerLost(self._lost)
+            if stop():
+                return False
+            self._changed.wait(0.1)
+        return True
+
+    def _offer(self, message: Mapping[str, Any], *, but: int | None = None) -> None:
+        """Sends an object over all links except that of process `but`."""
+        for who, link in self._links.items():
+            if who != but:
+                link.offer(message)
 
     def _say(self, key: str, text: str) -> None:
         if self.process == 0:
@@ -129,8 +135,7 @@ class Group:
                 return
             every = [parts[i] for i in range(self.processes)]
             del self._parts[key]
-        for link in self._links.values():
-            link.offer({"key": key, "all": every})
+        self._offer({"key": key, "all": every})
         self._post(key, every)
 
     def _post(self, key: str, every: list[str]) -> None:
@@ -144,9 +149,8 @@ class Group:
                 return
             self._asked.add(name)
         if self.process == 0 or not passed_on:
-            for link in self._links.values():
-                link.offer({"ask": name})
-        self._thread(lambda: self._say(f"answer {name}", self._offers[name]()))
+            self._offer({"ask": name})
+        self._thread(f"answer {name}", lambda: self._say(f"answer {name}", self._offers[name]()))
 
     # Failure and exit -----------------------------------------------------------------------------
 
@@ -167,10 +171,9 @@ class Group:
         with self._changed:
             self._leaving, already = True, self._lost
             self._done = True
-        self._thread(self._must_leave)
+        self._thread("end of a failed process", self._must_leave)
         if not already:
-            for link in self._links.values():
-                link.offer({"failed": self.process, "why": why})
+            self._offer({"failed": self.process, "why": why})
         self._let_others_end()
 
     def finish(self, between: Callable[[], Any] = lambda: None) -> None:
@@ -185,10 +188,9 @@ class Group:
         self.exchange("end", "")
         between()
         self._done = True
-        for link in self._links.values():
-            link.offer({"bye": self.process})
-            if self.process:
-                link.close()
+        self._offer({"bye": self.process})
+        if self.process:
+            self._links[0].close()
 
     def end(self, message: str) -> None:
         """Prints an error and ends this process."""
@@ -228,10 +230,8 @@ class Group:
                 return
             self._lost = why
             self._changed.notify_all()
-        for other, link in self._links.items():
-            if other != who:
-                link.offer({"failed": who, "why": why})
-        self._thread(self._end_soon)
+        self._offer({"failed": who, "why": why}, but=who)
+        self._thread("end after a lost process", self._end_soon)
 
     def _end_soon(self) -> None:
         time.sleep(GRACE)  # the main thread may hit an error of its own and exit cleanly
@@ -254,8 +254,7 @@ class Group:
 
     def _beat(self) -> None:
         while not self._done:
-            for link in self._links.values():
-                link.offer({})
+            self._offer({})
             time.sleep(min(5.0, self.wait / 6))
 
     def leave_if_failed(self) -> None:
@@ -267,8 +266,8 @@ class Group:
             self._leave(EXIT)
 
     @staticmethod
-    def _thread(run: Callable[..., Any], *args: Any) -> None:
-        threading.Thread(target=run, args=args, daemon=True, name="peers").start()
+    def _thread(name: str, run: Callable[..., Any], *args: Any) -> None:
+        threading.Thread(target=run, args=args, daemon=True, name=name).start()
 
 
 _group: Group | None = None

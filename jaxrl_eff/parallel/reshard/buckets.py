@@ -1,8 +1,4 @@
-"""Buckets of tensors, and the programs and copies that move each bucket.
-
-Shards are passed between phases as single-device arrays, and viewed as one global array only for
-each program. Devices that a program needs but that hold no shard yet contribute zeros.
-"""
+"""Buckets of tensors, and the programs and copies that move each bucket, as plain data."""
 
 import collections
 import dataclasses
@@ -13,9 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxrl_eff.parallel.reshard import choose, spmd
+from jaxrl_eff.parallel.reshard import choose
 from jaxrl_eff.parallel.reshard.collectives import (
     AllToAll,
     Collective,
@@ -26,10 +21,10 @@ from jaxrl_eff.parallel.reshard.collectives import (
     RoutePlan,
     Slice,
 )
-from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network, index_of
+from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network
+from jaxrl_eff.parallel.reshard.programs import Item, Leaf
 
 Shape = tuple[int, ...]
-Held = dict[int, jax.Array]  # device of this process -> its shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,23 +95,32 @@ class Move:
         dtype = self.dtype if layout is self.source else self.out
         return math.prod(shard(self.shape, layout)) * dtype.itemsize
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the larger of the source's and the target's shard."""
+        return max(self.bytes_at(self.source), self.bytes_at(self.target))
+
 
 def shard(shape: Shape, layout: DeviceLayout) -> Shape:
     return tuple(n // c for n, c in zip(shape, layout.counts, strict=True))
 
 
+def cut_shape(shape: Shape, dim: int, parts: int) -> Shape:
+    return (*shape[:dim], shape[dim] // parts, *shape[dim + 1 :]) if parts > 1 else shape
+
+
 def memory(sharding: Any) -> str:
     """Memory kind of a sharding, with the default resolved."""
-    kind = sharding.memory_kind
-    return kind if kind is not None else _own_kind(next(iter(sharding.device_set)).platform)
+    return sharding.memory_kind or _own_kind(next(iter(sharding.device_set)).platform)
 
 
 def own(sharding: Any) -> bool:
     """True if a sharding is in the devices' default memory."""
-    return memory(sharding) == _own_kind(next(iter(sharding.device_set)).platform)
+    return memory(sharding) == _in_own(sharding).memory_kind
 
 
 def _in_own(sharding: Any) -> Any:
+    """The sharding in the devices' default memory."""
     return sharding.with_memory_kind(_own_kind(next(iter(sharding.device_set)).platform))
 
 
@@ -140,7 +144,7 @@ class BucketPhase:
 
     devices: tuple[int, ...]
     members: tuple[int, ...]
-    items: tuple[spmd.Item, ...] = ()
+    items: tuple[Item, ...] = ()
     pairs: tuple[dict[int, int], ...] = ()
     stand_ins: tuple[tuple[tuple[int, ...], tuple[int, ...], tuple[Shape, Any]], ...] = ()
 
@@ -184,7 +188,7 @@ class Plan:
             if m.kept or not math.prod(m.shape):
                 continue
             room = choose.room(m.shape, m.source, m.target)
-            if max(m.bytes_at(m.source), m.bytes_at(m.target)) > bucket_bytes:
+            if m.largest > bucket_bytes:
                 cuts[i] = _cut(m, bucket_bytes)
                 dim, parts = cuts[i]
                 if parts > 1:  # its plan must not reshard this dimension
@@ -197,21 +201,15 @@ class Plan:
             ways |= dict.fromkeys(members, way)
         plan = cls(moves, ways, list(classes.values()), [])
         now: list[int] = []
-        size = 0
         for i in (i for members in classes.values() for i in members):
-            m = moves[i]
-            nbytes = max(m.bytes_at(m.source), m.bytes_at(m.target))
-            if nbytes > bucket_bytes:
-                dim, parts = cuts[i]
-                if _touches(ways[i], dim):
-                    dim, parts = 0, 1
-                plan.buckets.append(_bucket(moves, ways, [i], dim, parts))
+            if i in cuts:
+                cut = (0, 1) if _touches(ways[i], cuts[i][0]) else cuts[i]
+                plan.buckets.append(_bucket(moves, ways, [i], *cut))
                 continue
-            if now and size + nbytes > bucket_bytes:
+            if now and sum(moves[j].largest for j in (*now, i)) > bucket_bytes:
                 plan.buckets.append(_bucket(moves, ways, now))
-                now, size = [], 0
+                now = []
             now.append(i)
-            size += nbytes
         if now:
             plan.buckets.append(_bucket(moves, ways, now))
         return plan
@@ -221,27 +219,19 @@ class Plan:
         """Peak bytes on one device if the source is kept: both trees and buckets in flight."""
         held: dict[int, int] = collections.Counter()
         for m in self.moves:
-            for d in m.source.devices:
-                held[d] += m.bytes_at(m.source)
-            if not m.kept:
-                for d in m.target.devices:
-                    held[d] += m.bytes_at(m.target)
-        return max(held.values(), default=0) + 2 * max(
-            map(self._under_way, self.buckets), default=0
-        )
-
-    def _under_way(self, bucket: Bucket) -> int:
-        """Bytes of messages and stand-ins, in addition to source and target."""
-        sizes = (max(m.bytes_at(m.source), m.bytes_at(m.target)) for m in self._of(bucket))
-        return sum(sizes) // bucket.parts * (2 if bucket.parts > 1 else 1)
-
-    def _of(self, bucket: Bucket) -> list[Move]:
-        return [self.moves[i] for i in bucket.members]
+            for layout in (m.source,) if m.kept else (m.source, m.target):
+                for d in layout.devices:
+                    held[d] += m.bytes_at(layout)
+        in_flight = (
+            sum(self.moves[i].largest for i in b.members) // b.parts * min(b.parts, 2)
+            for b in self.buckets
+        )  # messages and stand-ins; both parts' if a tensor is cut
+        return max(held.values(), default=0) + 2 * max(in_flight, default=0)
 
 
 def _cut(m: Move, bucket_bytes: int) -> tuple[int, int]:
     """(dimension, parts) to cut a tensor, along a dimension sharded alike in source and target."""
-    wanted = math.ceil(max(m.bytes_at(m.source), m.bytes_at(m.target)) / bucket_bytes)
+    wanted = math.ceil(m.largest / bucket_bytes)
     best = (0, 1)
     for dim, n in enumerate(shard(m.shape, m.source)):
         if m.source.counts[dim] == m.target.counts[dim]:
@@ -269,48 +259,70 @@ def _bucket(
     dim: int = 0,
     parts: int = 1,
 ) -> Bucket:
-    shapes, dtypes, todo = {}, {}, {}
-    held_by = {i: set(moves[i].source.devices) for i in members}
+    tensors = []
     for i in members:
         m = moves[i]
-        local = shard(m.shape, m.source)
-        if parts > 1:
-            local = (*local[:dim], local[dim] // parts, *local[dim + 1 :])
-        shapes[i], dtypes[i], todo[i] = local, m.dtype, _stages(m, ways[i])
+        shape = cut_shape(shard(m.shape, m.source), dim, parts)
+        tensors.append(_Tensor(i, m, list(_stages(m, ways[i])), shape, m.dtype, m.source.devices))
     phases = []
-    for k in range(max(len(stages) for stages in todo.values())):
-        now: dict[Any, list[int]] = {}
-        for i, stages in todo.items():
-            if k < len(stages):
-                copied = any(isinstance(s, Copies) for s in stages[k].steps)
-                now.setdefault((copied, "" if copied else stages[k].devices), []).append(i)
-        for (copied, devices), mine in now.items():
-            if copied:
-                pairs = tuple({b: a for a, b in todo[i][k].steps[0].pairs} for i in mine)
-                held_by |= {i: set(p) for i, p in zip(mine, pairs, strict=True)}
-                phases.append(BucketPhase((), tuple(mine), pairs=pairs))
-                continue
-            groups: dict[tuple[Collective, ...], list[int]] = {}
-            for i in mine:
-                groups.setdefault(todo[i][k].steps, []).append(i)
-            items, lacking = [], {}
-            for i in mine:
-                without = tuple(d for d in devices if d not in held_by[i])
-                if without:
-                    lacking.setdefault((without, (shapes[i], dtypes[i])), []).append(i)
-            held_by |= {i: set(devices) for i in mine}
-            for steps, same in groups.items():
-                leaves = []
-                for i in same:
-                    out = moves[i].out if k == len(todo[i]) - 1 else moves[i].wire
-                    leaves.append(spmd.Leaf(shapes[i], dtypes[i], moves[i].wire, out))
-                    dtypes[i] = out
-                    shapes[i] = functools.reduce(_after, steps, shapes[i])
-                items.append(spmd.Item(steps, tuple(leaves)))
-            order = tuple(i for same in groups.values() for i in same)
-            stand_ins = tuple((d, tuple(some), shape) for (d, shape), some in lacking.items())
-            phases.append(BucketPhase(devices, order, tuple(items), stand_ins=stand_ins))
+    while tensors := [t for t in tensors if t.stages]:
+        now: dict[Any, list[_Tensor]] = {}
+        for t in tensors:
+            stage = t.stages[0]
+            copied = any(isinstance(s, Copies) for s in stage.steps)
+            now.setdefault(None if copied else stage.devices, []).append(t)
+        for devices, some in now.items():
+            phases.append(_copies(some) if devices is None else _program(devices, some))
     return Bucket(tuple(members), tuple(phases), dim, parts)
+
+
+@dataclasses.dataclass
+class _Tensor:
+    """Tensor of a bucket after the phases planned so far.
+
+    Attributes:
+        i, move: the tensor.
+        stages: still to come.
+        shape, dtype: of its shards.
+        holders: devices that hold a shard.
+    """
+
+    i: int
+    move: Move
+    stages: list[Phase]
+    shape: Shape
+    dtype: Any
+    holders: Sequence[int]
+
+
+def _copies(tensors: list[_Tensor]) -> BucketPhase:
+    pairs = []
+    for t in tensors:
+        pairs.append({b: a for a, b in t.stages.pop(0).steps[0].pairs})
+        t.holders = tuple(pairs[-1])
+    return BucketPhase((), tuple(t.i for t in tensors), pairs=tuple(pairs))
+
+
+def _program(devices: tuple[int, ...], tensors: list[_Tensor]) -> BucketPhase:
+    lacking: dict[Any, list[int]] = {}
+    groups: dict[tuple[Collective, ...], list[_Tensor]] = {}
+    for t in tensors:
+        without = tuple(d for d in devices if d not in t.holders)
+        if without:
+            lacking.setdefault((without, (t.shape, t.dtype)), []).append(t.i)
+        groups.setdefault(t.stages.pop(0).steps, []).append(t)
+    items = []
+    for steps, same in groups.items():
+        leaves = []
+        for t in same:
+            out = t.move.wire if t.stages else t.move.out
+            leaves.append(Leaf(t.shape, t.dtype, t.move.wire, out))
+            t.dtype, t.holders = out, devices
+            t.shape = functools.reduce(_after, steps, t.shape)
+        items.append(Item(steps, tuple(leaves)))
+    order = tuple(t.i for same in groups.values() for t in same)
+    stand_ins = tuple((d, tuple(some), shape) for (d, shape), some in lacking.items())
+    return BucketPhase(devices, order, tuple(items), stand_ins=stand_ins)
 
 
 def _stages(m: Move, way: RoutePlan) -> tuple[Phase, ...]:
@@ -350,176 +362,3 @@ def _after(shape: Shape, step: Collective) -> Shape:
         ends = zip(shape, step.units, step.out_units, strict=True)
         out = [n // a * b for n, a, b in ends]
     return tuple(out)
-
-
-# Execution
-
-
-class UnderWay:
-    """Limit on the number of buckets in flight."""
-
-    def __init__(self, most: int):
-        self._most = most
-        self._arrays: collections.deque[Any] = collections.deque()
-
-    def wait(self) -> None:
-        """Blocks until another bucket can be sent."""
-        if len(self._arrays) == self._most:
-            jax.block_until_ready(self._arrays.popleft())
-
-    def add(self, arrays: Any) -> None:
-        self._arrays.append(arrays)
-
-
-def wrapped(array: Any, m: Move) -> Any:
-    """Wraps a tensor that does not move in the target's sharding."""
-    if array.sharding == m.sharding:
-        return array
-    return _assembled(m, held(array))
-
-
-def held(array: Any) -> Held:
-    """Shards of an array on this process's devices."""
-    return {index_of(s.device): s.data for s in array.addressable_shards}
-
-
-def _in_order(m: Move, parts: Held) -> list[jax.Array]:
-    return [parts[d] for d in spmd.local_devices(m.target.devices)]
-
-
-def _assembled(m: Move, parts: Held) -> Any:
-    return jax.make_array_from_single_device_arrays(
-        m.shape, m.sharding, _in_order(m, parts), dtype=m.out
-    )
-
-
-def start(array: Any, m: Move) -> Held:
-    """This process's shards of the source, in the devices' default memory."""
-    if not spmd.local_devices(m.source.devices):
-        return {}
-    return held(array if m.fetched is None else jax.device_put(array, m.fetched))
-
-
-def finish(m: Move, parts: Held) -> Any:
-    """Assembles the result in the target's sharding and memory."""
-    array = _assembled(m, parts)
-    return array if m.stored is None else jax.device_put(array, m.stored)
-
-
-def wrap(stacked: jax.Array, m: Move, layout: DeviceLayout, sharding: Any) -> Any:
-    """Assembles a program's result on the devices of a layout to a tensor of dtype `m.out`."""
-    parts = held(stacked)
-    mine = [parts[d] for d in spmd.local_devices(layout.devices)]
-    return jax.make_array_from_single_device_arrays(m.shape, sharding, mine, dtype=m.out)
-
-
-def empty(m: Move) -> Any:
-    """Result of a tensor without elements."""
-    with jax.transfer_guard_host_to_device("allow"):
-        return jax.make_array_from_callback(
-            m.shape, m.stored or m.sharding, lambda _: np.zeros(m.shape, m.out), dtype=m.out
-        )
-
-
-def run(bucket: Bucket, parts: dict[int, Held]) -> dict[int, Held]:
-    """Moves the tensors of a bucket from the source's devices to the target's."""
-    parts = dict(parts)
-    for phase in bucket.phases:
-        if phase.items:
-            _run_program(phase, parts)
-        else:
-            _run_copies(phase, parts)
-    return parts
-
-
-def compile_all(bucket: Bucket) -> list[Any]:
-    """Compiled programs that move a bucket; also compiles those for zeros."""
-    for phase in bucket.phases:
-        for devices, leaves in _zeros(phase):
-            spmd.zeros(devices, leaves)
-    return [
-        spmd.program(phase.devices, phase.items)
-        for phase in bucket.phases
-        if phase.items and spmd.local_devices(phase.devices)
-    ]
-
-
-def _run_program(phase: BucketPhase, parts: dict[int, Held]) -> None:
-    mine = spmd.local_devices(phase.devices)
-    if not mine:
-        return
-    _fill(phase, parts)
-    leaves = [leaf for item in phase.items for leaf in item.leaves]
-    views = [
-        spmd.view(phase.devices, leaf.shape, leaf.dtype, [parts[i][d] for d in mine])
-        for i, leaf in zip(phase.members, leaves, strict=True)
-    ]
-    out = spmd.program(phase.devices, phase.items)(*views)
-    for i, array in zip(phase.members, out, strict=True):
-        parts[i] = held(array)
-
-
-def _zeros(phase: BucketPhase) -> list[tuple[tuple[int, ...], tuple[tuple[Shape, Any], ...]]]:
-    """(this process's devices, shards that they lack) of each program that makes zeros."""
-    wanted: dict[tuple[int, ...], list[tuple[Shape, Any]]] = {}
-    for devices, _, leaf in phase.stand_ins:
-        wanted.setdefault(spmd.local_devices(devices), []).append(leaf)
-    return [(devices, tuple(leaves)) for devices, leaves in wanted.items() if devices]
-
-
-def _fill(phase: BucketPhase, parts: dict[int, Held]) -> None:
-    """Adds zeros for devices that hold no shard of a tensor yet; equal shapes share one array."""
-    made = {
-        (devices, leaf): held(array)
-        for devices, leaves in _zeros(phase)
-        for leaf, array in zip(leaves, spmd.zeros(devices, leaves)(), strict=True)
-    }
-    for devices, members, leaf in phase.stand_ins:
-        for i in members:
-            parts[i] = parts[i] | made.get((spmd.local_devices(devices), leaf), {})
-
-
-def _run_copies(phase: BucketPhase, parts: dict[int, Held]) -> None:
-    """Copies all shards of all tensors in a single `jax.device_put`."""
-    every = jax.devices()
-    wanted = [
-        (i, a, b)
-        for i, pairs in zip(phase.members, phase.pairs, strict=True)
-        for b, a in pairs.items()
-    ]
-    moved = [(i, a, b) for i, a, b in wanted if a != b]
-    arrays = jax.device_put([parts[i][a] for i, a, _ in moved], [every[b] for *_, b in moved])
-    new: dict[int, Held] = {i: {} for i in phase.members}
-    for i, a, b in wanted:
-        if a == b:
-            new[i][b] = parts[i][a]
-    for (i, _, b), array in zip(moved, arrays, strict=True):
-        new[i][b] = array
-    parts.update(new)
-
-
-def run_in_parts(bucket: Bucket, m: Move, whole: Held, flow: UnderWay) -> Held:
-    """`run` for a tensor larger than a bucket: cuts, moves and pastes each part."""
-    (i,), dim, parts = bucket.members, bucket.dim, bucket.parts
-    sources, targets = tuple(sorted(m.source.devices)), tuple(sorted(m.target.devices))
-    here, there = spmd.local_devices(sources), spmd.local_devices(targets)
-    a, b = shard(m.shape, m.source), shard(m.shape, m.target)
-    size = (*b[:dim], b[dim] // parts, *b[dim + 1 :])
-    if here:
-        array = spmd.view(sources, a, m.dtype, [whole[d] for d in here])
-        cut = spmd.cut_part(sources, a, m.dtype, dim, parts)
-    if there:
-        (made,) = spmd.zeros(targets, ((b, m.out),))()
-        paste = spmd.paste_part(targets, b, m.out, dim, parts)
-    for k in range(parts):
-        flow.wait()
-        part: Held = {}
-        if here:
-            (piece,) = cut(array, spmd.number(sources, k))
-            part = held(piece)
-        part = run(bucket, {i: part})[i]
-        if there:
-            piece = spmd.view(targets, size, m.out, [part[d] for d in there])
-            (made,) = paste(made, piece, spmd.number(targets, k))
-        flow.add(list(part.values()))
-    return held(made) if there else {}

@@ -17,6 +17,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -86,23 +87,22 @@ def _renumbered(step: Collective, dims: list[int]) -> Collective:
     return step
 
 
-@dataclasses.dataclass(frozen=True)
-class _Move:
+class _Move(NamedTuple):
     """Edge of the graph.
 
     Attributes:
-        kind: "slice", "all_to_all", "permute" or "gather".
+        kind: of the collective.
+        shard: fraction of the tensor that a device holds before it.
         dim, join: dimensions that the collective splits and joins.
         block: the axes that move.
-        shard: fraction of the tensor that a device holds before it.
         before, after: states around a permute.
     """
 
-    kind: str
+    kind: type[Collective]
+    shard: float
     dim: int = 0
     join: int = 0
     block: tuple[int, ...] = ()
-    shard: float = 1.0
     before: State = ()
     after: State = ()
 
@@ -121,10 +121,7 @@ class _Axes:
         self._endings: dict[tuple[int, ...], list[State]] = {}
 
     def count(self, axes: tuple[int, ...]) -> int:
-        n = 1
-        for a in axes:
-            n *= self.sizes[a]
-        return n
+        return math.prod(self.sizes[a] for a in axes)
 
     def groups(self, block: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Groups of devices that differ only along the axes of `block`, in the order of these."""
@@ -139,9 +136,8 @@ class _Axes:
         """Shard number of every device."""
         if state not in self._shards:
             number = np.zeros(len(self.devices), int)
-            for dim in state:
-                for a in dim:
-                    number = number * self.sizes[a] + self.digits[a]
+            for a in itertools.chain(*state):
+                number = number * self.sizes[a] + self.digits[a]
             self._shards[state] = number
         return self._shards[state]
 
@@ -152,8 +148,22 @@ class _Axes:
         counts = tuple(self.count(dim) for dim in state)
         if counts not in self._endings:
             free = [a for a in self.used if all(a not in dim for dim in self.target)]
-            self._endings[counts] = list(_endings(self, counts, free, ()))
+            self._endings[counts] = list(self._ending(counts, free, ()))
         return self._endings[counts]
+
+    def _ending(self, counts: tuple[int, ...], free: list[int], made: State) -> Iterator[State]:
+        i = len(made)
+        if i == len(counts):
+            yield made
+            return
+        have = self.count(self.target[i])
+        if counts[i] % have:
+            return
+        for k in range(len(free) + 1):
+            for extra in itertools.permutations(free, k):
+                if self.count(extra) * have == counts[i]:
+                    rest = [a for a in free if a not in extra]
+                    yield from self._ending(counts, rest, (*made, self.target[i] + extra))
 
 
 def _common(source: DeviceLayout, target: DeviceLayout, *, primes: bool) -> _Axes | None:
@@ -187,34 +197,24 @@ def _common(source: DeviceLayout, target: DeviceLayout, *, primes: bool) -> _Axe
 
 def _strides(grid: np.ndarray) -> list[list[tuple[int, int]]] | None:
     """Factors each axis of a grid of positions into (stride, size), slowest first; or None."""
-    total = np.zeros_like(grid)
+    total = np.zeros((1,) * grid.ndim, int)
     out = []
-    for axis, n in enumerate(grid.shape):
-        index = [0] * grid.ndim
-        index[axis] = slice(None)
-        line = grid[tuple(index)]
-        parts, todo = [], line
+    for axis in range(grid.ndim):
+        todo = grid[tuple(slice(None) if i == axis else 0 for i in range(grid.ndim))]
+        parts, made = [], np.zeros(1, int)
         while len(todo) > 1:
-            stride = int(todo[1])
-            run = next(
-                m for m in range(2, len(todo) + 1) if m == len(todo) or todo[m] != m * stride
-            )
-            while len(todo) % run:
+            stride, n = int(todo[1]), len(todo)
+            run = next(m for m in range(2, n + 1) if m == n or todo[m] != m * stride)
+            while n % run:
                 run -= 1
             if stride <= 0 or run < 2:
                 return None
-            parts.append((stride, run))
-            todo = todo[::run]
-        out.append(parts[::-1])
-        made = np.zeros(1, int)
-        for stride, run in parts:  # fastest first
+            parts.insert(0, (stride, run))
             made = (np.arange(run)[:, None] * stride + made).reshape(-1)
-        if not np.array_equal(made, line):
-            return None
-        shape = [1] * grid.ndim
-        shape[axis] = n
-        total = total + line.reshape(shape)
-    return out if np.array_equal(total, grid) and grid.flat[0] == 0 else None
+            todo = todo[::run]
+        out.append(parts)
+        total = total + made.reshape([-1 if i == axis else 1 for i in range(grid.ndim)])
+    return out if np.array_equal(total, grid) else None
 
 
 def _with_primes(ladder: list[int]) -> list[int]:
@@ -271,26 +271,28 @@ def _shortest(
 
 
 def _sum(*pairs: tuple[float, float]) -> tuple[float, float]:
-    return sum(p[0] for p in pairs), sum(p[1] for p in pairs)
+    return tuple(map(sum, zip(*pairs, strict=True)))
 
 
 def _moves(axes: _Axes, state: State, room: tuple[int, ...]) -> Iterator[tuple[State, _Move]]:
     """Yields all-to-alls and slices from a state."""
     counts = [axes.count(dim) for dim in state]
     shard = 1.0 / math.prod(counts)
+
+    def fits(j: int, block: tuple[int, ...]) -> bool:
+        return room[j] % (counts[j] * axes.count(block)) == 0
+
     for i, dim in enumerate(state):
         for k in range(1, len(dim) + 1):
-            block = dim[-k:]
+            block, rest = dim[-k:], _replaced(state, i, dim[:-k])
             for j in range(len(state)):
-                if j != i and room[j] % (counts[j] * axes.count(block)) == 0:
-                    after = _replaced(_replaced(state, i, dim[:-k]), j, state[j] + block)
-                    yield after, _Move("all_to_all", j, i, block, shard)
-    used = {a for dim in state for a in dim}
-    for a in axes.used:
-        if a not in used:
-            for j, dim in enumerate(state):
-                if room[j] % (counts[j] * axes.sizes[a]) == 0:
-                    yield _replaced(state, j, (*dim, a)), _Move("slice", j, j, (a,), shard)
+                if j != i and fits(j, block):
+                    after = _replaced(rest, j, state[j] + block)
+                    yield after, _Move(AllToAll, shard, j, i, block)
+    for a in (a for a in axes.used if all(a not in dim for dim in state)):
+        for j, dim in enumerate(state):
+            if fits(j, (a,)):
+                yield _replaced(state, j, (*dim, a)), _Move(Slice, shard, j, block=(a,))
 
 
 def _replaced(state: State, i: int, dim: tuple[int, ...]) -> State:
@@ -300,39 +302,22 @@ def _replaced(state: State, i: int, dim: tuple[int, ...]) -> State:
 def _finish(axes: _Axes, state: State, end: State) -> list[_Move]:
     """Final moves of a path: a permute if needed, then all-gathers."""
     shard = 1.0 / math.prod(axes.count(dim) for dim in state)
-    moves = []
-    if end != state:
-        moves.append(_Move("permute", shard=shard, before=state, after=end))
+    moves = [_Move(Permute, shard, before=state, after=end)] if end != state else []
     for i, (dim, target) in enumerate(zip(end, axes.target, strict=True)):
         block = dim[len(target) :]
         if block:
-            moves.append(_Move("gather", i, i, block, shard))
+            moves.append(_Move(Gather, shard, i, block=block))
             shard *= axes.count(block)
     return moves
-
-
-def _endings(axes: _Axes, counts: tuple[int, ...], free: list[int], made: State) -> Iterator[State]:
-    i = len(made)
-    if i == len(counts):
-        yield made
-        return
-    have = axes.count(axes.target[i])
-    if counts[i] % have:
-        return
-    for k in range(len(free) + 1):
-        for extra in itertools.permutations(free, k):
-            if axes.count(extra) * have == counts[i]:
-                rest = [a for a in free if a not in extra]
-                yield from _endings(axes, counts, rest, (*made, axes.target[i] + extra))
 
 
 def _seconds_and_total(
     axes: _Axes, move: _Move, nbytes: float | int, network: Network
 ) -> tuple[float, float]:
     """Cost of a move; a permute, expensive to construct, is assumed to cross hosts if it can."""
-    if move.kind == "slice":
+    if move.kind is Slice:
         return 1e-9, 0.0  # not quite free, so that no slice is added needlessly
-    if move.kind == "permute":
+    if move.kind is Permute:
         moved = int((axes.numbers(move.before) != axes.numbers(move.after)).sum())
         hosts = {network.hosts[d] for d in axes.devices}
         rate = network.link_bytes_per_s if len(hosts) == 1 else network.nic_bytes_per_s
@@ -343,14 +328,14 @@ def _seconds_and_total(
 
 def _step(axes: _Axes, move: _Move) -> Collective:
     n, shard = len(axes.devices), move.shard
-    if move.kind == "permute":
+    if move.kind is Permute:
         pairs = _matching(axes, move.before, move.after)
         moved = sum(a != b for a, b in pairs)
         return Permute(pairs, shard if moved else 0.0, shard * moved)
     groups, g = axes.groups(move.block), axes.count(move.block)
-    if move.kind == "slice":
+    if move.kind is Slice:
         return Slice(move.dim, groups)
-    if move.kind == "gather":
+    if move.kind is Gather:
         return Gather(move.dim, groups, shard * (g - 1), n * shard * (g - 1))
     share = shard * (g - 1) / g
     return AllToAll(move.dim, move.join, groups, share, n * share)

@@ -24,16 +24,51 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from jaxrl_eff.parallel.codec import Blocks, decode, encode
-from jaxrl_eff.parallel.reshard import buckets, spmd
-from jaxrl_eff.parallel.reshard.collectives import Exchange
+from jaxrl_eff.parallel.codec import Blocks
+from jaxrl_eff.parallel.reshard import bucket_run, buckets, changes_leaf, programs
 from jaxrl_eff.parallel.reshard.layout import Network
 from jaxrl_eff.parallel.reshard.messages import exchange
 from jaxrl_eff.parallel.reshard.route import Route
 
 DENSE_BELOW = 4096  # elements per message; for smaller ones indices cost more than they save
+
+
+@dataclasses.dataclass(frozen=True)
+class SyncConfig:
+    """Settings for sending changes.
+
+    Attributes:
+        capacity: maximum fraction of a message's elements that can have changed; a tensor with more
+            changes is sent in full.
+        bits: 0: changed elements are sent exactly; 8 or 4: the differences of all elements are
+            sent, quantized to this many bits, with error feedback.
+        block: maximum number of elements that share a scale if `bits` is not 0.
+        every: interval, in syncs, of full transfers that also check the copy.
+        dense_below: tensors whose messages have fewer elements are always sent in full.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    capacity: float = 0.05
+    bits: int = 0
+    block: int = 256
+    every: int = 100
+    dense_below: int = DENSE_BELOW
+
+    def __post_init__(self):
+        if not 0 < self.capacity <= 1:
+            raise ValueError(f"capacity is {self.capacity}, but must be above 0, at most 1.")
+        if self.bits not in (0, 4, 8):
+            raise ValueError(f"bits is {self.bits}, but must be 0, 4 or 8.")
+        if self.every < 1:
+            raise ValueError(f"every is {self.every}, but must be at least 1.")
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """Encoding of differences; None: changed elements are sent exactly."""
+        return Blocks(self.bits, self.block) if self.bits else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +103,8 @@ class ChangedElements:
     Args:
         source: tree of arrays or `jax.ShapeDtypeStruct`s with shardings.
         target: tree of shardings.
+        config: how changes are sent.
         dtype: of the copy; None keeps that of every array.
-        capacity: maximum fraction of a message's elements that can have changed.
-        bits: 0: send changed elements exactly; 8 or 4: send quantized differences of all elements.
-        block: maximum number of elements that share a scale if `bits` is not 0.
-        every: in steps that are multiples of this, everything is sent in full and checked.
-        dense_below: tensors whose messages have fewer elements are always sent in full.
         network: as for `Route`.
 
     Raises:
@@ -84,18 +115,13 @@ class ChangedElements:
         self,
         source: Any,
         target: Any,
+        config: SyncConfig = SyncConfig(),
         *,
         dtype: Any = jnp.bfloat16,
-        capacity: float = 0.05,
-        bits: int = 0,
-        block: int = 256,
-        every: int = 100,
-        dense_below: int = DENSE_BELOW,
         network: Network | None = None,
     ):
         self._network = network or Network.local()
-        self._every = every
-        self._way = _Way(capacity, Blocks(bits, block) if bits else None, dense_below)
+        self._config = config
         dtype = None if dtype is None else jnp.dtype(dtype)
         leaves, self._treedef = jax.tree.flatten(source)
         targets = self._treedef.flatten_up_to(target)
@@ -149,15 +175,15 @@ class ChangedElements:
             return copy, sent, None
         trees = [self._treedef.flatten_up_to(t) for t in (tree, sent, copy)]
         views = [self._views(leaves, k) for k, leaves in enumerate(trees)]
-        program = self._program(dense=step % self._every == 0)
+        program = self._program(dense=step % self._config.every == 0)
         out = program(*views[0], *views[1], *views[2])
         n = len(self._moves)
         new = [
-            buckets.wrap(x, m, m.source, like.sharding)
+            bucket_run.assembled(m, bucket_run.held(x), m.source, like.sharding)
             for x, m, like in zip(out[:n], self._moves, trees[1], strict=True)
         ]
         now = [
-            buckets.wrap(x, m, m.target, m.sharding)
+            bucket_run.finish(m, bucket_run.held(x))
             for x, m in zip(out[n : 2 * n], self._moves, strict=True)
         ]
         changed, received, dense, drifted = out[2 * n :]
@@ -169,7 +195,7 @@ class ChangedElements:
         return tuple(sorted({d for m in self._moves for d in m.source.devices}))
 
     def _mine(self, devices: tuple[int, ...]) -> bool:
-        return bool(spmd.local_devices(devices))
+        return bool(programs.local_devices(devices))
 
     def _shapes(self, which: int) -> list[tuple[tuple[int, ...], Any]]:
         """(shape, dtype) of the shards of the source (0), the sent values (1) or the copy (2)."""
@@ -183,16 +209,16 @@ class ChangedElements:
 
     def _views(self, leaves: list[Any], which: int) -> list[Any]:
         """Stacks shards over the devices of both meshes, with zeros where a device has none."""
-        mine = spmd.local_devices(self._devices)
+        mine = programs.local_devices(self._devices)
         out = []
         for x, m, (shape, dtype) in zip(leaves, self._moves, self._shapes(which), strict=True):
             layout = m.target if which == 2 else m.source
-            parts = buckets.held(x) if self._mine(layout.devices) else {}
+            parts = bucket_run.held(x) if self._mine(layout.devices) else {}
             lacking = tuple(d for d in mine if d not in parts)
             if lacking:
-                (zeros,) = spmd.zeros(lacking, ((shape, dtype),))()
-                parts = parts | buckets.held(zeros)
-            out.append(spmd.view(self._devices, shape, dtype, [parts[d] for d in mine]))
+                (zeros,) = programs.zeros(lacking, ((shape, dtype),))()
+                parts = parts | bucket_run.held(zeros)
+            out.append(programs.view(self._devices, shape, dtype, [parts[d] for d in mine]))
         return out
 
     def _program(self, dense: bool) -> Any:
@@ -206,232 +232,13 @@ class ChangedElements:
             news = [
                 jnp.copy(x.astype(m.out)) for x, m in zip(operands[:n], self._moves, strict=True)
             ]
-            return self._run(news, list(operands[n : 2 * n]), list(operands[2 * n :]), dense)
+            leaves = [
+                changes_leaf.ChangedLeaf(plan, self._devices, *values, self._config)
+                for plan, *values in zip(
+                    plans, news, operands[n : 2 * n], operands[2 * n :], strict=True
+                )
+            ]
+            return changes_leaf.update(leaves, news, dense, self._whole)
 
-        key = ("delta", plans, self._way, dense)
-        return spmd.compiled(key, self._devices, inputs, ranks, fn, tuple(range(n, 3 * n)))
-
-    # Code that runs on every device
-
-    def _run(
-        self, news: list[Any], sents: list[Any], copies: list[Any], dense: bool
-    ) -> tuple[Any, ...]:
-        leaves = [
-            _Leaf(plan, self._devices, new, sent, copy, self._way)
-            for plan, new, sent, copy in zip(self._plans, news, sents, copies, strict=True)
-        ]
-        zero = jnp.float32(0)
-        changed = lax.psum(sum((leaf.changed() for leaf in leaves), start=zero), spmd.AXIS)
-        elements = max(1, sum(leaf.elements for leaf in leaves))
-        drifted = jnp.int32(-1)
-        if dense:
-            drifted = lax.psum(
-                sum((leaf.drifted() for leaf in leaves), start=jnp.int32(0)), spmd.AXIS
-            )
-            out = [leaf.dense() for leaf in leaves]
-            full = [jnp.int32(0)] * len(leaves)
-            received = jnp.float32(self._whole)
-        else:
-            over = [leaf.overflows() for leaf in leaves]
-            full = lax.pmax(jnp.stack(over), spmd.AXIS) if over else jnp.zeros(0, jnp.int32)
-            out = [leaf.updated(full[i] > 0) for i, leaf in enumerate(leaves)]
-            received = sum(
-                (
-                    jnp.where(full[i] > 0, leaf.dense_bytes, leaf.sparse_bytes)
-                    for i, leaf in enumerate(leaves)
-                ),
-                start=zero,
-            )
-            news = [leaf.held() for leaf in leaves]
-        count = sum((full[i] for i in range(len(leaves))), start=jnp.int32(0))
-        return (*news, *out, changed / jnp.float32(elements), received, count, drifted)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Way:
-    capacity: float
-    blocks: Blocks | None
-    dense_below: int
-
-
-class _Leaf:
-    """State of one tensor while the program is traced."""
-
-    def __init__(
-        self,
-        plan: Exchange,
-        devices: tuple[int, ...],
-        new: Any,
-        sent: Any,
-        copy: Any,
-        way: _Way,
-    ):
-        self._plan, self._devices = plan, devices
-        self._new, self._sent, self._copy = new, sent, copy
-        self._units = spmd.ratios(new.shape, plan.units)
-        sizes = [self._size(r) for r in plan.rounds]
-        self._capacity = [max(1, math.ceil(way.capacity * n)) for n in sizes]
-        item = new.dtype.itemsize
-        self.elements = sum(len(r.boxes) * n for r, n in zip(plan.rounds, sizes, strict=True))
-        self.dense_bytes = jnp.float32(self.elements * item)
-        self._always_dense = item not in (2, 4) or min(sizes, default=0) < way.dense_below
-        self.sparse_bytes = self.dense_bytes
-        self._codes = None
-        if way.blocks is not None and new.ndim and not self._always_dense:
-            self._code(way.blocks)
-        elif not self._always_dense:
-            rows = zip(plan.rounds, self._capacity, strict=True)
-            self.sparse_bytes = jnp.float32(sum(len(r.boxes) * k for r, k in rows) * (4 + item))
-
-    def _code(self, blocks: Blocks) -> None:
-        """Quantizes the shard's differences unit by unit, if the codes are fewer bytes."""
-        self._blocks, self._unit = blocks, math.prod(self._units)
-        size = blocks.nbytes(self._unit)
-        self._always_dense = size >= self._unit * self._new.dtype.itemsize
-        if self._always_dense:
-            return
-        apart = self._new.astype(jnp.float32) - self._sent.astype(jnp.float32)
-        codes = encode(_units(apart, self._units), blocks)
-        grid = [n // u for n, u in zip(self._new.shape, self._units, strict=True)]
-        self._codes = codes.reshape(*grid[:-1], grid[-1] * size)
-        self._code_units = (1,) * (len(grid) - 1) + (size,)
-        self._held = self._moved(self._sent, self._codes)
-        self.sparse_bytes = self.dense_bytes * (size / (self._unit * self._new.dtype.itemsize))
-
-    def _moved(self, old: Any, codes: Any) -> Any:
-        """Adds encoded differences to `old`."""
-        apart = decode(
-            codes.reshape(-1, self._code_units[-1]), self._unit, self._blocks, jnp.float32
-        )
-        apart = _from_units(apart, old.shape, self._units)
-        return (old.astype(jnp.float32) + apart).astype(old.dtype)
-
-    def held(self) -> Any:
-        """Receivers' values, after `updated`, of this device's shard."""
-        return self._new if self._codes is None else self._held
-
-    def _size(self, r: Any) -> int:
-        return math.prod(n * u for n, u in zip(r.size, self._units, strict=True))
-
-    def _cut(self, r: Any, x: Any) -> Any:
-        return spmd.taken(r, self._devices, [self._units], [x])[0]
-
-    def _put(self, r: Any, whole: Any, part: Any) -> Any:
-        return spmd.placed(self._plan, r, self._devices, [self._units], [whole], [part])[0]
-
-    def _sends(self, r: Any) -> Any:
-        return spmd.mine(self._devices, {b.source: 1 for b in r.boxes}, 0)
-
-    def _send(self, r: Any, message: Any) -> Any:
-        pairs = [(b.source, b.target) for b in r.boxes]
-        return spmd.together([spmd.sent(pairs, self._devices, [message])])[0][0]
-
-    def _differs(self, r: Any) -> Any:
-        """Mask of the elements of a message that have changed, by bitwise comparison."""
-        new, sent = (_bits(self._cut(r, x)) for x in (self._new, self._sent))
-        return (new != sent).reshape(-1)
-
-    def changed(self) -> Any:
-        counts = [
-            self._differs(r).sum(dtype=jnp.float32) * self._sends(r).astype(jnp.float32)
-            for r in self._plan.rounds
-        ]
-        return sum(counts, start=jnp.float32(0))
-
-    def overflows(self) -> Any:
-        """1 if a message of this device has more changes than its capacity, otherwise 0."""
-        if self._always_dense or self._codes is not None:
-            return jnp.int32(0)
-        over = jnp.int32(0)
-        for r, k in zip(self._plan.rounds, self._capacity, strict=True):
-            count = self._differs(r).sum(dtype=jnp.int32)
-            over = jnp.maximum(over, (count > k).astype(jnp.int32) * self._sends(r))
-        return over
-
-    def updated(self, full: Any) -> Any:
-        if self._always_dense:
-            return self.dense()
-        if self._codes is not None:
-            return self._coded()
-        return lax.cond(full, self.dense, self._sparse)
-
-    def _kept(self, mine: Any) -> Any:
-        """The copy, updated with the parts that this device holds of the source."""
-        copy = self._copy
-        for r in self._plan.kept:
-            copy = self._put(r, copy, self._cut(r, mine))
-        return copy
-
-    def dense(self) -> Any:
-        """The copy, with every message sent in full."""
-        copy = self._kept(self._new)
-        for r in self._plan.rounds:
-            part = self._send(r, _bits(self._cut(r, self._new)))
-            copy = self._put(r, copy, part.view(copy.dtype))
-        return copy
-
-    def _sparse(self) -> Any:
-        """The copy, with only changes sent: indices and values in one message."""
-        copy = self._kept(self._new)
-        for r, k in zip(self._plan.rounds, self._capacity, strict=True):
-            new = _bits(self._cut(r, self._new))
-            (at,) = jnp.nonzero(self._differs(r), size=k, fill_value=new.size)
-            values = new.reshape(-1).at[at].get(mode="fill", fill_value=0)
-            message = jnp.concatenate([at.astype(jnp.uint32).view(new.dtype), values])
-            got = self._send(r, message)
-            at, values = got[:-k].view(jnp.uint32).astype(jnp.int32), got[-k:]
-            old = self._cut_of_copy(r, copy)
-            part = _bits(old).reshape(-1).at[at].set(values, mode="drop")
-            copy = self._put(r, copy, part.reshape(old.shape).view(copy.dtype))
-        return copy
-
-    def _coded(self) -> Any:
-        """The copy, with quantized differences of all elements sent."""
-        copy = self._kept(self._held)
-        for r in self._plan.rounds:
-            part = spmd.taken(r, self._devices, [self._code_units], [self._codes])[0]
-            old = self._cut_of_copy(r, copy)
-            copy = self._put(r, copy, self._moved(old, self._send(r, part)))
-        return copy
-
-    def _cut_of_copy(self, r: Any, copy: Any) -> Any:
-        at = spmd.put_at(r, self._devices)
-        size = tuple(n * u for n, u in zip(r.size, self._units, strict=True))
-        return lax.dynamic_slice(copy, [a * u for a, u in zip(at, self._units, strict=True)], size)
-
-    def drifted(self) -> Any:
-        """Number of messages for which this device's copy differs from the last sent values."""
-        wrong = jnp.int32(0)
-        for r in self._plan.rounds:
-            told = self._send(r, _checksum(self._cut(r, self._sent)))
-            bad = (told != _checksum(self._cut_of_copy(r, self._copy))).astype(jnp.int32)
-            gets = spmd.mine(self._devices, {b.target: 1 for b in r.boxes}, 0)
-            wrong = wrong + bad[0] * gets
-        return wrong
-
-
-def _units(x: Any, units: tuple[int, ...]) -> Any:
-    """Reshapes a shard to [units, elements per unit]."""
-    sizes = [n for pair in zip(x.shape, units, strict=True) for n in (pair[0] // pair[1], pair[1])]
-    first, second = range(0, len(sizes), 2), range(1, len(sizes), 2)
-    return x.reshape(sizes).transpose(*first, *second).reshape(-1, math.prod(units))
-
-
-def _from_units(x: Any, shape: tuple[int, ...], units: tuple[int, ...]) -> Any:
-    """Inverse of `_units`."""
-    grid = [n // u for n, u in zip(shape, units, strict=True)]
-    k = len(grid)
-    order = [i for pair in zip(range(k), range(k, 2 * k), strict=True) for i in pair]
-    return x.reshape(*grid, *units).transpose(order).reshape(shape)
-
-
-def _bits(x: Any) -> Any:
-    return x.view({1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-
-
-def _checksum(x: Any) -> Any:
-    """32-bit checksum that depends on every bit and its position."""
-    bits = _bits(x).reshape(-1).astype(jnp.uint32)
-    place = jnp.arange(bits.size, dtype=jnp.uint32)
-    mixed = (bits + jnp.uint32(1)) * (place * jnp.uint32(2654435761) | jnp.uint32(1))
-    return (mixed ^ (mixed >> jnp.uint32(15))).sum(dtype=jnp.uint32)[None]
+        key = ("delta", plans, self._config, dense)
+        return programs.compiled(key, self._devices, inputs, ranks, fn, tuple(range(n, 3 * n)))

@@ -69,6 +69,11 @@ class Round:
     size: Coords
     boxes: tuple[Box, ...]
 
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(from, to) of every box."""
+        return tuple((b.source, b.target) for b in self.boxes)
+
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
@@ -137,7 +142,7 @@ def seconds(step: Collective, nbytes: float | int, network: Network) -> float:
         return 0.0
     if isinstance(step, Exchange):
         return math.fsum(
-            _slowest([(b.source, b.target) for b in r.boxes], share * nbytes, network)
+            _slowest(r.pairs, share * nbytes, network)
             for r, share in zip(step.rounds, step.round_shares, strict=True)
         )
     if isinstance(step, Permute):

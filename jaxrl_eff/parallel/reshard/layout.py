@@ -9,13 +9,11 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-
-from jaxrl_eff.parallel.mesh import AXES, Placement
 
 Coords = tuple[int, ...]
 
@@ -46,15 +44,23 @@ class DeviceLayout:
             return cls((index_of(device),), (), ((),) * ndim)
         if not isinstance(sharding, NamedSharding):
             raise TypeError(f"a NamedSharding is needed, not {sharding}.")
-        mesh = sharding.mesh
-        devices = tuple(index_of(d) for d in mesh.devices.flat)
-        return _layout(devices, mesh.axis_names, mesh.devices.shape, sharding.spec, ndim)
+        devices = tuple(index_of(d) for d in sharding.mesh.devices.flat)
+        return cls.on(devices, sharding.mesh.shape, sharding.spec, ndim)
 
     @classmethod
-    def placed(cls, placement: Placement, spec: PartitionSpec, ndim: int) -> "DeviceLayout":
-        """Layout of a tensor on a placement, whose devices need not exist."""
-        sizes = tuple(placement.axes[a] for a in AXES)
-        return _layout(placement.devices, AXES, sizes, spec, ndim)
+    def on(
+        cls, devices: tuple[int, ...], axes: Mapping[str, int], spec: PartitionSpec, ndim: int
+    ) -> "DeviceLayout":
+        """Layout on a mesh of devices, which need not exist.
+
+        Axes of size 1 are left out, so that more of the equivalent layouts compare equal.
+        """
+        mesh = {a: n for a, n in axes.items() if n > 1}
+        number = {a: i for i, a in enumerate(mesh)}
+        entries = [e if isinstance(e, tuple) else (e,) for e in spec]
+        entries += [()] * (ndim - len(entries))
+        dims = tuple(tuple(number[a] for a in e if a in number) for e in entries)
+        return cls(devices, tuple(mesh.values()), dims)
 
     @functools.cached_property
     def counts(self) -> Coords:
@@ -91,22 +97,6 @@ class DeviceLayout:
     def same(self, other: "DeviceLayout") -> bool:
         """True if every device holds the same part under both layouts."""
         return self.counts == other.counts and self.coords == other.coords
-
-
-def _layout(
-    devices: tuple[int, ...],
-    names: tuple[str, ...],
-    sizes: tuple[int, ...],
-    spec: PartitionSpec,
-    ndim: int,
-) -> DeviceLayout:
-    """Layout without axes of size 1, so that more of the equivalent layouts compare equal."""
-    kept = [i for i, n in enumerate(sizes) if n > 1]
-    number = {names[i]: k for k, i in enumerate(kept)}
-    entries = [e if isinstance(e, tuple) else (e,) for e in spec]
-    entries += [()] * (ndim - len(entries))
-    dims = tuple(tuple(number[a] for a in e if a in number) for e in entries)
-    return DeviceLayout(devices, tuple(sizes[i] for i in kept), dims)
 
 
 @functools.cache
@@ -218,73 +208,3 @@ def missing(source: DeviceLayout, target: DeviceLayout) -> dict[int, float]:
             need -= _overlap(source.coords[device], units.source, at, units.target)
         out[device] = need / units.volume
     return out
-
-
-def _held(layout: DeviceLayout, size: Coords, whole: Coords, devices: Iterable[int]) -> np.ndarray:
-    """Boolean grid of the units that a set of devices holds."""
-    held = np.zeros(whole, bool)
-    for at in {layout.coords[d] for d in devices if d in layout.coords}:
-        held[tuple(slice(c * n, (c + 1) * n) for c, n in zip(at, size, strict=True))] = True
-    return held
-
-
-@dataclasses.dataclass
-class Bound:
-    """Lower bound on the bytes and seconds of any schedule, summed over tensors.
-
-    T = max(max_d R(d)/link, max_h U(h)/nic_h, O/sum of the sources' NICs), where d runs over
-    devices and h over hosts: R is what a device lacks, U what all devices of a host lack together,
-    and O what must leave the source's hosts. A torus's bisection bandwidth is not considered.
-
-    Attributes:
-        network: bandwidths.
-        received: R in bytes, by device.
-        imported: U in bytes, by host.
-        exported: O in bytes.
-        source, target: devices of all tensors so far.
-    """
-
-    network: Network
-    received: dict[int, float] = dataclasses.field(default_factory=dict)
-    imported: dict[int, float] = dataclasses.field(default_factory=dict)
-    exported: float = 0.0
-    source: set[int] = dataclasses.field(default_factory=set)
-    target: set[int] = dataclasses.field(default_factory=set)
-
-    def add(self, source: DeviceLayout, target: DeviceLayout, nbytes: float | int) -> None:
-        """Adds a tensor of `nbytes` bytes on the wire."""
-        for device, share in missing(source, target).items():
-            self.received[device] = self.received.get(device, 0.0) + share * nbytes
-        self.source.update(source.devices)
-        self.target.update(target.devices)
-        hosts = self.network.hosts
-        if len({hosts[d] for d in (*source.devices, *target.devices)}) == 1:
-            return
-        units = Units.of(source, target)
-        abroad = np.zeros(units.whole, bool)
-        from_hosts = {hosts[d] for d in source.devices}
-        for host in sorted({hosts[d] for d in target.devices}):
-            mine = [d for d in range(len(hosts)) if hosts[d] == host]
-            need = _held(target, units.target, units.whole, mine)
-            lack = need & ~_held(source, units.source, units.whole, mine)
-            share = lack.sum() / units.volume
-            self.imported[host] = self.imported.get(host, 0.0) + share * nbytes
-            if host not in from_hosts:
-                abroad |= need
-        self.exported += abroad.sum() / units.volume * nbytes
-
-    @property
-    def minimum(self) -> float:
-        """Sum of R(d) over devices, in bytes."""
-        return math.fsum(self.received.values())
-
-    @property
-    def seconds(self) -> float:
-        net = self.network
-        times = [max(self.received.values(), default=0.0) / net.link_bytes_per_s]
-        for host, nbytes in self.imported.items():
-            nics = sum(net.hosts[d] == host for d in self.target)
-            times.append(nbytes / nics / net.nic_bytes_per_s)
-        if self.source:
-            times.append(self.exported / len(self.source) / net.nic_bytes_per_s)
-        return max(times)

@@ -24,7 +24,7 @@ def exchange(source: DeviceLayout, target: DeviceLayout, network: Network) -> Ex
     rounds = [
         Round(size, boxes)
         for size in shapes
-        for boxes in _coloured([box for s, box in moved if s == size])
+        for boxes in _colored([box for s, box in moved if s == size])
     ]
     at_home = sorted({size for size, _ in kept}, reverse=True)
     shares = tuple(math.prod(r.size) / units.volume for r in rounds)
@@ -93,7 +93,7 @@ def _cut(cell: Coords, at: Coords, units: Units) -> tuple[Coords, Coords, Coords
     return tuple(sizes), tuple(starts), tuple(puts)
 
 
-def _coloured(boxes: list[Box]) -> list[tuple[Box, ...]]:
+def _colored(boxes: list[Box]) -> list[tuple[Box, ...]]:
     """Splits messages into the minimum number of rounds.
 
     A message gets the first round that is free at its source. If that is taken at its target, the
@@ -101,17 +101,17 @@ def _coloured(boxes: list[Box]) -> list[tuple[Box, ...]]:
     """
     sends: dict[tuple[int, int], int] = {}  # (device, round) -> message
     gets: dict[tuple[int, int], int] = {}
-    colour: dict[int, int] = {}
+    color: dict[int, int] = {}
     for e, box in enumerate(boxes):
         a = _first_free(sends, box.source)
         b = _first_free(gets, box.target)
         if a != b and (box.target, a) in gets:
-            _flip(boxes, sends, gets, colour, box.target, a, b)
+            _flip(boxes, sends, gets, color, box.target, a, b)
         chosen = a
         sends[box.source, chosen] = gets[box.target, chosen] = e
-        colour[e] = chosen
+        color[e] = chosen
     rounds: dict[int, list[Box]] = {}
-    for e, c in colour.items():
+    for e, c in color.items():
         rounds.setdefault(c, []).append(boxes[e])
     return [tuple(rounds[c]) for c in sorted(rounds)]
 
@@ -120,7 +120,7 @@ def _first_free(taken: dict[tuple[int, int], int], device: int) -> int:
     return next(c for c in itertools.count() if (device, c) not in taken)
 
 
-def _flip(boxes, sends, gets, colour, target: int, a: int, b: int) -> None:
+def _flip(boxes, sends, gets, color, target: int, a: int, b: int) -> None:
     """Frees round `a` at a receiver that is free in round `b`, by swapping a and b on a path."""
     path, at_target, device, c = [], True, target, a
     while ((device, c) in gets) if at_target else ((device, c) in sends):
@@ -129,8 +129,8 @@ def _flip(boxes, sends, gets, colour, target: int, a: int, b: int) -> None:
         device = boxes[e].source if at_target else boxes[e].target
         at_target, c = not at_target, b if c == a else a
     for e in path:
-        del sends[boxes[e].source, colour[e]]
-        del gets[boxes[e].target, colour[e]]
+        del sends[boxes[e].source, color[e]]
+        del gets[boxes[e].target, color[e]]
     for e in path:
-        colour[e] = b if colour[e] == a else a
-        sends[boxes[e].source, colour[e]] = gets[boxes[e].target, colour[e]] = e
+        color[e] = b if color[e] == a else a
+        sends[boxes[e].source, color[e]] = gets[boxes[e].target, color[e]] = e

@@ -2,8 +2,8 @@
 
 A `Route` compares the parts of every tensor that each device holds and needs, chooses collectives
 or point-to-point messages that receive little more than what is missing (`choose`), compiles them
-into a few programs (`spmd`), and replays these. Unlike with `jax.device_put`, nothing goes through
-the host, and no bytes move where the layouts are equal.
+into a few programs, and replays these. Unlike with `jax.device_put`, nothing goes through the host,
+and no bytes move where the layouts are equal.
 
 The two sets of devices can be equal, reordered, nested, overlapping or disjoint, in one process or
 many. A process participates if it owns one of the devices; all processes must call the same routes
@@ -23,10 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxrl_eff.parallel import hlo_bytes
-from jaxrl_eff.parallel.reshard import buckets
+from jaxrl_eff.parallel.reshard import bucket_run, buckets
 from jaxrl_eff.parallel.reshard.collectives import AllToAll, Exchange, Gather, Permute
-from jaxrl_eff.parallel.reshard.layout import Bound, DeviceLayout, Network
+from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network, missing
 
 BUCKET_BYTES = 256 << 20
 IN_FLIGHT = 2  # buckets
@@ -40,34 +39,29 @@ class Report:
         received: bytes that all devices together receive, as planned.
         minimum: bytes that the devices lack, a lower bound for any plan.
         seconds: estimated time.
-        bound: lower bound on the time of any schedule on this network.
-        steps: number of collectives of each kind and of shard copies.
+        steps: number of collectives of each kind, assuming that messages fuse, and of shard copies.
         buckets: number of buckets.
         peak_bytes: peak bytes on one device: source, target and buckets in flight.
-        compiled: `received` as counted on the compiled programs; None if not requested.
     """
 
     received: float
     minimum: float
     seconds: float
-    bound: float
     steps: dict[str, int]
     buckets: int
     peak_bytes: int
-    compiled: float | None = None
 
     @property
     def nu(self) -> float:
         """Ratio of received bytes to the minimum; 1 if there is nothing to move."""
-        received = self.received if self.compiled is None else self.compiled
-        return received / self.minimum if self.minimum else 1.0 + received
+        return self.received / self.minimum if self.minimum else 1.0 + self.received
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{n} {kind}" for kind, n in self.steps.items()) or "nothing"
         return (
             f"{self.received / 1e6:,.1f} MB received, {self.nu:.2f} x the minimum, by {kinds} in "
-            f"{self.buckets} buckets; about {self.seconds * 1e3:.2f} ms, at least "
-            f"{self.bound * 1e3:.2f} ms; at most {self.peak_bytes / 1e6:,.1f} MB a device"
+            f"{self.buckets} buckets; about {self.seconds * 1e3:.2f} ms; at most "
+            f"{self.peak_bytes / 1e6:,.1f} MB a device"
         )
 
 
@@ -140,35 +134,19 @@ class Route:
     def programs(self, tree: Any = None) -> list[Any]:
         """Compiled programs that this process runs, in order and with repetitions."""
         plan = self._planned(self._leaves(tree))
-        return [p for b in plan.buckets for p in b.parts * buckets.compile_all(b)]
+        return [p for b in plan.buckets for p in b.parts * bucket_run.compile_all(b)]
 
-    def report(self, tree: Any = None, *, compiled: bool = False) -> Report:
-        """Report on the route's traffic, time and memory.
-
-        Args:
-            tree: as for `compile`.
-            compiled: also count bytes on the compiled programs. Only for a process that owns a
-                device of each program.
-        """
+    def report(self, tree: Any = None) -> Report:
+        """Report on the route's traffic, time and memory; `tree` as for `compile`."""
         plan = self._planned(self._leaves(tree))
-        bound = Bound(self._network)
-        for m in plan.moves:
-            bound.add(m.source, m.target, m.nbytes)
-        steps, counted = _steps(plan)
-        if compiled:
-            programs = self.programs(tree)
-            counted += math.fsum(map(hlo_bytes.received, programs))
-            copies = {k: n for k, n in steps.items() if k == "copy"}
-            steps = hlo_bytes.count(programs) | copies
+        lacking = (s * m.nbytes for m in plan.moves for s in missing(m.source, m.target).values())
         return Report(
             received=math.fsum(way.total * plan.moves[i].nbytes for i, way in plan.ways.items()),
-            minimum=bound.minimum,
+            minimum=math.fsum(lacking),
             seconds=math.fsum(plan.ways[members[0]].seconds for members in plan.classes),
-            bound=bound.seconds,
-            steps=steps,
+            steps=_steps(plan),
             buckets=sum(b.parts for b in plan.buckets),
             peak_bytes=plan.peak_bytes,
-            compiled=counted if compiled else None,
         )
 
     def __call__(self, tree: Any) -> Any:
@@ -187,27 +165,27 @@ class Route:
         leaves = self._treedef.flatten_up_to(tree)
         plan = self._planned(leaves)
         out = [
-            buckets.wrapped(x, m) if m.kept else None
+            bucket_run.wrapped(x, m) if m.kept else None
             for x, m in zip(leaves, plan.moves, strict=True)
         ]
-        flow = buckets.UnderWay(IN_FLIGHT)
+        flow = bucket_run.UnderWay(IN_FLIGHT)
         for bucket in plan.buckets:
             moves = {i: plan.moves[i] for i in bucket.members}
-            parts = {i: buckets.start(leaves[i], m) for i, m in moves.items()}
+            parts = {i: bucket_run.start(leaves[i], m) for i, m in moves.items()}
             if bucket.parts == 1:
                 flow.wait()
-                parts = buckets.run(bucket, parts)
+                parts = bucket_run.run(bucket, parts)
                 flow.add([list(held.values()) for held in parts.values()])
             else:
                 (i,) = bucket.members
-                parts = {i: buckets.run_in_parts(bucket, moves[i], parts[i], flow)}
+                parts = {i: bucket_run.run_in_parts(bucket, moves[i], parts[i], flow)}
             for i, m in moves.items():
-                out[i] = buckets.finish(m, parts[i])
+                out[i] = bucket_run.finish(m, parts[i])
                 if self._donate and isinstance(leaves[i], jax.Array) and not plan.shares(i):
                     leaves[i].delete()
         for i, m in enumerate(plan.moves):
             if out[i] is None:
-                out[i] = buckets.empty(m)
+                out[i] = bucket_run.empty(m)
         return self._treedef.unflatten(out)
 
     def _leaves(self, tree: Any) -> list[Any] | None:
@@ -241,22 +219,18 @@ def _alike(a: Any, b: Any) -> bool:
     return same and buckets.memory(a) == buckets.memory(b)
 
 
-def _steps(plan: buckets.Plan) -> tuple[dict[str, int], float]:
-    """Planned collectives by kind, assuming that messages fuse; and bytes of plain copies."""
+def _steps(plan: buckets.Plan) -> dict[str, int]:
     count: dict[str, int] = {}
-    copied = 0.0
     for bucket in plan.buckets:
         for phase in bucket.phases:
-            for i, pairs in zip(phase.members, phase.pairs, strict=False):
-                moved = sum(a != b for b, a in pairs.items())
-                count["copy"] = count.get("copy", 0) + moved * bucket.parts
-                copied += plan.moves[i].nbytes / math.prod(plan.moves[i].target.counts) * moved
-            for step in (step for item in phase.items for step in item.steps):
-                kind = _KINDS.get(type(step))
+            steps = [step for item in phase.items for step in item.steps]
+            found = [("copy", sum(a != b for b, a in pairs.items())) for pairs in phase.pairs]
+            for step in steps:
                 n = len(step.rounds) if isinstance(step, Exchange) else 1
-                if kind is not None and n:
-                    count[kind] = count.get(kind, 0) + n * bucket.parts
-    return count, copied
+                found.append((_KINDS.get(type(step), ""), n))
+            for kind, n in found:
+                count[kind] = count.get(kind, 0) + n * bucket.parts
+    return {kind: n for kind, n in count.items() if kind and n}
 
 
 _KINDS = {

@@ -7,46 +7,13 @@ held between calls: the copy on the target and the last sent values on the sourc
 less, differences can be quantized to 8 or 4 bits, which makes the copy approximate.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 
-from jaxrl_eff.parallel.reshard.changes import DENSE_BELOW, ChangedElements, Synced
+from jaxrl_eff.parallel.reshard.changes import ChangedElements, SyncConfig, Synced
 from jaxrl_eff.parallel.reshard.layout import Network
 from jaxrl_eff.parallel.reshard.route import Report, Route
-
-
-@dataclasses.dataclass(frozen=True)
-class SyncConfig:
-    """Settings for sending changes.
-
-    Attributes:
-        capacity: maximum fraction of a message's elements that can have changed; a tensor with more
-            changes is sent in full.
-        bits: 0: changed elements are sent exactly; 8 or 4: the differences of all elements are
-            sent, quantized to this many bits, with error feedback.
-        block: maximum number of elements that share a scale if `bits` is not 0.
-        every: interval, in syncs, of full transfers that also check the copy.
-        dense_below: tensors whose messages have fewer elements are always sent in full.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    capacity: float = 0.05
-    bits: int = 0
-    block: int = 256
-    every: int = 100
-    dense_below: int = DENSE_BELOW
-
-    def __post_init__(self):
-        if not 0 < self.capacity <= 1:
-            raise ValueError(f"capacity is {self.capacity}, but must be above 0, at most 1.")
-        if self.bits not in (0, 4, 8):
-            raise ValueError(f"bits is {self.bits}, but must be 0, 4 or 8.")
-        if self.every < 1:
-            raise ValueError(f"every is {self.every}, but must be at least 1.")
 
 
 class WeightSync:
@@ -59,8 +26,8 @@ class WeightSync:
         network: as for `Route`.
 
     Attributes:
-        done: statistics of the last call's changes; None after the first call, and in processes
-            that own no device of either mesh.
+        done: statistics of the last call's changes; None after a call that sent everything, the
+            first or the one after `restart`, and in processes that own no device of either mesh.
 
     Raises:
         ValueError: an array is in host memory.
@@ -80,10 +47,8 @@ class WeightSync:
         self._is_still = self._treedef.flatten_up_to(still)
         self._whole = Route(source, target, network=network)
         self._once = Route(*map(self._still, (leaves, targets)), network=network)
-        self._delta = ChangedElements(
-            *map(self._moving, (leaves, targets)), dtype=None, network=network,
-            **dataclasses.asdict(changes),
-        )  # fmt: skip
+        moving = map(self._moving, (leaves, targets))
+        self._delta = ChangedElements(*moving, changes, dtype=None, network=network)
         self._seen: list[Any] = []  # the frozen leaves sent last
         self._copies: tuple[list[Any], list[Any], list[Any]] | None = None
         self._calls = 0
@@ -131,7 +96,7 @@ class WeightSync:
 
     def restart(self) -> None:
         """Makes the next call send everything, like the first one."""
-        self._copies, self._calls = None, 0
+        self._copies, self._calls, self.done = None, 0, None
 
     def _still(self, leaves: list[Any]) -> list[Any]:
         return [x for x, s in zip(leaves, self._is_still, strict=True) if s]

@@ -16,8 +16,6 @@ puts the parts in order; no permutation is needed.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +31,7 @@ STAGE = "zero_stage1"
 def gather_slow(shard: jax.Array, plan: ZeroConfig) -> jax.Array:
     """First stage: gathers the corresponding shards of all nodes, encoded.
 
-    Args:
-        shard: [..., m] floats.
-        plan: the encoding and the axes.
-
-    Returns:
-        [N, ..., plan.weights.nbytes(m)] uint8, the same on every node.
+    [..., m] floats -> [N, ..., plan.weights.nbytes(m)] uint8, the same on every node.
     """
     return lax.all_gather(encode(shard, plan.weights), plan.slow)
 
@@ -46,13 +39,7 @@ def gather_slow(shard: jax.Array, plan: ZeroConfig) -> jax.Array:
 def gather_fast(stage: jax.Array, m: int, plan: ZeroConfig) -> jax.Array:
     """Second stage: gathers the full weight over the fast axis and decodes it.
 
-    Args:
-        stage: [N, ..., bytes] uint8 of `gather_slow`.
-        m: elements of a shard.
-        plan: the encoding and the axes.
-
-    Returns:
-        [..., N A m] of the plan's dtype, the same on every device.
+    [N, ..., bytes] of `gather_slow` -> [..., N A m] of the plan's dtype, the same on every device.
     """
     every = lax.all_gather(stage, plan.fast, axis=1)  # [N, A, ..., bytes]
     parts = decode(every, m, plan.weights, plan.dtype)
@@ -63,12 +50,7 @@ def gather_fast(stage: jax.Array, m: int, plan: ZeroConfig) -> jax.Array:
 def reduce_fast(gradient: jax.Array, plan: ZeroConfig) -> jax.Array:
     """Reduce-scatters gradients of the full weight over the fast axis.
 
-    Args:
-        gradient: [..., N A m], local to each device.
-        plan: the encoding and the axes.
-
-    Returns:
-        [..., N, m] float32: this device's partial sums for each node.
+    [..., N A m], local to each device -> [..., N, m] float32, its partial sums for each node.
     """
     nodes, devices = lax.axis_size(plan.slow), lax.axis_size(plan.fast)
     parts = gradient.reshape(*gradient.shape[:-1], nodes, devices, -1).astype(jnp.float32)
@@ -87,7 +69,6 @@ def reduce_slow(
     Args:
         gradient: [..., N, m] of `reduce_fast`, or a sum of several.
         feedback: e [..., N, m], initially zeros; None for no error feedback.
-        plan: the encoding and the axes.
 
     Returns:
         [..., m] float32, the sum for this device's shard; and e', of e's dtype. Where the gradient
@@ -101,8 +82,7 @@ def reduce_slow(
         return _exchange(parts, plan.slow, plan.gradients)[0], None
     parts += jnp.moveaxis(feedback.astype(jnp.float32), -2, 0)
     total, arrived = _exchange(parts, plan.slow, plan.gradients)
-    left = parts - arrived
-    left = jnp.where(jnp.isfinite(left), left, 0).astype(feedback.dtype)
+    left = jnp.where(jnp.isfinite(parts - arrived), parts - arrived, 0).astype(feedback.dtype)
     return total, jnp.moveaxis(left, 0, -2)
 
 
@@ -159,10 +139,6 @@ def gather_weights(shard: jax.Array, feedback: jax.Array | None, plan: ZeroConfi
         shard: [..., m] floats.
         feedback: [..., N, m] or None. The "gradient" with respect to it is the next step's
             feedback, so a differentiated function must gather a weight with feedback only once.
-        plan: the encodings and the axes.
-
-    Returns:
-        [..., N A m] of the plan's dtype.
     """
     del feedback
     return gather_frozen(shard, plan)
@@ -182,39 +158,6 @@ def _gather_backward(plan, residual, gradient):
 gather_weights.defvjp(_gather_forward, _gather_backward)
 
 
-def sharded_apply(
-    fn: Callable[[jax.Array, Any], Any],
-    shard: jax.Array,
-    x: Any,
-    plan: ZeroConfig,
-    *,
-    feedback: jax.Array | None = None,
-    keep: tuple[str, ...] = (),
-) -> Any:
-    """Applies fn to a sharded weight: gather and compute; backward gather, compute and reduce.
-
-    A device holds the full weight only while fn runs, so this is meant for one layer, for instance
-    inside a `lax.scan` over the shards of all layers.
-
-    Args:
-        fn: `(weight [N A m], x) -> y`; recomputed in the backward pass.
-        shard: [m], of this device.
-        x: any differentiable tree.
-        plan: the encodings and the axes; `secondary` in its level saves the gather's first stage.
-        feedback: as for `gather_weights`.
-        keep: names, given by `checkpoint_name` in fn, of values to save instead of recomputing.
-
-    Returns:
-        y.
-    """
-
-    def run(shard, feedback, x):
-        return fn(gather_weights(shard, feedback, plan), x)
-
-    policy = jax.checkpoint_policies.save_only_these_names(*keep, STAGE)
-    return jax.checkpoint(run, policy=policy)(shard, feedback, x)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gather_held(stage: jax.Array, slot: jax.Array, plan: ZeroConfig) -> jax.Array:
     """Gathers the full weight from a first stage gathered before, over the fast axis only.
@@ -225,10 +168,6 @@ def gather_held(stage: jax.Array, slot: jax.Array, plan: ZeroConfig) -> jax.Arra
         stage: [N, ..., bytes] uint8.
         slot: [..., N, m] float32 zeros, whose gradient is the result of `reduce_fast`. Under
             `shard_map` with `check_vma`, they must vary over both axes.
-        plan: the encodings and the axes.
-
-    Returns:
-        [..., N A m] of the plan's dtype.
     """
     return gather_fast(stage, slot.shape[-1], plan)
 
@@ -245,22 +184,6 @@ def _held_backward(plan, residual, gradient):
 gather_held.defvjp(_held_forward, _held_backward)
 
 
-def held_apply(
-    fn: Callable[[jax.Array, Any], Any], stage: jax.Array, slot: jax.Array, x: Any, plan: ZeroConfig
-) -> Any:
-    """`sharded_apply` with a stage gathered before; nothing is sent over the slow axis."""
-
-    def run(stage, slot, x):
-        return fn(gather_held(stage, slot, plan), x)
-
-    return jax.checkpoint(run)(stage, slot, x)
-
-
-def refresh(shard: jax.Array, plan: ZeroConfig, dtype: str = "float32") -> jax.Array:
-    """Every node's copy of the weights, sent in full: [N, ..., m] of `dtype`."""
-    return decode(gather_slow(shard, plan), shard.shape[-1], plan.weights, dtype)
-
-
 def send_deltas(shard: jax.Array, held: jax.Array, plan: ZeroConfig, blocks: Blocks) -> jax.Array:
     """Updates every node's copy of the weights by sending quantized differences.
 
@@ -269,12 +192,11 @@ def send_deltas(shard: jax.Array, held: jax.Array, plan: ZeroConfig, blocks: Blo
 
     Args:
         shard: W [..., m] floats.
-        held: R [N, ..., m], of `refresh` or of the previous step; bfloat16 or float32.
-        plan: for its slow axis.
+        held: R [N, ..., m], the copy of the previous step; bfloat16 or float32.
         blocks: encoding of the differences.
 
     Returns:
-        R' of R's shape and dtype; `encode(R', Blocks(16 or 32))` is a stage for `held_apply`.
+        R' of R's shape and dtype; `encode(R', Blocks(16 or 32))` is a stage for `gather_held`.
     """
     wide = held.astype(jnp.float32)
     mine = lax.dynamic_index_in_dim(wide, lax.axis_index(plan.slow), 0, keepdims=False)

@@ -9,7 +9,7 @@ layers as their leading axis, so a scan over layers slices them.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -199,9 +199,14 @@ class ShardedWeight:
     left: Any
     cut: ShardLayout = dataclasses.field(metadata={"static": True})
     trained: bool = dataclasses.field(metadata={"static": True})
+    transient: ClassVar[bool] = True
 
-    def whole(self) -> jax.Array:
-        """Gathers the full weight of one layer, in the plan's dtype."""
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        """Gathers the full weight of one layer, by default in the plan's dtype."""
+        whole = self._whole()
+        return whole if dtype is None else whole.astype(dtype)
+
+    def _whole(self) -> jax.Array:
         cut = self.cut
         if cut.local:  # its first stage needs no transfer, so it is recomputed rather than saved
             return cut.joined(cut.near(self.part))
@@ -232,12 +237,16 @@ class NodeWeight:
     stage: Any
     slot: Any
     cut: ShardLayout = dataclasses.field(metadata={"static": True})
+    transient: ClassVar[bool] = True
 
-    def whole(self) -> jax.Array:
-        """Gathers the full weight of one layer, in the plan's dtype."""
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        """Gathers the full weight of one layer, by default in the plan's dtype."""
+        cut = self.cut
         if self.slot is None:
-            return self.cut.joined(self.stage)
-        return self.cut.shaped(collectives.gather_held(self.stage, self.slot, self.cut.plan))
+            whole = cut.joined(self.stage)
+        else:
+            whole = cut.shaped(collectives.gather_held(self.stage, self.slot, cut.plan))
+        return whole if dtype is None else whole.astype(dtype)
 
 
 def exact(plan: ZeroConfig) -> ZeroConfig:

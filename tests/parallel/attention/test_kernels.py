@@ -7,17 +7,30 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orders
 import pytest
 from jax.sharding import PartitionSpec
 
 from jaxrl_eff.models import attention
-from jaxrl_eff.parallel.attention import blockwise, flash, flash_gpu, kernels, ring, token_order
+from jaxrl_eff.parallel.attention import blockwise, flash, flash_gpu, kernels, ring
+from jaxrl_eff.parallel.attention.blockwise import Queries, Where
+from jaxrl_eff.parallel.attention.context import Mask
+from jaxrl_eff.parallel.attention.on_mesh import on_mesh
 from tests.parallel.attention.test_ring import line, packed, value_and_gradients
+
+
+def interpreted(kernel):
+    """The kernel in Pallas's interpret mode, on any device; slow."""
+    forward, backward = (
+        functools.partial(f, interpret=True) for f in (kernel.forward, kernel.backward)
+    )
+    return kernel._replace(forward=forward, backward=backward)
+
 
 DIM = {"triton": 16, "mosaic": 64}
 KERNELS = {
     # Short chunks make many of them; a TPU would not take them.
-    kernel.name: kernels.interpreted(kernel)._replace(chunk=lambda _: 16)
+    kernel.name: interpreted(kernel)._replace(chunk=lambda _: 16)
     for kernel in (kernels.TRITON, kernels.MOSAIC)
 }
 WAYS = {"ring": ring.ring, "gathered": ring.gathered, "ulysses": ring.ulysses}
@@ -33,33 +46,31 @@ def operands(rng, name, dtype, rows=2, queries=48, keys=64, groups=2):
         blockwise.fold_where(*map(jnp.asarray, packed(rng, rows, length)), 16)
         for length in (queries, keys)
     ]  # fmt: skip
-    return q, dout, jnp.stack([k, v], axis=1), *where
+    return q, dout, jnp.stack([k, v], axis=1), Where(*where)
 
 
 @pytest.mark.parametrize("window, softcap", [(None, None), (7, 2.0)])
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_goes_on_from_what_was_met_as_chunks_in_xla_do(name, window, softcap):
     kernel, slow = KERNELS[name], kernels.xla()
-    q, dout, kv, q_where, k_where = operands(np.random.default_rng(0), name, jnp.float32)
-    window = None if window is None else jnp.int32(window)
-    rest = q_where, k_where, window, softcap
+    q, dout, kv, where = operands(np.random.default_rng(0), name, jnp.float32)
+    where = where._replace(window=None if window is None else jnp.int32(window))
 
     def forward(way, *met):
-        return jax.jit(lambda *met: way.forward(*met, q, kv, *rest))(*met)
+        return jax.jit(lambda *met: way.forward(met, q, kv, where, softcap))(*met)
 
     def before_it():
-        return slow.forward(
-            *blockwise.nothing(q), q, kv[::-1], q_where, k_where[::-1] * 0 + 1, *rest[2:]
-        )
+        others = where._replace(k=where.k[::-1] * 0 + 1)
+        return slow.forward(blockwise.nothing(q), q, kv[::-1], others, softcap)
 
     met = jax.jit(before_it)()
     want, got = (forward(way, *met) for way in (slow, kernel))
     for x, y in zip(want, got, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
     out, lse = want
-    delta, before = (out * dout).sum(axis=-1), jnp.ones_like(q)
+    queries, before = Queries(q, dout, lse, (out * dout).sum(axis=-1)), jnp.ones_like(q)
     want, got = (
-        jax.jit(lambda way=way: way.backward(before, q, dout, lse, delta, kv, *rest))()
+        jax.jit(lambda way=way: way.backward(before, queries, kv, where, softcap))()
         for way in (slow, kernel)
     )  # fmt: skip
     for x, y in zip(want, got, strict=True):
@@ -68,28 +79,28 @@ def test_a_kernel_goes_on_from_what_was_met_as_chunks_in_xla_do(name, window, so
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_query_without_keys_has_met_nothing(name):
-    q, _, kv, q_where, k_where = operands(np.random.default_rng(1), name, jnp.float32)
-    for where in ((q_where * 0, k_where), (q_where, k_where * 0)):
-        out, lse = KERNELS[name].forward(*blockwise.nothing(q), q, kv, *where, None, None)
+    q, _, kv, where = operands(np.random.default_rng(1), name, jnp.float32)
+    for empty in (where._replace(q=where.q * 0), where._replace(k=where.k * 0)):
+        out, lse = KERNELS[name].forward(blockwise.nothing(q), q, kv, empty, None)
         assert (out == 0).all() and (lse == np.float32(blockwise.NEG)).all()
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_kernel_does_not_touch_chunks_outside_its_bounds(name):
     """Whatever is in them, which would otherwise spread by a weight of 0."""
-    q, dout, kv, _, _ = operands(np.random.default_rng(2), name, jnp.float32, 1, 64, 64)
+    q, dout, kv, _ = operands(np.random.default_rng(2), name, jnp.float32, 1, 64, 64)
     segment = jnp.repeat(jnp.array([1, 2]), 32)[None]
     position = jnp.tile(jnp.arange(32), 2)[None]
-    where = blockwise.fold_where(position, segment, 16)
-    spans = flash.bounds(where, where, None)
+    where = Where(*[blockwise.fold_where(position, segment, 16)] * 2)
+    spans = flash.bounds(where)
     np.testing.assert_array_equal(spans.of_queries[:2, :, 0], [[0, 0, 2, 2], [1, 2, 3, 4]])
     np.testing.assert_array_equal(spans.of_keys[:2, :, 0], [[0, 1, 2, 3], [2, 2, 4, 4]])
     out, lse = KERNELS[name].forward(
-        *blockwise.nothing(q), q, kv.at[2].set(np.nan), where, where, None, None
-    )
+        blockwise.nothing(q), q, kv.at[2].set(np.nan), where, None
+    )  # fmt: skip
     assert np.isfinite(out[:2]).all() and np.isnan(out[2:]).any()
-    numbers = jnp.zeros_like(q), q.at[0].set(np.nan), dout, jnp.zeros_like(lse), lse * 0
-    dq, dkv = KERNELS[name].backward(*numbers, kv, where, where, None, None)
+    queries = Queries(q.at[0].set(np.nan), dout, jnp.zeros_like(lse), lse * 0)
+    dq, dkv = KERNELS[name].backward(jnp.zeros_like(q), queries, kv, where, None)
     assert np.isfinite(dkv[1:]).all() and np.isnan(dkv[0]).any()
     assert np.isfinite(dq[1:]).all()
 
@@ -100,9 +111,9 @@ def test_bounds_hold_all_that_is_seen_and_narrow_with_a_window():
         q_where, k_where = (
             blockwise.fold_where(*map(jnp.asarray, packed(rng, 3, n)), 4) for n in (40, 52)
         )
-        spans = flash.bounds(q_where, k_where, window)
+        spans = flash.bounds(Where(q_where, k_where, window))
         seen = jax.vmap(
-            lambda q, k=k_where, w=window: jax.vmap(lambda k: blockwise.sees(q, k, w))(k)
+            lambda q, k=k_where, w=window: jax.vmap(lambda k: Mask(*q, *k, w).seen())(k)
         )
         seen = np.asarray(jax.jit(seen)(q_where))
         some, every = seen.any((3, 4)), seen.all((3, 4))
@@ -123,9 +134,9 @@ def test_bounds_hold_all_that_is_seen_and_narrow_with_a_window():
                 assert (bound == np.where(any_.any(1), exact, 0)).all()  # of tokens in order
     document = jnp.arange(64)[None]
     where = blockwise.fold_where(document, document * 0 + 1, 8)
-    low, high = flash.bounds(where, where, jnp.int32(9)).of_queries[:2, :, 0]
+    low, high = flash.bounds(Where(where, where, jnp.int32(9))).of_queries[:2, :, 0]
     assert (high - low <= 2).all()
-    low, high, first, end = flash.bounds(where, where, None).of_queries[..., 0]
+    low, high, first, end = flash.bounds(Where(where, where)).of_queries[..., 0]
     np.testing.assert_array_equal(end - first, np.arange(8))  # all but the diagonal
 
 
@@ -135,43 +146,40 @@ def test_bounds_hold_all_that_is_seen_and_narrow_with_a_window():
 def test_how_a_gpu_divides_its_work_changes_nothing(own, met, monkeypatch):
     """Tiles of a chunk, documents longer than several of them, and a window."""
     rng = np.random.default_rng(7)
-    q, dout, kv, *_ = operands(rng, "triton", jnp.float32, 1, 96, 128)
+    q, dout, kv, _ = operands(rng, "triton", jnp.float32, 1, 96, 128)
     q = q * DIM["triton"] ** -0.5
     segment = jnp.repeat(jnp.array([1, 2, 0]), jnp.array([70, 50, 8]))[None]
     position = jnp.concatenate([jnp.arange(70), jnp.arange(50), jnp.arange(8)])[None]
-    q_where, k_where = (
-        blockwise.fold_where(position[:, :n], segment[:, :n], 16) for n in (96, 128)
-    )
+    where = Where(
+        *(blockwise.fold_where(position[:, :n], segment[:, :n], 16) for n in (96, 128))
+    )  # fmt: skip
     tile = flash_gpu.Tile(own, met, 4, 2)
     monkeypatch.setattr(flash_gpu, "tiles", lambda *_: flash_gpu.Tiles(tile, tile, tile))
     for window in (None, jnp.int32(40)):
         found = []
         for way in (kernels.xla(), KERNELS["triton"]):
-            found.append(both_ways(way, q, dout, kv, q_where, k_where, window))
+            found.append(both_ways(way, q, dout, kv, where._replace(window=window)))
         for x, y in zip(*found, strict=True):
             np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def both_ways(way, q, dout, kv, q_where, k_where, window):
-    rest = q_where, k_where, window, None
-    out, lse = way.forward(*blockwise.nothing(q), q, kv, *rest)
-    delta = (out * dout).sum(axis=-1)
-    return out, *way.backward(dout, q, dout, lse, delta, kv, *rest)
+def both_ways(way, q, dout, kv, where):
+    out, lse = way.forward(blockwise.nothing(q), q, kv, where, None)
+    queries = Queries(q, dout, lse, (out * dout).sum(axis=-1))
+    return out, *way.backward(dout, queries, kv, where, None)
 
 
 def unchecked(attend, parts):
-    """As `ring.on_mesh`; interpreted kernels cannot say what differs between devices."""
+    """As `on_mesh`; interpreted kernels cannot say what differs between devices."""
     pieces = PartitionSpec(None, "seq")
 
-    def attention(q, k, v, *, window, softcap, scale, **where):
-        def local(q, k, v, where, window):
-            return attend(q, k, v, **where, window=window, softcap=softcap, scale=scale)
-
+    def attention(q, k, v, mask, **how):
         return jax.shard_map(
-            local, mesh=line(parts), in_specs=(*[pieces] * 4, PartitionSpec()), out_specs=pieces,
+            lambda *args: attend(*args, **how), mesh=line(parts),
+            in_specs=(*[pieces] * 3, Mask(*[pieces] * 4, PartitionSpec())), out_specs=pieces,
             check_vma=False,
-        )(q, k, v, where, window)  # fmt: skip
+        )(q, k, v, mask)  # fmt: skip
 
     return attention
 
@@ -179,11 +187,11 @@ def unchecked(attend, parts):
 @pytest.mark.parametrize(
     "name, way, parts, layout",
     [
-        ("triton", "ring", 4, token_order.striped),
-        ("mosaic", "ring", 2, token_order.zigzag),
-        pytest.param("triton", "ulysses", 2, token_order.zigzag, marks=pytest.mark.slow),
-        ("mosaic", "gathered", 4, token_order.striped),
-        pytest.param("mosaic", "ring", 1, token_order.contiguous, marks=pytest.mark.slow),
+        ("triton", "ring", 4, orders.striped),
+        ("mosaic", "ring", 2, orders.zigzag),
+        pytest.param("triton", "ulysses", 2, orders.zigzag, marks=pytest.mark.slow),
+        ("mosaic", "gathered", 4, orders.striped),
+        pytest.param("mosaic", "ring", 1, orders.contiguous, marks=pytest.mark.slow),
     ],
 )
 def test_attention_by_a_kernel_on_many_devices_is_that_on_one(name, way, parts, layout):
@@ -204,15 +212,14 @@ def test_attention_by_a_kernel_on_many_devices_is_that_on_one(name, way, parts, 
 @pytest.mark.parametrize("name", KERNELS)
 def test_half_precision_errs_no_more_than_chunks_in_xla(name):
     rng = np.random.default_rng(5)
-    q, dout, kv, q_where, k_where = operands(rng, name, jnp.bfloat16)
-    where = q_where, k_where, None, None
+    q, dout, kv, where = operands(rng, name, jnp.bfloat16)
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def all_of(way, cast):
         a, b, c = (cast(x) for x in (q, kv, dout))
-        out, lse = way.forward(*blockwise.nothing(a), a, b, *where)
-        delta = (out * c.astype(jnp.float32)).sum(axis=-1)
-        return out, *way.backward(jnp.zeros_like(out), a, c, lse, delta, b, *where)
+        out, lse = way.forward(blockwise.nothing(a), a, b, where, None)
+        queries = Queries(a, c, lse, (out * c.astype(jnp.float32)).sum(axis=-1))
+        return out, *way.backward(jnp.zeros_like(out), queries, b, where, None)
 
     exact = all_of(kernels.xla(), lambda x: x.astype(jnp.float32))
     errors = [
@@ -235,7 +242,7 @@ def test_what_does_not_fit_a_kernel_is_computed_by_xla():
     refuses = kernels.TRITON._replace(forward=None, backward=None)  # would fail if called
     x = np.random.default_rng(6).normal(size=(1, 8, 2, 80)).astype(np.float32)
     at, one = np.arange(8, dtype=np.int32)[None], np.ones((1, 8), np.int32)
-    attend = ring.on_mesh(ring.ring(kernel=refuses), line(2))
+    attend = on_mesh(ring.ring(kernel=refuses), line(2))
     got = value_and_gradients(attend, None)(x, x, x, x, at, one, None)
     want = value_and_gradients(attention.plain, None)(x, x, x, x, at, one, None)
     for a, b in zip(want, got, strict=True):
@@ -254,7 +261,7 @@ def test_gpus_with_little_shared_memory_have_smaller_tiles(monkeypatch):
 
 @pytest.mark.parametrize("kernel", [kernels.TRITON, kernels.MOSAIC], ids=lambda k: k.name)
 def test_a_kernel_is_checked_on_the_device_before_it_is_used(kernel, monkeypatch, caplog):
-    good = kernels.interpreted(kernel)
+    good = interpreted(kernel)
     assert kernels.error_of(good) < 2e-2
     monkeypatch.setitem(kernels._OF_PLATFORM, "cpu", good)
 
@@ -268,7 +275,7 @@ def test_a_kernel_is_checked_on_the_device_before_it_is_used(kernel, monkeypatch
     try:
         assert chosen(good) == kernel.name
         with caplog.at_level(logging.WARNING):
-            broken = good._replace(forward=lambda *a: blockwise.nothing(a[2]))
+            broken = good._replace(forward=lambda met, *_: met)
             assert chosen(broken) == "xla" and "wrong by" in caplog.text
             assert chosen(kernel) == "xla" and "does not run here" in caplog.text
     finally:
@@ -289,11 +296,9 @@ def test_kernels_lower_for_the_device_that_they_are_for(kernel):
     mesh = jax.sharding.AbstractMesh((2,), ("seq",), auto, abstract_device=device)
 
     def loss(q, k, v, position, segment):
-        attend = ring.on_mesh(ring.ring(kernel=kernel), mesh)
-        out = attend(
-            q, k, v, q_position=position, k_position=position, q_segment=segment,
-            k_segment=segment, window=300, softcap=20.0, scale=0.1,
-        )  # fmt: skip
+        attend = on_mesh(ring.ring(kernel=kernel), mesh)
+        mask = Mask(position, segment, position, segment, 300)
+        out = attend(q, k, v, mask, scale=0.1, softcap=20.0)
         return (out.astype(jnp.float32) ** 2).sum()
 
     traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, k, v, where, where)

@@ -4,17 +4,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orders
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_eff import models
 from jaxrl_eff.models import attention
-from jaxrl_eff.parallel.attention import blockwise, ring, token_order
+from jaxrl_eff.parallel.attention import blockwise, kernels, ring
+from jaxrl_eff.parallel.attention.context import Mask
+from jaxrl_eff.parallel.attention.on_mesh import on_mesh
 
 ROWS, LENGTH, DIM, SCALE = 3, 32, 4, 0.4
 EVERYTHING = 10**6  # a window
 WAYS = {"ring": ring.ring, "gathered": ring.gathered, "ulysses": ring.ulysses}
-ORDERS = (token_order.striped, token_order.zigzag, token_order.contiguous)
+ORDERS = (orders.striped, orders.zigzag, orders.contiguous)
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5}
 
 
@@ -22,12 +25,12 @@ def line(parts):
     return Mesh(np.array(jax.devices()[:parts]), ("seq",))
 
 
-def dense(q, k, v, *, q_position, k_position, q_segment, k_segment, window, softcap, scale):
+def dense(q, k, v, mask, *, scale, softcap):
     """Attention in the dtype of its operands, as one formula on whole matrices."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     score = scale * jnp.einsum("btnh,bsnh->bnts", q, k)
     score = softcap * jnp.tanh(score / softcap) if softcap else score
-    seen = attention.allowed(q_position, k_position, q_segment, k_segment, window)[:, None]
+    seen = mask.seen()[:, None]
     weight = jnp.where(seen, jnp.exp(score - score.max(axis=-1, keepdims=True)), 0)
     total = weight.sum(axis=-1, keepdims=True)
     return jnp.einsum("bnts,bsnh->btnh", weight / jnp.where(total > 0, total, 1), v)
@@ -40,10 +43,8 @@ def value_and_gradients(attend, softcap):
     @jax.jit
     def run(q, k, v, dout, position, segment, window):
         def apply(q, k, v):
-            return attend(
-                q, k, v, q_position=position, k_position=position, q_segment=segment,
-                k_segment=segment, window=window, softcap=softcap, scale=SCALE,
-            )  # fmt: skip
+            mask = Mask(position, segment, position, segment, window)
+            return attend(q, k, v, mask, scale=SCALE, softcap=softcap)
 
         out, pull = jax.vjp(apply, q, k, v)
         return out, *pull(dout)
@@ -76,7 +77,7 @@ def check(way, parts, dtype, kv_heads, softcap, seed=0):
     heads = max(4, parts) if way == "ulysses" else 4
     slow = attention.plain if dtype == "float32" else dense
     wide = jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
-    fast = ring.on_mesh(WAYS[way]("seq", chunk=3), line(parts))
+    fast = on_mesh(WAYS[way](kernel=kernels.xla(3)), line(parts))
     with wide:
         for case, window in enumerate((EVERYTHING, 1, 5)):
             position, segment = packed(rng)
@@ -128,7 +129,7 @@ def test_tokens_in_order_need_only_the_pieces_that_a_window_reaches(parts, reach
     position, segment = packed(rng)
     position[0], segment[0] = np.arange(LENGTH), 1
     arrays = *numbers(rng, 4, 2, np.float32), position, segment, np.int32(window)
-    fast = ring.on_mesh(ring.ring(reach=reach), line(parts))
+    fast = on_mesh(ring.ring(reach=reach), line(parts))
     want = value_and_gradients(attention.plain, None)(*arrays)
     got = value_and_gradients(fast, None)(*arrays)
     for x, y in zip(want, got, strict=True):
@@ -146,7 +147,7 @@ def test_rows_and_heads_are_split_too_and_short_rows_padded(way):
     """Rows over two axes, of which they fill one; a key head for two devices; 3 tokens on 2."""
     rng = np.random.default_rng(2)
     grid = Mesh(np.array(jax.devices()).reshape(2, 2, 2), ("data", "seq", "tensor"))
-    fast = ring.on_mesh(WAYS[way](), grid)
+    fast = on_mesh(WAYS[way](), grid)
     for rows in (2, 3):
         position, segment = packed(rng, rows, length=3)
         arrays = *numbers(rng, 4, 1, np.float32, rows, length=3), position, segment, None
@@ -162,7 +163,7 @@ def test_a_row_may_be_shorter_than_the_ring():
     position = np.array([[0, 1, 0]], np.int32)
     arrays = *numbers(rng, 4, 2, np.float32, 1, length=3), position, segment, None
     want = value_and_gradients(attention.plain, None)(*arrays)
-    got = value_and_gradients(ring.on_mesh(ring.ring(), line(8)), None)(*arrays)
+    got = value_and_gradients(on_mesh(ring.ring(), line(8)), None)(*arrays)
     for x, y in zip(want, got, strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-5)
 
@@ -190,9 +191,9 @@ def test_a_model_on_a_mesh_is_the_model(key):
         return jax.value_and_grad(loss)(params)
 
     expected = run(attention.plain, params, *rows)
-    striped = [token_order.striped(LENGTH, 2).place(x) for x in rows]
+    striped = [orders.striped(LENGTH, 2).place(x) for x in rows]
     with jax.set_mesh(grid):
-        got = run(ring.on_mesh(ring.ring(), grid), params, *striped)
+        got = run(on_mesh(ring.ring(), grid), params, *striped)
     for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(got), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * float(abs(x).max()))
 
@@ -203,22 +204,18 @@ def test_more_keys_than_queries_and_an_unchecked_shard_map():
     q = numbers(rng, 4, 2, np.float32, length=8)[0]
     position, segment = packed(rng)
     position[0], segment[0] = np.arange(LENGTH), 1
-    where = dict(
-        q_position=position[:, -8:], q_segment=segment[:, -8:], k_position=position,
-        k_segment=segment,
-    )  # fmt: skip
+    mask = Mask(position[:, -8:], segment[:, -8:], position, segment)
     pieces = PartitionSpec(None, "seq")
 
-    def local(q, k, v, where):
-        return ring.ring("seq")(q, k, v, **where, window=6, scale=SCALE)
+    def local(q, k, v, mask):
+        return ring.ring("seq")(q, k, v, mask._replace(window=6), scale=SCALE)
 
     mapped = jax.shard_map(
         local, mesh=line(4), in_specs=pieces, out_specs=pieces, check_vma=False
     )  # fmt: skip
-    got = jax.jit(mapped)(q, k, v, where)
-    want = attention.plain(
-        *map(jnp.asarray, (q, k, v)), **jax.tree.map(jnp.asarray, where), window=6, scale=SCALE
-    )
+    got = jax.jit(mapped)(q, k, v, mask)
+    *arrays, mask = jax.tree.map(jnp.asarray, (q, k, v, mask))
+    want = attention.plain(*arrays, mask._replace(window=6), scale=SCALE)
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
@@ -228,7 +225,7 @@ def test_half_precision_errs_no_more_than_on_one_device():
     arrays = [x.astype(jnp.bfloat16) for x in numbers(rng, 4, 2, np.float32)]
     rest = position, segment, None
     exact = value_and_gradients(attention.plain, None)(*(x.astype("f4") for x in arrays), *rest)
-    fast = ring.on_mesh(ring.ring(chunk=3), line(4))
+    fast = on_mesh(ring.ring(kernel=kernels.xla(3)), line(4))
     errors = []
     for attend in (attention.plain, fast):
         got = value_and_gradients(attend, None)(*arrays, *rest)
@@ -250,7 +247,7 @@ def test_keys_that_nobody_sees_are_not_computed_with():
     segment = np.repeat([1, 2], [2 * chunk, 6 * chunk])[None].astype(np.int32)
     q, k, v, dout = numbers(np.random.default_rng(6), 4, 2, np.float32, rows=1)
     for parts in (1, 4):
-        run = value_and_gradients(ring.on_mesh(ring.ring(chunk=chunk), line(parts)), None)
+        run = value_and_gradients(on_mesh(ring.ring(kernel=kernels.xla(chunk)), line(parts)), None)
         for bad in range(8):
             spoilt = slice(bad * chunk, (bad + 1) * chunk)
             k2, v2 = k.copy(), v.copy()
@@ -305,13 +302,10 @@ def program(attend, mesh, heads=4, kv_heads=2, gradient=False, dtype=jnp.bfloat1
     """The jaxpr of attention with integer weights, or of its gradient."""
     q, k = (jax.ShapeDtypeStruct((ROWS, LENGTH, n, DIM), dtype) for n in (heads, kv_heads))
     where = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-    attend = ring.on_mesh(attend, mesh)
+    attend = on_mesh(attend, mesh)
 
     def forward(q, k, v, position, segment):
-        return attend(
-            q, k, v, q_position=position, k_position=position, q_segment=segment,
-            k_segment=segment, window=5, scale=SCALE,
-        )  # fmt: skip
+        return attend(q, k, v, Mask(position, segment, position, segment, 5), scale=SCALE)
 
     forward = wrap(forward) if wrap else forward
 
@@ -327,10 +321,8 @@ def count(jaxpr, name):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
-@pytest.mark.parametrize("unroll", [1, 7])
-def test_a_ring_permutes_once_a_hop_and_gathers_nothing_but_integers(parts, unroll):
-    way = ring.ring("seq", unroll=unroll)
-    forward, both = (program(way, line(parts), gradient=g) for g in (False, True))
+def test_a_ring_permutes_once_a_hop_and_gathers_nothing_but_integers(parts):
+    forward, both = (program(ring.ring(), line(parts), gradient=g) for g in (False, True))
     if parts == 1:
         assert not list(collectives(forward)) and not list(collectives(both))
         return
@@ -367,15 +359,12 @@ def test_what_is_kept_for_the_backward_pass_is_the_piece_itself(way):
     """As many numbers on eight devices together as on one."""
 
     def kept(parts):
-        attend = ring.on_mesh(WAYS[way](), line(parts))
+        attend = on_mesh(WAYS[way](), line(parts))
         q, k = (jnp.zeros((1, LENGTH, n, DIM)) for n in (8, 8))
         where = jnp.zeros((1, LENGTH), jnp.int32)
 
         def apply(q, k, v):
-            return attend(
-                q, k, v, q_position=where, k_position=where, q_segment=where, k_segment=where,
-                scale=SCALE,
-            )  # fmt: skip
+            return attend(q, k, v, Mask(where, where, where, where), scale=SCALE)
 
         pull = jax.eval_shape(lambda q, k: jax.vjp(apply, q, k, k)[1], q, k)
         arrays = [x for x in jax.tree.leaves(pull) if x.size > 8]  # not a number a device
@@ -391,7 +380,7 @@ def temporaries(way, parts, length=8192, chunk=128, dim=64):
     spread = NamedSharding(line(parts), PartitionSpec(None, "seq"))
     x = jax.ShapeDtypeStruct((1, length, 1, dim), jnp.float32, sharding=spread)
     where = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=spread)
-    run = value_and_gradients(ring.on_mesh(WAYS[way]("seq", chunk=chunk), line(parts)), None)
+    run = value_and_gradients(on_mesh(WAYS[way](kernel=kernels.xla(chunk)), line(parts)), None)
     compiled = run.lower(x, x, x, x, where, where, None).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
@@ -433,17 +422,17 @@ def test_orders_are_permutations_and_pad(layout, length, parts):
 
 
 def test_stripes_and_zigzags_share_the_work_evenly():
-    np.testing.assert_array_equal(token_order.striped(8, 2).order, [0, 2, 4, 6, 1, 3, 5, 7])
-    np.testing.assert_array_equal(token_order.zigzag(8, 2).order, [0, 1, 6, 7, 2, 3, 4, 5])
+    np.testing.assert_array_equal(orders.striped(8, 2).order, [0, 2, 4, 6, 1, 3, 5, 7])
+    np.testing.assert_array_equal(orders.zigzag(8, 2).order, [0, 1, 6, 7, 2, 3, 4, 5])
 
     def work(to, parts):
         """Keys seen by the queries of each rank, of one document."""
         return (to.order + 1).reshape(parts, -1).sum(axis=1)
 
-    assert len(set(work(token_order.zigzag(64, 4), 4))) == 1
-    striped = work(token_order.striped(64, 4), 4)
+    assert len(set(work(orders.zigzag(64, 4), 4))) == 1
+    striped = work(orders.striped(64, 4), 4)
     assert striped.max() - striped.min() == 3 * 64 // 4  # a key a query
-    contiguous = work(token_order.contiguous(64, 4), 4)
+    contiguous = work(orders.contiguous(64, 4), 4)
     assert contiguous.max() > 6 * contiguous.min()
 
 
@@ -451,25 +440,24 @@ def test_what_cannot_be_split_is_named():
     with pytest.raises(ValueError, match=r"6 query heads .* 4 devices of mesh axis 'seq'"):
         program(ring.ulysses(), line(4), heads=6)
     with pytest.raises(ValueError, match=r"no axis 'context' in the mesh; it has \['seq'\]"):
-        ring.on_mesh(ring.ring("context"), line(2), axis="context")
+        on_mesh(ring.ring("context"), line(2), axis="context")
     with pytest.raises(ValueError, match="variant is 'rings'"):
         ring.wire_bytes("rings", 8, 4, 2, 4, 2, 2)
 
 
-@pytest.mark.parametrize("attend", [ring.ring("seq", chunk=128), ring.gathered("seq", chunk=128)])
+@pytest.mark.parametrize("attend", [f(kernel=kernels.xla(128)) for f in (ring.ring, ring.gathered)])
 def test_a_loop_over_layers_keeps_nothing_of_two_lengths(attend):
     """Masks are the same for all layers; before the loop they would be all there at once."""
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("seq",))
-    over = ring.on_mesh(attend, one)
+    over = on_mesh(attend, one)
 
     def temporaries(length):
         q, k = (jax.ShapeDtypeStruct((1, length, n, 8), jnp.float32) for n in (2, 1))
         ints = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
         def loss(q, k, v, position, segment):
-            where = dict(q_position=position, k_position=position)
-            where |= dict(q_segment=segment, k_segment=segment)
-            layer = lambda x, _: (over(x, k, v, **where, scale=0.3), None)  # noqa: E731
+            mask = Mask(position, segment, position, segment)
+            layer = lambda x, _: (over(x, k, v, mask, scale=0.3), None)  # noqa: E731
             return jax.lax.scan(layer, q, None, length=2)[0].sum()
 
         run = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, k, ints, ints)

@@ -1,7 +1,8 @@
 """Every pair of factorizations of n devices over data, fsdp and tensor.
 
 `pairs.py run 16` compiles and runs a reallocation of a weight matrix and of stacked layers for each
-pair and prints what moved as JSON; `pairs.py plan 8 16` only plans, for one host and for two.
+pair and prints what moved as JSON; `pairs.py plan 8 16` only plans, for one host and for two;
+`pairs.py jit 8` counts what XLA's jitted identity with other shardings receives instead.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import os
 import sys
 
 if __name__ == "__main__":
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     N = max(map(int, sys.argv[2:]))
     os.environ["XLA_FLAGS"] = (
         f"--xla_force_host_platform_device_count={N} --xla_backend_optimization_level=0"
@@ -17,14 +19,16 @@ if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("NPROC", "64")
 
+import hlo_bytes
 import jax
 import jax.numpy as jnp
 import numpy as np
+from counted import counted
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_eff.parallel import Placement, Route, hlo_bytes
+from jaxrl_eff.parallel import Placement, Route
 from jaxrl_eff.parallel.mesh import mesh
-from jaxrl_eff.parallel.reshard import choose, spmd
+from jaxrl_eff.parallel.reshard import choose, exchange
 from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network, missing
 
 SPECS = {
@@ -55,7 +59,7 @@ def planned(n, net, nbytes=1e9):
     out = []
     for a, b in itertools.product(factorizations(n), repeat=2):
         for spec in SPECS.values():
-            s, t = (DeviceLayout.placed(p, spec, len(spec)) for p in (a, b))
+            s, t = (DeviceLayout.on(p.devices, p.axes, spec, len(spec)) for p in (a, b))
             way = choose.way(s, t, (n,) * len(spec), nbytes, net)
             least = sum(missing(s, t).values())
             out.append(way.total / least if least else 1.0)
@@ -75,14 +79,15 @@ def measure(n, every=1, small=0):
         "layers": rng.standard_normal((3, 8 * n, 8 * n)).astype(np.float32),
     }
     out = []
-    spmd.SMALL["cpu"] = small
+    exchange.SMALL["cpu"] = small
     for a, b in list(itertools.product(factorizations(n), repeat=2))[::every]:
         source, target = (
             {k: NamedSharding(mesh(p), spec) for k, spec in SPECS.items()} for p in (a, b)
         )
         tree = jax.device_put(values, source)
         route = Route(tree, target, network=network(n))
-        plan, real = route.report(), route.report(compiled=True)
+        plan, real = route.report(), counted(route)[0]
+        real = real / plan.minimum if plan.minimum else 1 + real
         moved = route(tree)
         for k, value in values.items():
             assert moved[k].sharding == target[k], (a, b)
@@ -90,12 +95,27 @@ def measure(n, every=1, small=0):
         shards = [x.addressable_shards[0].data.nbytes for x in (*tree.values(), *moved.values())]
         largest = max(map(hlo_bytes.largest, route.programs()), default=0)
         temporary = max((_temporary(p) for p in route.programs()), default=0)
-        out.append((plan.nu, real.nu, largest / max(shards), temporary / max(shards)))
+        out.append((plan.nu, real, largest / max(shards), temporary / max(shards)))
     return out
 
 
 def _temporary(program):
     return program.memory_analysis().temp_size_in_bytes
+
+
+def jitted(n):
+    """Bytes over the minimum that XLA's own reshard receives, for every pair and spec."""
+    out = []
+    for a, b in itertools.product(factorizations(n), repeat=2):
+        for spec in SPECS.values():
+            source, target = (NamedSharding(mesh(p), spec) for p in (a, b))
+            shape = (16 * n,) * len(spec)
+            x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=source)
+            program = jax.jit(lambda x: x, out_shardings=target).lower(x).compile()
+            got = hlo_bytes.received(program)
+            least = Route({"x": x}, {"x": target}).report().minimum
+            out.append(got / least if least else 1 + got)
+    return out
 
 
 def plans(sizes):
@@ -110,4 +130,5 @@ def plans(sizes):
 
 if __name__ == "__main__":
     sizes = [int(a) for a in sys.argv[2:]]
-    print(json.dumps(plans(sizes) if sys.argv[1] == "plan" else measure(*sizes)))
+    ways = {"plan": plans, "run": lambda sizes: measure(*sizes), "jit": lambda n: jitted(*n)}
+    print(json.dumps(ways[sys.argv[1]](sizes)))

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxrl_eff.parallel import Placement, Route, rules
-from jaxrl_eff.parallel.reshard.changes import ChangedElements
+from jaxrl_eff.parallel.reshard.changes import ChangedElements, SyncConfig
 
 AXES = {"w": ("layers", "embed", "heads"), "b": ("embed",), "count": (), "bf": ("heads", "embed")}
 SIZES = {"embed": {12}, "heads": {8}, "layers": {2}}
@@ -72,10 +72,9 @@ def main():
     kept = {k: v for k, v in VALUES.items() if k in ("w", "bf")}
     axes = {k: AXES[k] for k in kept}
     source, target = (rules(p, SIZES).tree(axes) for p in (a, b))
-    sync = ChangedElements(
-        {k: array(v, source[k]) for k, v in kept.items()}, target, capacity=0.2, dense_below=0
-    )
-    copy, sent = sync.start({k: array(v, source[k]) for k, v in kept.items()})
+    tree = {k: array(v, source[k]) for k, v in kept.items()}
+    sync = ChangedElements(tree, target, SyncConfig(0.2, dense_below=0))
+    copy, sent = sync.start(tree)
     for step in range(1, 4):
         share = 0.5 if step == 2 else 0.05
         draw = np.random.default_rng(step)

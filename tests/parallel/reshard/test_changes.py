@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_eff.parallel import Placement, Route, rules
+from jaxrl_eff.parallel import Placement, Route, SyncConfig, WeightSync, rules
 from jaxrl_eff.parallel.reshard.changes import ChangedElements
 
 AXES = {"w": ("embed", "heads"), "b": ("embed",), "n": ()}
@@ -38,7 +38,7 @@ def test_a_copy_follows_its_source(place):
     source, target = (rules(p, SIZES).tree(AXES) for p in PLACES[place])
     now = values(0)
     tree = jax.device_put(now, source)
-    sync = ChangedElements(tree, target, capacity=0.1, every=4, dense_below=16)
+    sync = ChangedElements(tree, target, SyncConfig(0.1, every=4, dense_below=16))
     copy, sent = sync.start(tree)
     equal(copy, now)
     moves = Route(tree, target).report().minimum > 0
@@ -64,7 +64,7 @@ def test_rounded_differences_leave_all_receivers_alike(place, bits):
     source, target = (rules(p, SIZES).tree(AXES) for p in PLACES[place])
     now = values(0)
     sync = ChangedElements(
-        now_on(now, source), target, dtype=None, bits=bits, block=64, dense_below=16
+        now_on(now, source), target, SyncConfig(bits=bits, block=64, dense_below=16), dtype=None
     )
     copy, sent = sync.start(now_on(now, source))
     wrong = []
@@ -102,7 +102,9 @@ def now_on(values, where):
 def test_what_is_not_finite_arrives_so():
     source, target = (rules(p, SIZES).tree(AXES) for p in PLACES["disjoint"])
     now = values(0)
-    sync = ChangedElements(now_on(now, source), target, dtype=None, bits=4, dense_below=16)
+    sync = ChangedElements(
+        now_on(now, source), target, SyncConfig(bits=4, dense_below=16), dtype=None
+    )
     copy, sent = sync.start(now_on(now, source))
     now["w"][5, 7] = np.nan
     copy, sent, _ = sync(now_on(now, source), copy, sent, 1)
@@ -113,7 +115,7 @@ def test_a_copy_that_drifted_is_noticed_and_mended():
     source, target = (rules(p, SIZES).tree(AXES) for p in PLACES["disjoint"])
     now = values(0)
     tree = jax.device_put(now, source)
-    sync = ChangedElements(tree, target, every=2, dense_below=16)
+    sync = ChangedElements(tree, target, SyncConfig(every=2, dense_below=16))
     copy, sent = sync.start(tree)
     spoilt = np.array(copy["w"])
     spoilt[3, 3] = 5
@@ -123,3 +125,21 @@ def test_a_copy_that_drifted_is_noticed_and_mended():
     copy, sent, done = sync(tree, copy, sent, 2)
     equal(copy, now)
     assert int(done.drifted) == 1
+
+
+def test_a_restarted_sync_sends_everything_like_the_first():
+    source, target = (rules(p, SIZES).tree(AXES) for p in PLACES["disjoint"])
+    tree = jax.device_put(values(0), source)
+    config = SyncConfig(bits=8, block=64, dense_below=16)
+    sync = WeightSync(tree, target, still={"w": False, "b": True, "n": False}, changes=config)
+    before = sync(tree)
+    assert sync.done is None
+    now = jax.device_put(values(1, like=values(0)), source) | {"b": tree["b"]}
+    rounded = sync(now)
+    assert rounded["b"] is before["b"] and int(sync.done.drifted) == -1
+    assert (np.asarray(rounded["w"]) != np.asarray(now["w"])).any()
+    sync.restart()
+    copy = sync(now)
+    assert copy["b"] is not before["b"] and sync.done is None  # not that of a sync before it
+    for k, x in now.items():
+        np.testing.assert_array_equal(np.asarray(copy[k]), np.asarray(x))

@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pairs
 import pytest
+from bound import Bound
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
@@ -14,7 +15,7 @@ from jaxrl_eff.parallel import Placement
 from jaxrl_eff.parallel.reshard import choose
 from jaxrl_eff.parallel.reshard.chain import chain
 from jaxrl_eff.parallel.reshard.collectives import AllToAll, Copies, Gather, Permute, Slice
-from jaxrl_eff.parallel.reshard.layout import Bound, DeviceLayout, Network, Units, missing
+from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network, Units, missing
 from jaxrl_eff.parallel.reshard.messages import exchange
 
 EIGHT = tuple(range(8))
@@ -22,7 +23,8 @@ NET = pairs.network(8)
 
 
 def placed(spec, devices=EIGHT, **axes):
-    return DeviceLayout.placed(Placement(devices, **axes), spec, len(spec))
+    place = Placement(devices, **axes)
+    return DeviceLayout.on(place.devices, place.axes, spec, len(spec))
 
 
 def held(layout, whole):
@@ -176,8 +178,8 @@ def test_planning_is_quick():
     net = Network(tuple(i // 8 for i in range(64)), 3e11, 3e10)
     every = tuple(range(64))
     start = time.perf_counter()
-    source = DeviceLayout.placed(Placement(every, fsdp=64), P(None, "fsdp", "tensor"), 3)
-    target = DeviceLayout.placed(Placement(every, data=4, tensor=16), P(None, "fsdp", "tensor"), 3)
+    source = placed(P(None, "fsdp", "tensor"), every, fsdp=64)
+    target = placed(P(None, "fsdp", "tensor"), every, data=4, tensor=16)
     way = choose.way(source, target, (64, 64, 64), 1e9, net)
     assert time.perf_counter() - start < 5
     assert any(isinstance(s, AllToAll | Gather | Permute) for st in way.stages for s in st.steps)

@@ -7,18 +7,21 @@ import statistics
 import subprocess
 import sys
 
+import hlo_bytes
 import jax
 import jax.numpy as jnp
 import launch
 import numpy as np
 import pairs
 import pytest
+from bound import Bound
+from counted import counted
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxrl_eff.parallel import Placement, Route, hlo_bytes, rules
+from jaxrl_eff.parallel import Placement, Route, rules
 from jaxrl_eff.parallel.mesh import mesh
-from jaxrl_eff.parallel.reshard import spmd
-from jaxrl_eff.parallel.reshard.layout import Network
+from jaxrl_eff.parallel.reshard import exchange
+from jaxrl_eff.parallel.reshard.layout import DeviceLayout, Network
 
 PLACES = {
     "one": Placement((0,)),
@@ -78,7 +81,7 @@ def trees(a, b, axes, sizes):
 
 
 def test_pairs_of_factorizations_receive_what_was_planned(monkeypatch):
-    monkeypatch.setitem(spmd.SMALL, "cpu", 0)
+    monkeypatch.setitem(exchange.SMALL, "cpu", 0)
     check_pairs(pairs.measure(8, every=9))
 
 
@@ -171,8 +174,8 @@ def test_splits_that_do_not_nest():
         for n in (2, 3)
     )
     _, route = moved(jnp.arange(6), a, b)
-    report = route.report(compiled=True)
-    assert report.compiled == report.received == report.minimum == 4 * (1 + 1 + 0 + 2 - 1)
+    report = route.report()
+    assert counted(route)[0] == report.received == report.minimum == 4 * (1 + 1 + 0 + 2 - 1)
 
 
 def test_layouts_of_other_names_are_one_layout():
@@ -221,8 +224,8 @@ def test_numbers_travel_in_the_narrower_dtype(a, b, before, after):
     values = jax.tree.map(lambda x: x.astype(before), _tree())
     out, route = moved(values, source, target, dtype=after)
     assert out["w"].dtype == after and not route.alias
-    report = route.report(compiled=True)
-    assert report.compiled == report.received <= 1.25 * report.minimum
+    report = route.report()
+    assert counted(route)[0] == report.received <= 1.25 * report.minimum
     half = jax.tree.map(lambda x: x.astype("bfloat16"), _tree())
     assert report.minimum == Route(jax.device_put(half, source), target).report().minimum
     for program in route.programs():  # nothing is widened on the wire
@@ -241,8 +244,8 @@ def test_buckets_and_parts_of_large_arrays(a, b, network):
     }
     out, route = moved(tree, source, target, bucket_bytes=64, network=network)
     whole = Route(out, target).report()
-    report = route.report(compiled=True)
-    assert report.buckets >= 4 and report.compiled == report.received
+    report = route.report()
+    assert report.buckets >= 4 and counted(route)[0] == report.received
     at_once = Route(jax.device_put(tree, source), target, network=network).report()
     assert report.minimum == at_once.minimum and report.peak_bytes < at_once.peak_bytes
     assert whole.nu == 1 and whole.buckets == 0
@@ -278,10 +281,15 @@ def test_a_route_says_what_it_moves():
     with pytest.raises(ValueError, match="shapes are not known"):
         route.report()
     tree = jax.device_put(_tree(), source)
-    report = route.report(tree, compiled=True)
+    report = route.report(tree)
     assert report.nu == 1 and report.steps == {"all-to-all": 1, "all-gather": 1}
+    assert counted(route, tree) == (report.received, report.steps)
     assert "1.00 x the minimum, by 1 all-" in str(report)
-    assert 0 < report.bound < report.seconds
+    bound = Bound(Network.local())
+    for k, x in tree.items():
+        bound.add(*(DeviceLayout.of(s[k], x.ndim) for s in (source, target)), x.nbytes)
+    assert 0 < bound.seconds < report.seconds
+    assert bound.minimum == report.minimum
     with pytest.raises(ValueError, match=r"route is for float32\[8\], not float32\[4\]"):
         route({**tree, "b": tree["b"][:4]})
     with pytest.raises(ValueError, match="does not divide"):

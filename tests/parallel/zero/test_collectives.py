@@ -3,15 +3,17 @@
 import dataclasses
 import functools
 
+import hlo_bytes
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import zero_layers
 from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_eff.parallel import hlo_bytes, jaxpr_bytes
+from jaxrl_eff.parallel import jaxpr_bytes
 from jaxrl_eff.parallel.codec import Blocks, decode, encode
 from jaxrl_eff.parallel.zero import collectives
 from jaxrl_eff.parallel.zero.levels import LADDER, ZeroConfig, ZeroLevel, zero_level
@@ -48,7 +50,7 @@ def layer(w, x):
 def loss(plan, shards, feedback, x):
     def body(x, layers):
         shard, feedback = layers
-        return collectives.sharded_apply(layer, shard, x, plan, feedback=feedback), None
+        return zero_layers.sharded_apply(layer, shard, x, plan, feedback=feedback), None
 
     return jnp.sum(lax.scan(body, x, (shards, feedback))[0] ** 2)
 
@@ -119,7 +121,7 @@ def test_slow_traffic_may_be_hoisted_out_of_microbatches(bits, near):
 
         def one(slot, x):
             def body(x, layers):
-                return collectives.held_apply(layer, *layers, x, plan), None
+                return zero_layers.held_apply(layer, *layers, x, plan), None
 
             y = lax.scan(body, x[None].astype(plan.dtype), (stage, slot))[0]
             return jnp.sum(y.astype(jnp.float32) ** 2)
@@ -232,7 +234,7 @@ def test_all_nodes_hold_the_same_weights_after_many_deltas():
             shard = shard + step
             return (shard, collectives.send_deltas(shard, held, EXACT, deltas)), None
 
-        held = collectives.refresh(shard, EXACT)
+        held = zero_layers.refresh(shard, EXACT)
         (shard, held), _ = lax.scan(body, (shard, held), steps)
         return shard, held[None]
 
@@ -270,7 +272,7 @@ def lowered(name):
         def body(x, shard):
             if name == "all":
                 return layer(collectives.gather_weights(shard, None, plan), x), None
-            return collectives.sharded_apply(layer, shard, x, plan), None
+            return zero_layers.sharded_apply(layer, shard, x, plan), None
 
         return jax.grad(lambda s: jnp.sum(lax.scan(body, x, s)[0]))(shards)
 
@@ -293,7 +295,7 @@ def test_compiled_programs_send_bytes_and_as_many_as_counted(name):
     assert set(hlo_bytes.count([compiled])) == {"all-gather", "all-to-all"}
     counted = jaxpr_bytes.count(jaxpr, SIZES)
     assert hlo_bytes.received(compiled) == 8 * sum(counted.values())
-    assert counted == jaxpr_bytes.expected(plan, M, 2, 4, weights=layers)
+    assert counted == zero_layers.expected(plan, M, 2, 4, weights=layers)
 
 
 def test_a_ladder_of_names_and_what_is_refused():

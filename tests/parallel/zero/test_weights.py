@@ -74,7 +74,7 @@ def test_what_a_node_holds_is_the_weight_once_differences_were_sent(shape, axis,
 
     def run(x, held):
         new = one.renewed(x, held)
-        late = [NodeWeight(stage, None, one).whole() for stage in one.near(x, new)]
+        late = [NodeWeight(stage, None, one).materialize() for stage in one.near(x, new)]
         return new, one.gathered(x, new), jnp.stack(late)
 
     held, *got = on_devices(run, spec(shape, axis), P(*part), out=(P(*part), P(), P()))(
@@ -91,8 +91,8 @@ def test_every_way_to_gather_gives_the_whole(shape, axis, apart, raw):
     one, w = cut(shape, axis, apart, raw=raw), numbers(LAYERS, *shape)
 
     def run(x):
-        late = [ShardedWeight(layer, None, one, trained=False).whole() for layer in x]
-        held = [NodeWeight(stage, None, one).whole() for stage in one.near(x)]
+        late = [ShardedWeight(layer, None, one, trained=False).materialize() for layer in x]
+        held = [NodeWeight(stage, None, one).materialize() for stage in one.near(x)]
         return one.gathered(x), jnp.stack(late), jnp.stack(held)
 
     for got in on_devices(run, spec(shape, axis), out=P())(w):
@@ -109,8 +109,8 @@ def test_what_every_node_has_is_gathered_within_it(shape, axis, apart, raw):
     part[1 + axis] = "fsdp"
 
     def run(x):
-        late = [ShardedWeight(layer, None, one, trained=False).whole() for layer in x]
-        held = [NodeWeight(stage, None, one).whole() for stage in one.near(x)]
+        late = [ShardedWeight(layer, None, one, trained=False).materialize() for layer in x]
+        held = [NodeWeight(stage, None, one).materialize() for stage in one.near(x)]
         return one.gathered(x), jnp.stack(late), jnp.stack(held)
 
     program = on_devices(run, P(*part), out=P())
@@ -127,11 +127,11 @@ def test_gradients_are_sums_over_devices_wherever_they_are_reduced(shape, axis, 
 
     def run(shard, x):
         late = jax.grad(
-            lambda s: jnp.sum(ShardedWeight(s, None, one, trained=True).whole() * x[0])
+            lambda s: jnp.sum(ShardedWeight(s, None, one, trained=True).materialize() * x[0])
         )(shard)
         slot = jnp.zeros((*(one.shape[i] for i in apart), NODES, one.m))
         held = functools.partial(NodeWeight, one.near(shard), cut=one)
-        slot = jax.grad(lambda slot: jnp.sum(held(slot=slot).whole() * x[0]))(slot)
+        slot = jax.grad(lambda slot: jnp.sum(held(slot=slot).materialize() * x[0]))(slot)
         return late, one.reduced(x[0], None)[0], one.reduced_slow(slot, None)[0]
 
     part = spec(shape, axis, lead=0)

@@ -1,0 +1,23 @@
+"""Arrays in host memory, as leaves of a parameter tree."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OffloadedWeight:
+    """Array in host memory that is fetched to the devices when it is used.
+
+    With layers as its first axis, a loop over layers fetches one at a time.
+    """
+
+    value: Any
+    transient: ClassVar[bool] = False
+
+    def materialize(self, dtype: Any = None) -> jax.Array:
+        """Fetches the array."""
+        x = jax.device_put(self.value, jax.memory.Space.Device)
+        return x if dtype is None else x.astype(dtype)
