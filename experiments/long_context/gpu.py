@@ -41,7 +41,7 @@ from jaxrl_eff.data.balance.balanced_loader import arrange
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.core import Placement, Spec, mixed
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
-from jaxrl_eff.data.balance.cost import Cost, cost_of, refit
+from jaxrl_eff.data.balance.cost import Cost, refit
 from jaxrl_eff.models import LMConfig, attention, logical_axes, params
 from jaxrl_eff.parallel import devices
 from jaxrl_eff.parallel.attention import (
@@ -51,12 +51,10 @@ from jaxrl_eff.parallel.attention import (
     kernels,
     ring,
     sequence,
+    token_order,
 )
-from jaxrl_eff.parallel.attention.blockwise import Queries, Where
-from jaxrl_eff.parallel.attention.context import Mask
-from jaxrl_eff.parallel.attention.on_mesh import on_mesh
 from jaxrl_eff.parallel.mesh import mesh
-from jaxrl_eff.planner import schedule_cost
+from jaxrl_eff.planner.packed_rows import cost_of
 from jaxrl_eff.train import balanced
 
 HEADS = {"0.5b": (14, 2, 64), "7b": (28, 4, 128)}
@@ -102,8 +100,8 @@ def documents(rows: int, length: int, mean: int, seed: int = 0) -> tuple[np.ndar
     return position, segment
 
 
-def without_documents(q, k, v, mask, *, scale):
-    del mask
+def without_documents(q, k, v, *, scale, **where):
+    del where
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, implementation="cudnn"
     )
@@ -115,7 +113,7 @@ def compared(limit: dict[str, float], lengths: tuple) -> Any:
         "kernel": sequence.attend(Placement((0,))),
         "fused": attention.fused,
         "cudnn": without_documents,
-        "xla": on_mesh(ring.ring(), mesh(Placement((0,)))),
+        "xla": ring.on_mesh(ring.ring(), mesh(Placement((0,)))),
     }
     cases = [
         (shape, rows, length, mean, [n for n in kinds if _takes(n, shape, length, mean)])
@@ -182,8 +180,10 @@ def _lowered(fn: Any, shape: str, rows: int, length: int) -> list[Any]:
 
     def run(q, k, v, g, position, segment):
         del g
-        mask = Mask(position, segment, position, segment)
-        return fn(q, k, v, mask, scale=q.shape[-1] ** -0.5)
+        return fn(
+            q, k, v, q_position=position, k_position=position, q_segment=segment,
+            k_segment=segment, scale=q.shape[-1] ** -0.5,
+        )  # fmt: skip
 
     def both(q, k, v, g, *where):
         return jax.vjp(lambda *x: run(*x, g, *where), q, k, v)[1](g)
@@ -231,14 +231,15 @@ def tiles(sizes: str, length: int = 16_384) -> Any:
         for each in (length, 512):
             position = jnp.tile(jnp.arange(each, dtype=jnp.int32), length // each)[None]
             segment = jnp.repeat(jnp.arange(1, length // each + 1), each)[None]
-            where = Where(*[blockwise.fold_where(position, segment, flash_gpu.CHUNK)] * 2)
-            out, lse = jax.jit(_forward)(q, kv, where)
-            operands = Queries(q, g, lse, (out * g.astype(jnp.float32)).sum(-1)), kv, where
+            where = blockwise.fold_where(position, segment, flash_gpu.CHUNK)
+            out, lse = jax.jit(_forward)(q, kv, where, where)
+            delta = (out * g.astype(jnp.float32)).sum(-1)
+            operands = q, kv, g, lse, delta, where, where
             started = []
             with ThreadPoolExecutor(12) as pool:
                 for size in EVERY if sizes == "all" else TILES[dim]:
                     for name, fn, args in (
-                        ("forward", _forward, (q, kv, where)),
+                        ("forward", _forward, (q, kv, where, where)),
                         ("dq", lambda *a: _backward(*a)[0], operands),
                         ("dk and dv", lambda *a: _backward(*a)[1], operands),
                     ):
@@ -260,14 +261,13 @@ def _divided(tile: flash_gpu.Tile, fn: Any, args: tuple) -> Any:
         return jax.jit(lambda *a: fn(*a)).lower(*args)
 
 
-def _forward(q, kv, where):
-    return kernels.TRITON.forward(blockwise.nothing(q), q, kv, where, None)
+def _forward(q, kv, q_where, k_where):
+    return flash_gpu.forward(*blockwise.nothing(q), q, kv, q_where, k_where, None, None)
 
 
-def _backward(queries, kv, where):
-    return kernels.TRITON.backward(
-        jnp.zeros(queries.q.shape, jnp.float32), queries, kv, where, None
-    )
+def _backward(q, kv, g, lse, delta, q_where, k_where):
+    zero = jnp.zeros(q.shape, jnp.float32)
+    return flash_gpu.backward(zero, q, g, lse, delta, kv, q_where, k_where, None, None)
 
 
 def met(size: int = 64) -> Any:
@@ -276,7 +276,7 @@ def met(size: int = 64) -> Any:
             if mean * 4 <= length:
                 position, segment = map(jnp.asarray, documents(rows, length, mean))
                 where = blockwise.fold_where(position, segment, size)
-                low, high, first, end = flash.bounds(Where(where, where)).of_queries
+                low, high, first, end = flash.bounds(where, where, None).of_queries
                 yield {
                     "work": "met", "rows": rows, "length": length, "documents": mean or length,
                     "met": int((high - low).sum()), "without_mask": int((end - first).sum()),
@@ -289,13 +289,13 @@ def hop(limit: dict[str, float], tokens: int = 131_072, parts: int = 8) -> Any:
     for shape, (heads, kv_heads, dim) in HEADS.items():
         piece = tokens // parts
         q, kv, g = _pieces(piece, heads, kv_heads, dim)
-        where = Where(*(_stripe(piece, parts, r) for r in (3, 5)))
+        mine, theirs = (_stripe(piece, parts, r) for r in (3, 5))
         forward, backward = jax.jit(_forward), jax.jit(_backward)
-        out, lse = forward(q, kv, where)
-        queries = Queries(q, g, lse, (out * g.astype(jnp.float32)).sum(-1))
+        out, lse = forward(q, kv, mine, theirs)
+        delta = (out * g.astype(jnp.float32)).sum(-1)
         flop = 4.0 * heads * dim * piece**2 / 2
-        ahead = seconds(forward, q, kv, where)
-        back = seconds(backward, queries, kv, where)
+        ahead = seconds(forward, q, kv, mine, theirs)
+        back = seconds(backward, q, kv, g, lse, delta, mine, theirs)
         yield {
             "work": "hop", "shape": shape, "tokens": tokens, "parts": parts,
             "forward_ms": 1e3 * ahead, "backward_ms": 1e3 * back,
@@ -328,10 +328,11 @@ def _ring_error(heads: int, kv_heads: int, dim: int, length: int = 4096, parts: 
         np.asarray(jax.random.normal(jax.random.key(9 + i), (1, length, n, dim)))
         for i, n in enumerate((heads, kv_heads, kv_heads, heads))
     ]
-    chunk = flash_gpu.CHUNK
+    to = token_order.striped(length, parts)
+    chunk, pieces = flash_gpu.CHUNK, np.arange(length).reshape(parts, -1)
 
     def at(x, rank):
-        return jnp.asarray(x[:, rank::parts])
+        return jnp.asarray(to.place(x)[:, pieces[rank]])
 
     def folded(x, rank):
         return blockwise.fold(at(x, rank).astype(jnp.bfloat16), kv_heads, chunk)
@@ -341,34 +342,35 @@ def _ring_error(heads: int, kv_heads: int, dim: int, length: int = 4096, parts: 
     qs = [folded(numbers[0], r) * jnp.bfloat16(dim**-0.5) for r in ranks]
     kvs = [jnp.stack([folded(x, r) for x in numbers[1:3]], axis=1) for r in ranks]
     gs, outs, grads = [folded(numbers[3], r) for r in ranks], [], []
-    forward = jax.jit(functools.partial(kernels.TRITON.forward, softcap=None))
-    backward = jax.jit(functools.partial(kernels.TRITON.backward, softcap=None))
+    forward = jax.jit(functools.partial(flash_gpu.forward, window=None, softcap=None))
+    backward = jax.jit(functools.partial(flash_gpu.backward, window=None, softcap=None))
     dkvs = [jnp.zeros(kv.shape, jnp.float32) for kv in kvs]
     for r in ranks:
         met = blockwise.nothing(qs[r])
         for hop in ranks:
             s = (r - hop) % parts
-            met = forward(met, qs[r], kvs[s], Where(where[r], where[s]))
+            met = forward(*met, qs[r], kvs[s], where[r], where[s])
         out, lse = met
-        queries = Queries(qs[r], gs[r], lse, (out * gs[r].astype(jnp.float32)).sum(-1))
-        dq = jnp.zeros_like(out)
+        delta, dq = (out * gs[r].astype(jnp.float32)).sum(-1), jnp.zeros_like(out)
         for hop in ranks:
             s = (r - hop) % parts
-            dq, dkv = backward(dq, queries, kvs[s], Where(where[r], where[s]))
+            dq, dkv = backward(dq, qs[r], gs[r], lse, delta, kvs[s], where[r], where[s])
             dkvs[s] = dkvs[s] + dkv
         outs.append(out)
         grads.append(dq)
 
     def whole(x):
-        stripes = [blockwise.unfold(y, length // parts, chunk) for y in x]
-        return np.stack(stripes, axis=2).reshape(1, length, *stripes[0].shape[2:])
+        return to.restore(
+            np.concatenate([blockwise.unfold(y, length // parts, chunk) for y in x], 1)
+        )
 
     keys = [whole([kv[:, i] for kv in dkvs]) for i in (0, 1)]
     got = [whole(outs), whole(grads) * dim**-0.5, *keys]
-    mask = Mask(*[jnp.asarray(position), jnp.asarray(segment)] * 2)
+    at_all = {f"{s}_{n}": jnp.asarray(x) for s in "qk" for n, x in
+              (("position", position), ("segment", segment))}  # fmt: skip
 
     def plain(q, k, v):
-        return attention.plain(q, k, v, mask, scale=dim**-0.5)
+        return attention.plain(q, k, v, **at_all, scale=dim**-0.5)
 
     with jax.default_matmul_precision("highest"):
         out, pull = jax.vjp(plain, *map(jnp.asarray, numbers[:3]))
@@ -407,7 +409,8 @@ def micro(model: str, longest: int) -> Any:
                     found.append(time.perf_counter() - began)
                     number += 1
                 taken, tokens = float(np.median(found[1:])), size * repeat
-                needed = tokens // each * schedule_cost.model_of(lm).flops(each)
+                of = cost_of(lm, flops_per_s=1, bytes_per_s=1, attention_share=1)
+                needed = tokens // each * of.perfect(np.array([each]), 1)  # FLOP
                 rows.append({
                     "work": "micro", "model": model, "tokens": size, "documents": each,
                     "micro_steps": repeat, "seconds": taken, "tokens_per_s": tokens / taken,
@@ -423,8 +426,8 @@ def micro(model: str, longest: int) -> Any:
 
 def _cost(model: str) -> Cost:
     peak = devices.peak_flops_per_s(jax.devices()[0].device_kind, "bfloat16") or 1e15
-    of = schedule_cost.model_of(MODELS[model])
-    return cost_of(of, flops_per_s=0.3 * peak, bytes_per_s=1e11, attention_half=1350)
+    lm = MODELS[model]
+    return cost_of(lm, flops_per_s=0.3 * peak, bytes_per_s=1e11, attention_half=1350)
 
 
 def _full(cost: Cost, size: int, each: int, repeat: int) -> Assignment:

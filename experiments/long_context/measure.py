@@ -26,12 +26,14 @@ from jaxrl_eff.data.balance.balanced_loader import arrange
 
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.core import Placement, Spec, mixed
-from jaxrl_eff.data.balance import skrull
+from jaxrl_eff.data.balance import baselines, skrull
 from jaxrl_eff.data.balance.assignment import Shape
+from jaxrl_eff.data.balance.batch import Batch
 from jaxrl_eff.data.balance.cost import refit
 from jaxrl_eff.data.balance.shapes import lattice
 from jaxrl_eff.models import LMConfig, logical_axes, params
 from jaxrl_eff.planner import clusters
+from jaxrl_eff.planner.packed_rows import cost_on
 from jaxrl_eff.train import balanced
 
 LM = LMConfig(
@@ -50,8 +52,8 @@ def batches() -> list[np.ndarray]:
 
 def main() -> None:
     every = batches()
-    cost = balanced.cost_on(clusters.local(), PLACE, LM)
-    size = {"groups": 2, "parts": 4, "room": ROOM}
+    cost = cost_on(clusters.local(), LM, seq=PLACE.seq, tensor=PLACE.tensor)
+    size = {"groups": 2, "parts": 4, "capacity": ROOM}
     shapes = lattice(np.concatenate(every), batch=BATCH, cost=cost, shapes=5, batches=16, **size)
     one_by_one = sorted({Shape(0, 64), Shape(0, 256), Shape(0, ROOM)} | set(shapes))
     graph = sft.graph(sft.SFTConfig(), {"actor": LM})
@@ -76,8 +78,8 @@ def main() -> None:
                  for n in lengths]  # fmt: skip
         plans = {
             "scheduled": skrull.plan(lengths, cost=cost, shapes=shapes, **size),
-            "all shared": skrull.packed(lengths, cost=cost, shapes=shapes, **size),
-            "one by one": rounded(skrull.unpacked(lengths, cost=cost, **size)),
+            "all shared": baselines.packed(Batch(lengths, cost=cost, shapes=shapes, **size)),
+            "one by one": rounded(baselines.unpacked(Batch(lengths, cost=cost, **size))),
         }
         for name, schedule in plans.items():
             batch = arrange(schedule, units)

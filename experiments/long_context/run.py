@@ -18,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lengths import HISTOGRAMS, sample_lengths
 
-from jaxrl_eff.data.balance import skrull
-from jaxrl_eff.data.balance.cost import Model, cost_of
+from jaxrl_eff.cli.balance import MODELS as KNOWN
+from jaxrl_eff.data.balance import baselines, skrull
+from jaxrl_eff.data.balance.assignment import quality
 from jaxrl_eff.data.balance.shapes import lattice
+from jaxrl_eff.planner.packed_rows import cost_of
 
 HERE = Path(__file__).resolve().parent
 # The paper's runs: groups, parts, sequences of a batch, tokens of a rank.
@@ -32,10 +34,7 @@ RUNS = {
     ("7B", "lmsys"): (4, 8, 256, 13_000),
     ("7B", "chatqa2"): (2, 16, 80, 13_000),
 }
-MODELS = {
-    "0.5B": Model(24, 896, 14, 2, 64, 4864, 151_936),
-    "7B": Model(28, 3584, 28, 4, 128, 18_944, 152_064),
-}
+MODELS = {"0.5B": KNOWN["qwen2.5-0.5b"], "7B": KNOWN["qwen2.5-7b"]}
 # Rates of an H100 and its links as the paper measured them (bytes from its table of collectives).
 COMPILED = {
     "flops_per_s": 500e12, "bytes_per_s": 150e9, "hop_seconds": 2e-5, "half": 300,
@@ -62,31 +61,31 @@ RULES = ("unpacked", "sorted", "packed", "printed", "skrull", "lattice")
 
 def batches(model: str, name: str, count: int, first: int = 0):
     """`count` batches of lengths; what no group has room for is cut."""
-    _, parts, size, room = RUNS[model, name]
+    _, parts, size, capacity = RUNS[model, name]
     for seed in range(first, first + count):
-        yield np.minimum(sample_lengths(name, size, seed), room * parts)
+        yield np.minimum(sample_lengths(name, size, seed), capacity * parts)
 
 
 def compared(model: str, name: str, cost, count: int, *, few: bool = True) -> dict[str, float]:
     """Mean seconds of every rule; `limit` is that of perfect balance."""
-    groups, parts, size, room = RUNS[model, name]
-    same = {"groups": groups, "parts": parts, "room": room, "cost": cost}
+    groups, parts, size, capacity = RUNS[model, name]
+    same = {"groups": groups, "parts": parts, "capacity": capacity, "cost": cost}
     total = dict.fromkeys((*RULES, "limit", "bound", "padding", "distributed"), 0.0)
     shapes = None
     if few:
-        seen = np.minimum(sample_lengths(name, 100 * size, 10_000), room * parts)
+        seen = np.minimum(sample_lengths(name, 100 * size, 10_000), capacity * parts)
         shapes = lattice(seen, batch=size, **same)
     for lengths in batches(model, name, count):
         found = skrull.plan(lengths, **same)
         total["skrull"] += found.seconds / count
-        for rule, other in skrull.rivals(found).items():
+        for rule, other in baselines.rivals(found).items():
             total[rule] += other.seconds / count
         on = skrull.plan(lengths, shapes=shapes, **same) if few else found
         total["lattice"] += on.seconds / count
         total["limit"] += cost.perfect(lengths, groups * parts) / count
         total["bound"] += cost.bound(lengths, groups, parts, steps=len(found.shapes)) / count
-        total["padding"] += skrull.quality(on).padding / count
-        total["distributed"] += skrull.quality(found).distributed / count
+        total["padding"] += quality(on).padding / count
+        total["distributed"] += quality(found).distributed / count
     return total
 
 
@@ -152,7 +151,7 @@ def planning() -> list[dict]:
             for seed in range(24):
                 lengths = np.minimum(sample_lengths(name, size, seed), 8 * 26_000)
                 start = time.process_time()
-                skrull.plan(lengths, groups=4, parts=8, room=26_000, cost=cost)
+                skrull.plan(lengths, groups=4, parts=8, capacity=26_000, cost=cost)
                 took.append(1e3 * (time.process_time() - start))
             print(f"| {name} | {size:,} | {np.mean(took):.1f} | {max(took):.1f} |")
             out.append({"set": name, "sequences": size, "mean": np.mean(took), "most": max(took)})

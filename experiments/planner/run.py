@@ -30,8 +30,7 @@ import numpy as np
 
 from jaxrl_eff import core
 from jaxrl_eff.core import plan_rules
-from jaxrl_eff.planner import corrections as profile
-from jaxrl_eff.planner import from_graph
+from jaxrl_eff.planner import from_graph, measured
 from jaxrl_eff.planner.simulate import simulate
 from jaxrl_eff.train import assembly, replan, settings, state
 
@@ -146,12 +145,12 @@ def measure(name, steps):
     problem, cluster, corrections = searched.problem, searched.cluster, searched.corrections
     out = {"chosen": chosen, "plans": {}}
     for k, r in running.items():
-        seen = profile.timed(problem, r.plan, cluster, r.calls)
-        rows = profile.compare(problem, r.plan, cluster, seen, corrections)
+        seen = measured.timed(problem, r.plan, cluster, r.calls)
+        rows = measured.compare(problem, r.plan, cluster, seen, corrections)
         out["plans"][k] = {
             "measured": statistics.median(r.seconds),
             "predicted": simulate(problem, r.plan, cluster, corrections=corrections).seconds,
-            "call_error": profile.error([x for x in rows if x.measured > 1e-3]),
+            "call_error": measured.error([x for x in rows if x.measured > 1e-3]),
             "plan": {c: str(p) for c, p in r.plan.items()},
         }
     best = min(v["measured"] for v in out["plans"].values())

@@ -12,8 +12,9 @@ import random
 import statistics
 from pathlib import Path
 
+import published as real
+
 from jaxrl_eff.planner import clusters
-from jaxrl_eff.planner import published as real
 from jaxrl_eff.planner.simulate import Simulator
 
 HERE = Path(__file__).parent

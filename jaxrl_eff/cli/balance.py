@@ -26,26 +26,34 @@ import numpy as np
 from jaxrl_eff.cli import parser
 from jaxrl_eff.cli.pages import balance_page
 from jaxrl_eff.data.balance.baselines import Study, study
-from jaxrl_eff.data.balance.cost import Cost, Model
+from jaxrl_eff.data.balance.cost import Cost
+from jaxrl_eff.models import LMConfig
 from jaxrl_eff.planner import clusters as known
-from jaxrl_eff.planner import schedule_cost
+from jaxrl_eff.planner import packed_rows
 from jaxrl_eff.train.console import Console, number
 
 AXES = ("data", "fsdp", "seq", "tensor")
 ROOM = 26_000
 # Their config.json: layers, width, heads, kv_heads, head_dim, ffn, vocab.
-MODELS = {
-    "qwen2.5-0.5b": Model(24, 896, 14, 2, 64, 4864, 151_936),
-    "qwen2.5-1.5b": Model(28, 1536, 12, 2, 128, 8960, 151_936),
-    "qwen2.5-3b": Model(36, 2048, 16, 2, 128, 11_008, 151_936),
-    "qwen2.5-7b": Model(28, 3584, 28, 4, 128, 18_944, 152_064),
-    "qwen2.5-14b": Model(48, 5120, 40, 8, 128, 13_824, 152_064),
-    "qwen2.5-32b": Model(64, 5120, 40, 8, 128, 27_648, 152_064),
-    "llama3-1b": Model(16, 2048, 32, 8, 64, 8192, 128_256),
-    "llama3-3b": Model(28, 3072, 24, 8, 128, 8192, 128_256),
-    "llama3-8b": Model(32, 4096, 32, 8, 128, 14_336, 128_256),
-    "llama3-70b": Model(80, 8192, 64, 8, 128, 28_672, 128_256),
+_SIZES = {
+    "qwen2.5-0.5b": (24, 896, 14, 2, 64, 4864, 151_936),
+    "qwen2.5-1.5b": (28, 1536, 12, 2, 128, 8960, 151_936),
+    "qwen2.5-3b": (36, 2048, 16, 2, 128, 11_008, 151_936),
+    "qwen2.5-7b": (28, 3584, 28, 4, 128, 18_944, 152_064),
+    "qwen2.5-14b": (48, 5120, 40, 8, 128, 13_824, 152_064),
+    "qwen2.5-32b": (64, 5120, 40, 8, 128, 27_648, 152_064),
+    "llama3-1b": (16, 2048, 32, 8, 64, 8192, 128_256),
+    "llama3-3b": (28, 3072, 24, 8, 128, 8192, 128_256),
+    "llama3-8b": (32, 4096, 32, 8, 128, 14_336, 128_256),
+    "llama3-70b": (80, 8192, 64, 8, 128, 28_672, 128_256),
 }
+MODELS = {
+    name: LMConfig(
+        layers=layers, width=width, heads=heads, kv_heads=kv_heads, head_dim=head_dim, ffn=ffn,
+        vocab=vocab,
+    )
+    for name, (layers, width, heads, kv_heads, head_dim, ffn, vocab) in _SIZES.items()
+}  # fmt: skip
 
 
 def read_lengths(path: str | Path) -> np.ndarray:
@@ -112,7 +120,7 @@ def read_mesh(text: str) -> dict[str, int]:
     return {axis: out.get(axis, 1) for axis in AXES}
 
 
-def read_model(text: str) -> Model:
+def read_model(text: str) -> LMConfig:
     """A model by name, or of a directory with a config.json.
 
     Raises:
@@ -123,15 +131,15 @@ def read_model(text: str) -> Model:
     if (Path(text) / "config.json").is_file():
         from jaxrl_eff.checkpoints.hf_config import read_config
 
-        return schedule_cost.model_of(read_config(text))
+        return read_config(text)
     raise ValueError(
         f"--model: unknown model {text!r}; expected one of {list(MODELS)}, or a directory with a "
         "config.json."
     )
 
 
-def cost_on(hardware: str, mesh: dict[str, int], model: Model) -> Cost:
-    """The cost on a mesh of this hardware, see `planner.schedule_cost`.
+def cost_on(hardware: str, mesh: dict[str, int], model: LMConfig) -> Cost:
+    """The cost on a mesh of this hardware, in 16 bits, see `packed_rows.cost_on`.
 
     Raises:
         ValueError: unknown hardware, or more devices than there are.
@@ -139,13 +147,14 @@ def cost_on(hardware: str, mesh: dict[str, int], model: Model) -> Cost:
     names = _hardware()
     if hardware.lower() not in names:
         raise ValueError(f"--hardware: unknown hardware {hardware!r}; expected one of {names}.")
-    tensor, devices = mesh["tensor"], int(np.prod(list(mesh.values())))
+    devices = int(np.prod(list(mesh.values())))
     if hardware.lower() in ("v4", "v5e", "v5p", "v6e"):
         cluster = known.parse(f"{hardware}:{devices}")
     else:
         per_host = min(8, devices)
         cluster = known.parse(f"{hardware}:{-(-devices // per_host)}x{per_host}")
-    return schedule_cost.cost_on(cluster, model, seq=mesh["seq"], tensor=tensor, itemsize=2)
+    half = model.replace(dtype="bfloat16")
+    return packed_rows.cost_on(cluster, half, seq=mesh["seq"], tensor=mesh["tensor"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,7 +185,7 @@ def _run(options: argparse.Namespace) -> None:
         read_lengths(options.lengths),
         groups=mesh["data"] * mesh["fsdp"],
         parts=mesh["seq"],
-        room=options.room,
+        capacity=options.room,
         cost=cost,
         batch=options.batch,
         shapes=options.shapes,

@@ -142,7 +142,7 @@ def _tokenizer(run: settings.Run) -> Any:
 
 
 def problem(outline: Outline, **options: Any) -> Any:
-    """The planner's problem of a stage; more options as of `planner.works.works`."""
+    """The planner's problem of a stage; more options as in `from_graph.works`."""
     from jaxrl_eff.planner import from_graph
 
     return from_graph.works(

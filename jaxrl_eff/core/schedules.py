@@ -100,7 +100,12 @@ class Schedules:
         """Returns the schedule of rows of these lengths on a mesh."""
         shapes, room, cost = self.packings[place]
         return skrull.plan(
-            lengths, groups=place.row_shards, parts=place.seq, room=room, cost=cost, shapes=shapes
+            lengths,
+            groups=place.row_shards,
+            parts=place.seq,
+            capacity=room,
+            cost=cost,
+            shapes=shapes,
         )
 
     def numbers(self, trained: set[str]) -> dict[str, np.float32]:

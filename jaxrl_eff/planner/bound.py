@@ -85,7 +85,7 @@ def lower_bound(problem: Problem, options: Mapping[str, Sequence[Option]]) -> Bo
     for chain, beside, steps in _chains(problem):
         seconds = _best_mix(table, chain, beside, steps)
         if seconds > best.seconds * (1 + 1e-9):
-            best = Bound(seconds, _told(chain, beside, steps))
+            best = Bound(seconds, _reason(chain, beside, steps))
     return best
 
 
@@ -180,7 +180,7 @@ def _cycles(problem: Problem, most: int = 2000) -> list[tuple[frozenset[str], in
     return out
 
 
-def _told(chain: frozenset[str], beside: frozenset[str], steps: int) -> str:
+def _reason(chain: frozenset[str], beside: frozenset[str], steps: int) -> str:
     text = ", ".join(sorted(chain))
     text = f"{text} run one after the other" if len(chain) > 1 else f"{text} at its fastest"
     if steps > 1:

@@ -14,10 +14,12 @@ from jaxrl_eff.parallel.mesh import Placement
 from jaxrl_eff.planner import space
 from jaxrl_eff.planner.bound import Option
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.cost import Corrections, call_cost, demand, realloc_cost
+from jaxrl_eff.planner.corrections import Corrections
+from jaxrl_eff.planner.cost import call_cost
 from jaxrl_eff.planner.problem import Problem, Work
 from jaxrl_eff.planner.simulate import Simulation, Simulator
 from jaxrl_eff.planner.space import Candidate, Slice
+from jaxrl_eff.planner.transfer import realloc_cost
 
 State = tuple[tuple[int, int], ...]
 """Of every call with a model: the first device, and the candidate's index."""
@@ -57,12 +59,12 @@ class Choices:
 
     def options(self) -> dict[str, list[Option]]:
         """Options for the lower bound: every candidate, kept or not, that fits by itself."""
-        room, out = self.cluster.memory_bytes, {}
+        memory, out = self.cluster.memory_bytes, {}
         for w in self.problem.works:
             if w.model is None:
                 out[w.name] = [Option(self.local_seconds(w), 0.0)]
         for i, w in enumerate(self.works):
-            fit = [c for c in self.all[i] if c.bytes <= room] or self.all[i]
+            fit = [c for c in self.all[i] if c.bytes <= memory] or self.all[i]
             out[w.name] = [Option(c.seconds, self._share(c)) for c in fit]
         return out
 
@@ -82,14 +84,13 @@ class Choices:
 
     def local_seconds(self, work: Work) -> float:
         """Seconds of a call without a model, the same on every device."""
-        return call_cost(
-            self.problem, work, Placement((0,)), self.cluster, self.corrections
-        ).seconds
+        where = Placement((0,))
+        return call_cost(self.problem, work, where, self.cluster, self.corrections).seconds
 
     def _share(self, c: Candidate) -> float:
         """Share of the cluster that a call takes while it runs alone."""
         if self.cluster.shared_compute and self.cluster.hosts == 1:
-            return demand(self.cluster, c.count)
+            return self.cluster.demand(c.count)
         return c.count / self.cluster.devices
 
     def size(self) -> float:
@@ -100,10 +101,10 @@ class Choices:
         )
 
 
-def _room(work: Work) -> str:
-    if work.packed is None or not work.packed.room:
+def _too_long(work: Work) -> str:
+    if work.packed is None or not work.packed.capacity:
         return ""
-    return f", or have {work.length} tokens, more than the room for {work.packed.room} a device"
+    return f", or have {work.length} tokens, more than the room for {work.packed.capacity} a device"
 
 
 def choices(
@@ -127,48 +128,34 @@ def choices(
     starts: dict[int, list[int]] = {}
     for m in space.meshes(cluster, min(smallest, cluster.devices)):
         starts.setdefault(m.count, []).append(m.start)
+
+    def price(work: Work, where: Placement):
+        return call_cost(problem, work, where, cluster, corrections)
+
     for work in works:
-
-        def price(work: Work, where: Placement):
-            return call_cost(problem, work, where, cluster, corrections)
-
         found = space.candidates(
-            problem,
-            work,
-            cluster,
-            price,
-            smallest=smallest,
-            executable=executable,
-            offloads=tuple(dict.fromkeys(offloads)),
-        )
+            problem, work, cluster, price,
+            smallest=smallest, executable=executable, offloads=tuple(dict.fromkeys(offloads)),
+        )  # fmt: skip
         if not any(found.values()):
             raise ValueError(
                 f"{work.name}: {work.rows} rows in {work.minibatches} minibatches divide on no "
-                f"mesh of {cluster.name} with at least {smallest} devices"
-                f"{_room(work)}."
+                f"mesh of {cluster.name} with at least {smallest} devices{_too_long(work)}."
             )
         flat = tuple(c for cs in found.values() for c in cs)
         index = {c: i for i, c in enumerate(flat)}
         fits = space.fitting(found, cluster.memory_bytes) or found
+        best = {
+            n: space.pareto(cs, moved=_moved(problem, work, n, cluster))
+            for n, cs in fits.items()
+            if cs
+        }
         every.append(flat)
-        kept.append(
-            {
-                n: tuple(
-                    index[c] for c in space.pareto(cs, moved=_moved(problem, work, n, cluster))
-                )
-                for n, cs in fits.items()
-                if cs
-            }
-        )
+        kept.append({n: tuple(index[c] for c in cs) for n, cs in best.items()})
     return Choices(
-        problem,
-        cluster,
-        corrections,
-        works,
-        tuple(every),
-        tuple(kept),
+        problem, cluster, corrections, works, tuple(every), tuple(kept),
         {n: tuple(s) for n, s in starts.items()},
-    )
+    )  # fmt: skip
 
 
 def _moved(problem: Problem, work: Work, count: int, cluster: Cluster) -> float:
@@ -234,7 +221,7 @@ class Judge:
 
     def _simulate(self, state: State) -> Verdict:
         self.evaluated += 1
-        seconds, over, _ = self._simulator.score(self.table.plan(state))
+        seconds, over = self._simulator.score(self.table.plan(state))
         # ReaL's factor of 3 for plans that do not fit, plus a slope toward those that do.
         energy = seconds * (3 + over / self.table.cluster.memory_bytes) if over else seconds
         if not over and (self.best is None or seconds < self.best[1].seconds):

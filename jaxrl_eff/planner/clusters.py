@@ -105,9 +105,28 @@ class Cluster:
         """FLOP/s of one device for products of numbers of `compute_bytes` bytes."""
         return self.flops_per_s if compute_bytes <= 2 else self.flops32_per_s
 
+    def demand(self, used: int) -> float:
+        """Share of a host's cores that a program on `used` of its devices takes."""
+        share = min(1.0, used / self.per_host)
+        return share + (1 - share) * self.shared_compute if self.shared_compute else share
+
+    def shared(self, used: int) -> "Cluster":
+        """This cluster with the rates of a program that runs alone on `used` devices of a host."""
+        return self if not self.shared_compute or used >= self.per_host else _shared(self, used)
+
     def with_(self, **changes) -> "Cluster":
         """Returns a copy with other numbers."""
         return dataclasses.replace(self, **changes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared(c: Cluster, used: int) -> Cluster:
+    gain = c.demand(used) * c.per_host / used
+    return c.with_(
+        flops_per_s=c.flops_per_s * gain,
+        flops32_per_s=c.flops32_per_s * gain,
+        memory_bytes_per_s=c.memory_bytes_per_s * gain,
+    )
 
 
 # Memory GiB, memory TB/s, link GB/s, NIC GB/s, host GB/s (PCIe 4 or 5, x16).

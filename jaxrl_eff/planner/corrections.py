@@ -1,162 +1,38 @@
-"""Comparison of predicted with measured seconds, and the corrections that follow from it.
-
-A correction is one factor per call or edge, which absorbs all that the arithmetic leaves out. A
-call has one factor for every mesh shape that it was measured on, and one for all others. The first
-measurement sets the factor; later ones move it less and less, so that noise averages out but drift
-is still followed.
-"""
+"""Factors on predicted seconds, from measurements."""
 
 import dataclasses
-import math
-import statistics
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
-from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.cost import NONE, Corrections, call_cost, measured_name
-from jaxrl_eff.planner.problem import Plan, Problem
-from jaxrl_eff.planner.simulate import Simulation, Simulator
-
-LEAST_WEIGHT = 0.3  # of a new measurement, after any number of earlier ones
-MOST_CHANGE = 64.0  # largest change of a factor in one refit
-
-Seconds = float | int | Sequence[float | int]
+from jaxrl_eff.parallel.mesh import Placement
 
 
-class Row(NamedTuple):
-    """Predicted and measured seconds of one call or edge."""
+@dataclasses.dataclass(frozen=True)
+class Corrections:
+    """Measured over predicted seconds by name of a call, reallocation or transfer; 1 if unknown.
 
-    name: str
-    kind: str
-    predicted: float
-    measured: float
-
-    @property
-    def ratio(self) -> float:
-        """Measured over predicted."""
-        return self.measured / self.predicted if self.predicted else math.inf
-
-
-def _middle(seconds: Seconds) -> float:
-    return float(seconds) if isinstance(seconds, int | float) else statistics.median(seconds)
-
-
-def _predicted(schedule: Simulation) -> dict[str, tuple[str, float]]:
-    kinds = {s.name: s.kind for s in schedule.spans}
-    out = {n: (kinds[n], c.seconds) for n, c in schedule.costs.items()}
-    return out | {n: (kinds.get(n, "move"), t) for n, t in schedule.edges.items()}
-
-
-def timed(
-    problem: Problem, plan: Plan, cluster: Cluster, measured: Mapping[str, Seconds]
-) -> dict[str, Seconds]:
-    """Keeps the measured calls and edges that the simulator prices."""
-    known = _predicted(Simulator(problem, cluster).run(plan))
-    return {k: v for k, v in measured.items() if k in known and v}
-
-
-def compare(
-    problem: Problem,
-    plan: Plan,
-    cluster: Cluster,
-    measured: Mapping[str, Seconds],
-    corrections: Corrections = NONE,
-) -> tuple[Row, ...]:
-    """Pairs the predicted with the measured (median) seconds of every measured call and edge.
-
-    Raises:
-        ValueError: a name is neither a call nor an edge of the plan that takes time.
+    Attributes:
+        seconds: a call has one factor under its name, for placements that were not measured, and
+            one under `measured_name` for each that was. The keys "*realloc" and "*move" apply to
+            edges that were not measured themselves.
+        counts: number of measurements behind a factor.
     """
-    predicted = _predicted(Simulator(problem, cluster, corrections).run(plan))
-    if unknown := sorted(set(measured) - set(predicted)):
-        raise ValueError(f"measured {unknown}, but the plan has {sorted(predicted)}.")
-    return tuple(
-        Row(name, *predicted[name], _middle(measured[name]))
-        for name in predicted
-        if name in measured
-    )
+
+    seconds: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def call(self, name: str, placement: Placement) -> float | int:
+        """Factor of a call: the one measured with this mesh shape, else the call's general one."""
+        return self.seconds.get(measured_name(name, placement), self.seconds.get(name, 1.0))
+
+    def edge(self, name: str, kind: str) -> float | int:
+        """Factor of a reallocation ("realloc") or transfer ("move")."""
+        return self.seconds.get(name, self.seconds.get(f"*{kind}", 1.0))
 
 
-def error(rows: Sequence[Row]) -> float:
-    """Mean |measured / predicted - 1|, weighted by measured seconds."""
-    total = sum(r.measured for r in rows)
-    return sum(abs(r.ratio - 1) * r.measured for r in rows) / total if total else 0.0
+NONE = Corrections()
 
 
-def text(rows: Sequence[Row]) -> str:
-    """Formats the rows as a table for the console."""
-    width = max([len(r.name) for r in rows] + [4])
-    lines = [f"{'call':<{width}}  {'predicted':>10}  {'measured':>10}  {'ratio':>6}"]
-    for r in rows:
-        lines.append(
-            f"{r.name:<{width}}  {r.predicted:>8.4f} s  {r.measured:>8.4f} s  {r.ratio:>6.2f}"
-        )
-    return "\n".join(lines)
-
-
-def refit(
-    problem: Problem,
-    plan: Plan,
-    cluster: Cluster,
-    measured: Mapping[str, Seconds],
-    corrections: Corrections = NONE,
-) -> Corrections:
-    """Computes new corrections after some steps of a plan.
-
-    Args:
-        measured: call or edge (see `simulate.realloc_name`, `move_name`) -> seconds, or several
-            values, whose median is used. A name without seconds above 0 keeps its correction.
-    """
-    seconds, counts = dict(corrections.seconds), dict(corrections.counts)
-    edges: dict[str, list[float]] = {}
-    for r in compare(problem, plan, cluster, measured, corrections):
-        if r.measured <= 0 or r.predicted <= 0:
-            continue
-        edge, names = r.kind in ("realloc", "move"), [r.name]
-        if r.name in plan:  # local calls have no placement
-            used = corrections.call(r.name, plan[r.name])
-            names.append(measured_name(r.name, plan[r.name]))
-        else:
-            used = corrections.edge(r.name, r.kind) if edge else seconds.get(r.name, 1.0)
-        for name in names:
-            seen = counts.get(name, 0)
-            weight = max(LEAST_WEIGHT, 1 / (seen + 1))
-            wanted = used * min(MOST_CHANGE, max(1 / MOST_CHANGE, r.ratio))
-            old = seconds.get(name, used)
-            seconds[name], counts[name] = old ** (1 - weight) * wanted**weight, seen + 1
-        if edge:
-            edges.setdefault(r.kind, []).append(seconds[r.name])
-    for kind, factors in edges.items():
-        seconds[f"*{kind}"] = statistics.median(factors)
-    return dataclasses.replace(corrections, seconds=seconds, counts=counts)
-
-
-def from_analysis(
-    problem: Problem,
-    plan: Plan,
-    cluster: Cluster,
-    analysis: Mapping[str, Mapping[str, float | int]],
-    corrections: Corrections = NONE,
-) -> Corrections:
-    """Computes corrections of memory and FLOPs from compiled programs.
-
-    Args:
-        analysis: call -> "bytes", all that a device needs, and "flops" that it executes, only where
-            they are counted in full (XLA counts the body of a loop once).
-    """
-    active, flops = dict(corrections.active_bytes), dict(corrections.flops)
-    plain = cluster.with_(
-        flops_per_s=1.0, flops32_per_s=1.0,
-        train_efficiency=1.0, forward_efficiency=1.0, decode_efficiency=1.0, shared_compute=0.0,
-    )  # fmt: skip
-    for name, found in analysis.items():
-        work = problem.work(name)
-        if work.model is None:
-            continue
-        price = call_cost(problem, work, plan[name], plain)
-        more = found.get("bytes", 0.0) - price.static_bytes
-        if more > 0 and price.active_bytes > 0:
-            active[name] = more / price.active_bytes
-        if found.get("flops", 0.0) > 0:
-            flops[name] = found["flops"] / price.parts["compute"]
-    return dataclasses.replace(corrections, active_bytes=active, flops=flops)
+def measured_name(call: str, p: Placement) -> str:
+    """Key in `Corrections` of a call on a mesh of this shape, on any devices."""
+    form = "x".join(str(p.axes[axis]) for axis in p.axes)
+    return f"{call}@{form}/{p.microbatches}{p.offload and '/' + p.offload}"

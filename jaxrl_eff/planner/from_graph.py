@@ -13,44 +13,24 @@ from jaxrl_eff.core.glossary import EDGES
 from jaxrl_eff.core.graph import Adaptation, Call, Graph, Spec, order
 from jaxrl_eff.models import LMConfig, abstract
 from jaxrl_eff.peft import quantized, weights
-from jaxrl_eff.planner.problem import ExpectedRows, Lengths, Problem, Role, Shape, Work
+from jaxrl_eff.planner.problem import ExpectedRows, Lengths, Problem, Role, Work
 from jaxrl_eff.rollout.sampling import Sampling
 
-_ONE = Shape(
-    1, 1, 1, 1, 1, 1, 1, value=True
-)  # a model with few parameters, e.g. an adaptive coefficient
+# Stands for a model of a few parameters, e.g. an adaptive coefficient.
+_TINY = LMConfig(
+    vocab=1, layers=1, width=1, heads=1, kv_heads=1, head_dim=2, ffn=1, head="value"
+)  # fmt: skip
 
 
-def shape(cfg: LMConfig) -> Shape:
-    """The sizes of a model that a plan's price depends on."""
-    return Shape(
-        layers=cfg.layers,
-        width=cfg.width,
-        ffn=cfg.ffn,
-        heads=cfg.heads,
-        kv_heads=cfg.kv_heads,
-        head_dim=cfg.head_dim,
-        vocab=cfg.vocab,
-        tied=cfg.tie,
-        value=cfg.head == "value",
-        param_bytes=np.dtype(cfg.param_dtype).itemsize,
-        compute_bytes=np.dtype(cfg.dtype).itemsize,
-        remat=cfg.remat == "full",
-        window=cfg.window,
-        windowed=sum(cfg.windowed),
-    )
-
-
-def role(cfg: LMConfig | None, spec: Spec | None, trained: bool) -> Role:
+def role(lm: LMConfig | None, spec: Spec | None, trained: bool) -> Role:
     """A model and, if a call trains it, the bytes of optimizer state that optax would hold."""
-    sizes = _ONE if cfg is None else shape(cfg)
-    read = _read(spec)
-    if cfg is not None and quantized.inside(read):
-        held = tree.nbytes(weights.base(read)) / tree.size(abstract(cfg))
-        sizes = dataclasses.replace(sizes, param_bytes=held)
+    found, read = Role(lm or _TINY), _read(spec)
+    if lm is not None and quantized.inside(read):
+        held = tree.nbytes(weights.base(read)) / tree.size(abstract(lm))
+        found = dataclasses.replace(found, param_bytes=held)
     if not trained:
-        return Role(sizes)
-    opt, grad, passes = 8.0, float(sizes.param_bytes), 3.0
+        return found
+    opt, grad, passes = 8.0, float(found.param_bytes), 3.0
     if spec is not None and spec.tx is not None:
         state = jax.eval_shape(spec.tx.init, spec.shapes)
         plain = jax.eval_shape(lambda x: quantized.dequantized(x, jnp.float32), read)
@@ -59,7 +39,7 @@ def role(cfg: LMConfig | None, spec: Spec | None, trained: bool) -> Role:
         if isinstance(spec.tx, Adaptation):
             grad = tree.nbytes(jax.eval_shape(spec.tx.leaves, spec.shapes, state)) / size
             passes = spec.tx.passes
-    return Role(sizes, opt_bytes=float(opt), grad_bytes=grad, passes=passes)
+    return dataclasses.replace(found, opt_bytes=float(opt), grad_bytes=grad, passes=passes)
 
 
 def _read(spec: Spec | None) -> Any:
@@ -132,14 +112,6 @@ def expecting(packed: Mapping[str, ExpectedRows]) -> dict[str, Any]:
     """Options of `works` for a stage with packed calls; sampled lengths are assumed to match."""
     first = next(iter(packed.values()), None)
     return {} if first is None else {"packed": packed, "responses": first.responses}
-
-
-def of_stage(stage: Any, **options: Any) -> Problem:
-    """`works` of an assembled stage (`train.assembly.Stage`), with the same options."""
-    step = stage.step
-    return works(
-        step.graph, stage.lms, stage.batch, sampling=stage.sampling, specs=step.specs, **options
-    )
 
 
 def _size(shape_: tuple[int, ...]) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.cost import demand
 
 
 class Node(NamedTuple):
@@ -109,7 +108,7 @@ def sharing(
             children[i * size + writer].append((child, delay))
             waits[child] += 1
     need = [
-        0.0 if n.kind == "move" or not n.mask else demand(cluster, max(1, len(n.devices)))
+        0.0 if n.kind == "move" or not n.mask else cluster.demand(max(1, len(n.devices)))
         for n in nodes
     ]
     ready = [0.0] * total

@@ -8,60 +8,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+import jax.numpy as jnp
+
+from jaxrl_eff.models import LMConfig
 from jaxrl_eff.parallel.mesh import Placement
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Sizes of a decoder-only transformer.
-
-    Attributes:
-        layers, width, ffn, heads, kv_heads, head_dim, vocab: as in `models.LMConfig`.
-        gated: three feed-forward matrices (SwiGLU) rather than two.
-        tied: the output head is the embedding.
-        value: the head returns one number instead of logits.
-        param_bytes, compute_bytes: of one stored parameter, and of one number in a product.
-        remat: the backward pass recomputes the forward pass.
-        window: positions that local layers see; None: all. `windowed`: how many layers are local.
-    """
-
-    layers: int
-    width: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    gated: bool = True
-    tied: bool = False
-    value: bool = False
-    param_bytes: int | float = 4
-    compute_bytes: int = 4
-    remat: bool = False
-    window: int | None = None
-    windowed: int = 0
-
-    @property
-    def sight(self) -> int | None:
-        """Positions that a query sees in any layer, as `models.LMConfig.sight`; None: all."""
-        return self.window if self.windowed == self.layers else None
-
-    @property
-    def layer_params(self) -> int:
-        """Matrix entries of one layer."""
-        attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return attention + (3 if self.gated else 2) * self.width * self.ffn
-
-    @property
-    def head_params(self) -> int:
-        """Matrix entries of the output head."""
-        return self.width * (1 if self.value else self.vocab)
-
-    @property
-    def params(self) -> int:
-        """Number of stored parameters, without norms and biases (a few per thousand)."""
-        head = 0 if self.tied and not self.value else self.head_params
-        return self.layers * self.layer_params + self.vocab * self.width + head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +50,12 @@ class ExpectedRows:
     Attributes:
         prompt: tokens before each response, on average.
         responses: expected distribution of response lengths.
-        room: tokens that a device holds at once; 0: as many as fit into memory.
+        capacity: tokens that a device holds at once; 0: as many as fit into memory.
     """
 
     prompt: int
     responses: Lengths
-    room: int = 0
+    capacity: int = 0
 
     @property
     def mean(self) -> float:
@@ -162,19 +112,30 @@ class Role:
     """One model of the graph.
 
     Attributes:
-        shape: its sizes.
+        lm: its sizes.
         opt_bytes: bytes of optimizer state per parameter (AdamW in float32: 8); 0 if not trained.
         grad_bytes: of one gradient entry; 0 if not trained.
         zero: the optimizer state is sharded over `data` too (ZeRO-1, arXiv:1910.02054).
         passes: cost of a training pass in forward passes: 3 for the forward pass, the gradients of
             the activations and those of the weights; less if not all weights have gradients.
+        param_bytes: of one stored parameter; 0: those of `lm.param_dtype`.
     """
 
-    shape: Shape
+    lm: LMConfig
     opt_bytes: float | int = 0.0
     grad_bytes: float | int = 0.0
     zero: bool = False
     passes: float | int = 3
+    param_bytes: float | int = 0
+
+    def __post_init__(self):
+        if not self.param_bytes:
+            object.__setattr__(self, "param_bytes", jnp.dtype(self.lm.param_dtype).itemsize)
+
+    @property
+    def remat(self) -> bool:
+        """The backward pass recomputes the forward pass."""
+        return self.lm.remat == "full"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxrl_eff.planner.bound import distances
 from jaxrl_eff.planner.choices import Choices, Judge, State
+from jaxrl_eff.planner.shares import params
 from jaxrl_eff.planner.space import Slice, Strategy
 
 _REPAIRS = 64
@@ -147,7 +148,7 @@ def _uniform(t: Choices, allowed: Sequence[Strategy] | None) -> Iterator[State]:
     n, small = t.cluster.devices, 1000
     first: list[dict[Strategy, int]] = []
     for found, w in zip(t.all, t.works, strict=True):
-        if t.problem.roles[w.model].shape.params < small:
+        if params(t.problem.roles[w.model].lm) < small:
             continue
         by_strategy: dict[Strategy, int] = {}
         for i, c in enumerate(found):
@@ -159,7 +160,7 @@ def _uniform(t: Choices, allowed: Sequence[Strategy] | None) -> Iterator[State]:
         if (allowed is None or s in allowed) and all(s in found for found in first):
             chosen = iter([found[s] for found in first])
             yield tuple(
-                spot if t.problem.roles[w.model].shape.params < small else (0, next(chosen))
+                spot if params(t.problem.roles[w.model].lm) < small else (0, next(chosen))
                 for spot, w in zip(rest, t.works, strict=True)
             )
 

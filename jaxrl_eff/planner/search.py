@@ -4,39 +4,31 @@ A plan's time is what `simulate` predicts; the search minimizes it over `choices
 
     rules       the common plans of `rules`; the best ones are improved further
     descent     every change of one call among the meshes in use, until none helps
-    tempering   Metropolis chains at several temperatures, E = seconds: a change is accepted with
-                probability min(1, exp(-(E' - E) / T)), and neighboring chains swap states with
-                min(1, exp((1/T_i - 1/T_j) (E_i - E_j)))
+    tempering   `anneal`: Metropolis chains at several temperatures
     proof       where the space is small, branch and bound: every plan is tried or excluded
-
-The moves are ReaL's (one call, any candidate; Mei et al. 2024, arXiv:2406.14088, Sec. 4.3) and some
-that change several calls at once, since choosing each call alone seldom gives a good plan.
-Proposals are not symmetric: the chains search, they do not sample.
 
 The certificate is `bound.lower_bound`, or the plan's own time once a proof is complete.
 """
 
 import dataclasses
 import functools
-import math
 import random
 import time
 from collections.abc import Iterator, Sequence
 
-from jaxrl_eff.parallel.mesh import OFFLOADS, Placement, span
-from jaxrl_eff.planner import rules as seeds
+from jaxrl_eff.parallel.mesh import OFFLOADS, Placement
+from jaxrl_eff.planner import rules, shortage
+from jaxrl_eff.planner.anneal import anneal, on_mesh
 from jaxrl_eff.planner.bound import Bound, lower_bound
 from jaxrl_eff.planner.choices import Choices, Judge, State, choices
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.cost import NONE, Corrections
+from jaxrl_eff.planner.corrections import NONE, Corrections
 from jaxrl_eff.planner.problem import Plan, Problem
 from jaxrl_eff.planner.proof import prove
 from jaxrl_eff.planner.simulate import Simulation
 from jaxrl_eff.planner.space import Slice
 
-CHAINS = 5
 CLOSE = 1e-4  # gap at which the search ends
-COLDEST, HOTTEST = 0.002, 0.08  # temperatures, as shares of the best seed's seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +129,7 @@ def search(
         [0, 1, 2, 3, 4, 5, 6, 7]
     """
     began = time.perf_counter()
-    judge, rules, thriftiest = None, {}, None
+    judge, heuristics, thriftiest = None, {}, None
     for allowed in (("",), OFFLOADS) if offloads is None else (("", *offloads),):
         table = choices(
             problem,
@@ -149,73 +141,39 @@ def search(
         )
         judge = Judge(table)
         budget = _Budget(judge, began, seconds, evaluations)
-        rules = seeds.heuristics(judge, lambda share: budget.over(0.25 * share))  # noqa: B023
-        thriftiest = seeds.repaired(judge, seeds.frugal(table))
+        heuristics = rules.heuristics(judge, lambda share: budget.over(0.25 * share))  # noqa: B023
+        thriftiest = rules.repaired(judge, rules.frugal(table))
         judge(thriftiest)
         if judge.best is not None:
             break
-    starts = [*(s for s in rules.values() if not isinstance(s, str)), thriftiest]
+    starts = [*(s for s in heuristics.values() if not isinstance(s, str)), thriftiest]
     if start is not None and (given := table.state(start)) is not None:
         starts.append(given)
     if judge.best is None:
-        _anneal(judge, starts, random.Random(seed), budget, 0.4, until_it_fits=True)
+        over = functools.partial(budget.over, 0.4)
+        anneal(judge, starts, random.Random(seed), over)
     if judge.best is None:
         limits = {"executable": executable, "smallest": smallest, "offloads": allowed}
-        raise ValueError(_short(judge, **limits))
+        raise ValueError(shortage.explain(judge, **limits))
     bound = lower_bound(problem, table.options())
     floor = bound.seconds * (1 + CLOSE)
     proven = _improve(judge, starts, random.Random(seed), budget, floor)
-    state, said = judge.best
+    state, verdict = judge.best
     if proven:
-        bound = Bound(said.seconds, "every plan of the space was tried or excluded")
+        bound = Bound(verdict.seconds, "every plan of the space was tried or excluded")
     return Found(
         plan=table.plan(state),
         schedule=judge.schedule(state),
         bound=bound,
         evaluated=judge.evaluated,
         proven=proven,
-        heuristics={k: s if isinstance(s, str) else judge.schedule(s) for k, s in rules.items()},
-        plans={k: table.plan(s) for k, s in rules.items() if not isinstance(s, str)},
+        heuristics={
+            k: s if isinstance(s, str) else judge.schedule(s) for k, s in heuristics.items()
+        },
+        plans={k: table.plan(s) for k, s in heuristics.items() if not isinstance(s, str)},
         trace=tuple(judge.trace),
         seconds=time.perf_counter() - began,
     )
-
-
-def exhaustive(
-    problem: Problem,
-    cluster: Cluster,
-    *,
-    executable: bool = True,
-    smallest: int = 1,
-    offloads: Sequence[str] = ("",),
-    corrections: Corrections = NONE,
-    most: int | None = None,
-) -> tuple[dict[str, Placement], Simulation]:
-    """Finds the best plan of all by branch and bound; for small clusters.
-
-    Args:
-        most: gives up after this many steps.
-
-    Raises:
-        ValueError: no plan fits, or `most` steps do not suffice.
-    """
-    table = choices(
-        problem,
-        cluster,
-        corrections=corrections,
-        smallest=smallest,
-        executable=executable,
-        offloads=("", *offloads),
-    )
-    judge = Judge(table)
-    if not prove(judge, most=most):
-        raise ValueError(f"more than {most} steps for {table.size():.2g} plans.")
-    if judge.best is None:
-        raise ValueError("no plan fits into memory.")
-    return table.plan(judge.best[0]), judge.schedule(judge.best[0])
-
-
-# Search -----------------------------------------------------------------------------------------
 
 
 def _improve(
@@ -231,7 +189,8 @@ def _improve(
     polished: set[State] = set()
     devices = judge.table.cluster.devices
     for share in (0.45, 1.0):
-        _anneal(judge, [judge.best[0], *ordered], rng, budget, share - 0.05, floor)
+        over = functools.partial(budget.over, share - 0.05)
+        anneal(judge, [judge.best[0], *ordered], rng, over, floor=floor)
         if judge.best[0] not in polished:
             polished.add(_descend(judge, judge.best[0], budget, share))
         if judge.best[1].seconds <= floor:
@@ -248,7 +207,7 @@ def _descend(judge: Judge, state: State, budget: _Budget, share: float) -> State
     score, better = judge(state), True
     while better and not budget.over(share):
         better = False
-        for other in _neighbours(judge.table, state):
+        for other in _neighbors(judge.table, state):
             if budget.over(share):
                 return state
             if judge(other).energy < score.energy * (1 - 1e-9):
@@ -257,7 +216,7 @@ def _descend(judge: Judge, state: State, budget: _Budget, share: float) -> State
     return state
 
 
-def _neighbours(t: Choices, state: State) -> Iterator[State]:
+def _neighbors(t: Choices, state: State) -> Iterator[State]:
     """Every change of one call to a mesh in use, a part of one, or all devices; swaps; joins."""
     used = {t.slice(i, state) for i in range(len(state))}
     near = set(used) | {Slice(0, t.cluster.devices)}
@@ -275,217 +234,10 @@ def _neighbours(t: Choices, state: State) -> Iterator[State]:
                     yield (*state[:call], (where.start, i), *state[call + 1 :])
     for a in range(len(state)):
         for b in range(a):
-            swapped = _on(t, _on(t, state, a, t.slice(b, state)), b, t.slice(a, state))
+            swapped = on_mesh(t, on_mesh(t, state, a, t.slice(b, state)), b, t.slice(a, state))
             if swapped is not None and swapped != state:
                 yield swapped
-            for group in ([a, b],):
-                for where in sorted(legal):
-                    joined = state
-                    for call in group:
-                        joined = _on(t, joined, call, where)
-                    if joined is not None and joined != state:
-                        yield joined
-
-
-def _on(
-    t: Choices, state: State | None, call: int, where: Slice, rng: random.Random | None = None
-) -> State | None:
-    """The state with a call moved to another mesh: with its present strategy if possible, else the
-    fastest (or a random) one; None if it cannot run there."""
-    if state is None:
-        return None
-    found = t.kept[call].get(where.count, ())
-    if not found or where.start not in t.starts[where.count]:
-        return None
-    now = t.all[call][state[call][1]]
-    same = [i for i in found if t.all[call][i].strategy == now.strategy]
-    i = rng.choice(found) if rng is not None and rng.random() < 0.5 else (same or found)[0]
-    return (*state[:call], (where.start, i), *state[call + 1 :])
-
-
-def _anneal(
-    judge: Judge,
-    starts: Sequence[State],
-    rng: random.Random,
-    budget: _Budget,
-    share: float,
-    floor: float = 0.0,
-    *,
-    until_it_fits: bool = False,
-) -> None:
-    """Runs parallel tempering from the given states, until this share of the budget is used up, the
-    floor is reached, or no new state has been found for a while."""
-    starts = list(dict.fromkeys(starts))
-    states = [starts[i % len(starts)] for i in range(CHAINS)]
-    scores = [judge(s) for s in states]
-    unit = min(s.energy for s in scores)
-    heat = [unit * COLDEST * (HOTTEST / COLDEST) ** (i / (CHAINS - 1)) for i in range(CHAINS)]
-    idle = 0
-    while not budget.over(share) and idle < 20_000:
-        before = judge.evaluated
-        for i, state in enumerate(states):
-            other = _move(judge.table, state, rng)
-            if other is None or other == state:
-                continue
-            score = judge(other)
-            worse = score.energy - scores[i].energy
-            if worse <= 0 or rng.random() < math.exp(-worse / heat[i]):
-                states[i], scores[i] = other, score
-        i = rng.randrange(CHAINS - 1)
-        better = scores[i].energy - scores[i + 1].energy
-        if better > 0 or rng.random() < math.exp(better * (1 / heat[i] - 1 / heat[i + 1])):
-            states[i], states[i + 1] = states[i + 1], states[i]
-            scores[i], scores[i + 1] = scores[i + 1], scores[i]
-        idle = idle + 1 if judge.evaluated == before else 0
-        if judge.best is not None and (until_it_fits or judge.best[1].seconds <= floor):
-            return
-
-
-def _move(t: Choices, state: State, rng: random.Random) -> State | None:
-    """A random change of a state; None if the one drawn is not possible."""
-    kind = rng.random()
-    call = rng.randrange(len(state))
-    start, index = state[call]
-    if kind < 0.2:  # ReaL's: one call, any candidate anywhere
-        count = rng.choice(list(t.kept[call]))
-        i = rng.choice(t.kept[call][count])
-        return (*state[:call], (rng.choice(t.starts[count]), i), *state[call + 1 :])
-    if kind < 0.4:  # another strategy on the same mesh
-        i = rng.choice(t.kept[call][t.all[call][index].count])
-        return (*state[:call], (start, i), *state[call + 1 :])
-    if kind < 0.55:  # a mesh twice or half as large, or an adjacent one
-        here = t.slice(call, state)
-        near = [Slice(here.start - here.start % (2 * here.count), 2 * here.count)]
-        near += [Slice(here.start, here.count // 2)] if here.count > 1 else []
-        near += [Slice(here.stop, here.count), Slice(here.start - here.count, here.count)]
-        near += [Slice(here.stop - here.count // 2, here.count // 2)] if here.count > 1 else []
-        where = rng.choice(near)
-        return _on(t, state, call, where, rng) if where.count in t.starts else None
-    if len(state) == 1:
-        return None
-    other = rng.choice([i for i in range(len(state)) if i != call])
-    if kind < 0.65:  # two calls swap meshes
-        a, b = t.slice(call, state), t.slice(other, state)
-        return _on(t, _on(t, state, call, b, rng), other, a, rng)
-    if kind < 0.8:  # one call moves to another's mesh
-        return _on(t, state, call, t.slice(other, state), rng)
-    if kind < 0.9:  # another call of the model takes this one's layout, so nothing is reallocated
-        return _follow(t, state, call, rng)
-    return _shift(t, state, rng)
-
-
-def _follow(t: Choices, state: State, call: int, rng: random.Random) -> State | None:
-    kin = [i for i, w in enumerate(t.works) if w.model == t.works[call].model and i != call]
-    if not kin:
-        return None
-    other = rng.choice(kin)
-    start, index = state[call]
-    c = t.all[call][index]
-    found = t.kept[other].get(c.count, ())
-    same = [i for i in found if t.all[other][i].strategy == c.strategy]
-    if not same:
-        return None
-    return (*state[:other], (start, rng.choice(same)), *state[other + 1 :])
-
-
-def _shift(t: Choices, state: State, rng: random.Random) -> State | None:
-    """Moves a boundary between devices; all calls that begin or end there follow."""
-    slices = [t.slice(i, state) for i in range(len(state))]
-    borders = sorted({s.start for s in slices} | {s.stop for s in slices})
-    borders = [b for b in borders if 0 < b < t.cluster.devices]
-    old = rng.choice(borders) if borders else None
-    new = rng.choice(seeds.cuts(t)) if t.cluster.devices > 1 else None
-    if new is None:
-        return None
-    if old is None:  # every call is on all devices: choose a side for each
-        sides = [rng.randrange(3) for _ in slices]
-        parts = (Slice(0, new), Slice(new, t.cluster.devices - new), Slice(0, t.cluster.devices))
-        moved = [parts[s] for s in sides]
-    else:
-        moved = []
-        for s in slices:
-            a, b = (new if x == old else x for x in (s.start, s.stop))
-            moved.append(Slice(a, b - a))
-    out: State | None = state
-    for i, where in enumerate(moved):
-        if where != slices[i]:
-            out = _on(t, out, i, where, rng) if where.count in t.starts else None
-    return out
-
-
-# Errors -----------------------------------------------------------------------------------------
-
-
-def _short(judge: Judge, *, executable: bool, smallest: int, offloads: Sequence[str]) -> str:
-    """Message that says what is short, where, by how much, and the nearest setup that would fit."""
-    t, state = judge.table, min(judge.known, key=lambda s: judge(s).over_bytes)
-    done = judge.schedule(state)
-    group = max(done.groups, key=lambda g: g.bytes)
-    held: dict[str, float] = {}
-    for w, p in zip(t.works, t.plan(state).values(), strict=True):
-        if set(p.devices) & set(group.devices):
-            held[w.model] = max(held.get(w.model, 0.0), done.costs[w.name].static_bytes)
-    most = sorted(((b, m) for m, b in held.items() if b >= 1e-3 * group.bytes), reverse=True)
-    models = ", ".join(f"{m} {_gib(b)}" for b, m in most)
-    text = (
-        f"no plan fits into the {_gib(t.cluster.memory_bytes)} a device of {t.cluster.name}. The "
-        f"thriftiest one found needs {_gib(group.bytes)} on devices {span(group.devices)}, "
-        f"{_gib(done.over_bytes)} too much: {_gib(group.static_bytes)} all the time ({models}) and "
-        f"{_gib(group.active_bytes)} while {group.busiest} runs."
-    )
-    options = {"executable": executable, "smallest": smallest, "corrections": t.corrections}
-    if set(offloads) < set(OFFLOADS):
-        found = _some_plan(t.problem, t.cluster, offloads=OFFLOADS, **options)
-        if found is not None:
-            return f"{text} It fits with {_offloaded(found)} in the hosts' memory."
-    for wider in _larger(t.cluster):
-        found = _some_plan(t.problem, wider, offloads=offloads, **options)
-        if found is not None:
-            name = max(found, key=lambda n: done.costs[n].static_bytes + done.costs[n].active_bytes)
-            return (
-                f"{text} It fits on {wider.name}, {wider.devices} devices; there {name} runs on "
-                f"{found[name]}."
-            )
-    return f"{text} No cluster of this kind with up to {wider.devices} devices fits it either."
-
-
-def _some_plan(problem: Problem, cluster: Cluster, **options) -> dict[str, Placement] | None:
-    """A plan that fits, from two quick attempts; None if both fail."""
-    try:
-        table = choices(problem, cluster, **options)
-    except ValueError:
-        return None
-    judge = Judge(table)
-    for state in (seeds.colocated(table), seeds.frugal(table)):
-        if judge.best is None and state is not None:
-            judge(seeds.repaired(judge, state))
-    return table.plan(judge.best[0]) if judge.best is not None else None
-
-
-def _larger(c: Cluster) -> list[Cluster]:
-    """Clusters of the same devices, each a little larger than the one before."""
-    out, kind = [], c.name.partition(":")[0]
-    torus = c.domain > c.per_host  # a slice, priced as one domain
-    per_host, hosts = c.per_host, c.hosts
-    while len(out) < 24 and per_host * hosts < 16_384:
-        if hosts == 1 and per_host < 8 and not torus:
-            per_host *= 2
-        else:
-            hosts += max(1, hosts // 4)
-        n = per_host * hosts
-        name = f"{kind}:{n}" if torus or hosts == 1 else f"{kind}:{hosts}x{per_host}"
-        out.append(c.with_(name=name, devices=n, per_host=per_host, domain=n if torus else 0))
-    return out
-
-
-def _offloaded(plan: Plan) -> str:
-    words = {"opt": "the optimizer states of {}", "params": "the weights of {}"}
-    found: dict[str, list[str]] = {}
-    for name, p in plan.items():
-        if p.offload:
-            found.setdefault(p.offload, []).append(name)
-    return " and ".join(words[k].format(", ".join(names)) for k, names in found.items())
-
-
-def _gib(value: float) -> str:
-    return f"{value / 2**30:,.1f} GiB"
+            for where in sorted(legal):
+                joined = on_mesh(t, on_mesh(t, state, a, where), b, where)
+                if joined is not None and joined != state:
+                    yield joined

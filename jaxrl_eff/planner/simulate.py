@@ -19,11 +19,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from jaxrl_eff.parallel.mesh import Placement
-from jaxrl_eff.planner import cost, list_schedule
+from jaxrl_eff.planner import list_schedule
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.cost import NONE, Corrections, Cost
+from jaxrl_eff.planner.corrections import NONE, Corrections
+from jaxrl_eff.planner.cost import Cost
 from jaxrl_eff.planner.list_schedule import Edge, Node
+from jaxrl_eff.planner.prices import Prices, Site, move_name, realloc_name
 from jaxrl_eff.planner.problem import Plan, Problem
+from jaxrl_eff.planner.transfer import realloc_bytes
 
 WARMUP = 2
 # Schedules can settle into a pattern of 2 iterations, with stale weights of up to 4.
@@ -66,12 +69,10 @@ class Score(NamedTuple):
     Attributes:
         seconds: of a step in the steady state.
         over_bytes: by how much the fullest device exceeds its memory; 0 if all fits.
-        peak_bytes: of the fullest device.
     """
 
     seconds: float | int
     over_bytes: float | int
-    peak_bytes: float | int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Simulation:
     """A plan's simulated run.
 
     Attributes:
-        seconds, over_bytes, peak_bytes: see `Score`.
+        seconds, over_bytes: see `Score`.
         spans: of all simulated iterations, by start.
         groups: memory, by groups of devices with equal contents.
         costs: call -> its price.
@@ -88,39 +89,10 @@ class Simulation:
 
     seconds: float | int
     over_bytes: float | int
-    peak_bytes: float | int
     spans: tuple[Span, ...]
     groups: tuple[Group, ...]
     costs: Mapping[str, Cost]
     edges: Mapping[str, float | int]
-
-    def steady(self) -> tuple[Span, ...]:
-        """The spans of one iteration in the steady state, from its first start."""
-        middle = [s for s in self.spans if s.iteration == WARMUP]
-        begin = min(s.start for s in middle)
-        return tuple(
-            dataclasses.replace(s, start=s.start - begin, end=s.end - begin) for s in middle
-        )
-
-
-def realloc_name(model: str, call: str) -> str:
-    """Name of the reallocation of a model for a call, in corrections and spans."""
-    return f"{model}->{call}"
-
-
-def move_name(writer: str, reader: str) -> str:
-    """Name of the transfer of all arrays from one call to another, in corrections and spans."""
-    return f"{writer}->{reader}"
-
-
-class _Site(NamedTuple):
-    """A placement with the keys and bit masks that the simulator needs."""
-
-    index: int
-    placement: Placement
-    mask: int  # bit d: device d
-    nics: int  # bit devices + h: the network cards of domain h
-    layout: int  # equal for placements with equal layouts of parameters
 
 
 class Simulator:
@@ -139,7 +111,8 @@ class Simulator:
         *,
         iterations: int = 0,
     ):
-        self.problem, self.cluster, self.corrections = problem, cluster, corrections
+        self.problem, self.cluster = problem, cluster
+        self._prices = Prices(problem, cluster, corrections)
         works = problem.works
         self._names = [w.name for w in works]
         at = {name: i for i, name in enumerate(self._names)}
@@ -161,92 +134,21 @@ class Simulator:
         self._anchor = next((i for i in (anchor, *range(len(works))) if works[i].model), anchor)
         stale = max((w.staleness for w in works), default=0)
         self._warm, self._stale = WARMUP + stale, stale
-        iterations = iterations or (STALE_ITERATIONS if stale else ITERATIONS)
         # With staleness s the order of calls can repeat only every s + 1 iterations.
         steps = iterations or (STALE_ITERATIONS if stale else ITERATIONS)
         self._slope = -(-steps // (stale + 1)) * (stale + 1)
         # More than are measured, so that later iterations compete with the last for devices.
         self._count = self._warm + self._slope + 1 + stale
         self._host_bit = 1 << (cluster.devices + cluster.devices // cluster.domain)
-        self._sites: dict[int, _Site] = {}
-        self._by_value: dict[Placement, _Site] = {}
-        self._alive: list[Placement] = []
-        self._layouts: dict[tuple, int] = {}
-        self._costs: list[dict[int, Cost]] = [{} for _ in works]
-        self._prices: dict[tuple, tuple[float, bool]] = {}
         self._overlapping: dict[tuple[int, ...], list[list[int]]] = {}
-
-    # Prices
 
     def cost(self, call: str, placement: Placement) -> Cost:
         """The call's price on a placement; see `cost.call_cost`."""
-        return self._cost(self._names.index(call), self._site(placement))
-
-    def _site(self, p: Placement) -> _Site:
-        found = self._sites.get(id(p))
-        if found is not None:
-            return found
-        site = self._by_value.get(p)
-        if site is None:
-            mask = sum(1 << d for d in p.devices)
-            domain, n = self.cluster.domain, self.cluster.devices
-            if max(p.devices) >= n:
-                raise ValueError(
-                    f"the placement names device {max(p.devices)}, but {self.cluster.name} has "
-                    f"{n}, 0 to {n - 1}."
-                )
-            nics = sum(1 << (n + h) for h in {d // domain for d in p.devices})
-            layout = self._layouts.setdefault(cost.layout(p), len(self._layouts))
-            site = _Site(len(self._by_value), p, mask, nics, layout)
-            self._by_value[p] = site
-        if id(p) != id(site.placement):
-            if len(self._alive) > 1_000_000:
-                self._sites.clear()
-                self._alive.clear()
-            self._alive.append(p)  # an id is valid only while its object exists
-        self._sites[id(p)] = site
-        return site
-
-    def _cost(self, i: int, site: _Site) -> Cost:
-        found = self._costs[i].get(site.index)
-        if found is None:
-            work = self.problem.works[i]
-            found = cost.call_cost(
-                self.problem, work, site.placement, self.cluster, self.corrections
-            )
-            self._costs[i][site.index] = found
-        return found
-
-    def _realloc(self, i: int, source: _Site, target: _Site) -> float:
-        """Seconds to move the model of call i from `source`, its home, to `target`."""
-        key = (i, source.layout, target.layout)
-        found = self._prices.get(key)
-        if found is None:
-            work = self.problem.works[i]
-            seconds = cost.realloc_cost(
-                self.problem, work.model, source.placement, target.placement, self.cluster
-            )
-            name = realloc_name(work.model, work.name)
-            found = self._prices[key] = (seconds * self.corrections.edge(name, "realloc"), True)
-        return found[0]
-
-    def _move(self, j: int, i: int, bytes_: float | int, source: _Site, target: _Site):
-        """Seconds to move what call j wrote to call i, and True if that takes network cards."""
-        key = (j, i, source.index, target.index)
-        found = self._prices.get(key)
-        if found is None:
-            a, b = source.placement, target.placement
-            seconds = cost.move_cost(bytes_, a, b, self.cluster)
-            name = move_name(self._names[j], self._names[i])
-            found = self._prices[key] = (
-                seconds * self.corrections.edge(name, "move"),
-                seconds > 0 and cost.crosses(a, b, self.cluster),
-            )
-        return found
+        return self._prices.call(self._names.index(call), self._prices.site(placement))
 
     # The graph of one iteration
 
-    def _placed(self, plan: Plan) -> list[_Site]:
+    def _placed(self, plan: Plan) -> list[Site]:
         default, out = None, []
         for w in self.problem.works:
             p = plan.get(w.name)
@@ -255,59 +157,83 @@ class Simulator:
                     raise ValueError(f"the plan has no placement for {w.name}; it has {[*plan]}.")
                 default = default or plan[self._names[self._anchor]]
                 p = default
-            out.append(self._sites.get(id(p)) or self._site(p))
+            out.append(self._prices.site(p))
         return out
 
-    def _graph(self, sites: list[_Site]) -> tuple[list[Node], list[Edge]]:
+    def _graph(self, sites: list[Site]) -> tuple[list[Node], list[Edge]]:
         """Nodes and edges of one iteration: calls first, in the problem's order."""
-        works, nodes, edges = self.problem.works, [], []
-        for i, w in enumerate(works):
-            site = sites[i]
+        nodes, edges = [], []
+        for i, (w, site) in enumerate(zip(self.problem.works, sites, strict=True)):
             mask = self._host_bit if w.host else site.mask
-            nodes.append(
-                Node(w.name, w.kind, self._cost(i, site).seconds, mask, site.placement.devices)
-            )
+            seconds = self._prices.call(i, site).seconds
+            nodes.append(Node(w.name, w.kind, seconds, mask, site.placement.devices))
         brought: dict[tuple[str, int, int], int] = {}
-        for i, w in enumerate(works):
-            site = sites[i]
+        for i, w in enumerate(self.problem.works):
             for j, bytes_ in self._reads[i]:
-                other = sites[j]
-                if other is site:
-                    edges.append(Edge(j, i, 0, 0.0))
-                    continue
-                seconds, crosses = self._move(j, i, bytes_, other, site)
-                if not crosses:
-                    edges.append(Edge(j, i, 0, seconds))
-                    continue
-                name = move_name(works[j].name, w.name)
-                devices = (*other.placement.devices, *site.placement.devices)
-                nodes.append(Node(name, "move", seconds, other.nics | site.nics, devices))
-                edges += [Edge(j, len(nodes) - 1, 0, 0.0), Edge(len(nodes) - 1, i, 0, 0.0)]
-            trains = self._trains.get(w.model) if w.model else None
-            if not trains:
-                continue
-            if w.kind == "train":
-                k = trains.index(i)
-                edges.append(Edge(trains[k - 1], i, 0 if k else 1, 0.0))
-                continue
-            edges.append(Edge(i, trains[0], 0, 0.0))  # the update can donate the weights
-            source, lag = sites[self._home[w.model]], 1 + w.staleness
-            if source.layout == site.layout:
-                edges.append(Edge(trains[-1], i, lag, 0.0))
-                continue
-            node = brought.get((w.model, site.layout, lag))
-            if node is None:
-                seconds = self._realloc(i, source, site)
-                mask = source.mask | site.mask
-                if source.nics != site.nics:
-                    mask |= source.nics | site.nics
-                name = realloc_name(w.model, w.name)
-                devices = tuple(dict.fromkeys((*source.placement.devices, *site.placement.devices)))
-                node = brought[w.model, site.layout, lag] = len(nodes)
-                nodes.append(Node(name, "realloc", seconds, mask, devices))
-                edges.append(Edge(trains[-1], node, lag, 0.0))
-            edges.append(Edge(node, i, 0, 0.0))
+                self._add_transfer(nodes, edges, sites, j, i, bytes_)
+            if w.model and self._trains[w.model]:
+                self._add_weights(nodes, edges, sites, i, brought)
         return nodes, edges
+
+    def _add_transfer(
+        self,
+        nodes: list[Node],
+        edges: list[Edge],
+        sites: list[Site],
+        j: int,
+        i: int,
+        bytes_: float | int,
+    ) -> None:
+        """Call i waits for what call j writes; over the network its transfer is a node."""
+        source, target = sites[j], sites[i]
+        if source is target:
+            edges.append(Edge(j, i, 0, 0.0))
+            return
+        seconds, crosses = self._prices.move(j, i, bytes_, source, target)
+        if not crosses:
+            edges.append(Edge(j, i, 0, seconds))
+            return
+        devices = (*source.placement.devices, *target.placement.devices)
+        name = move_name(self._names[j], self._names[i])
+        nodes.append(Node(name, "move", seconds, source.nics | target.nics, devices))
+        edges += [Edge(j, len(nodes) - 1, 0, 0.0), Edge(len(nodes) - 1, i, 0, 0.0)]
+
+    def _add_weights(
+        self,
+        nodes: list[Node],
+        edges: list[Edge],
+        sites: list[Site],
+        i: int,
+        brought: dict[tuple[str, int, int], int],
+    ) -> None:
+        """Call i waits for its model's update, and for weights in another layout to be brought.
+
+        Args:
+            brought: model, layout and lag -> the reallocation that is there already.
+        """
+        w, site = self.problem.works[i], sites[i]
+        trains = self._trains[w.model]
+        if w.kind == "train":
+            k = trains.index(i)
+            edges.append(Edge(trains[k - 1], i, 0 if k else 1, 0.0))
+            return
+        edges.append(Edge(i, trains[0], 0, 0.0))  # the update can donate the weights
+        source, lag = sites[self._home[w.model]], 1 + w.staleness
+        if source.layout == site.layout:
+            edges.append(Edge(trains[-1], i, lag, 0.0))
+            return
+        node = brought.get((w.model, site.layout, lag))
+        if node is None:
+            seconds = self._prices.realloc(i, source, site)
+            mask = source.mask | site.mask
+            if source.nics != site.nics:
+                mask |= source.nics | site.nics
+            devices = tuple(dict.fromkeys((*source.placement.devices, *site.placement.devices)))
+            node = brought[w.model, site.layout, lag] = len(nodes)
+            name = realloc_name(w.model, w.name)
+            nodes.append(Node(name, "realloc", seconds, mask, devices))
+            edges.append(Edge(trains[-1], node, lag, 0.0))
+        edges.append(Edge(node, i, 0, 0.0))
 
     # Schedules
 
@@ -340,22 +266,21 @@ class Simulator:
             parts = cut + [(p & ~n.mask, load) for p, load in parts if p & ~n.mask]
         return max(slope, *(load for _, load in parts))
 
-    def _memory(self, sites: list[_Site]) -> list[tuple[int, float, float, str]]:
+    def _memory(self, sites: list[Site]) -> list[tuple[int, float, float, str]]:
         """(mask, static, active, busiest call) of every group of devices with equal contents."""
         held: dict[tuple, tuple[int, float]] = {}
         active: list[tuple[int, float, str]] = []
         for i, w in enumerate(self.problem.works):
             if w.model is None:
                 continue
-            site, price = sites[i], self._cost(i, sites[i])
+            site, price = sites[i], self._prices.call(i, sites[i])
             key = (w.model, site.layout)
             if key not in held or held[key][1] < price.static_bytes:
                 held[key] = (site.mask, price.static_bytes)
-            more = price.active_bytes
-            active.append((site.mask, more, w.name))
+            active.append((site.mask, price.active_bytes, w.name))
             source = sites[self._home[w.model]]
             if source.layout != site.layout and self._trains[w.model]:
-                extra = cost.realloc_bytes(self.problem, w.model, source.placement, site.placement)
+                extra = realloc_bytes(self.problem, w.model, source.placement, site.placement)
                 active.append((site.mask, extra, realloc_name(w.model, w.name)))
         groups = [(1 << self.cluster.devices) - 1]
         for mask in dict.fromkeys(m for m, *_ in active):
@@ -391,7 +316,7 @@ class Simulator:
         sites = self._placed(plan)
         seconds, _, _ = self._best(*self._graph(sites))
         peak = max(static + active for _, static, active, _ in self._memory(sites))
-        return Score(seconds, max(0.0, peak - self.cluster.memory_bytes), peak)
+        return Score(seconds, max(0.0, peak - self.cluster.memory_bytes))
 
     def run(self, plan: Plan) -> Simulation:
         """Computes the plan's schedule.
@@ -419,10 +344,9 @@ class Simulator:
         return Simulation(
             seconds=seconds,
             over_bytes=max(0.0, peak - self.cluster.memory_bytes),
-            peak_bytes=peak,
             spans=tuple(sorted(spans, key=lambda s: (s.start, s.end, s.iteration))),
             groups=groups,
-            costs={n: self._cost(i, sites[i]) for i, n in enumerate(self._names)},
+            costs={n: self._prices.call(i, sites[i]) for i, n in enumerate(self._names)},
             edges=priced,
         )
 

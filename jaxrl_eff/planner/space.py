@@ -14,10 +14,11 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxrl_eff.models import LMConfig
 from jaxrl_eff.parallel.mesh import Placement
 from jaxrl_eff.planner import packed_rows
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.problem import Problem, Shape, Work
+from jaxrl_eff.planner.problem import Problem, Work
 
 TENSOR = (1, 2, 4, 8)
 
@@ -117,7 +118,7 @@ def strategies(
     *,
     executable: bool = True,
     per_host: int = 8,
-    shape: Shape | None = None,
+    lm: LMConfig | None = None,
     length: int = 0,
     packed: bool = False,
 ) -> tuple[Strategy, ...]:
@@ -127,7 +128,7 @@ def strategies(
         count: devices of the mesh.
         executable: only what this package runs; otherwise ReaL's strategies too.
         per_host: devices of a host; tensor parallelism stays inside one.
-        shape: leaves out what does not divide this model's heads, widths or layers.
+        lm: leaves out what does not divide this model's heads, widths or layers.
         length: of rows whose tokens can be sharded over devices; 0: none can.
         packed: a schedule packs these rows, in parts of any length, and they are not pipelined.
     """
@@ -137,15 +138,15 @@ def strategies(
     if not executable and not packed:
         found = itertools.chain(found, pipelined(count, per_host))
     found = dict.fromkeys(found)
-    return tuple(s for s in found if shape is None or _divides(shape, s))
+    return tuple(s for s in found if lm is None or _divides(lm, s))
 
 
-def _divides(shape: Shape, s: Strategy) -> bool:
+def _divides(lm: LMConfig, s: Strategy) -> bool:
     return (
-        shape.heads % s.tensor == 0
-        and shape.ffn % s.tensor == 0
-        and shape.width % s.fsdp == 0
-        and s.stage <= shape.layers
+        lm.heads % s.tensor == 0
+        and lm.ffn % s.tensor == 0
+        and lm.width % s.fsdp == 0
+        and s.stage <= lm.layers
     )
 
 
@@ -158,7 +159,7 @@ def microbatches(work: Work, s: Strategy, most: int = 12) -> tuple[int, ...]:
     if work.packed is not None:
         if work.rows % work.minibatches or not packed_rows.fits(work, s.seq):
             return ()
-        return (1,) if work.packed.room else tuple(2**i for i in range(most))
+        return (1,) if work.packed.capacity else tuple(2**i for i in range(most))
     rows = work.prompts if work.kind == "generate" and work.prompts else work.rows
     parts = s.data * s.fsdp * (work.minibatches if work.kind == "train" else 1)
     if rows % parts:
@@ -242,11 +243,11 @@ def candidates(
         executable: only what this package runs.
         offloads: what can stay in the host's memory: "", "params" (frozen roles), "opt" (trained).
     """
-    shape = problem.roles[work.model].shape
+    lm = problem.roles[work.model].lm
     out: dict[int, tuple[Candidate, ...]] = {}
     for count in dict.fromkeys(m.count for m in meshes(cluster, smallest)):
         found = []
-        options = {"executable": executable, "per_host": cluster.per_host, "shape": shape}
+        options = {"executable": executable, "per_host": cluster.per_host, "lm": lm}
         if work.kind in ("infer", "train"):
             options |= {"length": work.length, "packed": work.packed is not None}
         for s in strategies(count, **options):
@@ -259,17 +260,8 @@ def candidates(
                     if held >= before:
                         break
                     before = held
-                    found.append(
-                        Candidate(
-                            count,
-                            s,
-                            parts,
-                            offload,
-                            cost.seconds,
-                            cost.static_bytes,
-                            cost.active_bytes,
-                        )
-                    )
+                    priced = cost.seconds, cost.static_bytes, cost.active_bytes
+                    found.append(Candidate(count, s, parts, offload, *priced))
         out[count] = tuple(found)
     return out
 

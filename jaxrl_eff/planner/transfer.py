@@ -18,7 +18,7 @@ from jaxrl_eff.parallel.mesh import Placement
 from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.collectives import run, sizes
 from jaxrl_eff.planner.problem import Problem
-from jaxrl_eff.planner.shares import params_share
+from jaxrl_eff.planner.shares import params, params_share
 
 BUCKET_BYTES = 2.0**28  # per device, of a reallocation in flight
 
@@ -143,9 +143,9 @@ def realloc_cost(
     """
     if layout(source) == layout(target):
         return 0.0
-    shape = problem.roles[model].shape
+    role = problem.roles[model]
     m = moved(source, target, cluster.domain)
-    size = shape.params * float(shape.param_bytes)
+    size = params(role.lm) * float(role.param_bytes)
     nic = cluster.nic_bytes_per_s * cluster.nic_efficiency
     seconds = m.received * size / (cluster.link_bytes_per_s * cluster.link_efficiency)
     if m.imported:
@@ -160,8 +160,8 @@ def realloc_bytes(problem: Problem, model: str, source: Placement, target: Place
     """Extra bytes that a device of the target needs in a reallocation, beyond both layouts."""
     if layout(source) == layout(target):
         return 0.0
-    shape = problem.roles[model].shape
-    return 2 * min(BUCKET_BYTES, params_share(shape, target) * shape.param_bytes)
+    role = problem.roles[model]
+    return 2 * min(BUCKET_BYTES, params_share(role.lm, target) * role.param_bytes)
 
 
 def same_rows(source: Placement, target: Placement) -> bool:

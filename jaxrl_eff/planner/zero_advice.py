@@ -39,35 +39,35 @@ class Advice:
     def text(self) -> str:
         """The advice in one sentence."""
         exact, least = self.needed["exact"], min(self.gain, key=lambda k: (-self.gain[k], k))
-        said = f"{self.call} has {self.tokens:,.0f} tokens a device and update"
+        has = f"{self.call} has {self.tokens:,.0f} tokens a device and update"
         if self.tokens >= exact:
-            return f"{said}, enough from {exact:,.0f} on: sharded over all nodes, send exactly"
+            return f"{has}, enough from {exact:,.0f} on: sharded over all nodes, send exactly"
         enough = [k for k, t in self.needed.items() if k != "exact" and self.tokens >= t]
-        rung = enough[0] if enough else least
+        level = enough[0] if enough else least
         return (
-            f"{said}, and {exact:,.0f} hide what ZeRO-3 sends between nodes: sharded over all, "
-            f"zero.name={rung!r} needs {self.needed[rung]:,.0f} and is up to "
-            f"{self.gain[rung]:.1f}x faster"
+            f"{has}, and {exact:,.0f} hide what ZeRO-3 sends between nodes: sharded over all, "
+            f"zero.name={level!r} needs {self.needed[level]:,.0f} and is up to "
+            f"{self.gain[level]:.1f}x faster"
         )
 
 
-def volume(rung: ZeroLevel) -> float:
+def volume(level: ZeroLevel) -> float:
     """V: bytes that a node receives for an update, over those of the model in 16 bits.
 
     Scales of blocks are left out: 0.8 % of int8 codes and 1.6 % of int4 codes in blocks of 256.
     """
-    weights = rung.delta_bits or rung.weight_bits
-    return (1 if rung.secondary else 2) * weights / 16 + rung.grad_bits / 16
+    weights = level.delta_bits or level.weight_bits
+    return (1 if level.secondary else 2) * weights / 16 + level.grad_bits / 16
 
 
-def break_even(cluster: Cluster, rung: ZeroLevel, *, passes: float | int = 3) -> float:
+def break_even(cluster: Cluster, level: ZeroLevel, *, passes: float | int = 3) -> float:
     """T*, tokens per device and update; 0 without a second node."""
     nodes = cluster.devices / cluster.domain
     if nodes <= 1:
         return 0.0
     flops = cluster.flops_per_s * cluster.train_efficiency
     sent = cluster.nic_bytes_per_s * cluster.nic_efficiency * cluster.domain
-    return volume(rung) * flops * (nodes - 1) / nodes / (passes * sent)
+    return volume(level) * flops * (nodes - 1) / nodes / (passes * sent)
 
 
 def advice(problem: Problem, cluster: Cluster) -> list[Advice]:
@@ -79,7 +79,7 @@ def advice(problem: Problem, cluster: Cluster) -> list[Advice]:
 
 def _of(w: Work, problem: Problem, cluster: Cluster) -> Advice:
     role = problem.roles[w.model]
-    passes = role.passes + role.shape.remat
+    passes = role.passes + role.remat
     tokens = packed_rows.tokens(w) / w.minibatches / cluster.devices
     needed = {r.name: break_even(cluster, r, passes=passes) for r in LADDER}
     slow = max(tokens, needed["exact"])

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_eff.core import Graph, Packing, Placement, Step, packed, packed_memory, program_order
@@ -21,7 +20,7 @@ from jaxrl_eff.data.balance.shapes import fitted
 from jaxrl_eff.models import LMConfig
 from jaxrl_eff.parallel import global_arrays
 from jaxrl_eff.parallel.sharding import replicated
-from jaxrl_eff.planner import packed_rows, problem, schedule_cost
+from jaxrl_eff.planner import packed_rows, problem
 from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.train.settings import ScheduleSettings
 
@@ -105,7 +104,7 @@ def _packing(
         room = found_room(need, place, cluster.memory_bytes, most)
     here = [c for c in step.packs.calls if c.name in sizes]
     first = min(here, key=lambda c: c.kind != "train")
-    cost = cost_on(cluster, place, lms[first.of])
+    cost = packed_rows.cost_on(cluster, lms[first.of], seq=place.seq, tensor=place.tensor)
     shapes = (Shape(0, room),)
     if room * place.seq >= longest:  # otherwise `Step.scheduled` raises
         rng = np.random.default_rng(0)
@@ -113,18 +112,10 @@ def _packing(
         drawn = [rng.choice(pool, n) for _ in each for n in counts for pool in pools]
         shapes = fitted(
             [drawn[i] for i in rng.permutation(len(drawn))],
-            groups=place.row_shards, parts=place.seq, room=room, cost=cost, longest=longest,
+            groups=place.row_shards, parts=place.seq, capacity=room, cost=cost, longest=longest,
             shapes=s.shapes, multiple=min(BLOCK, room),
         )  # fmt: skip
     return Packing(shapes, room, cost)
-
-
-def cost_on(cluster: Cluster, place: Placement, lm: LMConfig) -> Cost:
-    """Returns estimated seconds of a training micro-step on a placement."""
-    return schedule_cost.cost_on(
-        cluster, schedule_cost.model_of(lm), seq=place.seq, tensor=place.tensor,
-        itemsize=jnp.dtype(lm.dtype).itemsize,
-    )  # fmt: skip
 
 
 def _useful(lengths: Sequence[int], place: Placement, *, batch: int, longest: int) -> int:

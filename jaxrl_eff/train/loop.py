@@ -16,7 +16,7 @@ import jax
 
 from jaxrl_eff.checkpoints.run import Checkpoints
 from jaxrl_eff.parallel import Route
-from jaxrl_eff.planner import corrections
+from jaxrl_eff.planner import measured
 from jaxrl_eff.train import evaluate, resume, state
 from jaxrl_eff.train.assembly import Assembled, Stage, words
 from jaxrl_eff.train.cadence import Cadence
@@ -285,7 +285,7 @@ def _replanned(
     new = calibration.corrected()
     gain = calibration.gain(new)
     out.console.line(f"{stage.name}: predicted and measured seconds")
-    for line in corrections.text(calibration.rows).splitlines():
+    for line in measured.text(calibration.rows).splitlines():
         out.console.line(f"  {line}")
     rows = [row._asdict() for row in calibration.rows]
     out.writer.document("calibration", {stage.name: rows}, merge=True)

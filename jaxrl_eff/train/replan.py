@@ -19,10 +19,9 @@ from jax.experimental import multihost_utils
 
 from jaxrl_eff.core import program_order, timing
 from jaxrl_eff.parallel import Placement
-from jaxrl_eff.planner import clusters
-from jaxrl_eff.planner import corrections as profile
+from jaxrl_eff.planner import clusters, measured
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.cost import NONE, Corrections
+from jaxrl_eff.planner.corrections import NONE, Corrections
 from jaxrl_eff.planner.problem import Lengths, Problem
 from jaxrl_eff.planner.search import search as find
 from jaxrl_eff.planner.simulate import Simulator
@@ -112,7 +111,7 @@ class Calibration:
             first: step of the first calibration.
         """
         self.searched = searched
-        self.rows: tuple[profile.Row, ...] = ()
+        self.rows: tuple[measured.Row, ...] = ()
         self._next, self._wait = first, searched.settings.calibrate
         self._measured: dict[str, list[float]] = defaultdict(list)
         self._steps: list[float] = []
@@ -158,9 +157,9 @@ class Calibration:
         if self._lengths:
             problem = _with_length(problem, float(np.median(self._lengths)))
         where = problem, old.plan, old.cluster
-        args = *where, profile.timed(*where, self._measured)
-        self.rows = profile.compare(*args, old.corrections)
-        new = profile.refit(*args, old.corrections)
+        args = *where, measured.timed(*where, self._measured)
+        self.rows = measured.compare(*args, old.corrections)
+        new = measured.refit(*args, old.corrections)
         if self._steps:
             ran = _Ran(problem, old.plan, float(np.median(self._steps)))
             self._ran[_key(old.plan)] = ran

@@ -13,6 +13,7 @@ from pages import Page
 from jaxrl_eff.cli import balance
 from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.baselines import rows, study
+from jaxrl_eff.planner.packed_rows import cost_of
 
 LENGTHS = [40, 3000, 17, 800, 20_000, 5, 120, 900, 64, 1200] * 3
 
@@ -140,7 +141,10 @@ def test_a_directory_is_a_model_too(tmp_path):
         eos_token_id=1, bos_token_id=1,
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(given))
-    assert balance.read_model(str(tmp_path)) == balance.MODELS["qwen2.5-0.5b"]
+    mesh = balance.read_mesh("data4,seq8")
+    models = balance.read_model(str(tmp_path)), balance.MODELS["qwen2.5-0.5b"]
+    ours, theirs = (balance.cost_on("h100", mesh, model) for model in models)
+    assert ours == theirs
 
 
 def test_wires_and_rates_are_those_of_the_mesh():
@@ -150,12 +154,13 @@ def test_wires_and_rates_are_those_of_the_mesh():
     both = balance.cost_on("h100", balance.read_mesh("data2,seq4,tensor2"), model)
     assert near.bytes_per_s > 4 * far.bytes_per_s and near.hop_seconds < far.hop_seconds
     assert both.flops_per_s == 2 * near.flops_per_s
-    assert near.linear == model.linear and near.flops_per_s < 989e12
+    assert near.linear == cost_of(model, flops_per_s=1, bytes_per_s=1).linear
+    assert near.flops_per_s < 989e12
 
 
 def test_a_study_adds_up():
     cost = balance.cost_on("h100", balance.read_mesh("seq4"), balance.MODELS["qwen2.5-0.5b"])
-    same = {"groups": 2, "parts": 4, "room": 8192, "cost": cost}
+    same = {"groups": 2, "parts": 4, "capacity": 8192, "cost": cost}
     found = study(np.array(LENGTHS), batch=16, shapes=6, **same)
     assert [len(s.lengths) for s in found.schedules] == [16, 14]
     assert np.concatenate([s.lengths for s in found.schedules]).tolist() == LENGTHS

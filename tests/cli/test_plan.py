@@ -184,7 +184,7 @@ def test_a_checkpoint_is_read_from_its_config_alone(tmp_path):
     ))  # fmt: skip
     (outline,) = plan.outlines(run)
     assert outline.lms["actor"].layers == 3 and outline.lms["actor"].vocab == 320
-    assert plan.problem(outline).roles["actor"].shape.width == 64
+    assert plan.problem(outline).roles["actor"].lm.width == 64
 
 
 # The drawing

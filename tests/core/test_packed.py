@@ -9,6 +9,7 @@ import launch
 import numpy as np
 import optax
 import pytest
+from sized import sized
 from test_plan_law import check, models_after
 
 from jaxrl_eff.algorithms import grpo, ppo
@@ -27,11 +28,11 @@ from jaxrl_eff.core import (
 )
 from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
-from jaxrl_eff.data.balance.cost import Model, cost_of
 from jaxrl_eff.parallel.attention.context import current_layout
+from jaxrl_eff.planner.packed_rows import cost_of
 from jaxrl_eff.train import assembly, balanced, state, summary, writer
 
-COST = cost_of(Model(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
+COST = cost_of(sized(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
 FOUR = Placement((3, 0, 2, 1), data=2, seq=2)
 ONE = Placement((0,))
 SHARDED = Placement((4, 5, 0, 1), data=2, fsdp=2)
@@ -55,7 +56,7 @@ PLANS = {
 OWN = skrull.plan
 
 
-def at_random(lengths, *, groups, parts, room, cost, shapes, seed, kind=""):
+def at_random(lengths, *, groups, parts, capacity, cost, shapes, seed, kind=""):
     """Any legal schedule: every sequence where there is room, in one of the shapes.
 
     Of the kind "local" or "shared" all are that.
@@ -82,7 +83,18 @@ def at_random(lengths, *, groups, parts, room, cost, shapes, seed, kind=""):
         places.append((s, g, r))
     step, group, rank = np.array(places, np.int32).T
     return Assignment(
-        np.asarray(lengths), groups, parts, room, cost, tuple(taken), step, group, rank, 1.0, "", {}
+        np.asarray(lengths),
+        groups,
+        parts,
+        capacity,
+        cost,
+        tuple(taken),
+        step,
+        group,
+        rank,
+        1.0,
+        "",
+        {},
     )
 
 
@@ -269,7 +281,7 @@ def test_nothing_is_compiled_for_other_lengths(wide, monkeypatch):
 def test_maps_take_every_token_once_and_keep_sequences_apart(seed):
     rng = np.random.default_rng(seed)
     picked, lengths = rng.permutation(20)[:9], rng.integers(1, 13, 9)
-    how = {"groups": 2, "parts": 2, "room": 16, "cost": COST, "shapes": SHAPES[FOUR]}
+    how = {"groups": 2, "parts": 2, "capacity": 16, "cost": COST, "shapes": SHAPES[FOUR]}
     schedule = at_random(lengths, seed=seed, **how)
     taken = []
     for shape, micro in zip(schedule.shapes, rows.maps(schedule, picked, width=13), strict=True):
@@ -417,7 +429,7 @@ def test_a_plan_is_searched_with_packed_calls_priced_by_expected_lengths():
     expected = works["ref_inf"].packed
     assert expected == works["actor_train"].packed and works["actor_gen"].packed is None
     assert works["actor_gen"].responses == expected.responses
-    assert expected.room == 16 and expected.responses.tokens == (1, 2, 3, 4)
+    assert expected.capacity == 16 and expected.responses.tokens == (1, 2, 3, 4)
     places = {stage.searched.plan[c.name].bare for c in stage.step.packs.calls}
     assert places == {*stage.step.packs.places} == {*stage.step.packs.packings}
     # Lengths of sampled rows are fetched once.

@@ -9,6 +9,7 @@ import launch
 import numpy as np
 import optax
 import pytest
+from sized import sized
 from test_packed import at_random
 from test_plan_law import check as check_law
 from test_plan_law import models_after
@@ -19,8 +20,9 @@ from jaxrl_eff.core import Packing, Placement, Spec, packed_memory
 from jaxrl_eff.data import packing
 from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.assignment import Shape
-from jaxrl_eff.data.balance.cost import Model, cost_of
+from jaxrl_eff.data.balance.cost import cost_of
 from jaxrl_eff.models import LMConfig, params
+from jaxrl_eff.planner.packed_rows import cost_of
 from jaxrl_eff.train import assembly, balanced, writer
 
 LM = LMConfig(
@@ -38,7 +40,7 @@ LENGTHS = (5, 7, 3, 30, 12, 1, 9, 4, 26, 2)
 PLACE = Placement((3, 0, 2, 1), data=2, seq=2)
 SHAPES = (Shape(16, 16), Shape(0, 32), Shape(32, 0))
 ROOM = 32
-COST = cost_of(Model(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
+COST = cost_of(sized(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
 
 
 def units(algorithm):

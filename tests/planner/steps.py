@@ -1,18 +1,21 @@
 """Steps of real sizes, written by hand, for the tests of the search."""
 
-from jaxrl_eff.planner.problem import Lengths, Problem, Role, Shape, Work
+from sized import sized
 
-SIZES = {  # layers, width, ffn, heads, kv_heads, head_dim, vocab
-    "1b": (16, 2048, 8192, 32, 8, 64, 32000),
-    "7b": (32, 4096, 11008, 32, 32, 128, 32000),
-    "13b": (40, 5120, 13824, 40, 40, 128, 32000),
-    "70b": (80, 8192, 28672, 64, 8, 128, 32000),
+from jaxrl_eff.planner.problem import Lengths, Problem, Role, Work
+
+SIZES = {  # layers, width, heads, kv_heads, head_dim, ffn, vocab
+    "1b": (16, 2048, 32, 8, 64, 8192, 32000),
+    "7b": (32, 4096, 32, 32, 128, 11008, 32000),
+    "13b": (40, 5120, 40, 40, 128, 13824, 32000),
+    "70b": (80, 8192, 64, 8, 128, 28672, 32000),
 }
 
 
 def role(size, *, trained=False, value=False):
-    shape = Shape(*SIZES[size], param_bytes=2, compute_bytes=2, remat=True, value=value)
-    return Role(shape, opt_bytes=12.0 * trained, grad_bytes=4.0 * trained)
+    half = dict(dtype="bfloat16", param_dtype="bfloat16", remat="full")
+    lm = sized(*SIZES[size], head="value" if value else "lm", **half)
+    return Role(lm, opt_bytes=12.0 * trained, grad_bytes=4.0 * trained)
 
 
 def generate(name, rows, prompt, new, writes, samples=1, staleness=0):

@@ -1,10 +1,10 @@
 """Corrections from measured times."""
 
 import pytest
-from workload import ROUND, SHAPE, everywhere, on, ppo
+from workload import ROUND, everywhere, on, ppo
 
-from jaxrl_eff.planner import corrections as profile
-from jaxrl_eff.planner.cost import NONE, Corrections
+from jaxrl_eff.planner import measured
+from jaxrl_eff.planner.corrections import NONE
 from jaxrl_eff.planner.simulate import simulate
 
 P = ppo(rows=64)
@@ -19,15 +19,15 @@ def predicted(corrections=NONE, plan=PLAN):
 
 def test_the_first_measurement_is_believed():
     true = {n: t * (i + 1) for i, (n, t) in enumerate(predicted().items())}
-    c = profile.refit(P, PLAN, CLUSTER, true)
+    c = measured.refit(P, PLAN, CLUSTER, true)
     assert predicted(c) == pytest.approx(true)
-    assert profile.error(profile.compare(P, PLAN, CLUSTER, true, c)) < 1e-9
+    assert measured.error(measured.compare(P, PLAN, CLUSTER, true, c)) < 1e-9
     assert set(c.counts.values()) == {1}
 
 
 def test_factors_are_taken_to_other_placements_and_unseen_edges():
     true = {n: 3 * t for n, t in predicted().items()}
-    c = profile.refit(P, PLAN, CLUSTER, true)
+    c = measured.refit(P, PLAN, CLUSTER, true)
     other = everywhere(P, on(0, 8, fsdp=8)) | {"critic_inf": on(0, 2)}
     before, after = predicted(plan=other), predicted(c, other)
     assert after == pytest.approx({n: 3 * t for n, t in before.items()})
@@ -36,10 +36,10 @@ def test_factors_are_taken_to_other_placements_and_unseen_edges():
 
 def test_later_measurements_move_a_factor_less():
     one = predicted()["ref_inf"]
-    c = profile.refit(P, PLAN, CLUSTER, {"ref_inf": one})
+    c = measured.refit(P, PLAN, CLUSTER, {"ref_inf": one})
     steps = []
     for _ in range(9):
-        c = profile.refit(P, PLAN, CLUSTER, {"ref_inf": 2 * one}, c)
+        c = measured.refit(P, PLAN, CLUSTER, {"ref_inf": 2 * one}, c)
         steps.append(c.seconds["ref_inf"])
     assert steps[0] == pytest.approx(2**0.5)
     assert steps == sorted(steps) and 1.9 < steps[-1] < 2
@@ -47,33 +47,19 @@ def test_later_measurements_move_a_factor_less():
 
 def test_one_odd_step_does_not_count():
     one = predicted()["ref_inf"]
-    c = profile.refit(P, PLAN, CLUSTER, {"ref_inf": [one, 50 * one, one]})
+    c = measured.refit(P, PLAN, CLUSTER, {"ref_inf": [one, 50 * one, one]})
     assert c.seconds["ref_inf"] == pytest.approx(1)
-    wild = profile.refit(P, PLAN, CLUSTER, {"ref_inf": 1e9 * one})
-    assert wild.seconds["ref_inf"] == profile.MOST_CHANGE
-    assert profile.refit(P, PLAN, CLUSTER, {"ref_inf": 0.0}).seconds == {}
+    wild = measured.refit(P, PLAN, CLUSTER, {"ref_inf": 1e9 * one})
+    assert wild.seconds["ref_inf"] == measured.MOST_CHANGE
+    assert measured.refit(P, PLAN, CLUSTER, {"ref_inf": 0.0}).seconds == {}
 
 
 def test_the_table_names_every_row():
     true = {"actor_gen": 2 * predicted()["actor_gen"]}
-    rows = profile.compare(P, PLAN, CLUSTER, true)
+    rows = measured.compare(P, PLAN, CLUSTER, true)
     assert [(r.name, r.kind) for r in rows] == [("actor_gen", "generate")]
     assert rows[0].ratio == pytest.approx(2)
-    assert profile.error(rows) == pytest.approx(1)
-    assert "actor_gen" in profile.text(rows) and "2.00" in profile.text(rows)
+    assert measured.error(rows) == pytest.approx(1)
+    assert "actor_gen" in measured.text(rows) and "2.00" in measured.text(rows)
     with pytest.raises(ValueError, match=r"measured \['nothing'\]"):
-        profile.compare(P, PLAN, CLUSTER, {"nothing": 1.0})
-
-
-def test_compiled_programs_correct_memory_and_flops():
-    where = PLAN["ref_inf"]
-    static = SHAPE.params * 4
-    price = simulate(P, PLAN, CLUSTER).costs["ref_inf"]
-    found = profile.from_analysis(
-        P, PLAN, CLUSTER, {"ref_inf": {"bytes": static + 3 * price.active_bytes, "flops": 1e6}}
-    )
-    assert found.active_bytes["ref_inf"] == pytest.approx(3)
-    after = simulate(P, PLAN, CLUSTER, found).costs["ref_inf"]
-    assert after.active_bytes == pytest.approx(3 * price.active_bytes)
-    assert after.parts["compute"] == pytest.approx(1e6 / CLUSTER.flops32_per_s)
-    assert where == PLAN["ref_inf"] and isinstance(found, Corrections)
+        measured.compare(P, PLAN, CLUSTER, {"nothing": 1.0})

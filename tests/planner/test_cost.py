@@ -1,17 +1,18 @@
 """Prices against numbers worked out by hand, relations that must hold, and slow twins."""
 
 import itertools
-import json
 import math
 import random
 
 import pytest
-from workload import LAYER, ROUND, SHAPE, on, ppo
+from workload import LAYER, LM, ROUND, on, ppo
 
 from jaxrl_eff.parallel.mesh import Placement
-from jaxrl_eff.planner import clusters, cost
-from jaxrl_eff.planner.cost import Corrections, call_cost
-from jaxrl_eff.planner.problem import Lengths, Problem, Role, Shape, Work
+from jaxrl_eff.planner import clusters, collectives, cost_generate, transfer
+from jaxrl_eff.planner.corrections import Corrections
+from jaxrl_eff.planner.cost import call_cost
+from jaxrl_eff.planner.problem import Lengths, Problem, Role, Work
+from jaxrl_eff.planner.shares import params
 
 # A forward pass of one row of 8 tokens, each seeing 4.5 on average, with logits.
 FORWARD = 2 * 2 * LAYER * 8 + 4 * 2 * 2 * 4.5 * 2 * 8 + 2 * 4 * 16 * 8
@@ -33,7 +34,7 @@ def test_inference_counts_products_attention_and_head():
 def test_training_is_three_passes_and_four_with_recomputation():
     p = ppo(minibatches=2, epochs=3)
     assert parts(p, "actor_train", on(0, 1))["compute"] == pytest.approx(9 * 16 * FORWARD / 1e12)
-    again = ppo(shape=Shape(2, 4, 8, 2, 1, 2, 16, remat=True))
+    again = ppo(lm=LM.replace(remat="full"))
     found = parts(again, "actor_train", on(0, 1))["compute"]
     assert found == pytest.approx(4 * 16 * FORWARD / 1e12)
 
@@ -58,28 +59,28 @@ def test_tensor_parallelism_splits_what_divides_and_sums_twice_a_layer():
 
 
 def test_a_sum_over_hosts_goes_through_every_card():
-    two_hosts = cost.all_reduce(800.0, cost.Axis(8, 2), ROUND)
+    two_hosts = collectives.all_reduce(800.0, collectives.Axis(8, 2), ROUND)
     inside = 2 * 800 * 3 / 4 / 1e9
     assert two_hosts == pytest.approx(inside + 2 * (800 / 4) / 2 / 1e8)
-    assert cost.gather(800.0, cost.Axis(4, 1), ROUND) == pytest.approx(inside / 2)
+    assert collectives.gather(800.0, collectives.Axis(4, 1), ROUND) == pytest.approx(inside / 2)
     slow = ROUND.with_(link_latency=1.0, nic_latency=10.0)
-    assert cost.all_reduce(0.0, cost.Axis(8, 2), slow) == pytest.approx(2 * 1 + 10)
+    assert collectives.all_reduce(0.0, collectives.Axis(8, 2), slow) == pytest.approx(2 * 1 + 10)
 
 
 def test_axes_know_which_hosts_they_span():
     c = clusters.parse("h100:2x8")
-    g = cost.grid(on(0, 16, data=2, tensor=8), c)
-    assert (g.tensor, g.data) == (cost.Axis(8, 1), cost.Axis(2, 2))
-    g = cost.grid(on(4, 8, data=2, tensor=4), c)
-    assert (g.tensor, g.data) == (cost.Axis(4, 1), cost.Axis(2, 2))
+    g = collectives.grid(on(0, 16, data=2, tensor=8), c)
+    assert (g.tensor, g.data) == (collectives.Axis(8, 1), collectives.Axis(2, 2))
+    g = collectives.grid(on(4, 8, data=2, tensor=4), c)
+    assert (g.tensor, g.data) == (collectives.Axis(4, 1), collectives.Axis(2, 2))
     strided = Placement(tuple(i // 2 + 8 * (i % 2) for i in range(16)), data=8, tensor=2)
-    g = cost.grid(strided, c)
-    assert (g.tensor, g.data) == (cost.Axis(2, 2), cost.Axis(8, 1))
+    g = collectives.grid(strided, c)
+    assert (g.tensor, g.data) == (collectives.Axis(2, 2), collectives.Axis(8, 1))
 
 
 def test_gradients_are_summed_over_data_and_scattered_over_fsdp():
     p = ppo()
-    n = SHAPE.params
+    n = params(LM)
     data = parts(p, "actor_train", on(0, 2))["data"]
     assert data == pytest.approx(2 * n * 4 / 2 / 1e9)
     sharded = parts(p, "actor_train", on(0, 2, fsdp=2))["data"]
@@ -115,47 +116,51 @@ def test_decoding_reads_weights_and_cache_each_step():
 
 def test_the_loop_ends_with_the_longest_row():
     lengths = Lengths((1, 2, 4), (0.5, 0.25, 0.25))
-    assert cost.longest(lengths, 1) == pytest.approx(2.0)
+    assert cost_generate.longest(lengths, 1) == pytest.approx(2.0)
     for n in (2, 3):
         mean = sum(
             max(lengths.tokens[i] for i in draw) * math.prod(lengths.share[i] for i in draw)
             for draw in itertools.product(range(3), repeat=n)
         )
-        assert cost.longest(lengths, n) == pytest.approx(mean)
-    assert cost.longest(Lengths.all(7), 100) == 7
+        assert cost_generate.longest(lengths, n) == pytest.approx(mean)
+    assert cost_generate.longest(Lengths.all(7), 100) == 7
 
 
 def test_compaction_leaves_work_only_for_rows_that_are_not_done():
     lengths = Lengths((2, 8), (0.75, 0.25))
     work = Work("g", "generate", "actor", 64, max_new=8, responses=lengths, compactions=1)
-    assert cost.phases(work, 64) == [(1.0, 0.0, 2.0), (0.5, 2.0, pytest.approx(8.0, abs=1e-6))]
+    assert cost_generate.phases(work, 64) == [
+        (1.0, 0.0, 2.0),
+        (0.5, 2.0, pytest.approx(8.0, abs=1e-6)),
+    ]
     plain = Work("g", "generate", "actor", 64, max_new=8, responses=lengths)
-    assert cost.phases(plain, 64) == [(1.0, 0.0, pytest.approx(8.0, abs=1e-6))]
+    assert cost_generate.phases(plain, 64) == [(1.0, 0.0, pytest.approx(8.0, abs=1e-6))]
 
 
 def test_a_growing_cache_is_read_as_far_as_it_has_grown():
     work = Work("g", "generate", "actor", 4, prompt=10, max_new=8, growths=2)
-    assert cost._slots(work, 0, 8) == 10 + (4 + 8) / 2
-    assert cost._slots(work, 0, 6) == pytest.approx(10 + (4 * 4 + 2 * 8) / 6)
-    assert cost._slots(Work("g", "generate", "actor", 4, prompt=10, max_new=8), 0, 8) == 14
+    assert cost_generate._slots(work, 0, 8) == 10 + (4 + 8) / 2
+    assert cost_generate._slots(work, 0, 6) == pytest.approx(10 + (4 * 4 + 2 * 8) / 6)
+    assert cost_generate._slots(Work("g", "generate", "actor", 4, prompt=10, max_new=8), 0, 8) == 14
 
 
 def test_a_window_of_all_layers_shortens_the_ring():
     """Rows of 8 tokens on 4 devices: of pieces of 2 a window of 3 reaches one back, not three."""
 
     def seconds(**window):
-        role = Role(Shape(2, 4, 8, 2, 1, 2, 16, **window))
+        role = Role(LM.replace(**window))
         p = Problem((ppo().work("ref_inf"),), {"ref": role})
         return parts(p, "ref_inf", on(0, 4, seq=4))["seq"]
 
     whole = seconds()
     assert whole > 0
-    assert seconds(window=3, windowed=2) == pytest.approx(whole / 3)
-    assert seconds(window=3, windowed=1) == seconds(window=8, windowed=2) == whole
+    assert seconds(window=3, windowed=(True, True)) == pytest.approx(whole / 3)
+    assert seconds(window=3, windowed=(True, False)) == whole
+    assert seconds(window=8, windowed=(True, True)) == whole
 
 
 def test_windows_shorten_attention():
-    local = Shape(2, 4, 8, 2, 1, 2, 16, window=2, windowed=1)
+    local = LM.replace(window=2, windowed=(True, False))
     p = Problem((ppo().work("ref_inf"),), {"ref": Role(local)})
     less = 4 * 2 * 2 * (4.5 - 2) * 8
     assert parts(p, "ref_inf", on(0, 1))["compute"] == pytest.approx(16 * (FORWARD - less) / 1e12)
@@ -163,13 +168,13 @@ def test_windows_shorten_attention():
 
 def test_memory_of_a_trainer():
     p = ppo()
-    n = SHAPE.params
+    n = params(LM)
     price = call_cost(p, p.work("actor_train"), on(0, 1), ROUND)
     assert price.static_bytes == pytest.approx(n * (4 + 8))
     assert price.active_bytes > n * 4
     half = call_cost(p, p.work("actor_train"), on(0, 2, fsdp=2), ROUND)
     assert half.static_bytes == pytest.approx(price.static_bytes / 2)
-    zero = Problem(p.works, {**p.roles, "actor": Role(SHAPE, 8, 4, zero=True)})
+    zero = Problem(p.works, {**p.roles, "actor": Role(LM, 8, 4, zero=True)})
     split = call_cost(zero, p.work("actor_train"), on(0, 2), ROUND)
     assert split.static_bytes == pytest.approx(n * (4 + 4))
     less = call_cost(p, p.work("actor_train"), on(0, 1, microbatches=4), ROUND)
@@ -181,7 +186,7 @@ def test_the_cache_is_the_generators_memory():
     price = call_cost(big, big.work("actor_gen"), on(0, 1), ROUND)
     cache = 2 * 1024 * 8 * 2 * 1 * 2 * 4
     assert price.active_bytes >= cache
-    assert price.static_bytes == pytest.approx(SHAPE.params * 4)
+    assert price.static_bytes == pytest.approx(params(LM) * 4)
 
 
 def test_offloaded_weights_come_in_behind_the_computing():
@@ -189,11 +194,11 @@ def test_offloaded_weights_come_in_behind_the_computing():
     rested = on(0, 1, offload="params")
     price = call_cost(p, p.work("ref_inf"), rested, ROUND)
     assert price.static_bytes == 0
-    way = SHAPE.params * 4 / 1e9
+    way = params(LM) * 4 / 1e9
     computing = 16 * FORWARD / 1e12
     assert price.parts["offload"] == pytest.approx(way / 2 + max(0, way / 2 - computing))
     opt = call_cost(p, p.work("actor_train"), on(0, 1, offload="opt"), ROUND)
-    assert opt.static_bytes == pytest.approx(SHAPE.params * 4)
+    assert opt.static_bytes == pytest.approx(params(LM) * 4)
     assert opt.seconds > call_cost(p, p.work("actor_train"), on(0, 1), ROUND).seconds
 
 
@@ -236,22 +241,12 @@ def test_better_hardware_is_never_slower(call):
 def test_corrections_multiply():
     p = ppo()
     plain = call_cost(p, p.work("ref_inf"), on(0, 1), ROUND)
-    c = Corrections({"ref_inf": 3.0}, active_bytes={"ref_inf": 2.0})
+    c = Corrections({"ref_inf": 3.0})
     found = call_cost(p, p.work("ref_inf"), on(0, 1), ROUND, c)
     assert found.seconds == pytest.approx(3 * plain.seconds) == sum(found.parts.values())
-    assert found.active_bytes == pytest.approx(2 * plain.active_bytes)
-    twice = call_cost(p, p.work("ref_inf"), on(0, 1), ROUND, Corrections(flops={"ref_inf": 2.0}))
-    assert twice.parts["compute"] == pytest.approx(2 * plain.parts["compute"])
-
-
-def test_corrections_survive_json():
-    c = Corrections({"a": 2.0, "*move": 0.5}, {"a": 1.5}, {"b": 3.0}, {"a": 4})
-    assert Corrections.from_json(json.dumps(c.to_json())) == c
+    assert found.active_bytes == plain.active_bytes
+    c = Corrections({"a": 2.0, "*move": 0.5})
     assert c.edge("x->y", "move") == 0.5 and c.edge("x->y", "realloc") == 1.0
-    with pytest.raises(ValueError, match=r"unknown fields \['second'\]"):
-        Corrections.from_json({"second": {}})
-    with pytest.raises(ValueError, match=r"seconds\['a'\] is -1"):
-        Corrections.from_json({"seconds": {"a": -1}})
 
 
 # Reallocation
@@ -272,7 +267,7 @@ def cells(p, ways):
 
 
 def moved_slowly(a, b, domain):
-    """`cost.moved` with sets."""
+    """`transfer.moved` with sets."""
     ways = (8, 8, 8)
     total = 8.0**3
     have, need = cells(a, ways), cells(b, ways)
@@ -291,37 +286,43 @@ def test_moved_bytes_are_those_of_sets():
         a, b = random_placement(rng), random_placement(rng)
         if rng.random() < 0.3:
             a = Placement(tuple(rng.sample(a.devices, len(a.devices))), **a.axes)
-        found = cost.moved(a, b, 4)
+        found = transfer.moved(a, b, 4)
         assert found[:3] == pytest.approx(moved_slowly(a, b, 4)), (a, b)
 
 
 def test_reallocation_costs_what_its_slowest_part_does():
     p = ppo()
-    size = SHAPE.params * 4
+    size = params(LM) * 4
     same = on(0, 4, fsdp=4)
-    assert cost.realloc_cost(p, "actor", same, on(0, 4, fsdp=4, microbatches=2), ROUND) == 0
-    assert cost.realloc_cost(p, "actor", same, on(0, 4), ROUND) == pytest.approx(3 / 4 * size / 1e9)
+    assert transfer.realloc_cost(p, "actor", same, on(0, 4, fsdp=4, microbatches=2), ROUND) == 0
+    assert transfer.realloc_cost(p, "actor", same, on(0, 4), ROUND) == pytest.approx(
+        3 / 4 * size / 1e9
+    )
     # To the other host: four cards carry it out and in once, links carry a whole copy each.
-    far = cost.realloc_cost(p, "actor", same, on(4, 4), ROUND)
+    far = transfer.realloc_cost(p, "actor", same, on(4, 4), ROUND)
     assert far == pytest.approx(max(size / 1e9, size / (4 * 1e8)))
-    back = cost.realloc_cost(p, "actor", on(4, 4), same, ROUND.with_(move_seconds=1.0))
+    back = transfer.realloc_cost(p, "actor", on(4, 4), same, ROUND.with_(move_seconds=1.0))
     assert back == pytest.approx(1.0 + max(size / 4 / 1e9, size / (4 * 1e8)))
-    assert cost.realloc_bytes(p, "actor", same, same) == 0
-    assert cost.realloc_bytes(p, "actor", same, on(0, 4)) == pytest.approx(2 * size)
+    assert transfer.realloc_bytes(p, "actor", same, same) == 0
+    assert transfer.realloc_bytes(p, "actor", same, on(0, 4)) == pytest.approx(2 * size)
 
 
 def test_copies_may_lie_in_data_or_seq():
-    assert cost.layout(on(0, 8, data=4, tensor=2)) == cost.layout(on(0, 8, data=2, seq=2, tensor=2))
-    assert cost.layout(on(0, 8, data=4, fsdp=2)) != cost.layout(on(0, 8, fsdp=2, seq=4, data=1))
-    assert cost.layout(on(0, 4)) != cost.layout(on(4, 4))
+    assert transfer.layout(on(0, 8, data=4, tensor=2)) == transfer.layout(
+        on(0, 8, data=2, seq=2, tensor=2)
+    )
+    assert transfer.layout(on(0, 8, data=4, fsdp=2)) != transfer.layout(
+        on(0, 8, fsdp=2, seq=4, data=1)
+    )
+    assert transfer.layout(on(0, 4)) != transfer.layout(on(4, 4))
 
 
 def test_transfers_cost_the_slower_wire():
     a, b, far = on(0, 2), on(2, 2), on(4, 2)
-    assert cost.move_cost(1000.0, a, on(0, 2), ROUND) == 0
-    assert cost.move_cost(1000.0, a, b, ROUND) == pytest.approx(500 / 1e9)
-    assert cost.move_cost(1000.0, a, far, ROUND) == pytest.approx(500 / 1e8)
-    assert not cost.crosses(a, b, ROUND) and cost.crosses(a, far, ROUND)
+    assert transfer.move_cost(1000.0, a, on(0, 2), ROUND) == 0
+    assert transfer.move_cost(1000.0, a, b, ROUND) == pytest.approx(500 / 1e9)
+    assert transfer.move_cost(1000.0, a, far, ROUND) == pytest.approx(500 / 1e8)
+    assert not transfer.crosses(a, b, ROUND) and transfer.crosses(a, far, ROUND)
 
 
 def test_fewer_devices_of_a_shared_machine_work_faster_each():
@@ -330,5 +331,5 @@ def test_fewer_devices_of_a_shared_machine_work_faster_each():
     one, eight = (parts(p, "ref_inf", on(0, n), shared)["compute"] for n in (1, 8))
     assert one == pytest.approx(eight)
     half = ROUND.with_(per_host=8, domain=8, shared_compute=0.5)
-    assert cost.demand(half, 2) == pytest.approx(0.25 + 0.75 * 0.5)
+    assert half.demand(2) == pytest.approx(0.25 + 0.75 * 0.5)
     assert parts(p, "ref_inf", on(0, 8), half)["compute"] == pytest.approx(eight)

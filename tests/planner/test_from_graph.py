@@ -9,7 +9,7 @@ from jaxrl_eff.algorithms import Rollout, grpo, ppo, remax, sft
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.optim import optimizer
 from jaxrl_eff.parallel import Placement
-from jaxrl_eff.planner import from_graph as works_
+from jaxrl_eff.planner import shares
 from jaxrl_eff.planner.from_graph import works
 from jaxrl_eff.planner.problem import Lengths
 from jaxrl_eff.rollout import Sampling
@@ -86,24 +86,21 @@ def test_models_are_sized_as_they_are():
     problem = works(graph, lms, PROMPTS, sampling=sampling, specs=s.specs)
     for name, lm in lms.items():
         norms = (2 * lm.layers + 1) * lm.width
-        assert problem.roles[name].shape.params == params.count(lm) - norms
+        assert shares.params(problem.roles[name].lm) == params.count(lm) - norms
     assert problem.roles["actor"].opt_bytes == pytest.approx(8, rel=0.01)
     assert problem.roles["actor"].grad_bytes == 4
     assert problem.roles["ref"].opt_bytes == 0
-    assert problem.roles["kl"].shape.params <= 16
-    shape = problem.roles["actor"].shape
-    assert (shape.window, shape.windowed, shape.tied) == (4, 1, True)
+    assert shares.params(problem.roles["kl"].lm) <= 16
+    assert problem.roles["actor"].lm == LM and sum(LM.windowed) == 1
     assert problem.work("actor_train").minibatches == 2
 
 
 def test_flops_agree_with_the_models_own_count():
     graph, lms, sampling = CASES["grpo"]
     problem = works(graph, lms, PROMPTS, sampling=sampling)
-    shape = problem.roles["ref"].shape
-    context = 8
-    mine = 2 * shape.layers * shape.layer_params + 2 * shape.head_params
-    seen = (shape.layers - shape.windowed) * context + shape.windowed * min(context, shape.window)
-    mine += 4 * shape.heads * shape.head_dim * seen
+    lm, context = problem.roles["ref"].lm, 8
+    mine = 2 * lm.layers * shares.layer_params(lm) + 2 * shares.head_params(lm)
+    mine += 4 * lm.heads * lm.head_dim * shares.seen(lm, float(context))
     norms = 2 * 2 * LM.layers * LM.width
     assert mine + norms == params.flops_per_token(LM, context)
 
@@ -131,4 +128,4 @@ def test_a_graph_without_generation():
     problem = works(sft.graph(sft.SFTConfig(), {"actor": LM}), {"actor": LM}, rows)
     (train,) = problem.works
     assert (train.rows, train.length, train.kind) == (6, 10, "train")
-    assert works_.shape(LM).params == problem.roles["actor"].shape.params
+    assert problem.roles["actor"].lm == LM

@@ -11,7 +11,6 @@ from jaxrl_eff.parallel import Placement
 from jaxrl_eff.planner import clusters, packed_rows, space, zero_advice
 from jaxrl_eff.planner.cost import call_cost
 from jaxrl_eff.planner.problem import ExpectedRows, Lengths
-from jaxrl_eff.planner.schedule_cost import cost_on, model_of
 from jaxrl_eff.planner.search import search
 from jaxrl_eff.train import balanced
 from jaxrl_eff.train.replan import _with_length
@@ -51,12 +50,14 @@ def test_rows_that_are_all_full_cost_what_padded_ones_do(name):
 @pytest.mark.parametrize("place", [on(8), on(8, data=2, seq=4), on(8, data=2, tensor=4)])
 def test_the_price_is_that_of_the_whole_search_for_a_schedule(place):
     problem = packed(HALF, rows=128)
-    work, shape = problem.work("actor_train"), problem.roles["actor"].shape
-    cost = cost_on(H100, model_of(shape), seq=place.seq, tensor=place.tensor, itemsize=2)
+    work, lm = problem.work("actor_train"), problem.roles["actor"].lm
+    cost = packed_rows.cost_on(H100, lm, seq=place.seq, tensor=place.tensor)
     lengths = packed_rows.batch(HALF, 64)
     assert sorted({*lengths.tolist()}) == [320, 512, 1024] and (lengths == 320).sum() == 32
-    room = int(max(1.25 * lengths.sum() / (place.row_shards * place.seq), 1024 / place.seq))
-    done = skrull.plan(lengths, groups=place.row_shards, parts=place.seq, room=room, cost=cost)
+    capacity = int(max(1.25 * lengths.sum() / (place.row_shards * place.seq), 1024 / place.seq))
+    done = skrull.plan(
+        lengths, groups=place.row_shards, parts=place.seq, capacity=capacity, cost=cost
+    )
     found = price(problem, "actor_train", place)
     passes = 3 + 1  # remat
     seconds = done.seconds - len(done.shapes) * cost.micro_seconds
@@ -85,12 +86,12 @@ def test_microbatches_stand_for_the_room():
     costs = [price(packed(HALF), "actor_train", on(1, microbatches=m)) for m in (1, 2, 4)]
     held = [c.active_bytes for c in costs]
     assert held == sorted(held, reverse=True) and costs[0].seconds < costs[-1].seconds
-    fixed = dataclasses.replace(HALF, room=2048)
+    fixed = dataclasses.replace(HALF, capacity=2048)
     same = [price(packed(fixed), "actor_train", on(1, microbatches=m)) for m in (1, 4)]
     assert same[0].seconds == same[1].seconds
     work = packed(fixed).work("actor_train")
     assert space.microbatches(work, space.Strategy(1, 1, 1, 1)) == (1,)
-    narrow = dataclasses.replace(work, packed=dataclasses.replace(HALF, room=300))
+    narrow = dataclasses.replace(work, packed=dataclasses.replace(HALF, capacity=300))
     assert space.microbatches(narrow, space.Strategy(1, 1, 1, 1)) == ()
     assert space.microbatches(narrow, space.Strategy(1, 1, 1, 1, seq=4)) == (1,)
     odd = dataclasses.replace(work, rows=255)
@@ -116,7 +117,7 @@ def test_plans_are_searched_and_lengths_corrected():
     nodes = clusters.parse("h100:2x8")
     ours, theirs = (zero_advice.advice(p, nodes)[0].tokens for p in (problem, packed(None)))
     assert ours == pytest.approx(theirs * HALF.mean / 1024)
-    narrow = packed(dataclasses.replace(HALF, room=100))
+    narrow = packed(dataclasses.replace(HALF, capacity=100))
     with pytest.raises(ValueError, match="1024 tokens, more than the room for 100 a device"):
         search(narrow, H100, evaluations=10, seed=0)
 

@@ -6,6 +6,7 @@ import random
 import re
 
 import pytest
+from sized import sized
 from steps import grpo, ppo, remax
 
 from jaxrl_eff.parallel import Placement
@@ -13,9 +14,9 @@ from jaxrl_eff.planner import bound, proof, rules, space
 from jaxrl_eff.planner.bound import Option, lower_bound
 from jaxrl_eff.planner.choices import Judge, choices
 from jaxrl_eff.planner.clusters import parse
-from jaxrl_eff.planner.cost import NONE
-from jaxrl_eff.planner.problem import Problem, Role, Shape, Work
-from jaxrl_eff.planner.search import exhaustive, search
+from jaxrl_eff.planner.corrections import NONE
+from jaxrl_eff.planner.problem import Problem, Role, Work
+from jaxrl_eff.planner.search import search
 from jaxrl_eff.planner.simulate import Simulation, simulate
 
 STEPS = {
@@ -39,6 +40,14 @@ def brute(problem, cluster, smallest):
     for state in itertools.product(*options):
         judge(state)
     return judge.best[1].seconds
+
+
+def exhaustive(problem, cluster, *, smallest=1):
+    """The best plan of all by branch and bound, and its simulation."""
+    table = choices(problem, cluster, corrections=NONE, smallest=smallest)
+    judge = Judge(table)
+    assert proof.prove(judge)
+    return table.plan(judge.best[0]), judge.schedule(judge.best[0])
 
 
 def random_states(table, n, seed=0):
@@ -262,9 +271,9 @@ def test_rows_that_divide_nowhere_are_said():
 
 
 def test_one_device_and_one_call():
-    shape = Shape(2, 16, 32, 4, 2, 4, 100)
+    lm = sized(2, 16, 4, 2, 4, 32, 100)
     step = Problem(
-        (Work("sft_train", "train", "actor", 8, length=16),), {"actor": Role(shape, 8.0, 4.0)}
+        (Work("sft_train", "train", "actor", 8, length=16),), {"actor": Role(lm, 8.0, 4.0)}
     )
     for name in ("h100:1", "h100:2", "v5e:4"):
         found = search(step, parse(name), evaluations=50)
@@ -320,11 +329,9 @@ def test_cuts_and_tilings_fill_the_cluster():
 
 def test_a_long_row_is_spread_over_devices():
     """One row of 32k tokens: devices can only share its tokens, or the model's heads."""
-    shape = Shape(24, 896, 4864, 14, 2, 64, 151_936)
+    lm = sized(24, 896, 14, 2, 64, 4864, 151_936)
     train = Work("actor_train", "train", "actor", 1, ("tokens",), length=32_768)
-    step = Problem(
-        (train,), {"actor": Role(shape, opt_bytes=8, grad_bytes=4)}, {"tokens": 131_072.0}
-    )
+    step = Problem((train,), {"actor": Role(lm, opt_bytes=8, grad_bytes=4)}, {"tokens": 131_072.0})
     plan, best = exhaustive(step, parse("h100:4"), smallest=4)
     assert plan["actor_train"].seq > 1 and best.over_bytes == 0
     alone = simulate(step, {"actor_train": Placement((0,))}, parse("h100:4"))

@@ -5,10 +5,11 @@ import random
 
 import pytest
 from test_cost import random_placement
-from workload import ROUND, SHAPE, everywhere, on, ppo
+from workload import LM, ROUND, everywhere, on, ppo, steady
 
-from jaxrl_eff.planner import cost, simulate
-from jaxrl_eff.planner.cost import Corrections
+from jaxrl_eff.planner import simulate, transfer
+from jaxrl_eff.planner.corrections import Corrections
+from jaxrl_eff.planner.shares import params
 from jaxrl_eff.planner.simulate import Simulator
 
 FREE = ROUND.with_(link_bytes_per_s=1e18, nic_bytes_per_s=1e18)  # moving takes no time
@@ -89,7 +90,7 @@ def test_a_step_of_another_layout_takes_its_reallocation_too():
     plan = everywhere(p, on(0, 8, fsdp=8)) | {"actor_gen": on(0, 8, tensor=2)}
     schedule = simulate.simulate(p, plan, WIRED)
     assert schedule.edges["actor->actor_gen"] == pytest.approx(
-        cost.realloc_cost(p, "actor", on(0, 8, fsdp=8), on(0, 8, tensor=2), WIRED)
+        transfer.realloc_cost(p, "actor", on(0, 8, fsdp=8), on(0, 8, tensor=2), WIRED)
     )
     total = sum(c.seconds for c in schedule.costs.values()) + schedule.edges["actor->actor_gen"]
     # Rows lie otherwise too, so what generation wrote moves, once on the way to the next call.
@@ -104,7 +105,7 @@ def test_calls_on_disjoint_devices_run_at_once():
         "actor_train": on(0, 2), "critic_train": on(2, 2), "critic_inf": on(2, 2),
     }  # fmt: skip
     schedule = simulate.simulate(p, plan, FREE)
-    spans = {s.name: s for s in schedule.steady()}
+    spans = steady(schedule)
     a, c = spans["actor_train"], spans["critic_train"]
     assert a.start < c.end and c.start < a.end
     assert schedule.seconds < sum(x.seconds for x in schedule.costs.values())
@@ -159,7 +160,7 @@ def test_transfers_through_one_card_wait_for_each_other():
     plan = everywhere(p, on(0, 2)) | {
         "actor_gen": on(0, 2), "rew_inf": on(4, 2), "ref_inf": on(6, 2), "critic_inf": on(2, 2),
     }  # fmt: skip
-    spans = {s.name: s for s in simulate.simulate(p, plan, slow).steady()}
+    spans = steady(simulate.simulate(p, plan, slow))
     first, second = spans["actor_gen->rew_inf"], spans["actor_gen->ref_inf"]
     assert second.start >= first.end or first.start >= second.end
     assert "actor_gen->critic_inf" not in spans  # inside the host it only takes time
@@ -167,14 +168,13 @@ def test_transfers_through_one_card_wait_for_each_other():
 
 def test_memory_counts_copies_once_and_the_busiest_call():
     p = ppo(rows=64)
-    n, value = SHAPE.params, p.roles["critic"].shape.params
+    n, value = params(LM), params(p.roles["critic"].lm)
     one = everywhere(p, on(0, 8))
     schedule = simulate.simulate(p, one, ROUND)
     (group,) = schedule.groups
     assert group.devices == tuple(range(8))
     assert group.static_bytes == pytest.approx(n * (12 + 4) + value * (12 + 4))
     assert group.active_bytes == max(c.active_bytes for c in schedule.costs.values())
-    assert schedule.peak_bytes == group.bytes
     two = simulate.simulate(p, one | {"actor_gen": on(0, 4)}, ROUND)
     sizes = {g.devices: g.static_bytes for g in two.groups}
     assert sizes[0, 1, 2, 3] == pytest.approx(group.static_bytes + 4 * n)
@@ -184,7 +184,8 @@ def test_memory_counts_copies_once_and_the_busiest_call():
 def test_what_does_not_fit_is_said_by_how_much():
     p = ppo(rows=64)
     plan = everywhere(p, on(0, 8))
-    need = simulate.simulate(p, plan, ROUND).peak_bytes
+    (group,) = simulate.simulate(p, plan, ROUND).groups
+    need = group.bytes
     tight = ROUND.with_(memory_bytes=need - 100)
     assert simulate.simulate(p, plan, tight).over_bytes == pytest.approx(100)
     assert simulate.simulate(p, plan, ROUND.with_(memory_bytes=need)).over_bytes == 0
@@ -196,7 +197,7 @@ def test_the_score_is_the_schedules_and_prices_are_kept():
     for _ in range(10):
         plan = random_plan(rng, p)
         score, schedule = sim.score(plan), sim.run(plan)
-        assert score == (schedule.seconds, schedule.over_bytes, schedule.peak_bytes)
+        assert score == (schedule.seconds, schedule.over_bytes)
         assert (
             sim.score({k: on(v.devices[0], len(v.devices), **_axes(v)) for k, v in plan.items()})
             == score
@@ -256,7 +257,7 @@ def test_a_lone_call_on_shared_cores_is_quicker_than_one_among_others():
     p = ppo(rows=64)
     plan = everywhere(p, on(0, 4)) | {"actor_gen": on(4, 4), "ref_inf": on(4, 4)}
     schedule = simulate.simulate(p, plan, shared)
-    spans = {s.name: s for s in schedule.steady()}
+    spans = steady(schedule)
     alone = schedule.costs["ref_inf"].seconds
     assert spans["ref_inf"].end - spans["ref_inf"].start > 1.5 * alone  # rew_inf runs beside it
     gen = spans["actor_gen"]

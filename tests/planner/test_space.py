@@ -5,11 +5,12 @@ import itertools
 import math
 
 import pytest
+from sized import sized
 
 from jaxrl_eff.parallel import Placement
 from jaxrl_eff.planner import clusters, space
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.problem import Lengths, Problem, Role, Shape, Work
+from jaxrl_eff.planner.problem import Lengths, Problem, Role, Work
 from jaxrl_eff.planner.space import Slice, Strategy
 
 
@@ -75,8 +76,8 @@ def test_executable_strategies_are_placements(count):
 
 
 def test_strategies_keep_to_what_the_model_divides_by():
-    shape = Shape(layers=2, width=12, ffn=40, heads=4, kv_heads=2, head_dim=3, vocab=10)
-    found = space.strategies(16, shape=shape, executable=False)
+    lm = sized(2, 12, 4, 2, 4, 40, 10)
+    found = space.strategies(16, lm=lm, executable=False)
     assert {s.tensor for s in found} == {1, 2, 4}
     assert {s.fsdp for s in found} == {1, 2, 4}
     assert {s.stage for s in found} == {1, 2}
@@ -111,13 +112,13 @@ def price(work: Work, where: Placement) -> Paid:
 
 
 def problem() -> Problem:
-    shape = Shape(layers=2, width=16, ffn=32, heads=4, kv_heads=2, head_dim=4, vocab=10)
+    lm = sized(2, 16, 4, 2, 4, 32, 10)
     works = (
         Work("gen", "generate", "a", rows=16, prompts=16, prompt=4, max_new=4,
              responses=Lengths.all(4), writes=("tokens",)),
         Work("train", "train", "a", rows=16, length=8, reads=("tokens",)),
     )  # fmt: skip
-    return Problem(works, {"a": Role(shape, 8.0, 4.0)})
+    return Problem(works, {"a": Role(lm, 8.0, 4.0)})
 
 
 def test_pruning_keeps_the_best_of_every_memory_limit():

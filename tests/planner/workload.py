@@ -2,12 +2,14 @@
 
 import dataclasses
 
+from sized import sized
+
 from jaxrl_eff.parallel.mesh import Placement
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.problem import Problem, Role, Shape, Work
+from jaxrl_eff.planner.problem import Problem, Role, Work
+from jaxrl_eff.planner.simulate import WARMUP
 
-SHAPE = Shape(2, 4, 8, 2, 1, 2, 16)
-VALUE = dataclasses.replace(SHAPE, value=True)
+LM = sized(2, 4, 2, 1, 2, 8, 16)
 LAYER = 4 * 2 * 2 * (2 + 1) + 3 * 4 * 8  # entries of a layer's matrices
 
 # One FLOP a picosecond, one byte a nanosecond on links, and nothing that is not asked for.
@@ -21,9 +23,9 @@ ROUND = Cluster(
 )  # fmt: skip
 
 
-def ppo(rows=16, staleness=0, shape=SHAPE, **train) -> Problem:
+def ppo(rows=16, staleness=0, lm=LM, **train) -> Problem:
     """The six calls of PPO: 4 tokens of prompt and 4 of response."""
-    value = dataclasses.replace(shape, value=True)
+    value = lm.replace(head="value")
     inputs = ("tokens", "logp", "score", "ref_logp", "value")
 
     def infer(name, model, write):
@@ -42,9 +44,9 @@ def ppo(rows=16, staleness=0, shape=SHAPE, **train) -> Problem:
             Work("critic_train", "train", "critic", rows, inputs, length=8, **train),
         ),
         {
-            "actor": Role(shape, opt_bytes=8, grad_bytes=4),
+            "actor": Role(lm, opt_bytes=8, grad_bytes=4),
             "critic": Role(value, opt_bytes=8, grad_bytes=4),
-            "ref": Role(shape),
+            "ref": Role(lm),
             "reward": Role(value),
         },
         dict.fromkeys(inputs, 4.0 * rows * 8),
@@ -59,3 +61,12 @@ def on(start, count, **axes) -> Placement:
 def everywhere(problem, where):
     """Every call on one placement."""
     return {w.name: where for w in problem.works}
+
+
+def steady(schedule):
+    """Spans of one iteration in the steady state, from its first start, by name."""
+    middle = [s for s in schedule.spans if s.iteration == WARMUP]
+    begin = min(s.start for s in middle)
+    return {
+        s.name: dataclasses.replace(s, start=s.start - begin, end=s.end - begin) for s in middle
+    }

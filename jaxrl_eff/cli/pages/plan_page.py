@@ -105,7 +105,7 @@ def moved(schedule: Simulation) -> list[tuple[str, float]]:
 
 def packed(planned: Planned) -> dict[str, str]:
     """Describes the calls whose rows a schedule packs; empty if there are none."""
-    told = [packed_rows.told(w) for w in planned.problem.works if w.packed is not None]
+    told = [packed_rows.describe(w) for w in planned.problem.works if w.packed is not None]
     if not told:
         return {}
     how = (

@@ -25,8 +25,8 @@ class Assignment:
 
     Attributes:
         lengths: int64 [K], tokens of each sequence.
-        groups, parts, room: data-parallel groups, ranks of the sequence axis, capacity of a rank in
-            tokens.
+        groups, parts, capacity: data-parallel groups, ranks of the sequence axis, and tokens that a
+            rank can hold.
         cost: the cost model that estimated it.
         shapes: of each micro-step.
         step, group: int32 [K].
@@ -39,7 +39,7 @@ class Assignment:
     lengths: np.ndarray
     groups: int
     parts: int
-    room: int
+    capacity: int
     cost: Cost
     shapes: tuple[Shape, ...]
     step: np.ndarray
@@ -93,7 +93,7 @@ class Assignment:
         ).reshape(attention.shape[:-1])
 
     def terms(self) -> np.ndarray:
-        """Cost terms of the slowest ranks, float64 [6]: this step's row for `refit`."""
+        """Cost terms of the slowest ranks, float64 [6]: a row for `refit`."""
         out, attention = np.zeros(6), self.attention()
         slowest = self.rank_seconds().reshape(len(self.shapes), -1).argmax(1)
         for shape, at, seconds in zip(self.shapes, slowest, attention, strict=True):
@@ -113,7 +113,6 @@ class Quality(NamedTuple):
         padding: share of columns without a token.
         distributed: share of tokens in distributed sequences.
         time_balance: mean over max of the ranks' estimated seconds, each summed over micro-steps.
-        token_balance: the same for their tokens.
     """
 
     seconds: float
@@ -122,7 +121,6 @@ class Quality(NamedTuple):
     padding: float
     distributed: float
     time_balance: float
-    token_balance: float
 
 
 def quality(schedule: Assignment) -> Quality:
@@ -130,7 +128,6 @@ def quality(schedule: Assignment) -> Quality:
     ranks = schedule.groups * schedule.parts
     columns = sum(shape.columns for shape in schedule.shapes)
     total = int(schedule.lengths.sum())
-    tokens = schedule.tokens().sum(-1).reshape(-1, ranks)
     seconds = schedule.rank_seconds().reshape(-1, ranks)
     limit = schedule.cost.perfect(schedule.lengths, ranks)
     return Quality(
@@ -140,5 +137,4 @@ def quality(schedule: Assignment) -> Quality:
         padding=1 - total / (columns * ranks),
         distributed=float(schedule.lengths[schedule.rank < 0].sum()) / total,
         time_balance=float(seconds.mean(1).sum() / seconds.max(1).sum()),
-        token_balance=float(tokens.mean(1).sum() / tokens.max(1).sum()),
     )

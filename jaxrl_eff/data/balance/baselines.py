@@ -1,4 +1,4 @@
-"""Comparison of scheduling rules on many batches of one source."""
+"""Rules that the command `balance` compares schedules with, on many batches of one source."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,55 @@ import numpy as np
 
 from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.assignment import Assignment, Shape, quality
+from jaxrl_eff.data.balance.batch import Batch
 from jaxrl_eff.data.balance.cost import Cost
 from jaxrl_eff.data.balance.shapes import lattice
 
 EXACT = "exact"
+
+
+def unpacked(batch: Batch) -> Assignment:
+    """One sequence per group and micro-step, in the order given, over all ranks."""
+    return _one_by_one(batch, np.argsort(batch.order).tolist(), "unpacked")
+
+
+def by_length(batch: Batch) -> Assignment:
+    """One sequence per group and micro-step, sorted by length, so that groups wait less for each
+    other (LongAlign, arXiv:2401.18058)."""
+    return _one_by_one(batch, list(range(len(batch.lengths))), "sorted")
+
+
+def _one_by_one(batch: Batch, order: list[int], name: str) -> Assignment:
+    steps = []
+    for start in range(0, len(order), batch.groups):
+        side = [batch.packed([k]) for k in order[start : start + batch.groups]]
+        side += [batch.packed([])] * (batch.groups - len(side))
+        steps.append((batch.shape(side), side))
+    found = batch.summed(steps)
+    return batch.schedule(found, name, {name: found.seconds})
+
+
+def packed(batch: Batch) -> Assignment:
+    """Packed context parallelism: every sequence over all ranks, in the best of `plan`'s cuts."""
+    best = skrull.Best(batch)
+    for way, cut in batch.cuts(skrull.MORE):
+        best.offer("packed", way, skrull.placed(batch.packed, cut))
+    return best.schedule()
+
+
+def printed(batch: Batch) -> Assignment:
+    """Skrull as printed except for its roll-back, in the fewest micro-steps that its rule finds."""
+    best = skrull.Best(batch)
+    best.offer("printed", "strided", skrull.printed(batch))
+    return best.schedule()
+
+
+def rivals(schedule: Assignment) -> dict[str, Assignment]:
+    """Schedules of the same batch by other rules, by name, in exact shapes, which favors them."""
+    s = schedule
+    batch = Batch(s.lengths, s.groups, s.parts, s.capacity, s.cost)
+    rules = {"unpacked": unpacked, "sorted": by_length, "packed": packed, "printed": printed}
+    return {name: rule(batch) for name, rule in rules.items()}
 
 
 class Study(NamedTuple):
@@ -53,7 +98,7 @@ def study(
     *,
     groups: int,
     parts: int,
-    room: int,
+    capacity: int,
     cost: Cost,
     batch: int,
     shapes: int,
@@ -62,19 +107,19 @@ def study(
 
     Args:
         lengths: int64 [n].
-        groups, parts, room, cost: as in `skrull.plan`.
+        groups, parts, capacity, cost: as in `skrull.plan`.
         batch: sequences of a batch.
         shapes: maximum size of the lattice; 0: exact shapes.
 
     Raises:
         ValueError: a sequence exceeds the capacity of a group.
     """
-    same = {"groups": groups, "parts": parts, "room": room, "cost": cost}
+    same = {"groups": groups, "parts": parts, "capacity": capacity, "cost": cost}
     longest = int(lengths.max())
-    if longest > room * parts:
+    if longest > capacity * parts:
         raise ValueError(
             f"length {int(lengths.argmax()) + 1} of {len(lengths)} is {longest}, but {parts} ranks "
-            f"of {room} tokens hold at most {room * parts}."
+            f"of {capacity} tokens hold at most {capacity * parts}."
         )
     chosen = lattice(lengths, batch=batch, shapes=shapes, **same) if shapes else None
     out = Study(chosen, [], {})
@@ -84,7 +129,7 @@ def study(
         if chosen is not None:
             exact = skrull.plan(lengths[start : start + batch], **same)
             out.rivals.setdefault(EXACT, []).append(exact)
-        for name, other in skrull.rivals(found).items():
+        for name, other in rivals(found).items():
             out.rivals.setdefault(name, []).append(other)
     return out
 

@@ -13,9 +13,6 @@ from jaxrl_eff.data.balance import rules
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.data.balance.cost import Cost
 
-_EIGHTHS = 8  # of the capacity, for shapes of a micro-step whose groups fit only separately
-_QUARTERS = 4  # steps from the least columns to those of a micro-step, for shapes to try
-_REPAIR = 0.1  # slack of the balance rule there
 _SHARES_OF_FAIR = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)  # lengths above which all are distributed
 
 Cut = list[list[int]]  # micro-batches, each longest first; groups times micro-steps of them
@@ -51,12 +48,12 @@ class Batch:
         lengths: Sequence[int] | np.ndarray,
         groups: int,
         parts: int,
-        room: int,
+        capacity: int,
         cost: Cost,
         shapes: Sequence[Shape] | None = None,
     ):
-        self.given = _checked(lengths, groups, parts, room)
-        self.groups, self.parts, self.room, self.cost = groups, parts, room, cost
+        self.given = _checked(lengths, groups, parts, capacity)
+        self.groups, self.parts, self.capacity, self.cost = groups, parts, capacity, cost
         self.order = np.argsort(-self.given, kind="stable")
         n = self.given[self.order]
         attention = cost.attention(n)
@@ -69,10 +66,11 @@ class Batch:
 
     def _sorted(self, shapes: Sequence[Shape]) -> list[Shape]:
         shapes = [Shape(*s) for s in shapes]
-        if Shape(0, self.room) not in shapes or any(s.columns > self.room for s in shapes):
+        if Shape(0, self.capacity) not in shapes or any(s.columns > self.capacity for s in shapes):
             raise ValueError(
-                f"shapes must have at most {self.room} columns, and one must be "
-                f"(0, {self.room}), which holds whatever fits; they are {list(map(tuple, shapes))}."
+                f"shapes must have at most {self.capacity} columns, and one must be "
+                f"(0, {self.capacity}), which holds whatever fits; they are "
+                f"{list(map(tuple, shapes))}."
             )
         return sorted(shapes, key=lambda s: (self.cost.seconds(*s, self.parts), s))
 
@@ -85,7 +83,7 @@ class Batch:
         in which all groups can run.
         """
         shares, out = self._shares(), []
-        count = max(1, -(-sum(self.stripes) // (self.room * self.groups)))
+        count = max(1, -(-sum(self.stripes) // (self.capacity * self.groups)))
         last = None
         while last is None or count <= last:
             for way, cut in (
@@ -129,7 +127,7 @@ class Batch:
         """Every group's share in strided slices, so that each has long and short sequences."""
         out = [share[j::count] for share in shares for j in range(count)]
         stripes = self.stripes.__getitem__
-        return None if any(sum(map(stripes, s)) > self.room for s in out) else out
+        return None if any(sum(map(stripes, s)) > self.capacity for s in out) else out
 
     def _levelled(self, count: int) -> Cut | None:
         """Micro-batches with about equal tokens, long and short sequences in each."""
@@ -157,7 +155,7 @@ class Batch:
         for k in range(first, len(self.stripes)):
             c = self.stripes[k]
             load, i = heap[0]
-            if done + 0.5 * c >= until or load + c > self.room:
+            if done + 0.5 * c >= until or load + c > self.capacity:
                 return k
             into[i].append(k)
             heapq.heapreplace(heap, (load + c, i))
@@ -174,27 +172,20 @@ class Batch:
 
     def printed(self, members: list[int]) -> Part | None:
         """The part by the paper's rule, repaired; None if it fails."""
-        places = rules.printed(*self._of(members[::-1]), parts=self.parts, room=self.room)
+        places = rules.printed(*self._of(members[::-1]), parts=self.parts, capacity=self.capacity)
         return None if places is None else self._part(members, places[::-1])
 
-    def balanced(
-        self, members: list[int], *, slack: float | int, caps: Shape | None = None
-    ) -> Part | None:
+    def balanced(self, members: list[int], caps: Shape | None = None) -> Part | None:
         """The part by the balance rule; `caps`: most local and distributed tokens of a rank."""
-        local, shared = caps or (self.room, self.room)
+        local, shared = caps or (self.capacity, self.capacity)
         places = rules.balanced(
             *self._of(members),
             parts=self.parts,
-            room=self.room,
-            slack=slack,
+            capacity=self.capacity,
             local=local,
             shared=shared,
         )
         return None if places is None else self._part(members, places)
-
-    def best(self, parts: Sequence[Part]) -> Part:
-        """The part that takes least by itself, of parts with the same members."""
-        return min(parts, key=lambda p: self.seconds(Shape(p.local, p.distributed), [p]))
 
     def _of(self, members: list[int]) -> tuple[list[int], list[int], list[float]]:
         return (
@@ -244,7 +235,7 @@ class Batch:
         """The shape that holds all groups' parts, exact or an allowed one; None if none does."""
         local, shared = max([p.local for p in parts]), max([p.distributed for p in parts])
         if self.shapes is None:
-            return Shape(local, shared) if local + shared <= self.room else None
+            return Shape(local, shared) if local + shared <= self.capacity else None
         for s in self.shapes:
             if local <= s.local and shared <= s.distributed:
                 return s
@@ -253,8 +244,8 @@ class Batch:
     def _joined(self, parts: list[Part]) -> tuple[Shape, list[Part]]:
         """A micro-step of these parts, or of the same sequences placed again if no shape holds it.
 
-        Every group is then planned within the first shape in which all fit. One always exists: that
-        in which all sequences are distributed.
+        Every group is then planned within the first shape in which all fit. If there is none, all
+        sequences are distributed, which always fits.
         """
         shape = self.shape(parts)
         if shape is not None:
@@ -264,16 +255,7 @@ class Batch:
             if again is not None:
                 return caps if self.shapes else self.shape(again) or caps, again
         again = [self.packed(p.members) for p in parts]
-        return self.shape(again) or Shape(0, self.room), again
-
-    def tightened(self, plan: Plan) -> Plan:
-        """The same micro-steps in smaller shapes where that is faster.
-
-        In a micro-step some groups hold more local tokens and others more distributed ones, and the
-        shape holds the most of both. A group with free capacity in its distributed part can move
-        sequences there.
-        """
-        return self.summed([self._tightened(*step) for step in plan.steps])
+        return self.shape(again) or Shape(0, self.capacity), again
 
     def pooled(self, plan: Plan) -> Plan:
         """The same micro-steps with sequences moved between groups, where that is faster."""
@@ -316,12 +298,17 @@ class Batch:
                 heapq.heapreplace(heap, heap[0] + self.stripes[k])
             found.add(max(heap))
         allowed = {s.distributed for s in self.shapes or ()}
-        return sorted(d for d in found | allowed if d <= self.room)
+        return sorted(d for d in found | allowed if d <= self.capacity)
 
     def _levelled_out(self, members: list[int], shared: int) -> list[Part] | None:
         lengths, stripes, _ = self._of(members)
         places = rules.pooled(
-            lengths, stripes, groups=self.groups, parts=self.parts, room=self.room, shared=shared
+            lengths,
+            stripes,
+            groups=self.groups,
+            parts=self.parts,
+            capacity=self.capacity,
+            shared=shared,
         )
         if places is None:
             return None
@@ -331,43 +318,19 @@ class Batch:
             there[g][1].append(t)
         return [self._part(*one) for one in there]
 
-    def _tightened(self, shape: Shape, parts: list[Part]) -> tuple[Shape, list[Part]]:
-        best = self.seconds(shape, parts), shape, parts
-        for caps in self.shapes or self._smaller(shape, parts):
-            if caps.columns >= shape.columns:
-                continue
-            again = self._within(caps, parts)
-            if again is not None:
-                held = caps if self.shapes else self.shape(again) or caps
-                best = min(best, (self.seconds(held, again), held, again), key=lambda b: b[0])
-        return best[1:]
-
-    def _smaller(self, shape: Shape, parts: list[Part]) -> list[Shape]:
-        """Shapes between this one and the least that the tokens need."""
-        whole = max([sum(map(self.stripes.__getitem__, p.members)) for p in parts])
-        mean = -(-sum(p.distributed for p in parts) // len(parts))
-        out = []
-        for shared in dict.fromkeys((shape.distributed, mean)):
-            least = max(0, whole - shared)
-            out += [
-                Shape(least + (shape.local - least) * q // _QUARTERS, shared)
-                for q in range(_QUARTERS)
-                if least < shape.local
-            ]
-        return out
-
     def _within(self, caps: Shape, parts: list[Part]) -> list[Part] | None:
         out = []
         for p in parts:
-            again = self.balanced(p.members, slack=_REPAIR, caps=caps)
+            again = self.balanced(p.members, caps)
             if again is None:
                 return None
             out.append(again)
         return out
 
     def _eighths(self) -> list[Shape]:
-        shared = [self.room * e // _EIGHTHS for e in range(1, _EIGHTHS)]
-        return [Shape(self.room - d, d) for d in shared]
+        """Shapes to try where any is allowed: some eighths of the capacity are distributed."""
+        shared = [self.capacity * e // 8 for e in range(1, 8)]
+        return [Shape(self.capacity - d, d) for d in shared]
 
     def schedule(self, plan: Plan, rule: str, candidates: dict[str, float]) -> Assignment:
         """Converts a plan to an assignment, with the sequences in their given order."""
@@ -380,7 +343,7 @@ class Batch:
             lengths=self.given,
             groups=self.groups,
             parts=self.parts,
-            room=self.room,
+            capacity=self.capacity,
             cost=self.cost,
             shapes=tuple(shape for shape, _ in plan.steps),
             step=step,
@@ -392,18 +355,20 @@ class Batch:
         )
 
 
-def _checked(lengths: Sequence[int] | np.ndarray, groups: int, parts: int, room: int) -> np.ndarray:
-    if min(groups, parts, room) < 1:
-        raise ValueError(f"{groups=}, {parts=} and {room=} must all be at least 1.")
+def _checked(
+    lengths: Sequence[int] | np.ndarray, groups: int, parts: int, capacity: int
+) -> np.ndarray:
+    if min(groups, parts, capacity) < 1:
+        raise ValueError(f"{groups=}, {parts=} and {capacity=} must all be at least 1.")
     n = np.asarray(lengths)
     if n.ndim != 1 or not n.size or not np.issubdtype(n.dtype, np.integer):
         raise ValueError(f"lengths must be a list of integers, but are {n.dtype}{list(n.shape)}.")
     n = n.astype(np.int64)
     if n.min() < 1:
         raise ValueError(f"sequence {n.argmin()} has {n.min()} tokens, but needs at least 1.")
-    if n.max() > room * parts:
+    if n.max() > capacity * parts:
         raise ValueError(
-            f"sequence {n.argmax()} has {n.max()} tokens, but {parts} ranks of {room} tokens hold "
-            f"at most {room * parts}."
+            f"sequence {n.argmax()} has {n.max()} tokens, but {parts} ranks of {capacity} tokens "
+            f"hold at most {capacity * parts}."
         )
     return n

@@ -14,13 +14,9 @@ The constants are of one mesh and drift with it: `refit` corrects them by measur
 """
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-
-_TRAIN = 3  # forward and backward, in forward passes
 
 
 def seen(n: np.ndarray, window: int, share: float | int) -> np.ndarray:
@@ -34,48 +30,6 @@ def seen(n: np.ndarray, window: int, share: float | int) -> np.ndarray:
     return (1 - share) * n * n + share * near * (2 * n - near)
 
 
-class Model(NamedTuple):
-    """A decoder's sizes: gated MLP, causal attention, one unembedding.
-
-    `windowed` of the layers attend to `window` positions, the others to all.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    window: int = 0
-    windowed: int = 0
-
-    @property
-    def linear(self) -> int:
-        """FLOP of training on one token, without attention scores."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        block = 2 * self.width * (q + 2 * kv) + 2 * q * self.width + 6 * self.width * self.ffn
-        return _TRAIN * (self.layers * block + 2 * self.width * self.vocab)
-
-    @property
-    def square(self) -> int:
-        """FLOP of training on a sequence's attention scores, divided by its tokens squared."""
-        return _TRAIN * 2 * self.layers * self.heads * self.head_dim
-
-    @property
-    def wire(self) -> int:
-        """Bytes sent per hop of the ring for one token's keys and values, over all layers.
-
-        Keys and values take two bytes per number, forward and again backward; their gradients four.
-        """
-        return self.layers * 16 * self.kv_heads * self.head_dim
-
-    def flops(self, tokens: int) -> float:
-        """FLOP of training on a sequence of `tokens` tokens."""
-        pairs = seen(np.array([tokens]), self.window, self.windowed / self.layers)
-        return self.linear * tokens + self.square * float(pairs[0])
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
     """A cost model: seconds from tokens, lengths and bytes.
@@ -85,11 +39,11 @@ class Cost:
     row are one kernel; attention is one kernel per sequence and rank.
 
     Attributes:
-        linear, square: FLOP per token, and per token squared; see `Model`.
+        linear, square: FLOP per token, and per token squared.
         window, windowed: positions that windowed layers see, and their share of the layers.
-        wire: bytes that a token of the distributed part sends in one hop, over the whole
+        bytes_per_token: that a token of the distributed part sends in one hop, over the whole
             micro-step.
-        laps: times around the ring in a micro-step; each has parts - 1 hops.
+        ring_rounds: times around the ring in a micro-step; each has parts - 1 hops.
         flops_per_s, attention_per_s: of one rank, for products and for attention.
         bytes_per_s: of one rank to its neighbor.
         hop_seconds: of a hop, in addition to its bytes.
@@ -102,8 +56,8 @@ class Cost:
 
     linear: float | int
     square: float | int
-    wire: float | int
-    laps: int
+    bytes_per_token: float | int
+    ring_rounds: int
     flops_per_s: float | int
     attention_per_s: float | int
     bytes_per_s: float | int
@@ -121,7 +75,8 @@ class Cost:
             if not getattr(self, name) > 0:
                 raise ValueError(f"Cost.{name} is {getattr(self, name)}, but must be above 0.")
         for name in (
-            "square", "wire", "laps", "hop_seconds", "half", "attention_half", "micro_seconds",
+            "square", "bytes_per_token", "ring_rounds", "hop_seconds", "half", "attention_half",
+            "micro_seconds",
         ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise ValueError(f"Cost.{name} is {getattr(self, name)}, but must be at least 0.")
@@ -150,8 +105,8 @@ class Cost:
         """Seconds to send keys, values and their gradients of `columns` columns around the ring."""
         if not columns or parts == 1:
             return 0.0
-        each = self.laps * self.hop_seconds + columns * self.wire / self.bytes_per_s
-        return (parts - 1) * each
+        sent = columns * self.bytes_per_token / self.bytes_per_s
+        return (parts - 1) * (self.ring_rounds * self.hop_seconds + sent)
 
     def seconds(
         self,
@@ -213,8 +168,8 @@ class Cost:
         """
         work = self.linear * (local + distributed + self.half * bool(local + distributed))
         mine = self.linear * (local + self.half) if local else 0.0
-        sent = (parts - 1) * distributed * self.wire
-        hops = (parts - 1) * self.laps * bool(distributed)
+        sent = (parts - 1) * distributed * self.bytes_per_token
+        hops = (parts - 1) * self.ring_rounds * bool(distributed)
         kept = attention + shared
         hides = self.products(local) + attention + self.overlap * shared
         if self.exchange(distributed, parts) > hides:
@@ -237,34 +192,6 @@ CONSTANTS = (
 _LEAST = 1e-3  # least factor on a constant in a fit: it cannot be 0, since a rate is its inverse
 
 
-def cost_of(
-    model: Model,
-    *,
-    flops_per_s: float | int,
-    bytes_per_s: float | int,
-    attention_share: float | int = 0.75,
-    **others: float | int,
-) -> Cost:
-    """The cost of training a model on ranks with these rates.
-
-    Args:
-        attention_share: share of `flops_per_s` that attention reaches.
-        others: further fields of `Cost`.
-    """
-    return Cost(
-        linear=model.linear,
-        square=model.square,
-        wire=model.wire,
-        laps=3 * model.layers,  # keys and values forward and backward, gradients backward
-        flops_per_s=flops_per_s,
-        attention_per_s=attention_share * flops_per_s,
-        window=model.window,
-        windowed=model.windowed / model.layers,
-        bytes_per_s=bytes_per_s,
-        **others,
-    )
-
-
 def refit(
     cost: Cost, rows: Sequence[tuple[np.ndarray, float | int]], *, trust: float | int = 0.03
 ) -> Cost:
@@ -281,6 +208,8 @@ def refit(
     Raises:
         ValueError: there are no rows, or a step took no time.
     """
+    from scipy.optimize import nnls  # slow to import
+
     if not rows:
         raise ValueError("refit needs at least one measured step.")
     times = np.array([t for _, t in rows], np.float64)
@@ -291,7 +220,7 @@ def refit(
     a = np.stack([terms for terms, _ in rows]) * scale / times[:, None]
     a = np.concatenate([a, trust * np.eye(len(scale))])
     b = np.concatenate([np.ones(len(times)), trust * (now / scale)])
-    x = non_negative(a, b) * scale
+    x = nnls(a, b)[0] * scale
     changed = {}
     for name, value, before in zip(CONSTANTS, x, now, strict=True):
         value = max(float(value), _LEAST * float(before))
@@ -302,16 +231,3 @@ def refit(
 def _slope(cost: Cost, name: str) -> float:
     value = float(getattr(cost, name))
     return 1 / value if name.endswith("per_s") else value
-
-
-def non_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """argmin |a x - b| over x >= 0, exactly, for a few columns: every subset of them is tried."""
-    best, found = np.inf, np.zeros(a.shape[1])
-    for n in range(a.shape[1] + 1):
-        for chosen in itertools.combinations(range(a.shape[1]), n):
-            x = np.zeros(a.shape[1])
-            x[list(chosen)] = np.linalg.lstsq(a[:, list(chosen)], b, rcond=None)[0]
-            error = float(np.sum((a @ x - b) ** 2))
-            if (x >= 0).all() and error < best:
-                best, found = error, x
-    return found

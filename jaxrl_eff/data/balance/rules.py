@@ -13,12 +13,9 @@ to the lower rank, and they return None if they find no such places.
 import heapq
 from collections.abc import Sequence
 
+SLACK = 0.1  # by how much of its fair load a rank can exceed it
+
 Places = list[int]
-
-
-def distributed(lengths: Sequence[int]) -> Places:
-    """Distributes all sequences over all ranks: packed context parallelism."""
-    return [-1] * len(lengths)
 
 
 def balanced(
@@ -27,31 +24,27 @@ def balanced(
     seconds: Sequence[float],
     *,
     parts: int,
-    room: int,
-    slack: float | int,
-    local: int | None = None,
-    shared: int | None = None,
+    capacity: int,
+    local: int,
+    shared: int,
 ) -> Places | None:
     """Distributes what exceeds a rank's fair load W = sum seconds / N, and balances the rest.
 
     The rest are placed longest first, each on the least loaded rank that has capacity for it and
-    stays within (1 + slack) W. If there is none it is distributed, and if that is full too, placed
+    stays within (1 + SLACK) W. If there is none it is distributed, and if that is full too, placed
     on the least loaded rank with capacity.
 
     Args:
         lengths: tokens of each sequence, longest first.
         stripes: tokens of each on every rank if it is distributed, ceil(length / parts).
         seconds: of each on one rank.
-        parts, room: N and C.
-        slack: by how much of W a rank can exceed it.
-        local, shared: most tokens that local and distributed sequences can take of a rank; `room`
-            by default.
+        parts, capacity: N and C.
+        local, shared: most tokens that local and distributed sequences can take of a rank.
     """
-    local, shared = room if local is None else local, room if shared is None else shared
-    limit = (1 + slack) * sum(seconds) / parts
+    limit = (1 + SLACK) * sum(seconds) / parts
     used, load = [0] * parts, [0.0] * parts
     spread, share, fullest = 0, 0.0, 0
-    space = min(local, room)
+    space = min(local, capacity)
     out = []
     for s, c, w in zip(lengths, stripes, seconds, strict=True):
         least = min(load)
@@ -59,15 +52,15 @@ def balanced(
         if s <= space and least + share + w <= limit:
             t = load.index(least)
             if used[t] + s > space:
-                t = _roomy(used, load, space - s, limit - share - w)
+                t = _with_capacity(used, load, space - s, limit - share - w)
         if t < 0:
-            if spread + c <= shared and fullest + spread + c <= room:
+            if spread + c <= shared and fullest + spread + c <= capacity:
                 spread += c
                 share += w / parts
-                space = min(local, room - spread)
+                space = min(local, capacity - spread)
                 out.append(-1)
                 continue
-            t = _roomy(used, load, space - s, float("inf"))
+            t = _with_capacity(used, load, space - s, float("inf"))
             if t < 0:
                 return None
         used[t] += s
@@ -78,7 +71,7 @@ def balanced(
     return out
 
 
-def _roomy(used: list[int], load: list[float], most: int, lightest: float) -> int:
+def _with_capacity(used: list[int], load: list[float], most: int, lightest: float) -> int:
     """The least loaded rank within `most` tokens and `lightest` seconds, or -1."""
     fitting = [
         (w, t)
@@ -94,7 +87,7 @@ def pooled(
     *,
     groups: int,
     parts: int,
-    room: int,
+    capacity: int,
     shared: int,
 ) -> list[tuple[int, int]] | None:
     """Fills the distributed part of every group evenly, and balances the rest over all ranks.
@@ -123,7 +116,7 @@ def pooled(
             out.append((g, -1))
             continue
         load, t = used[0]
-        if load + s + shared > room:
+        if load + s + shared > capacity:
             return None
         heapq.heapreplace(used, (load + s, t))
         out.append(divmod(t, parts))
@@ -136,7 +129,7 @@ def printed(
     seconds: Sequence[float],
     *,
     parts: int,
-    room: int,
+    capacity: int,
 ) -> Places | None:
     """Skrull's Algorithm 1 with its roll-back repaired.
 
@@ -149,9 +142,9 @@ def printed(
     overfills rolls back in turn.
 
     Args:
-        lengths, stripes, seconds, parts, room: as in `balanced`, but shortest first.
+        lengths, stripes, seconds, parts, capacity: as in `balanced`, but shortest first.
     """
-    left, load = [room] * parts, [0.0] * parts
+    left, load = [capacity] * parts, [0.0] * parts
     mine: list[list[int]] = [[] for _ in range(parts)]  # sequences of a rank, valid from `first`
     first = [0] * parts
     out = [-1] * len(lengths)

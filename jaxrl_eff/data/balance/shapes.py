@@ -10,7 +10,7 @@ columns. Among these, dynamic programming finds the one that pads least, where e
 takes the lowest shelf possible: distributing more would be slower, although it could pad less.
 
 Plans depend less on how many tokens are distributed than on full columns, and fewer numbers of
-distributed columns leave more shapes for totals. So batches are also planned with one, two or three
+distributed columns leave more shapes for totals. So batches are also planned with one or two
 numbers of distributed columns, in several ways, and the lattice that is fastest on the batches is
 chosen.
 """
@@ -39,10 +39,9 @@ def lattice(
     *,
     groups: int,
     parts: int,
-    room: int,
+    capacity: int,
     batch: int,
     cost: Cost,
-    counts: Sequence[int] | np.ndarray | None = None,
     shapes: int = 12,
     batches: int = 64,
     seed: int = 0,
@@ -52,12 +51,12 @@ def lattice(
 
     Batches are drawn from the lengths and planned with exact shapes, and with few numbers of
     distributed columns. For each, the lattice with the least padding is a candidate; the one with
-    the least estimated time on the batches is chosen. One shape is (0, room), which holds every
+    the least estimated time on the batches is chosen. One shape is (0, capacity), which holds every
     micro-step that fits memory.
 
     Args:
-        lengths: observed ones, or the values of a histogram with `counts`.
-        groups, parts, room, cost: as in `skrull.plan`.
+        lengths: observed ones.
+        groups, parts, capacity, cost: as in `skrull.plan`.
         batch: sequences of a global batch.
         shapes: maximum number of shapes.
         batches: number of batches to draw.
@@ -69,17 +68,16 @@ def lattice(
     if shapes < 1 or batch < 1 or batches < 1 or multiple < 1:
         raise ValueError(f"{shapes=}, {batch=}, {batches=} and {multiple=} must all be at least 1.")
     n = np.asarray(lengths)
-    if n.size and n.max() > room * parts:
+    if n.size and n.max() > capacity * parts:
         raise ValueError(
-            f"a sequence has {n.max()} tokens, but {parts} ranks of {room} tokens hold at most "
-            f"{room * parts}."
+            f"a sequence has {n.max()} tokens, but {parts} ranks of {capacity} tokens hold at most "
+            f"{capacity * parts}."
         )
-    share = None if counts is None else np.asarray(counts, np.float64) / np.sum(counts)
     rng = np.random.default_rng(seed)
-    drawn = [n[rng.choice(len(n), size=batch, p=share)] for _ in range(batches)]
+    drawn = [n[rng.choice(len(n), size=batch)] for _ in range(batches)]
     return fitted(
-        drawn, groups=groups, parts=parts, room=room, cost=cost, longest=int(n.max(initial=0)),
-        shapes=shapes, multiple=multiple,
+        drawn, groups=groups, parts=parts, capacity=capacity, cost=cost,
+        longest=int(n.max(initial=0)), shapes=shapes, multiple=multiple,
     )  # fmt: skip
 
 
@@ -88,7 +86,7 @@ def fitted(
     *,
     groups: int,
     parts: int,
-    room: int,
+    capacity: int,
     cost: Cost,
     longest: int,
     shapes: int = 12,
@@ -100,17 +98,17 @@ def fitted(
         batches: lengths of the sequences of each. Lattices are compared on the first 16.
         longest: most tokens of a sequence.
     """
-    same = {"groups": groups, "parts": parts, "room": room, "cost": cost}
+    same = {"groups": groups, "parts": parts, "capacity": capacity, "cost": cost}
     exact = [skrull.plan(lengths, **same) for lengths in batches]
     wanted = [shape for s in exact for shape in s.shapes]
-    rare = _rare(wanted, room=room, count=shapes // _RARE, multiple=multiple)
+    rare = _rare(wanted, capacity=capacity, count=shapes // _RARE, multiple=multiple)
     shapes -= len(rare)
-    found = [chosen(wanted, room=room, shapes=shapes, multiple=multiple)]
-    longest = min(_up(-(-longest // parts), multiple), room)
-    for depths in _depths(wanted, longest, room=room, multiple=multiple):
+    found = [chosen(wanted, capacity=capacity, shapes=shapes, multiple=multiple)]
+    longest = min(_up(-(-longest // parts), multiple), capacity)
+    for depths in _depths(wanted, longest, capacity=capacity, multiple=multiple):
         asked = [shape for s in exact for shape in _on(s, depths, multiple)]
-        found.append(_on_shelves(asked, depths, room=room, shapes=shapes))
-    found = list(dict.fromkeys(_sorted([*one, *rare], room) for one in found))
+        found.append(_on_shelves(asked, depths, capacity=capacity, shapes=shapes))
+    found = list(dict.fromkeys(_sorted([*one, *rare], capacity) for one in found))
 
     def seconds(shapes: tuple[Shape, ...]) -> float:
         judges = batches[:_JUDGES]
@@ -119,27 +117,27 @@ def fitted(
     return min(found, key=seconds) if len(found) > 1 else found[0]
 
 
-def _rare(wanted: Sequence[Shape], *, room: int, count: int, multiple: int) -> list[Shape]:
+def _rare(wanted: Sequence[Shape], *, capacity: int, count: int, multiple: int) -> list[Shape]:
     """Shapes between the largest one wanted and the full capacity, if they are far apart.
 
     Without them, a sequence longer than those in the batches would cost the full capacity.
     """
-    largest = max([s.columns for s in wanted], default=room)
-    count = min(count, int(math.log2(room / largest)))
-    ratio = (room / largest) ** (1 / (count + 1))
+    largest = max([s.columns for s in wanted], default=capacity)
+    count = min(count, int(math.log2(capacity / largest)))
+    ratio = (capacity / largest) ** (1 / (count + 1))
     return [Shape(0, _up(round(largest * ratio**i), multiple)) for i in range(1, count + 1)]
 
 
 def _depths(
-    wanted: Sequence[Shape], longest: int, *, room: int, multiple: int
+    wanted: Sequence[Shape], longest: int, *, capacity: int, multiple: int
 ) -> list[tuple[int, ...]]:
     """Sets of few numbers of distributed columns; each covers the longest wanted or possible."""
     deep = [d for _, d in wanted if d]
     if not deep:
         return []
-    below = [min(_up(int(np.quantile(deep, q)), multiple), room) for q in _QUANTILES]
-    tops = {min(_up(max(deep), multiple), room), longest}
-    lows = [(), *((d,) for d in below), (below[0], below[-1])]
+    below = [min(_up(int(np.quantile(deep, q)), multiple), capacity) for q in _QUANTILES]
+    tops = {min(_up(max(deep), multiple), capacity), longest}
+    lows = [(), *((d,) for d in below)]
     return sorted({tuple(sorted({*low, top})) for low in lows for top in tops})
 
 
@@ -151,18 +149,18 @@ def _on(schedule: Assignment, depths: tuple[int, ...], multiple: int) -> list[Sh
     out = []
     for i in range(len(schedule.shapes)):
         lengths = schedule.lengths[schedule.step == i]
-        batch = Batch(lengths, schedule.groups, schedule.parts, schedule.room, schedule.cost)
+        batch = Batch(lengths, schedule.groups, schedule.parts, schedule.capacity, schedule.cost)
         found = batch.pool(list(range(len(lengths))), depths)
         if found is not None:
             depth = next(d for d in depths if d >= found[1].distributed)
             columns = _up(found[1].local + depth, multiple)
-            if columns <= schedule.room:
+            if columns <= schedule.capacity:
                 out.append(Shape(columns - depth, depth))
     return out
 
 
 def _on_shelves(
-    wanted: Sequence[Shape], depths: tuple[int, ...], *, room: int, shapes: int
+    wanted: Sequence[Shape], depths: tuple[int, ...], *, capacity: int, shapes: int
 ) -> tuple[Shape, ...]:
     """Lattice as from `chosen`, for shapes that all have one of these distributed columns."""
     least: _Row = {0: (0.0, ())}
@@ -170,31 +168,31 @@ def _on_shelves(
         total = np.array([s.columns for s in wanted if s.distributed == depth], np.int64)
         if total.size:
             row: _Row = {}
-            _extend(row, least, _shelf(total, room, shapes - 1), depth, shapes - 1)
+            _extend(row, least, _shelf(total, capacity, shapes - 1), depth, shapes - 1)
             least = row
-    return _sorted(min(least.values(), key=lambda found: (found[0], len(found[1])))[1], room)
+    return _sorted(min(least.values(), key=lambda found: (found[0], len(found[1])))[1], capacity)
 
 
 def chosen(
-    wanted: Sequence[Shape], *, room: int, shapes: int, multiple: int = MULTIPLE
+    wanted: Sequence[Shape], *, capacity: int, shapes: int, multiple: int = MULTIPLE
 ) -> tuple[Shape, ...]:
     """The lattice of at most `shapes` shapes in which the wanted ones take the fewest columns.
 
     At most 24 levels of either number are distinguished, by quantiles. What exceeds the capacity
-    after rounding up takes (0, room).
+    after rounding up takes (0, capacity).
     """
     shared = np.array([_up(d, multiple) for _, d in wanted], np.int64)
     total = np.array([max(_up(s + d, multiple), _up(d, multiple)) for s, d in wanted], np.int64)
-    full = Shape(0, room)
-    fits = total <= room
+    full = Shape(0, capacity)
+    fits = total <= capacity
     if shapes == 1 or not fits.any():
         return (full,)
-    return _sorted(_shelves(shared[fits], total[fits], room, shapes - 1), room)
+    return _sorted(_shelves(shared[fits], total[fits], capacity, shapes - 1), capacity)
 
 
-def _sorted(shapes: Sequence[Shape], room: int) -> tuple[Shape, ...]:
-    """Sorts shapes by columns, with (0, room) added."""
-    return tuple(sorted({Shape(0, room), *shapes}, key=lambda s: (s.columns, s)))
+def _sorted(shapes: Sequence[Shape], capacity: int) -> tuple[Shape, ...]:
+    """Sorts shapes by columns, with (0, capacity) added."""
+    return tuple(sorted({Shape(0, capacity), *shapes}, key=lambda s: (s.columns, s)))
 
 
 def _up(n: int, multiple: int) -> int:
@@ -210,7 +208,7 @@ def _levels(values: np.ndarray) -> list[int]:
     return found.tolist()
 
 
-def _shelves(shared: np.ndarray, total: np.ndarray, room: int, shapes: int) -> list[Shape]:
+def _shelves(shared: np.ndarray, total: np.ndarray, capacity: int, shapes: int) -> list[Shape]:
     """Dynamic programming over shelves: least[i][m] is for the first i levels with m shapes."""
     levels = _levels(shared)
     least: list[_Row] = [{0: (0.0, ())}]
@@ -218,7 +216,7 @@ def _shelves(shared: np.ndarray, total: np.ndarray, room: int, shapes: int) -> l
         row: _Row = {}
         for j in range(i):
             here = (shared > (levels[j - 1] if j else -1)) & (shared <= top)
-            options = _shelf(np.maximum(total[here], top), room, shapes)
+            options = _shelf(np.maximum(total[here], top), capacity, shapes)
             _extend(row, least[j], options, top, shapes)
         least.append(row)
     return list(min(least[-1].values(), key=lambda found: (found[0], len(found[1])))[1])
@@ -238,14 +236,14 @@ def _extend(
                 row[m + k] = before + price, taken + tuple(Shape(e - depth, depth) for e in edges)
 
 
-def _shelf(total: np.ndarray, room: int, shapes: int) -> list[tuple[float, tuple[int, ...]]]:
+def _shelf(total: np.ndarray, capacity: int, shapes: int) -> list[tuple[float, tuple[int, ...]]]:
     """For 0, 1, .. edges: the columns that micro-steps of these totals take, and the edges.
 
     Each takes the next edge, or the full capacity if it exceeds all of them.
     """
     levels = _levels(total)
     below = [0.0, *(float((total <= e).sum()) for e in levels)]
-    rest = [(below[-1] - b) * room for b in below]
+    rest = [(below[-1] - b) * capacity for b in below]
     row: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] + [(np.inf, ())] * len(levels)
     out = [(rest[0], ())]
     for _ in range(min(shapes, len(levels))):

@@ -21,10 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxrl_eff.models import LMConfig
 from jaxrl_eff.parallel.mesh import Placement
 from jaxrl_eff.planner import clusters as hardware
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.problem import Plan, Problem, Role, Shape, Work
+from jaxrl_eff.planner.problem import Plan, Problem, Role, Work
 from jaxrl_eff.planner.simulate import Simulator
 
 PROMPT, TOKENS, MINIBATCHES = 128, 2**17, 4
@@ -110,10 +111,10 @@ def a100(gpus: int, fitted: Fitted) -> Cluster:
     )
 
 
-def shape(billions: int, *, value: bool = False) -> Shape:
+def llama(billions: int, *, value: bool = False) -> LMConfig:
     """A LLaMA-2 model in bfloat16 that recomputes layers in the backward pass."""
     layers, width, ffn, heads, kv_heads = SIZES[billions]
-    return Shape(
+    return LMConfig(
         layers=layers,
         width=width,
         ffn=ffn,
@@ -121,10 +122,10 @@ def shape(billions: int, *, value: bool = False) -> Shape:
         kv_heads=kv_heads,
         head_dim=width // heads,
         vocab=32000,
-        value=value,
-        param_bytes=2,
-        compute_bytes=2,
-        remat=True,
+        head="value" if value else "lm",
+        param_dtype="bfloat16",
+        dtype="bfloat16",
+        remat="full",
     )
 
 
@@ -132,7 +133,7 @@ def problem(cell: Cell) -> Problem:
     """The cell's PPO step. Optimizer states take 20 bytes per parameter, sharded by ZeRO-1."""
     n, length = cell.sequences, PROMPT + cell.response
     trained = {"opt_bytes": 20.0, "grad_bytes": 2.0, "zero": True}
-    actor, critic = shape(cell.actor), shape(cell.critic, value=True)
+    actor, critic = llama(cell.actor), llama(cell.critic, value=True)
     inputs = ("tokens", "logp", "score", "ref_logp", "value")
 
     def infer(name: str, model: str, write: str) -> Work:
