@@ -12,6 +12,7 @@ import typing
 from pathlib import Path
 
 from jaxrl_eff import schema
+from jaxrl_eff.__main__ import COMMANDS
 from jaxrl_eff.algorithms import ALGORITHMS
 from jaxrl_eff.models import LMConfig, Rope
 from jaxrl_eff.peft import AdaptSettings
@@ -32,6 +33,7 @@ ROOMS = {
     "data": ("data",),
     "planner": ("planner",),
     "train": ("train",),
+    "cli": ("cli",),
 }
 SECTIONS = {
     "config": settings.Run,
@@ -138,7 +140,10 @@ def default(field: dataclasses.Field) -> str:
 
 
 def names_table(package: str) -> str:
-    """The public names of a package with the first sentence of their docstrings."""
+    """The commands, or a package's public names with the first sentence of their docstrings."""
+    if package == "cli":
+        rows = [f"| `{word}` | {what} |" for word, what in COMMANDS.items()]
+        return "\n".join(["| command | |", "|---|---|", *rows])
     room = importlib.import_module(f"jaxrl_eff.{package}")
     rows = [f"| `jaxrl_eff.{package}` | |", "|---|---|"]
     for name in sorted(room.__all__, key=str.lower):

@@ -13,8 +13,8 @@ __all__, __getattr__, __dir__ = public.table(
     __name__,
     {
         "clusters": ("Cluster",),
-        "from_graph": ("of_stage", "works"),
+        "from_graph": ("works",),
         "problem": ("Lengths", "Problem"),
     },
-    modules=("clusters", "corrections", "search", "simulate"),
+    modules=("clusters", "corrections", "measured", "search", "simulate"),
 )

@@ -40,9 +40,9 @@ class ScheduleSettings:
         room: maximum tokens on a device; 0: found by compiling the model for two sizes.
         shapes: maximum number of micro-batch shapes; each is a program to compile, for every call.
         sample: number of examples whose lengths determine the shapes.
-        measure: True to let measurements improve the estimates: the rates of CPUs at the start, and
-            steps of algorithms that do not sample. Two runs then sum the same gradients in
-            different orders; False: only constants, so that runs are bitwise reproducible.
+        measure: True to measure the rates of CPUs at the start for the estimates. Two runs can then
+            sum the same gradients in different orders; False: only constants, so that runs are
+            bitwise reproducible.
     """
 
     name: Annotated[str, Switch()] = "rows"
