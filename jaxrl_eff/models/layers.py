@@ -263,7 +263,7 @@ class Block(nn.Module):
         x = x + (Norm(cfg, name="post_attn_norm")(y) if cfg.post_norms else y)
         y = Norm(cfg, name="mlp_norm")(x)
         chunked = 0 < cfg.mlp_chunk < y.shape[1]
-        sharded = weights.any_gathered(self.variables.get("params", {}))
+        sharded = weights.sharded(self.variables.get("params", {}))
         y = _in_pieces(cfg, y, sharded) if chunked else Mlp(cfg, name="mlp")(y)
         x = x + (Norm(cfg, name="post_mlp_norm")(y) if cfg.post_norms else y)
         return (nn.with_logical_constraint(x, ("batch", "length", "act_embed")), kv), None

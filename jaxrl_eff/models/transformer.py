@@ -217,7 +217,7 @@ def apply(
         >>> hidden.shape, cache
         ((1, 3, 4), None)
     """
-    if weights.any_transient(params):
+    if weights.transient(params):
         # If unrolled, the compiler could dequantize or gather all layers before the first.
         cfg = cfg.replace(unroll=cfg.unroll or 1)
     model = LanguageModel(cfg, attend or attention.choose(cfg), stacked="layers" in params)

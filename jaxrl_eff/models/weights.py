@@ -23,15 +23,12 @@ from jaxrl_eff.types import Array, Float, PyTree
 class Weight(Protocol):
     """A stand-in for an array of parameters.
 
-    Attributes:
-        transient: True if every use makes a copy, by communication or from codes, which a backward
-            pass should make again instead of keeping it.
+    One that makes a copy at every use, by communication or from codes, has an attribute `transient`
+    that is True: a backward pass should make the copy again instead of keeping it.
     """
 
-    transient: bool
-
-    def materialize(self, dtype: Any = None) -> Array:
-        """Returns the array, in its stored precision if no dtype is given."""
+    def materialize(self) -> Array:
+        """Returns the array."""
 
 
 @runtime_checkable
@@ -50,8 +47,7 @@ class Kernel(Weight, Protocol):
 
 def array(x: Any, dtype: Any = None) -> Array:
     """Returns a parameter or the array that a weight stands for."""
-    if isinstance(x, Weight):
-        return x.materialize(dtype)
+    x = x.materialize() if isinstance(x, Weight) else x
     return x if dtype is None else x.astype(dtype)
 
 
@@ -74,24 +70,23 @@ def prepared(x: Any, dtype: Any) -> Any:
     return x if isinstance(x, Weight) else x.astype(dtype)
 
 
-def transient(x: Any) -> bool:
-    """Returns True for a weight that each use makes a copy of."""
-    return isinstance(x, Weight) and x.transient
+def transient(params: PyTree) -> bool:
+    """Returns True if parameters, or one of them, have a part that each use makes a copy of."""
+    return any(map(_copies, jax.tree.leaves(params, is_leaf=_copies)))
 
 
-def any_transient(params: PyTree) -> bool:
-    """Returns True if parameters have a weight that each use makes a copy of."""
-    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Weight))
-    return any(map(transient, leaves))
+def sharded(params: PyTree) -> bool:
+    """Returns True if `gathered` would communicate."""
+    remote = (x for x in jax.tree.leaves(params, is_leaf=_remote) if _remote(x))
+    return any(map(_copies, remote))
+
+
+def _copies(x: Any) -> bool:
+    return getattr(x, "transient", False)
 
 
 def _remote(x: Any) -> bool:
     return isinstance(x, Weight) and not isinstance(x, Kernel)
-
-
-def any_gathered(params: PyTree) -> bool:
-    """Returns True if `gathered` would communicate."""
-    return any(_remote(x) and x.transient for x in jax.tree.leaves(params, is_leaf=_remote))
 
 
 def gathered(params: PyTree) -> PyTree:

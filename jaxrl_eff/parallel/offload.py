@@ -1,7 +1,7 @@
 """Arrays in host memory, as leaves of a parameter tree."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 
@@ -15,9 +15,7 @@ class OffloadedWeight:
     """
 
     value: Any
-    transient: ClassVar[bool] = False
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
+    def materialize(self) -> jax.Array:
         """Fetches the array."""
-        x = jax.device_put(self.value, jax.memory.Space.Device)
-        return x if dtype is None else x.astype(dtype)
+        return jax.device_put(self.value, jax.memory.Space.Device)

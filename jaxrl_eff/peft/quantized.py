@@ -124,14 +124,14 @@ class Quantized:
         each = self._length // self.scales.shape[axis]
         return (y * jnp.repeat(self.scales, each, axis)).astype(dtype)
 
-    def materialize(self, dtype: Any = None) -> Array:
-        """Returns the kernel of one layer, by default in float32."""
+    def materialize(self) -> Array:
+        """Returns the kernel of one layer in float32."""
         # Gathered over the fsdp axis as codes, in a fraction of the bytes.
         axes = tuple(None if axis == "embed" else axis for axis in self.axes)
         kept = (weights.array(x) for x in (self.codes, self.scales))
         if axes:
             kept = (nn.with_logical_constraint(x, axes) for x in kept)
-        return Quantized(*kept).dequantize(dtype or jnp.float32)
+        return Quantized(*kept).dequantize(jnp.float32)
 
     def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         return products.product(x, weights.matrix(self, x.shape[-1], x.dtype))

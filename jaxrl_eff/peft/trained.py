@@ -50,9 +50,6 @@ class Whole(NamedTuple):
         changed = tree.where(finite, changed, mine)
         return tree.with_leaves(params, changed), tree.where(finite, new, opt)
 
-    def axes(self, name: str) -> None:
-        del name
-
 
 class Entries(NamedTuple):
     """Entries of kernels, into which their changes are written."""

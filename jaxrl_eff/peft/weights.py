@@ -53,10 +53,6 @@ class LowRank:
     magnitude: Any = None
     norm: Any = None
 
-    @property
-    def transient(self) -> bool:
-        return weights.transient(self.base)
-
     def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         base = self.base if self.magnitude is None else weights.gathered(self.base)  # used twice
         a, b = self._matrices(x.dtype)
@@ -70,8 +66,8 @@ class LowRank:
         scaled = weights.array(self.magnitude).reshape(-1) / weights.array(norm)
         return y * scaled.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
-    def materialize(self, dtype: Any = None) -> Array:
-        """Returns the merged kernel, summed in float32 and rounded once."""
+    def materialize(self) -> Array:
+        """Returns the merged kernel, summed in float32 and rounded to the base's dtype once."""
         base = weights.array(self.base)
         a, b = self._matrices(jnp.float32)
         matrix = base.reshape(a.shape[0], b.shape[1])
@@ -79,7 +75,7 @@ class LowRank:
         if self.magnitude is not None:
             size = weights.array(self.magnitude).reshape(-1) / self._column_norm(matrix)
             whole = whole * size[None]
-        return whole.astype(dtype or base.dtype).reshape(base.shape)
+        return whole.astype(base.dtype).reshape(base.shape)
 
     def prepared(self, dtype: Any) -> "LowRank":
         """Computes DoRA's norms; small matrices are as fast beside the kernel."""
@@ -129,10 +125,6 @@ class Tapped:
     axes: tuple[str | None, ...] = _static()
     overlay: bool = _static()
 
-    @property
-    def transient(self) -> bool:
-        return weights.transient(self.base)
-
     def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         values, index = weights.array(self.values), weights.array(self.index)
         rows, length = x.shape[:2] if x.ndim == 3 else (x.shape[0], 1)
@@ -143,7 +135,7 @@ class Tapped:
             overlay=self.overlay, probe=next(iter(self.probes.items()), None),
         )  # fmt: skip
 
-    def materialize(self, dtype: Any = None) -> Array:
+    def materialize(self) -> Array:
         """Returns the kernel with the changes of an overlay, added in float32."""
         kernel = weights.array(self.base)
         if self.overlay:
@@ -151,7 +143,7 @@ class Tapped:
             matrix = kernel.reshape(math.prod(kernel.shape[: inputs_of(self.axes)]), -1)
             t = gradient_taps.tiling_of(matrix.shape, values, index)
             kernel = gradient_taps.with_delta(t, matrix, values, index).reshape(kernel.shape)
-        return weights.array(kernel, dtype)
+        return kernel
 
     def prepared(self, dtype: Any) -> Any:
         """Adds an overlay to an array once; codes and arrays in host memory keep it beside them."""
@@ -189,17 +181,13 @@ class InTurn:
     turn: Any
     whole: Shared
 
-    @property
-    def transient(self) -> bool:
-        return weights.transient(self.base)
-
     def matmul(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         matrix = weights.matrix(self.base, x.shape[-1], x.dtype)
         whole = self.whole.value.reshape(-1, *matrix.shape)
         return gradient_taps.in_turn(x, matrix, whole, weights.array(self.turn))
 
-    def materialize(self, dtype: Any = None) -> Array:
-        return weights.array(self.base, dtype)
+    def materialize(self) -> Array:
+        return weights.array(self.base)
 
     def prepared(self, dtype: Any) -> Any:
         return weights.prepared(self.base, dtype)
@@ -266,7 +254,7 @@ def merged(cfg: LMConfig, params: PyTree) -> PyTree:
     def one(x: Any) -> Any:
         if not isinstance(x, weights.Kernel):
             return x
-        return jax.lax.map(lambda layer: layer.materialize(jnp.dtype(cfg.param_dtype)), x)
+        return jax.lax.map(lambda layer: weights.array(layer, jnp.dtype(cfg.param_dtype)), x)
 
     is_weight = lambda x: isinstance(x, weights.Weight)  # noqa: E731
     return jax.tree.map(one, assembled(cfg, params), is_leaf=is_weight)

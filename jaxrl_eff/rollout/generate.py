@@ -20,7 +20,7 @@ from jaxrl_eff.models import attention
 from jaxrl_eff.models import params as params_
 from jaxrl_eff.models.config import LMConfig
 from jaxrl_eff.models.transformer import Cache, apply, cast_for_decode, unembed, unstack_layers
-from jaxrl_eff.models.weights import any_transient
+from jaxrl_eff.models.weights import transient
 from jaxrl_eff.rollout import cache as kv
 from jaxrl_eff.rollout.sampling import Sampling, draw, ends, uniforms
 from jaxrl_eff.types import Array, Float, Int, PyTree
@@ -96,7 +96,7 @@ def sample(
         uniform = uniforms(key, group * sampling.samples + sample_, sampling.max_tokens)
         params = cast_for_decode(cfg, params)
         hidden, cache = _read(cfg, params, prompt, length, attend)
-        if unstacked and not any_transient(params):  # unstacked, all would be dequantized
+        if unstacked and not transient(params):  # unstacked, all would be dequantized
             params, cache = unstack_layers(cfg, params), kv.unstack(cache)
         cache = kv.repeat(cache, sampling.samples)
         logits = jnp.repeat(unembed(cfg, params, hidden), sampling.samples, axis=0)

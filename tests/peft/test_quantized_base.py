@@ -18,6 +18,7 @@ from jaxrl_eff.algorithms import sft
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.parallel import Placement, rules
 from jaxrl_eff.parallel.mesh import mesh
+from jaxrl_eff.parallel.offload import OffloadedWeight
 from jaxrl_eff.peft import lora, quantized, ways, weights
 from jaxrl_eff.peft.quantized import NF4, Block
 from jaxrl_eff.rollout import Sampling, sample
@@ -224,6 +225,21 @@ def test_a_model_on_codes_is_the_model_on_what_they_mean(kind, way):
     ]
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
     jax.tree.map(close, *merged)
+
+
+def test_adapters_go_around_codes_and_these_around_arrays_in_host_memory():
+    of, p = started("overlay", "nf4")
+    away = {**p, "layers": jax.tree.map(OffloadedWeight, p["layers"])}
+    kernel, kinds = of.view(away)["layers"]["attn"]["q"]["kernel"], []
+    while kernel is not None:
+        kinds.append(type(kernel))
+        kernel = getattr(kernel, "base", getattr(kernel, "codes", None))
+    assert kinds == [weights.LowRank, weights.Tapped, quantized.Quantized, OffloadedWeight]
+    run = jax.jit(lambda p: models.apply(CFG, of.view(p), *map(jnp.asarray, rows()))[0])
+    np.testing.assert_array_equal(run(away), run(p))
+    ready = jax.jit(lambda p: models.cast_for_decode(CFG, of.view(p)))(away)
+    got = jax.jit(lambda p: models.apply(CFG, p, *map(jnp.asarray, rows()))[0])(ready)
+    np.testing.assert_allclose(got, run(p), rtol=1e-6)
 
 
 LARGE = LMConfig(

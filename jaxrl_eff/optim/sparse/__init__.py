@@ -16,7 +16,7 @@ from jaxrl_eff.optim.sparse.adapt import (
     SparseUpdate,
     sparse_adapt,
 )
-from jaxrl_eff.optim.sparse.dense import apply_sparse_updates, dense_to_sparse, from_dense
+from jaxrl_eff.optim.sparse.dense import dense_to_sparse, from_dense
 from jaxrl_eff.optim.sparse.layers import LayersState, SampledLayers, sampled_layers
 from jaxrl_eff.optim.sparse.overlay import Overlay, OverlayState, SparseOverlay, sparse_overlay
 from jaxrl_eff.optim.sparse.per_entry import per_entry
@@ -28,6 +28,6 @@ from jaxrl_eff.optim.sparse.tiling import Tiling, gather, scatter, tiling
 __all__ = [
     "GRADIENTS", "SM3", "WEIGHTS", "Active", "LayersState", "Overlay", "OverlayState", "Periodic",
     "SM3State", "SampledLayers", "SparseAdapt", "SparseOverlay", "SparseState", "SparseUpdate",
-    "Spiel", "Static", "Tiling", "apply_sparse_updates", "dense_to_sparse", "from_dense", "gather",
+    "Spiel", "Static", "Tiling", "dense_to_sparse", "from_dense", "gather",
     "per_entry", "sampled_layers", "scatter", "sparse_adapt", "sparse_overlay", "tiling",
 ]  # fmt: skip

@@ -1,6 +1,5 @@
 """Sparse training for loops with dense gradients: it saves optimizer state, but not gradients."""
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,26 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_eff.optim.paths import path_name
-from jaxrl_eff.optim.sparse.adapt import SparseAdapt, SparseState, SparseUpdate
-from jaxrl_eff.optim.sparse.masks import Layout, matrices
-from jaxrl_eff.optim.sparse.tiling import gather, per_shard, scatter
-
-
-def apply_sparse_updates(
-    params: Any, updates: Mapping[str, SparseUpdate], layout: Layout | None = None
-) -> Any:
-    """Sets the active entries of the parameters to new values.
-
-    Args:
-        layout: as for `sparse_adapt`; needed where units are not single entries of 2-d matrices.
-    """
-    find = layout or partial(matrices, 1.0, (1, 1))
-
-    def one(path: Any, x: jax.Array) -> jax.Array:
-        name = path_name(path)
-        return scatter(x, *updates[name], find(name, x)) if name in updates else x
-
-    return jax.tree_util.tree_map_with_path(one, params)
+from jaxrl_eff.optim.sparse.adapt import SparseAdapt, SparseState
+from jaxrl_eff.optim.sparse.masks import Layout
+from jaxrl_eff.optim.sparse.tiling import gather, per_shard
 
 
 def dense_to_sparse(grads: Any, state: SparseState, layout: Layout) -> dict[str, jax.Array]:

@@ -201,12 +201,8 @@ class ShardedWeight:
     trained: bool = dataclasses.field(metadata={"static": True})
     transient: ClassVar[bool] = True
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        """Gathers the full weight of one layer, by default in the plan's dtype."""
-        whole = self._whole()
-        return whole if dtype is None else whole.astype(dtype)
-
-    def _whole(self) -> jax.Array:
+    def materialize(self) -> jax.Array:
+        """Gathers the full weight of one layer, in the plan's dtype."""
         cut = self.cut
         if cut.local:  # its first stage needs no transfer, so it is recomputed rather than saved
             return cut.joined(cut.near(self.part))
@@ -239,14 +235,11 @@ class NodeWeight:
     cut: ShardLayout = dataclasses.field(metadata={"static": True})
     transient: ClassVar[bool] = True
 
-    def materialize(self, dtype: Any = None) -> jax.Array:
-        """Gathers the full weight of one layer, by default in the plan's dtype."""
-        cut = self.cut
+    def materialize(self) -> jax.Array:
+        """Gathers the full weight of one layer, in the plan's dtype."""
         if self.slot is None:
-            whole = cut.joined(self.stage)
-        else:
-            whole = cut.shaped(collectives.gather_held(self.stage, self.slot, cut.plan))
-        return whole if dtype is None else whole.astype(dtype)
+            return self.cut.joined(self.stage)
+        return self.cut.shaped(collectives.gather_held(self.stage, self.slot, self.cut.plan))
 
 
 def exact(plan: ZeroConfig) -> ZeroConfig:
