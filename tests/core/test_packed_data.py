@@ -20,7 +20,6 @@ from jaxrl_eff.core import Packing, Placement, Spec, packed_memory
 from jaxrl_eff.data import packing
 from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.assignment import Shape
-from jaxrl_eff.data.balance.cost import cost_of
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.planner.packed_rows import cost_of
 from jaxrl_eff.train import assembly, balanced, writer
