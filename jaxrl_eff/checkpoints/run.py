@@ -81,6 +81,7 @@ class Checkpoints:
         mode: str = "max",
         fingerprint: str | None,
         accepted: tuple[str, ...] = (),
+        renamed: Callable[[str], str] = lambda name: name,
         guard: Callable[[], None] = lambda: None,
     ):
         """Does not access the directory yet.
@@ -92,6 +93,7 @@ class Checkpoints:
             mode: "max" if larger scores are better, "min" if smaller.
             fingerprint: must match for a checkpoint to belong to this run; None inspects any run.
             accepted: fingerprints of older checkpoints that also belong to the run.
+            renamed: name of a leaf, as it may be in an older checkpoint -> its name now.
             guard: called before anything is written; raises if another run now has the directory.
 
         Raises:
@@ -105,7 +107,7 @@ class Checkpoints:
         self.messages: list[str] = []
         self.unfit: list[str] = []  # messages of intact checkpoints that hold other arrays
         self._keep, self._keep_best, self._sign = keep, keep_best, 1 if mode == "max" else -1
-        self._fingerprint, self._guard = fingerprint, guard
+        self._fingerprint, self._guard, self._renamed = fingerprint, guard, renamed
         self._mine = None if fingerprint is None else (fingerprint, *accepted)
         self._refused: set[int] = set()
         self._verified: set[int] = set()
@@ -220,11 +222,13 @@ class Checkpoints:
         while (step := self._newest()) is not None:
             meta = manifest.meta(self._path(step))
             target = abstract(meta["record"]) if callable(abstract) else abstract
-            reason = stored.difference(meta["leaves"], target, partial)
+            written = {self._renamed(name): name for name in meta["leaves"]}
+            leaves = {now: meta["leaves"][name] for now, name in written.items()}
+            reason = stored.difference(leaves, target, partial)
             differs = reason is not None
             if not differs:
                 still = frozenset(meta.get("still", ()))
-                state, reason = stored.tried(self._path(step), target, still)
+                state, reason = stored.tried(self._path(step), target, written, still)
                 if reason is None:
                     self._last = step
                     return Restored(step, state, meta["record"])

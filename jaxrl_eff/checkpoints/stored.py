@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,9 @@ def table(state: Any) -> dict[str, Array]:
     return leaves
 
 
-def tried(path: Path, target: Any, still: frozenset[str]) -> tuple[Any, str | None]:
+def tried(
+    path: Path, target: Any, written: Mapping[str, str], still: frozenset[str]
+) -> tuple[Any, str | None]:
     """Returns the arrays from `load`, or the reason for a failed restore; all processes agree.
 
     Raises:
@@ -81,7 +83,7 @@ def tried(path: Path, target: Any, still: frozenset[str]) -> tuple[Any, str | No
     """
     state, reason = None, None
     try:
-        state = load(path, target, still)
+        state = load(path, target, written, still)
     except Exception as error:
         if _is_of_the_machine(error):
             error.add_note(f"while reading the checkpoint {path}")
@@ -92,20 +94,21 @@ def tried(path: Path, target: Any, still: frozenset[str]) -> tuple[Any, str | No
     return None, reason or "another process cannot restore it"
 
 
-def load(path: Path, target: Any, still: frozenset[str]) -> Any:
+def load(path: Path, target: Any, written: Mapping[str, str], still: frozenset[str]) -> Any:
     """Loads the arrays of a checkpoint as the tree `target`.
 
     Args:
         path: of the checkpoint.
         target: jax.ShapeDtypeStructs with their shardings, on any mesh.
-        still: names of the leaves that are stored in the unchanged part.
+        written: name of a leaf of `target` -> its name in the checkpoint.
+        still: names in the checkpoint of the leaves that its unchanged part holds.
 
     Raises:
         Exception: orbax cannot read them; of various types.
     """
     import orbax.checkpoint as ocp
 
-    table = {name: _placed(x) for name, x in flat(target).items()}
+    table = {written[name]: _placed(x) for name, x in flat(target).items()}
     wanted = {name: x for name, x in table.items() if math.prod(x.shape)}
     args = {
         name: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)

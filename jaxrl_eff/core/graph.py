@@ -25,12 +25,12 @@ class Model(NamedTuple):
     Attributes:
         params: parameters.
         opt: optimizer state, if a call trains the model.
-        past: for every call with stale weights, the last versions in that call's layout, oldest
+        stale: for every call with stale weights, the last versions in that call's layout, oldest
             first: `{call: (params, ...)}`.
-        left: quantization residuals of the last gradients, if these are sent with error feedback:
-            parameter -> float32 `[N, ..., N, D / N, ...]`, indexed by sending node, then receiving
-            node. Stored where the optimizer state is.
-        held: every node's copy of the weights, if weight differences are sent: parameter ->
+        error_feedback: quantization residuals of the last gradients, if these are sent with error
+            feedback: parameter -> float32 `[N, ..., N, D / N, ...]`, indexed by sending node, then
+            receiving node. Stored where the optimizer state is.
+        node_copy: every node's copy of the weights, if weight differences are sent: parameter ->
             `[..., N, D / N, ...]`, bitwise equal on all nodes. A train call updates it from
             `params`, whatever changed these; after replacing parameters for good, call
             `Step.refreshed`.
@@ -44,9 +44,9 @@ class Model(NamedTuple):
 
     params: Any
     opt: Any = ()
-    past: Any = ()
-    left: Any = ()
-    held: Any = ()
+    stale: Any = ()
+    error_feedback: Any = ()
+    node_copy: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)

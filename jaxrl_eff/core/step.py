@@ -188,12 +188,12 @@ class Step:
         return model_state.initial(self.shardings, self.weights, model, params)
 
     def refreshed(self, model: str, now: Model) -> Model:
-        """Returns the model with every node's copy of its weights sent in full, see `Model.held`.
+        """Returns the model with a `node_copy` of its weights sent in full.
 
         For parameters replaced by anything but a train call. Sending differences would also
         converge to them, but only approximately and over several steps.
         """
-        return now._replace(held=model_state.held(self.shardings, model, now.params))
+        return now._replace(node_copy=model_state.node_copy(self.shardings, model, now.params))
 
     # Compilation
 
