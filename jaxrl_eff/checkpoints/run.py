@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxrl_eff import files
 from jaxrl_eff.checkpoints import manifest, stored
@@ -152,7 +151,7 @@ class Checkpoints:
                 f"step {step} cannot be saved in {self.directory}, which holds step {max(later)} "
                 "of the same run; restore it, or use another directory."
             )
-        still = self._unchanged(table)
+        still = stored.unchanged(table, self._saved)
         linked = bool(still) and self._still[1] == still and self._whole(self._still[0])
         source = self._path(self._still[0]) if linked else None
         saving = self.directory / manifest.name(step, SAVING)
@@ -263,18 +262,6 @@ class Checkpoints:
             if not self._broken:  # otherwise it repeats the error that `wait` raised
                 raise
 
-    def _unchanged(self, table: dict[str, Array]) -> frozenset[str]:
-        """Returns names of the arrays that the last save also had; all processes agree."""
-        names = sorted(name for name, x in table.items() if x.size)
-        same = np.array([n in self._saved and self._saved[n]() is table[n] for n in names])
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            same = multihost_utils.process_allgather(same).all(axis=0)
-        if same.all():  # nothing would be left for the other part
-            return frozenset()
-        return frozenset(name for name, s in zip(names, same, strict=True) if s)
-
     def _whole(self, step: int) -> bool:
         """Returns True if the unchanged part is as it was written, as seen by process 0."""
         still = self._path(step) / "still"
@@ -285,19 +272,11 @@ class Checkpoints:
         """Removes leftovers of killed saves, and makes the directory of a new checkpoint."""
         self._guard()
         files.directory(self.directory)
-        self._clear(SAVING, DELETING)
+        manifest.clear(self.directory, SAVING, DELETING)
         self._make_room(saving)
         saving.mkdir()
         manifest.write(saving / "record.json", meta)
         return 0
-
-    def _clear(self, *kinds: str) -> None:
-        """Removes what killed saves or deletions have left."""
-        for kind in kinds:
-            for step in manifest.steps(self.directory, kind):
-                rest = self.directory / manifest.name(step, kind)
-                if manifest.ours(rest):
-                    files.remove(rest)
 
     def _make_room(self, path: Path) -> None:
         if (aside := manifest.make_room(path)) is not None:
@@ -384,7 +363,7 @@ class Checkpoints:
         """
         if self._fingerprint is not None and manifest.steps(self.directory, DELETING):
             self._guard()
-            self._clear(DELETING)
+            manifest.clear(self.directory, DELETING)
         for step in manifest.steps(self.directory, SAVING):
             saving = self.directory / manifest.name(step, SAVING)
             if self._fingerprint is None or self._path(step).exists() or not manifest.ours(saving):

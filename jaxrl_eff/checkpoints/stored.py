@@ -6,12 +6,14 @@ import math
 import os
 import re
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_eff import files
 from jaxrl_eff.checkpoints import manifest
@@ -71,6 +73,19 @@ def table(state: Any) -> dict[str, Array]:
     if not any(x.size for x in leaves.values()):
         raise ValueError("the state holds no array to save.")
     return leaves
+
+
+def unchanged(table: dict[str, Array], saved: Mapping[str, weakref.ref[Array]]) -> frozenset[str]:
+    """Returns names of the arrays that the last save also had; all processes agree."""
+    names = sorted(name for name, x in table.items() if x.size)
+    same = np.array([n in saved and saved[n]() is table[n] for n in names])
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        same = multihost_utils.process_allgather(same).all(axis=0)
+    if same.all():  # nothing would be left for the other part
+        return frozenset()
+    return frozenset(name for name, s in zip(names, same, strict=True) if s)
 
 
 def tried(
