@@ -60,7 +60,7 @@ def test_what_is_left_over_lies_beside_the_axis_that_is_split(shape, axis, apart
     flat = one.flat_by_node(left)
     for n, part in enumerate(parts):
         np.testing.assert_array_equal(flat[..., n, :], one.flat(jnp.asarray(part)))
-    np.testing.assert_array_equal(one.shaped_left(flat), left)
+    np.testing.assert_array_equal(one.shaped_by_node(flat), left)
 
 
 @pytest.mark.parametrize(("shape", "axis", "apart"), WEIGHTS)
