@@ -71,6 +71,15 @@ def make_room(path: Path) -> Path | None:
     return aside
 
 
+def clear(directory: Path, *kinds: str) -> None:
+    """Removes what killed saves or deletions have left in a directory of checkpoints."""
+    for kind in kinds:
+        for step in steps(directory, kind):
+            rest = directory / name(step, kind)
+            if ours(rest):
+                files.remove(rest)
+
+
 def foreign(path: Path, fingerprints: tuple[str, ...] | None) -> str | None:
     """Returns why a checkpoint is not of the run with these fingerprints, or None.
 

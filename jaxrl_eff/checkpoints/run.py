@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxrl_eff import files
 from jaxrl_eff.checkpoints import manifest, stored
@@ -81,6 +80,7 @@ class Checkpoints:
         mode: str = "max",
         fingerprint: str | None,
         accepted: tuple[str, ...] = (),
+        renamed: Callable[[str], str] = lambda name: name,
         guard: Callable[[], None] = lambda: None,
     ):
         """Does not access the directory yet.
@@ -92,6 +92,7 @@ class Checkpoints:
             mode: "max" if larger scores are better, "min" if smaller.
             fingerprint: must match for a checkpoint to belong to this run; None inspects any run.
             accepted: fingerprints of older checkpoints that also belong to the run.
+            renamed: name of a leaf, as it may be in an older checkpoint -> its name now.
             guard: called before anything is written; raises if another run now has the directory.
 
         Raises:
@@ -105,7 +106,7 @@ class Checkpoints:
         self.messages: list[str] = []
         self.unfit: list[str] = []  # messages of intact checkpoints that hold other arrays
         self._keep, self._keep_best, self._sign = keep, keep_best, 1 if mode == "max" else -1
-        self._fingerprint, self._guard = fingerprint, guard
+        self._fingerprint, self._guard, self._renamed = fingerprint, guard, renamed
         self._mine = None if fingerprint is None else (fingerprint, *accepted)
         self._refused: set[int] = set()
         self._verified: set[int] = set()
@@ -150,7 +151,7 @@ class Checkpoints:
                 f"step {step} cannot be saved in {self.directory}, which holds step {max(later)} "
                 "of the same run; restore it, or use another directory."
             )
-        still = self._unchanged(table)
+        still = stored.unchanged(table, self._saved)
         linked = bool(still) and self._still[1] == still and self._whole(self._still[0])
         source = self._path(self._still[0]) if linked else None
         saving = self.directory / manifest.name(step, SAVING)
@@ -220,11 +221,13 @@ class Checkpoints:
         while (step := self._newest()) is not None:
             meta = manifest.meta(self._path(step))
             target = abstract(meta["record"]) if callable(abstract) else abstract
-            reason = stored.difference(meta["leaves"], target, partial)
+            written = {self._renamed(name): name for name in meta["leaves"]}
+            leaves = {now: meta["leaves"][name] for now, name in written.items()}
+            reason = stored.difference(leaves, target, partial)
             differs = reason is not None
             if not differs:
                 still = frozenset(meta.get("still", ()))
-                state, reason = stored.tried(self._path(step), target, still)
+                state, reason = stored.tried(self._path(step), target, written, still)
                 if reason is None:
                     self._last = step
                     return Restored(step, state, meta["record"])
@@ -259,18 +262,6 @@ class Checkpoints:
             if not self._broken:  # otherwise it repeats the error that `wait` raised
                 raise
 
-    def _unchanged(self, table: dict[str, Array]) -> frozenset[str]:
-        """Returns names of the arrays that the last save also had; all processes agree."""
-        names = sorted(name for name, x in table.items() if x.size)
-        same = np.array([n in self._saved and self._saved[n]() is table[n] for n in names])
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            same = multihost_utils.process_allgather(same).all(axis=0)
-        if same.all():  # nothing would be left for the other part
-            return frozenset()
-        return frozenset(name for name, s in zip(names, same, strict=True) if s)
-
     def _whole(self, step: int) -> bool:
         """Returns True if the unchanged part is as it was written, as seen by process 0."""
         still = self._path(step) / "still"
@@ -281,19 +272,11 @@ class Checkpoints:
         """Removes leftovers of killed saves, and makes the directory of a new checkpoint."""
         self._guard()
         files.directory(self.directory)
-        self._clear(SAVING, DELETING)
+        manifest.clear(self.directory, SAVING, DELETING)
         self._make_room(saving)
         saving.mkdir()
         manifest.write(saving / "record.json", meta)
         return 0
-
-    def _clear(self, *kinds: str) -> None:
-        """Removes what killed saves or deletions have left."""
-        for kind in kinds:
-            for step in manifest.steps(self.directory, kind):
-                rest = self.directory / manifest.name(step, kind)
-                if manifest.ours(rest):
-                    files.remove(rest)
 
     def _make_room(self, path: Path) -> None:
         if (aside := manifest.make_room(path)) is not None:
@@ -380,7 +363,7 @@ class Checkpoints:
         """
         if self._fingerprint is not None and manifest.steps(self.directory, DELETING):
             self._guard()
-            self._clear(DELETING)
+            manifest.clear(self.directory, DELETING)
         for step in manifest.steps(self.directory, SAVING):
             saving = self.directory / manifest.name(step, SAVING)
             if self._fingerprint is None or self._path(step).exists() or not manifest.ours(saving):

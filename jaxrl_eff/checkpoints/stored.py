@@ -6,12 +6,14 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_eff import files
 from jaxrl_eff.checkpoints import manifest
@@ -73,7 +75,22 @@ def table(state: Any) -> dict[str, Array]:
     return leaves
 
 
-def tried(path: Path, target: Any, still: frozenset[str]) -> tuple[Any, str | None]:
+def unchanged(table: dict[str, Array], saved: Mapping[str, weakref.ref[Array]]) -> frozenset[str]:
+    """Returns names of the arrays that the last save also had; all processes agree."""
+    names = sorted(name for name, x in table.items() if x.size)
+    same = np.array([n in saved and saved[n]() is table[n] for n in names])
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        same = multihost_utils.process_allgather(same).all(axis=0)
+    if same.all():  # nothing would be left for the other part
+        return frozenset()
+    return frozenset(name for name, s in zip(names, same, strict=True) if s)
+
+
+def tried(
+    path: Path, target: Any, written: Mapping[str, str], still: frozenset[str]
+) -> tuple[Any, str | None]:
     """Returns the arrays from `load`, or the reason for a failed restore; all processes agree.
 
     Raises:
@@ -81,7 +98,7 @@ def tried(path: Path, target: Any, still: frozenset[str]) -> tuple[Any, str | No
     """
     state, reason = None, None
     try:
-        state = load(path, target, still)
+        state = load(path, target, written, still)
     except Exception as error:
         if _is_of_the_machine(error):
             error.add_note(f"while reading the checkpoint {path}")
@@ -92,20 +109,21 @@ def tried(path: Path, target: Any, still: frozenset[str]) -> tuple[Any, str | No
     return None, reason or "another process cannot restore it"
 
 
-def load(path: Path, target: Any, still: frozenset[str]) -> Any:
+def load(path: Path, target: Any, written: Mapping[str, str], still: frozenset[str]) -> Any:
     """Loads the arrays of a checkpoint as the tree `target`.
 
     Args:
         path: of the checkpoint.
         target: jax.ShapeDtypeStructs with their shardings, on any mesh.
-        still: names of the leaves that are stored in the unchanged part.
+        written: name of a leaf of `target` -> its name in the checkpoint.
+        still: names in the checkpoint of the leaves that its unchanged part holds.
 
     Raises:
         Exception: orbax cannot read them; of various types.
     """
     import orbax.checkpoint as ocp
 
-    table = {name: _placed(x) for name, x in flat(target).items()}
+    table = {written[name]: _placed(x) for name, x in flat(target).items()}
     wanted = {name: x for name, x in table.items() if math.prod(x.shape)}
     args = {
         name: ocp.ArrayRestoreArgs(sharding=x.sharding, global_shape=x.shape, dtype=x.dtype)

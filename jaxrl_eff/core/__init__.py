@@ -11,12 +11,15 @@ from jaxrl_eff import public
 __all__, __getattr__, __dir__ = public.table(
     __name__,
     {
-        "step": ("Step", "compile"),
-        "schedules": ("Packing",),
+        "compiling": ("compile",),
+        "figure": ("draw",),
         "graph": (
-            "Adaptation", "Call", "Graph", "Model", "Placement", "Plan", "Spec", "check_plan",
-            "draw", "generate", "infer", "local", "order", "train",
+            "Adaptation", "Call", "Graph", "Model", "Placement", "Plan", "Spec", "generate",
+            "infer", "local", "order", "train",
         ),
+        "plan_rules": ("check_plan",),
+        "schedules": ("Packing",),
+        "step": ("Step",),
     },
     modules=("meters",),
 )  # fmt: skip

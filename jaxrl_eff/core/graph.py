@@ -1,4 +1,4 @@
-"""Graphs of model function calls as plain data: calls, their order, diagram and placement.
+"""Graphs of model function calls as plain data: calls, models, and the order of calls.
 
 Terminology follows ReaL (Mei et al. 2024, arXiv:2406.14088, Sec. 3). A call applies one model to
 named arrays; edges follow from the names.
@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 from jaxrl_eff.parallel import Placement
-from jaxrl_eff.parallel.mesh import mesh
 from jaxrl_eff.parallel.zero import levels
 
 TOKENS = ("tokens", "position", "segment")
@@ -25,12 +24,12 @@ class Model(NamedTuple):
     Attributes:
         params: parameters.
         opt: optimizer state, if a call trains the model.
-        past: for every call with stale weights, the last versions in that call's layout, oldest
+        stale: for every call with stale weights, the last versions in that call's layout, oldest
             first: `{call: (params, ...)}`.
-        left: quantization residuals of the last gradients, if these are sent with error feedback:
-            parameter -> float32 `[N, ..., N, D / N, ...]`, indexed by sending node, then receiving
-            node. Stored where the optimizer state is.
-        held: every node's copy of the weights, if weight differences are sent: parameter ->
+        error_feedback: quantization residuals of the last gradients, if these are sent with error
+            feedback: parameter -> float32 `[N, ..., N, D / N, ...]`, indexed by sending node, then
+            receiving node. Stored where the optimizer state is.
+        node_copy: every node's copy of the weights, if weight differences are sent: parameter ->
             `[..., N, D / N, ...]`, bitwise equal on all nodes. A train call updates it from
             `params`, whatever changed these; after replacing parameters for good, call
             `Step.refreshed`.
@@ -44,9 +43,9 @@ class Model(NamedTuple):
 
     params: Any
     opt: Any = ()
-    past: Any = ()
-    left: Any = ()
-    held: Any = ()
+    stale: Any = ()
+    error_feedback: Any = ()
+    node_copy: Any = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,69 +382,3 @@ def order(graph: Graph) -> tuple[Call, ...]:
         out.append(by_name[name])
         sorter.done(name)
     return tuple(out)
-
-
-def draw(graph: Graph) -> str:
-    """Draws the graph as Mermaid text: one box per call, arrows labeled with arrays.
-
-    Dotted arrows are weights: from the call that trains a model to those that use it afterwards.
-
-    Example:
-        >>> from jaxrl_eff import Graph, core
-        >>> call = core.local("double", fn=lambda batch, key: {}, reads="x", writes="y")
-        >>> print(core.draw(Graph("x", (call,))))
-        graph LR
-          data[("data")]
-          double("double")
-          data -- x --> double
-    """
-    calls = order(graph)
-    writer = {k: c.name for c in calls for k in c.writes}
-    writer |= dict.fromkeys(graph.inputs.split(), "data")
-    shape = {"generate": '(["{}"])', "infer": '["{}"]', "train": '[["{}"]]', "local": '("{}")'}
-    lines = ["graph LR", '  data[("data")]']
-    for c in calls:
-        label = f"{c.name}<br/>{c.kind} {c.of}" if c.of else c.name
-        lines.append(f"  {c.name}{shape[c.kind].format(label)}")
-    for c in calls:
-        carried: dict[str, list[str]] = {}
-        for k in c.reads:
-            carried.setdefault(writer[k], []).append(k)
-        lines += [f"  {src} -- {', '.join(ks)} --> {c.name}" for src, ks in carried.items()]
-    for t in calls:
-        if t.kind == "train":
-            for c in calls:
-                if c.of == t.of and c is not t:
-                    old = f", {c.staleness} steps old" if c.staleness else ""
-                    lines.append(f"  {t.name} -. {t.of}{old} .-> {c.name}")
-    return "\n".join(lines)
-
-
-def check_plan(graph: Graph, plan: Plan) -> dict[str, Placement]:
-    """Returns a placement for every call, including local ones.
-
-    Local calls missing from the plan run on the mesh of the first train call, else of the first
-    call.
-
-    Raises:
-        ValueError: a call has no placement, a placement has no call, a device does not exist, or a
-            call offloads state that it does not have.
-    """
-    names = {c.name for c in graph.calls}
-    if unknown := sorted(set(plan) - names):
-        raise ValueError(f"the plan: unknown call {unknown[0]!r}; expected one of {sorted(names)}.")
-    full = dict(plan)
-    calls = order(graph)
-    anchor = next((c for c in calls if c.kind == "train"), calls[0])
-    for c in calls:
-        if c.kind == "local" and anchor.name in plan:
-            full.setdefault(c.name, plan[anchor.name].bare)
-        if c.name not in full:
-            raise ValueError(f"the plan has no placement for {c.name}; it has {sorted(plan)}.")
-        place = full[c.name]
-        mesh(place)
-        if place.offload and place.offload != ("opt" if c.kind == "train" else "params"):
-            raise ValueError(f"{c.name} is a {c.kind} call and cannot offload {place.offload!r}.")
-        if place.offload == "params" and any(d.kind == "train" for d in graph.of(c.of or "")):
-            raise ValueError(f"{c.name} offloads the parameters of {c.of}, which is trained.")
-    return full

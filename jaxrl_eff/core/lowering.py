@@ -101,7 +101,7 @@ def trace(
     """
     place = layouts.plan[c.name]
     if c.kind == "train":
-        model = layouts.home(c.of)._replace(past=())
+        model = layouts.home(c.of)._replace(stale=())
         tx, away = layouts.specs[c.of].tx, place.offload == "opt"
         sharded = layouts.sharded.get(c.name)
         program = functools.partial(
@@ -154,7 +154,7 @@ def reselects(layouts: Shardings, c: Call) -> bool:
 
 def lower_reselection(layouts: Shardings, c: Call, args: Mapping[str, Any]) -> Lowered:
     """Lowers the program that reselects a call's trained part: an `Update` without metrics."""
-    model = layouts.home(c.of)._replace(past=())
+    model = layouts.home(c.of)._replace(stale=())
     away = layouts.plan[c.name].offload == "opt"
     run = functools.partial(programs.reselect_program, c, layouts.specs[c.of].tx, away)
     return update(layouts, c, traced(layouts, c, lambda *x: (run(*x), {}), model, dict(args)))

@@ -25,19 +25,20 @@ def initial(shardings: Shardings, weights: WeightSources, model: str, params: An
         where = jax.tree.map(lambda x: x.sharding, abstract.opt)
         with shardings.context(home):
             opt = jax.jit(shardings.specs[model].tx.init, out_shardings=where)(params)
-        left = jax.tree.map(_zeros, abstract.left)
+        feedback = jax.tree.map(_zeros, abstract.error_feedback)
     else:
-        opt, left = jax.tree.map(global_arrays.placeholder, (abstract.opt, abstract.left))
-    past = {
+        absent = abstract.opt, abstract.error_feedback
+        opt, feedback = jax.tree.map(global_arrays.placeholder, absent)
+    stale = {
         c.name: tuple(copied(weights.route(c)(params)) for _ in range(c.staleness))
         for c in shardings.graph.stale(model)
     }
-    return Model(params, opt, past or (), left, held(shardings, model, params))
+    return Model(params, opt, stale or (), feedback, node_copy(shardings, model, params))
 
 
-def held(shardings: Shardings, model: str, params: Any) -> Any:
+def node_copy(shardings: Shardings, model: str, params: Any) -> Any:
     """Returns the nodes' copies of a model at home: its weights in a copy's precision."""
-    abstract, home = shardings.home(model).held, shardings.graph.home(model)
+    abstract, home = shardings.home(model).node_copy, shardings.graph.home(model)
     if not abstract:
         return ()
     if not shardings.here(home):

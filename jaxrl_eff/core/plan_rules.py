@@ -1,10 +1,11 @@
-"""Plans from named rules or from a config's table."""
+"""Plans from named rules or from a config's table, and what makes a plan valid."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from jaxrl_eff.core.graph import Graph, order
+from jaxrl_eff.core.graph import Graph, Plan, order
 from jaxrl_eff.parallel import Placement
+from jaxrl_eff.parallel.mesh import mesh
 
 RULES = ("all", "fsdp", "halves")
 _KEYS = ("devices", "dcn", "data", "fsdp", "seq", "tensor", "stage", "microbatches", "offload")
@@ -47,6 +48,36 @@ def plan(
         elif c.of is not None:
             raise ValueError(f"the plan has no row for {c.name}, and no row 'default'.")
     return table
+
+
+def check_plan(graph: Graph, plan: Plan) -> dict[str, Placement]:
+    """Returns a placement for every call, including local ones.
+
+    Local calls missing from the plan run on the mesh of the first train call, else of the first
+    call.
+
+    Raises:
+        ValueError: a call has no placement, a placement has no call, a device does not exist, or a
+            call offloads state that it does not have.
+    """
+    names = {c.name for c in graph.calls}
+    if unknown := sorted(set(plan) - names):
+        raise ValueError(f"the plan: unknown call {unknown[0]!r}; expected one of {sorted(names)}.")
+    full = dict(plan)
+    calls = order(graph)
+    anchor = next((c for c in calls if c.kind == "train"), calls[0])
+    for c in calls:
+        if c.kind == "local" and anchor.name in plan:
+            full.setdefault(c.name, plan[anchor.name].bare)
+        if c.name not in full:
+            raise ValueError(f"the plan has no placement for {c.name}; it has {sorted(plan)}.")
+        place = full[c.name]
+        mesh(place)
+        if place.offload and place.offload != ("opt" if c.kind == "train" else "params"):
+            raise ValueError(f"{c.name} is a {c.kind} call and cannot offload {place.offload!r}.")
+        if place.offload == "params" and any(d.kind == "train" for d in graph.of(c.of or "")):
+            raise ValueError(f"{c.name} offloads the parameters of {c.of}, which is trained.")
+    return full
 
 
 def _by_rule(rule: str, graph: Graph, devices: int) -> dict[str, Placement]:

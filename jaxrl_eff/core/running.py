@@ -53,8 +53,8 @@ class Running:
             self.borrowed[self.step.shardings.key(c)] = self._reallocate(op, c)
         elif op.kind == "keep":
             model, new = self.models[c.of], model_state.copied(self._reallocate(op, c))
-            past = {**model.past, c.name: (*model.past[c.name][1:], new)}
-            self.models[c.of] = model._replace(past=past)
+            stale = {**model.stale, c.name: (*model.stale[c.name][1:], new)}
+            self.models[c.of] = model._replace(stale=stale)
         elif op.kind == "tell":
             self._tell(c)
         else:
@@ -95,12 +95,12 @@ class Running:
 
     def _train(self, c: Call, args: dict[str, Any]) -> tuple[dict, dict]:
         runner, model = self.step.runners[c.name], self.models.pop(c.of)
-        bare, past = model._replace(past=()), model.past
+        bare, stale = model._replace(stale=()), model.stale
         del model  # donated: no other reference may remain
         if c.of in self.reselect:
             bare = runner.reselect(bare, args, self.key(c))
         trained, out, m = runner(bare, args, self.key(c))
-        self.models[c.of] = trained._replace(past=past)
+        self.models[c.of] = trained._replace(stale=stale)
         return out, m
 
     def _params(self, c: Call) -> Any:
@@ -108,7 +108,7 @@ class Running:
         if c.of is None:
             return None
         if c.staleness:
-            return self.models[c.of].past[c.name][0]
+            return self.models[c.of].stale[c.name][0]
         return self.borrowed.get(self.step.shardings.key(c), self.models[c.of].params)
 
     def _reallocate(self, op: Operation, c: Call) -> Any:

@@ -100,10 +100,12 @@ class Shardings:
         opt = jax.tree.map(placed, shapes, where)
         if self.plan[call.name].offload == "opt":
             opt = jax.tree.map(lambda x: placed(x, in_host(x.sharding)), opt)
-        past = {c.name: (self.borrowed(c),) * c.staleness for c in self.graph.stale(model)}
+        stale = {c.name: (self.borrowed(c),) * c.staleness for c in self.graph.stale(model)}
         sharded = self.sharded.get(call.name)
-        left, held = (sharded.left(), sharded.held()) if sharded is not None else ((), ())
-        return Model(params, opt, past or (), left or (), held or ())
+        if sharded is None:
+            return Model(params, opt, stale or ())
+        feedback, copy = sharded.error_feedback(), sharded.node_copy()
+        return Model(params, opt, stale or (), feedback or (), copy or ())
 
     def gradients(self, model: str) -> Any:
         """Returns shapes and shardings of the differentiated arrays of a trained model, at home."""

@@ -32,7 +32,7 @@ class Summed:
     def __init__(self, layouts: Shardings, c: Call, loss: Callable, args: Any, local: int):
         self._layouts, self._call, self._loss = layouts, c, loss
         self._way = programs.way_of(layouts.specs[c.of].tx)
-        self._model = layouts.home(c.of)._replace(past=())
+        self._model = layouts.home(c.of)._replace(stale=())
         self._opt_in_host = layouts.plan[c.name].offload == "opt"
         like = lowering.traced(layouts, c, self._sums, self._model, args, local).out
         zeros = jax.eval_shape(programs.Sums.zeros, like)

@@ -48,13 +48,13 @@ class NodeGradients:
         self._rows, self._of, self.plan = self._leaves.rows, self._leaves.of, self._leaves.plan
         self._update = zero_bytes.Update({}, 0.0)
 
-    def left(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def error_feedback(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes and shardings of the residuals: parameter -> float32, see `Model`."""
-        return self._leaves.left()
+        return self._leaves.error_feedback()
 
-    def held(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def node_copy(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes and shardings of every node's copy of the weights, see `Model`."""
-        return self._leaves.held()
+        return self._leaves.node_copy()
 
     def __call__(
         self,
@@ -76,7 +76,7 @@ class NodeGradients:
             self._run, loss, jax.tree.structure(attached), frozenset(trained), parts
         )
         specs = {name: self._of(name).spec for name in arrays}
-        kept = {"left": dict(model.left or {}), "held": dict(model.held or {})}
+        kept = {k: dict(getattr(model, k) or {}) for k in ("error_feedback", "node_copy")}
         there = {
             k: {n: self._leaves.manual(getattr(self._of(n), k)[1]) for n in kept[k]} for k in kept
         }
@@ -114,10 +114,11 @@ class NodeGradients:
         """Computes on one device: its rows, its shards, its part of the kept state."""
         with self._inside():
             hoisted = parts > 1 or self.plan.deltas is not None
-            left = {name: x[0] for name, x in kept["left"].items()}  # this node's, as sender
-            held = {n: self._of(n).cut.renewed(arrays[n], x) for n, x in kept["held"].items()}
-            fixed, variables = self._opened(arrays, held, trained, hoisted)
-            early = {n: x for n, x in left.items() if self._of(n).late and not hoisted}
+            feedback, copies = kept["error_feedback"], kept["node_copy"]
+            feedback = {name: x[0] for name, x in feedback.items()}  # this node's, as sender
+            copies = {n: self._of(n).cut.renewed(arrays[n], x) for n, x in copies.items()}
+            fixed, variables = self._opened(arrays, copies, trained, hoisted)
+            early = {n: x for n, x in feedback.items() if self._of(n).late and not hoisted}
 
             def total(variables: Any, early: Any, part: Any) -> Any:
                 given = [
@@ -140,8 +141,8 @@ class NodeGradients:
                 start = programs.Sums.zeros(like)
                 done, _ = lax.scan(lambda sums, part: (sums.plus(of(part)[0]), None), start, split)
             self._update = zero_bytes.of_update(self._leaves, arrays, parts, done)
-            done, left = self._closed(done, left, over, hoisted)
-            return done, {"left": left, "held": held}
+            done, feedback = self._closed(done, feedback, over, hoisted)
+            return done, {"error_feedback": feedback, "node_copy": copies}
 
     def _inside(self) -> Any:
         """Context with rules for logical axes, restricted to the `tensor` axis."""
@@ -156,7 +157,7 @@ class NodeGradients:
     def _opened(
         self,
         arrays: Mapping[str, jax.Array],
-        held: Mapping[str, jax.Array],
+        copies: Mapping[str, jax.Array],
         trained: frozenset[str],
         hoisted: bool,
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -169,9 +170,9 @@ class NodeGradients:
         for name, x in arrays.items():
             leaf = self._of(name)
             if leaf.cut is not None and not leaf.late:
-                x = leaf.cut.gathered(x, held.get(name))
+                x = leaf.cut.gathered(x, copies.get(name))
             if leaf.late and hoisted:
-                fixed[name] = leaf.cut.near(x, held.get(name))
+                fixed[name] = leaf.cut.near(x, copies.get(name))
                 if name in trained:
                     apart = [leaf.cut.shape[i] for i in leaf.cut.apart]
                     shape = (x.shape[0], *apart, self._place.dcn, leaf.cut.m)
@@ -196,7 +197,7 @@ class NodeGradients:
     def _closed(
         self,
         done: programs.Sums,
-        left: Mapping[str, jax.Array],
+        feedback: Mapping[str, jax.Array],
         over: Mapping[str, jax.Array],
         hoisted: bool,
     ) -> tuple[programs.Sums, dict[str, jax.Array]]:
@@ -207,14 +208,14 @@ class NodeGradients:
             if leaf.cut is None:
                 grads[name] = lax.psum(g.astype(jnp.float32), self._rows)
             elif not leaf.late:
-                grads[name], new[name] = leaf.cut.reduced(g, left.get(name))
+                grads[name], new[name] = leaf.cut.reduced(g, feedback.get(name))
             elif hoisted:
-                grads[name], new[name] = leaf.cut.reduced_slow(g, left.get(name))
+                grads[name], new[name] = leaf.cut.reduced_slow(g, feedback.get(name))
             else:
                 grads[name] = g
         loss, weight = lax.psum((done.loss, done.weight), self._rows)
         seen = {k: meters.summed(v, self._rows) for k, v in done.seen.items()}
-        return programs.Sums(loss, weight, seen, grads), {n: new[n][None] for n in left}
+        return programs.Sums(loss, weight, seen, grads), {n: new[n][None] for n in feedback}
 
     def traffic(self, program: Any) -> Traffic:
         """Counts the bytes of the traced train call and checks them against the expected bytes.

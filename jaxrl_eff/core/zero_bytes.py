@@ -97,7 +97,7 @@ def _of_weight(
     fast = parts if leaf.late else 1
     again = 2 if leaf.late else 1
     slow = w if cut.plan.rung.secondary or parts > 1 else again * w
-    if leaf.held is not None:
+    if leaf.node_copy is not None:
         slow = cut.sent(cut.plan.deltas)
     nodes = 1 if cut.local else place.dcn  # nodes whose shards a device gathers
     found = {

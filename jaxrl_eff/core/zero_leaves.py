@@ -36,16 +36,16 @@ class Leaf(NamedTuple):
         spec: partition over the axes that shard rows.
         cut: how it is gathered; None if it is replicated.
         late: True if a layer gathers it when it uses it.
-        left: shape of the quantization residual of its gradient, over all nodes, and its partition
-            spec; None if there is none.
-        held: the same for the copy of it that every node keeps.
+        error_feedback: shape of the quantization residual of its gradient, over all nodes, and its
+            partition spec; None if there is none.
+        node_copy: the same for the copy of it that every node keeps.
     """
 
     spec: PartitionSpec
     cut: ShardLayout | None = None
     late: bool = False
-    left: tuple[tuple[int, ...], PartitionSpec] | None = None
-    held: tuple[tuple[int, ...], PartitionSpec] | None = None
+    error_feedback: tuple[tuple[int, ...], PartitionSpec] | None = None
+    node_copy: tuple[tuple[int, ...], PartitionSpec] | None = None
 
 
 class Leaves:
@@ -106,13 +106,13 @@ class Leaves:
         cut = ShardLayout(tuple(shape), axis, plan, tuple(apart), raw=not rounded, local=local)
         if local or not rounded:
             return Leaf(manual, cut, late)
-        left = held = None
+        feedback = copy = None
         sizes, split = self._by_node(like.shape, axes)
         if trained and plan.rung.feedback:  # one residual per sending node
-            left = (place.dcn, *sizes), PartitionSpec("dcn", *split)
+            feedback = (place.dcn, *sizes), PartitionSpec("dcn", *split)
         if plan.deltas is not None:
-            held = sizes, split
-        return Leaf(manual, cut, late, left, held)
+            copy = sizes, split
+        return Leaf(manual, cut, late, feedback, copy)
 
     def _by_node(
         self, shape: tuple[int, ...], axes: tuple[str | None, ...]
@@ -132,13 +132,14 @@ class Leaves:
 
         return PartitionSpec(*map(kept, spec))
 
-    def left(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def error_feedback(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes and shardings of the residuals: parameter -> float32, see `Model`."""
-        return self._state({name: leaf.left for name, leaf in self.by_name.items()}, jnp.float32)
+        shapes = {name: leaf.error_feedback for name, leaf in self.by_name.items()}
+        return self._state(shapes, jnp.float32)
 
-    def held(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def node_copy(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shapes and shardings of every node's copy of the weights, see `Model`."""
-        shapes = {name: leaf.held for name, leaf in self.by_name.items()}
+        shapes = {name: leaf.node_copy for name, leaf in self.by_name.items()}
         return self._state(shapes, EXACT.get(self.plan.rung.weight_bits))
 
     def _state(self, shapes: Mapping[str, Any], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:

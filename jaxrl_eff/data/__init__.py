@@ -14,10 +14,8 @@ __all__, __getattr__, __dir__ = public.table(
             "encode_prompt_completion", "encode_text",
         ),
         "loader": ("Loader", "batches"),
-        "sources": (
-            "Examples", "Source", "file", "holdout", "jsonl", "mapped", "parquet", "python_source",
-            "subset",
-        ),
+        "source_files": ("file", "jsonl", "parquet"),
+        "sources": ("Examples", "Source", "holdout", "mapped", "python_source", "subset"),
         "tokenizer": ("CharTokenizer", "Tokenizer", "load_tokenizer"),
     },
     modules=("needles", "toys"),

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxrl_eff.data import borders, encode, fates, needles, sources, toys
+from jaxrl_eff.data import borders, encode, fates, needles, source_files, sources, toys
 from jaxrl_eff.data.tokenizer import Tokenizer
 from jaxrl_eff.train.settings import DataSettings, StageSettings
 
@@ -101,7 +101,7 @@ def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
         if set(data.options) - {"examples"} or not all(isinstance(e, dict) for e in given):
             raise ValueError("data.options of an inline source is examples, a tuple of dicts.")
         return _parted(templated(sources.python_source(list(given)), data), data, seed)
-    readers = {"jsonl": sources.jsonl, "parquet": sources.parquet}
+    readers = {"jsonl": source_files.jsonl, "parquet": source_files.parquet}
     if data.source not in readers:
         raise ValueError(
             f"unknown data.source {data.source!r}; expected one of "

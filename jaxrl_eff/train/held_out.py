@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxrl_eff.core import Graph, Placement, Spec
-from jaxrl_eff.data import sources
+from jaxrl_eff.data import source_files
 from jaxrl_eff.data.tokenizer import Tokenizer
 from jaxrl_eff.models import LMConfig
 from jaxrl_eff.rollout import Sampling
@@ -40,7 +40,7 @@ def evaluation(
         if "actor" not in graph.models:
             raise ValueError(f"{s.algorithm} trains no model that generates.")
         if e.data:
-            held_out = examples.templated(sources.file(e.data), s.data)
+            held_out = examples.templated(source_files.file(e.data), s.data)
         if held_out is None:
             raise ValueError("there is nothing held out; set data.held_out or evaluate.data.")
         if e.problems > len(held_out):

@@ -39,7 +39,7 @@ class Footprint(NamedTuple):
 def planned(step: Step, model: str) -> Footprint:
     """Returns a model's memory at home in a compiled graph, from shapes and shardings alone."""
     home = step.home(model)
-    params, state = _bytes(home.params), _bytes((home.opt, home.left, home.held))
+    params, state = _bytes(home.params), _bytes((home.opt, home.error_feedback, home.node_copy))
     if not any(c.kind == "train" for c in step.graph.of(model)):
         return Footprint(params, 0, 0)
     return Footprint(params, state, _bytes(step.gradients(model)))

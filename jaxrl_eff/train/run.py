@@ -119,7 +119,7 @@ def _opened(
     import jax
 
     from jaxrl_eff.checkpoints.run import Checkpoints
-    from jaxrl_eff.train import assembly, balanced, loop, resume, summary
+    from jaxrl_eff.train import assembly, balanced, loop, resume, state, summary
     from jaxrl_eff.train.writer import Writer
 
     assembled = assembly.assemble(config)
@@ -129,6 +129,7 @@ def _opened(
         keep=config.checkpoint.keep,
         fingerprint=me.fingerprint,
         accepted=me.accepted,
+        renamed=state.renamed,
         guard=guard,
     )
     closing.callback(checkpoints.close)

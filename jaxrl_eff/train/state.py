@@ -23,6 +23,7 @@ from jaxrl_eff.train.start import started
 
 Models = dict[str, Model]
 Shelf = dict[str, Any]  # "stage/role" -> parameters, at home in that stage
+_RENAMED = {"past": "stale", "left": "error_feedback", "held": "node_copy"}  # fields of `Model`
 
 
 def initial(assembled: Assembled, stage: Stage, shelf: Shelf) -> Models:
@@ -189,6 +190,14 @@ def saved(assembled: Assembled, index: int, models: Models, shelf: Shelf) -> dic
     """
     later = assembled.needed_after(index)
     return {"models": models, "shelf": {k: v for k, v in shelf.items() if k in later}}
+
+
+def renamed(leaf: str) -> str:
+    """Returns a leaf's name in `abstract`, from its name in this or an older checkpoint."""
+    names = leaf.split("/", 3)
+    if names[0] == "models" and len(names) == 4:
+        names[2] = _RENAMED.get(names[2], names[2])
+    return "/".join(names)
 
 
 def shelve(assembled: Assembled, index: int, models: Models, shelf: Shelf) -> Shelf:

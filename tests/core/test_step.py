@@ -267,8 +267,8 @@ def test_old_weights_sample_as_many_steps_late_as_said(staleness):
     want = _by_hand(staleness, 4)
     for plan in (_everywhere(graph, ONE), {**APART, "actor_gen": _place([0, 1])}):
         _, models, *_ = _run(graph, plan, steps=4)
-        assert set(models["actor"].past) == {"actor_gen"}
-        assert len(models["actor"].past["actor_gen"]) == staleness
+        assert set(models["actor"].stale) == {"actor_gen"}
+        assert len(models["actor"].stale["actor_gen"]) == staleness
         for name in ("actor", "critic"):
             trees = models[name].params, want[name].params
             for a, b in zip(*map(jax.tree.leaves, trees), strict=True):

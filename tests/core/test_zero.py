@@ -287,7 +287,7 @@ def test_what_an_adaptation_trains_whole_is_sent_as_in_training_whole():
     whole, below = ("layers/mlp/up/kernel",), (".*attn/./kernel",)
     of = adapted(sends("int4_delta"), name="lora", rank=2, targets=below, whole=whole)
     home = laid_out(NODES, of).home("actor")
-    assert [*home.left] == [*home.held] == ["layers/mlp/up/kernel"]
+    assert [*home.error_feedback] == [*home.node_copy] == ["layers/mlp/up/kernel"]
     assert home.params["layers"]["mlp"]["up"]["kernel"].sharding.spec[1] == ("dcn", "fsdp")
     found = traffic(NODES, of.sends, of=of)
     assert found.counted == found.promised and found.notes == ("every node has what is frozen",)
@@ -297,10 +297,10 @@ def test_what_an_adaptation_trains_whole_is_sent_as_in_training_whole():
 def test_kernels_that_are_trained_in_part_are_renewed_and_nothing_is_left_over(name):
     of = adapted(sends("int4_delta"), name=name)
     home, found = laid_out(NODES, of).home("actor"), traffic(NODES, of.sends, of=of)
-    assert {n for n in tree.names(home.params) if n.endswith("kernel")} - set(home.held) == {
+    assert {n for n in tree.names(home.params) if n.endswith("kernel")} - set(home.node_copy) == {
         "unembed/kernel"
     }
-    assert home.left == () and found.counted == found.promised
+    assert home.error_feedback == () and found.counted == found.promised
     assert found.notes[0] == "gradients travel exactly, in float32"
 
 
@@ -339,7 +339,7 @@ def fed():
     """
     step = compiled(NODES, sends("int4_delta"))
     models, _ = after(step, started(step), 2)
-    return step, models, jax.tree.map(np.asarray, models["actor"].left)
+    return step, models, jax.tree.map(np.asarray, models["actor"].error_feedback)
 
 
 def check_copies(name, x):
@@ -354,8 +354,8 @@ def check_copies(name, x):
 def test_all_nodes_hold_the_same_to_the_last_bit_and_near_the_weights(fed):
     step, models, left = fed
     first = started(step)["actor"]
-    assert set(models["actor"].held) == set(first.held) == set(left)
-    for name, x in models["actor"].held.items():
+    assert set(models["actor"].node_copy) == set(first.node_copy) == set(left)
+    for name, x in models["actor"].node_copy.items():
         check_copies(name, x)
         weight, start = (np.asarray(tree.flat(m.params)[name]) for m in (models["actor"], first))
         apart = np.linalg.norm(np.asarray(x, np.float32).reshape(weight.shape) - weight)
@@ -371,9 +371,9 @@ def test_what_nodes_hold_is_renewed_by_coded_differences(fed, name, at):
     """One shard after the other, by `encode` and `decode` alone."""
     step, models, _ = fed
     weight = np.asarray(tree.flat(models["actor"].params)[name])
-    old = np.asarray(models["actor"].held[name], np.float32).reshape(weight.shape)
+    old = np.asarray(models["actor"].node_copy[name], np.float32).reshape(weight.shape)
     (got, _), blocks = after(step, jax.tree.map(jnp.copy, models), 1, first=2), Blocks(4, 64)
-    new = np.asarray(got["actor"].held[name], np.float32).reshape(weight.shape)
+    new = np.asarray(got["actor"].node_copy[name], np.float32).reshape(weight.shape)
     for w, r, now in zip(*(np.split(x, 8, axis=at) for x in (weight, old, new)), strict=True):
         w, r, now = (np.moveaxis(x, at, 1).reshape(len(x), -1) for x in (w, r, now))
         sent = decode(encode(jnp.asarray(w - r), blocks), w.shape[-1], blocks, jnp.float32)
@@ -385,8 +385,8 @@ def test_weights_that_something_else_replaced_are_sent_in_full(fed):
     other = jax.tree.map(lambda x: x + 3, models["actor"].params)
     got = step.refreshed("actor", models["actor"]._replace(params=other))
     flat = tree.flat(other)
-    for name, x in got.held.items():
-        assert x.sharding == models["actor"].held[name].sharding and x.dtype == jnp.bfloat16
+    for name, x in got.node_copy.items():
+        assert x.sharding == models["actor"].node_copy[name].sharding and x.dtype == jnp.bfloat16
         want = np.asarray(flat[name].astype(jnp.bfloat16))
         np.testing.assert_array_equal(np.asarray(x).reshape(want.shape), want)
 
@@ -410,12 +410,12 @@ def test_another_number_of_devices_keeps_it(fed):
     fewer = Placement(tuple(range(4)), dcn=2, fsdp=2)
     other = core.compile(step.graph, {"actor_train": fewer}, step.specs)
     moved = state.moved(jax.tree.map(jnp.copy, models), step, other)
-    for name, x in moved["actor"].left.items():
+    for name, x in moved["actor"].error_feedback.items():
         assert len(x.sharding.device_set) == 4
         np.testing.assert_array_equal(x, left[name])
-    for name, x in moved["actor"].held.items():
+    for name, x in moved["actor"].node_copy.items():
         assert len(x.sharding.device_set) == 4
-        np.testing.assert_array_equal(x, models["actor"].held[name])
+        np.testing.assert_array_equal(x, models["actor"].node_copy[name])
 
 
 def test_a_withheld_update_keeps_it(fed):
@@ -424,10 +424,10 @@ def test_a_withheld_update_keeps_it(fed):
     bad["mask"][3, 4] = np.inf
     got, _, seen = step(jax.tree.map(jnp.copy, models), bad, np.array([0, 7], np.uint32))
     assert seen["actor_train/finite"] == 0
-    for name, x in got["actor"].left.items():
+    for name, x in got["actor"].error_feedback.items():
         np.testing.assert_array_equal(x, left[name])
-    for name, x in got["actor"].held.items():
-        np.testing.assert_array_equal(x, models["actor"].held[name])
+    for name, x in got["actor"].node_copy.items():
+        np.testing.assert_array_equal(x, models["actor"].node_copy[name])
 
 
 ZERO = (
@@ -503,8 +503,8 @@ def test_nodes_hold_the_same_whatever_the_algorithm(algorithm):
         models, _, _ = step(models, next(stage.loader), assembly.words(0, stage.name, t))
     stage.loader.close()
     for role in ("actor", "critic") if algorithm == "ppo" else ("actor",):
-        assert models[role].held
-        for name, x in models[role].held.items():
+        assert models[role].node_copy
+        for name, x in models[role].node_copy.items():
             check_copies(name, x)
             # As far as the last update or, of PPO, some of the last four.
             old, new = before[role][name], np.asarray(tree.flat(models[role].params)[name])

@@ -5,7 +5,7 @@ import json
 import pytest
 from test_tokenizer import save_bytes_tokenizer
 
-from jaxrl_eff.data import sources
+from jaxrl_eff.data import source_files
 from jaxrl_eff.data.chat import encode_chat, render_chat, to_answer
 from jaxrl_eff.data.encode import encode_chat_prompt, encode_messages
 from jaxrl_eff.data.tokenizer import CharTokenizer, load_tokenizer
@@ -187,7 +187,9 @@ def test_parquet_and_json_lines_give_the_same_tokens(tmp_path):
     save_bytes_tokenizer(tmp_path, chat_template=template)
     encode = encode_messages(load_tokenizer(tmp_path))
     for i in range(2):
-        a, b = (encode(sources.file(tmp_path / f"x.{kind}")[i]) for kind in ("jsonl", "parquet"))
+        a, b = (
+            encode(source_files.file(tmp_path / f"x.{kind}")[i]) for kind in ("jsonl", "parquet")
+        )
         assert a[0].tolist() == b[0].tolist() and a[1].tolist() == b[1].tolist()
     whole = [render_chat(load_tokenizer(tmp_path), talk) for talk in talks]
     assert '"arguments": {"city": "x"}}' in whole[0] and "null" not in whole[0] + whole[1]

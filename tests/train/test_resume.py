@@ -4,14 +4,19 @@ import json
 import re
 import shutil
 import zlib
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import launch
 import numpy as np
 import pytest
 from launch import cache  # noqa: F401 (fixture)
 
+from jaxrl_eff.checkpoints.run import Checkpoints
+from jaxrl_eff.core import Model
 from jaxrl_eff.planner import clusters
-from jaxrl_eff.train import writer
+from jaxrl_eff.train import state, writer
 
 THREE = f"--config={launch.TINY}:algorithm=three,steps=3,devices=2,every=1,evaluate=1"
 CHECKPOINTS = "jaxrl_eff.checkpoints.run:Checkpoints"
@@ -182,6 +187,40 @@ def damage(checkpoint):
     file = max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     with file.open("r+b") as f:
         f.truncate(file.stat().st_size // 2)
+
+
+class OldModel(NamedTuple):
+    """`core.Model` with the names that its fields once had."""
+
+    params: Any
+    opt: Any
+    past: Any
+    left: Any
+    held: Any
+
+
+def test_a_checkpoint_with_the_former_names_of_a_models_fields_is_read(tmp_path):
+    def field(n):
+        return {"past/held": jnp.full(3, float(n)), "embed": {"left": jnp.full(2, float(n))}}
+
+    old = OldModel({"left": jnp.ones(3)}, field(1), {"actor_gen": (field(2),)}, field(3), field(4))
+    shelf = {"sft/actor": {"left": {"held": jnp.zeros(1)}}}
+    first = Checkpoints(tmp_path, fingerprint="f")
+    for step in (1, 2):  # the second keeps what did not change apart
+        moved = old._replace(params={"left": jnp.full(3, float(step))})
+        first.save(step, {"models": {"actor": moved}, "shelf": shelf}, {})
+    first.close()
+    run = Checkpoints(tmp_path, fingerprint="f", renamed=state.renamed)
+    wanted = {"models": {"actor": Model(*moved)}, "shelf": shelf}
+    got = run.restore(jax.eval_shape(lambda: wanted))
+    jax.tree.map(np.testing.assert_array_equal, got.state, wanted)
+    run.save(3, got.state, {})
+    run.close()
+    saved = json.loads((tmp_path / "00000003" / "record.json").read_text())["leaves"]
+    assert {k for k in saved if k.startswith("models/actor/node_copy")} == {
+        "models/actor/node_copy/embed/left", "models/actor/node_copy/past/held",
+    }  # fmt: skip
+    assert Checkpoints(tmp_path, fingerprint="f").restore(jax.eval_shape(lambda: wanted)).step == 3
 
 
 def test_a_truncated_checkpoint_is_refused_by_name(sft, tmp_path, capfd):

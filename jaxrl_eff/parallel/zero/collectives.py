@@ -184,7 +184,7 @@ def _held_backward(plan, residual, gradient):
 gather_held.defvjp(_held_forward, _held_backward)
 
 
-def send_deltas(shard: jax.Array, held: jax.Array, plan: ZeroConfig, blocks: Blocks) -> jax.Array:
+def send_deltas(shard: jax.Array, copy: jax.Array, plan: ZeroConfig, blocks: Blocks) -> jax.Array:
     """Updates every node's copy of the weights by sending quantized differences.
 
     R' = R + sent(W - R): the loop is closed, so the quantization residual is sent with the next
@@ -192,14 +192,14 @@ def send_deltas(shard: jax.Array, held: jax.Array, plan: ZeroConfig, blocks: Blo
 
     Args:
         shard: W [..., m] floats.
-        held: R [N, ..., m], the copy of the previous step; bfloat16 or float32.
+        copy: R [N, ..., m], the copy of the previous step; bfloat16 or float32.
         blocks: encoding of the differences.
 
     Returns:
         R' of R's shape and dtype; `encode(R', Blocks(16 or 32))` is a stage for `gather_held`.
     """
-    wide = held.astype(jnp.float32)
+    wide = copy.astype(jnp.float32)
     mine = lax.dynamic_index_in_dim(wide, lax.axis_index(plan.slow), 0, keepdims=False)
     message = encode(shard.astype(jnp.float32) - mine, blocks)
     every = lax.all_gather(message, plan.slow)
-    return (wide + decode(every, shard.shape[-1], blocks, jnp.float32)).astype(held.dtype)
+    return (wide + decode(every, shard.shape[-1], blocks, jnp.float32)).astype(copy.dtype)

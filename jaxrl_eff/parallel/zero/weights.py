@@ -81,52 +81,52 @@ class ShardLayout:
         back = sorted(range(len(order)), key=order.__getitem__)
         return x.transpose(*range(lead), *(lead + i for i in back))
 
-    def flat_left(self, left: jax.Array) -> jax.Array:
+    def flat_by_node(self, x: jax.Array) -> jax.Array:
         """`[*lead, ..., N, d, ...]`, nodes before the sharded axis, -> `[*lead, *apart, N, m]`."""
-        lead = left.ndim - 1 - len(self.shape)
-        left = jnp.moveaxis(left, lead + self.axis, lead)  # [*lead, N, *shape]
-        return jnp.moveaxis(self.flat(left), lead, -2)
+        lead = x.ndim - 1 - len(self.shape)
+        x = jnp.moveaxis(x, lead + self.axis, lead)  # [*lead, N, *shape]
+        return jnp.moveaxis(self.flat(x), lead, -2)
 
-    def shaped_left(self, left: jax.Array) -> jax.Array:
-        """Inverse of `flat_left`."""
-        lead = left.ndim - 2 - len(self.apart)
-        left = self.shaped(jnp.moveaxis(left, -2, lead))
-        return jnp.moveaxis(left, lead, lead + self.axis)
+    def shaped_by_node(self, x: jax.Array) -> jax.Array:
+        """Inverse of `flat_by_node`."""
+        lead = x.ndim - 2 - len(self.apart)
+        x = self.shaped(jnp.moveaxis(x, -2, lead))
+        return jnp.moveaxis(x, lead, lead + self.axis)
 
     # Collectives on a device's shard
 
-    def renewed(self, x: jax.Array, held: jax.Array) -> jax.Array:
+    def renewed(self, x: jax.Array, copy: jax.Array) -> jax.Array:
         """Every node's copy of a weight, updated by differences; see `send_deltas`.
 
         Args:
             x: this device's current shard, with leading axes.
-            held: the copy so far, `[*lead, ..., N, d, ...]`.
+            copy: the copy so far, `[*lead, ..., N, d, ...]`.
         """
-        held = jnp.moveaxis(self.flat_left(held), -2, 0)
-        new = collectives.send_deltas(self.flat(x), held, self.plan, self.plan.deltas)
-        return self.shaped_left(jnp.moveaxis(new, 0, -2))
+        copy = jnp.moveaxis(self.flat_by_node(copy), -2, 0)
+        new = collectives.send_deltas(self.flat(x), copy, self.plan, self.plan.deltas)
+        return self.shaped_by_node(jnp.moveaxis(new, 0, -2))
 
-    def _stage(self, x: jax.Array, held: jax.Array | None) -> jax.Array:
+    def _stage(self, x: jax.Array, copy: jax.Array | None) -> jax.Array:
         """`[N, *lead, *apart, bytes]`, gathered or encoded from the node's copy."""
         if self.local:
             return encode(self.flat(x), self.plan.weights)[None]
-        if held is None:
+        if copy is None:
             return collectives.gather_slow(self.flat(x), self.plan)
-        return encode(jnp.moveaxis(self.flat_left(held), -2, 0), self.plan.weights)
+        return encode(jnp.moveaxis(self.flat_by_node(copy), -2, 0), self.plan.weights)
 
-    def near(self, x: jax.Array, held: jax.Array | None = None) -> jax.Array:
+    def near(self, x: jax.Array, copy: jax.Array | None = None) -> jax.Array:
         """Gathers a shard with leading axes over the slow axis: `[*lead, N, ...]`.
 
         Args:
             x: this device's shard.
-            held: the node's copy of `renewed`, used in place of the gather; None: gather.
+            copy: the node's copy of `renewed`, used in place of the gather; None: gather.
         """
         lead = x.ndim - len(self.shape)
         if self.raw and self.local:
             return jnp.expand_dims(x, lead)
         if self.raw:
             return lax.all_gather(x, self.plan.slow, axis=lead)
-        return jnp.moveaxis(self._stage(x, held), 0, lead)
+        return jnp.moveaxis(self._stage(x, copy), 0, lead)
 
     def joined(self, near: jax.Array) -> jax.Array:
         """Gathers the full weight from the result of `near` without leading axes."""
@@ -137,39 +137,40 @@ class ShardLayout:
         n = math.prod(every.shape[self.axis : self.axis + 3])
         return every.reshape(*self.shape[: self.axis], n, *self.shape[self.axis + 1 :])
 
-    def gathered(self, x: jax.Array, held: jax.Array | None = None) -> jax.Array:
-        """Gathers the full weight from a shard with leading axes; `held` as for `near`."""
+    def gathered(self, x: jax.Array, copy: jax.Array | None = None) -> jax.Array:
+        """Gathers the full weight from a shard with leading axes; `copy` as for `near`."""
         lead = x.ndim - len(self.shape)
         if self.raw:
             return _over(self._gathered_raw, lead)(x)
-        return self.shaped(collectives.gather_fast(self._stage(x, held), self.m, self.plan))
+        return self.shaped(collectives.gather_fast(self._stage(x, copy), self.m, self.plan))
 
     def _gathered_raw(self, x: jax.Array) -> jax.Array:
         return self.joined(self.near(x))
 
     def reduced(
-        self, gradient: jax.Array, left: jax.Array | None
+        self, gradient: jax.Array, feedback: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """Reduces all devices' gradients of the full weight to this device's shard, in float32.
 
         Args:
             gradient: of the full weight, with leading axes.
-            left: quantization residual of the last reduction, `[*lead, ..., N, d, ...]`, or None.
+            feedback: quantization residual of the last reduction, `[*lead, ..., N, d, ...]`, or
+                None.
 
         Returns:
             the sum, and the new residual.
         """
-        left = None if left is None else self.flat_left(left)
-        total, left = collectives.reduce_gradients(self.flat(gradient), left, self.plan)
-        return self.shaped(total), None if left is None else self.shaped_left(left)
+        feedback = None if feedback is None else self.flat_by_node(feedback)
+        total, feedback = collectives.reduce_gradients(self.flat(gradient), feedback, self.plan)
+        return self.shaped(total), None if feedback is None else self.shaped_by_node(feedback)
 
     def reduced_slow(
-        self, slot: jax.Array, left: jax.Array | None
+        self, slot: jax.Array, feedback: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None]:
         """`reduced` for `[*lead, *apart, N, m]` already summed over the fast axis."""
-        left = None if left is None else self.flat_left(left)
-        total, left = collectives.reduce_slow(slot, left, self.plan)
-        return self.shaped(total), None if left is None else self.shaped_left(left)
+        feedback = None if feedback is None else self.flat_by_node(feedback)
+        total, feedback = collectives.reduce_slow(slot, feedback, self.plan)
+        return self.shaped(total), None if feedback is None else self.shaped_by_node(feedback)
 
 
 def _over(fn: Callable, lead: int) -> Callable:
@@ -184,19 +185,19 @@ def _over(fn: Callable, lead: int) -> Callable:
 class ShardedWeight:
     """Device's shard of a weight, as a leaf of the parameters.
 
-    Its gradient is the reduced gradient of the full weight; the "gradient" of `left` is the new
-    quantization residual.
+    Its gradient is the reduced gradient of the full weight; the "gradient" of `error_feedback` is
+    the new quantization residual.
 
     Attributes:
         part: `[(layers,) *cut.shape]`.
-        left: quantization residual of the last reduction, `[(layers,) ..., N, d, ...]`; None: no
-            error feedback.
+        error_feedback: quantization residual of the last reduction,
+            `[(layers,) ..., N, d, ...]`; None: no error feedback.
         cut: how the weight is sharded and sent.
         trained: True if the weight gets a gradient.
     """
 
     part: Any  # like any tree leaf, sometimes a shape or a sharding
-    left: Any
+    error_feedback: Any
     cut: ShardLayout = dataclasses.field(metadata={"static": True})
     trained: bool = dataclasses.field(metadata={"static": True})
     transient: ClassVar[bool] = True
@@ -213,8 +214,8 @@ class ShardedWeight:
             return cut.joined(stage)
         if not self.trained:
             return cut.shaped(collectives.gather_frozen(cut.flat(self.part), cut.plan))
-        left = None if self.left is None else cut.flat_left(self.left)
-        return cut.shaped(collectives.gather_weights(cut.flat(self.part), left, cut.plan))
+        feedback = None if self.error_feedback is None else cut.flat_by_node(self.error_feedback)
+        return cut.shaped(collectives.gather_weights(cut.flat(self.part), feedback, cut.plan))
 
 
 @jax.tree_util.register_dataclass

@@ -57,7 +57,7 @@ def test_what_is_left_over_lies_beside_the_axis_that_is_split(shape, axis, apart
     one = cut(shape, axis, apart)
     parts = [numbers(LAYERS, *one.shape, seed=n) for n in range(NODES)]
     left = jnp.asarray(np.stack(parts, axis=1 + axis))
-    flat = one.flat_left(left)
+    flat = one.flat_by_node(left)
     for n, part in enumerate(parts):
         np.testing.assert_array_equal(flat[..., n, :], one.flat(jnp.asarray(part)))
     np.testing.assert_array_equal(one.shaped_left(flat), left)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxrl_eff.core import glossary
-from jaxrl_eff.data import sources, toys
+from jaxrl_eff.data import source_files, toys
 from jaxrl_eff.data.text import said
 from jaxrl_eff.data.tokenizer import CharTokenizer, load_tokenizer
 from jaxrl_eff.rollout.rewards import verify
@@ -247,7 +247,7 @@ def tagged_tokenizer(directory):
 def test_every_real_solution_answers_itself():
     reward = verify.numeric()
     for split in ("test", "train"):
-        for example in sources.jsonl(SHARED / f"gsm8k/{split}.jsonl"):
+        for example in source_files.jsonl(SHARED / f"gsm8k/{split}.jsonl"):
             final = example["answer"].rpartition("####")[2].strip()
             assert reward(example, example["answer"]) == 1.0
             assert reward(example, rf"so it is \boxed{{{final}}}.") == 1.0
