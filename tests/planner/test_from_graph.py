@@ -115,7 +115,7 @@ def test_options_reach_the_calls_they_name():
     assert problem.work("actor_gen").staleness == 1
     assert problem.work("actor_gen").responses == lengths
     assert problem.work("advantage").seconds == 0.25
-    with pytest.raises(ValueError, match="'ref_inf' is no generate call"):
+    with pytest.raises(ValueError, match="unknown generate call 'ref_inf'"):
         works(graph, lms, PROMPTS, sampling=sampling, staleness={"ref_inf": 1})
     with pytest.raises(ValueError, match="actor_gen generates, but sampling is None"):
         works(graph, lms, PROMPTS)
