@@ -13,146 +13,16 @@ Exit codes: 0 planned; 2 the command cannot be done, or no plan fits.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxrl_eff.cli import parser
 from jaxrl_eff.cli.pages import devices
 from jaxrl_eff.train import config_file, settings
 from jaxrl_eff.train.console import Console, number
-
-
-class Outline(NamedTuple):
-    """A stage without its data.
-
-    Attributes:
-        name: as in the config.
-        graph: its calls.
-        lms: role -> shape of its model.
-        origins: role -> where its shape comes from: "base" or a checkpoint's directory.
-        specs: role -> `Spec`, with the optimizer.
-        batch: name -> global shape and dtype of the graph's inputs.
-        sampling: of its generate calls, if any.
-        packed: call -> what is expected of its rows, for those that a schedule packs.
-    """
-
-    name: str
-    graph: Any
-    lms: dict[str, Any]
-    origins: dict[str, str]
-    specs: dict[str, Any]
-    batch: dict[str, Any]
-    sampling: Any
-    packed: dict[str, Any]
-
-    @property
-    def trained(self) -> str:
-        """The role that a later stage means by this stage's name."""
-        return next(c.of for c in self.graph.calls if c.kind == "train")
-
-
-def outlines(run: settings.Run) -> list[Outline]:
-    """The stages of a run from its settings alone.
-
-    Raises:
-        ValueError, FileNotFoundError: a setting is wrong, or a model's config.json is missing.
-    """
-    from jaxrl_eff.train import assembly, parts
-
-    with parts.at_path("config.model"):
-        tokenizer = _tokenizer(run)
-        base = assembly.base_model(run, tokenizer)
-    out: list[Outline] = []
-    for name in run.stages:
-        with parts.at_path(f"config.{name}"):
-            out.append(_outline(run, name, tokenizer, base, out))
-    return out
-
-
-def _outline(
-    run: settings.Run, name: str, tokenizer: Any, base: Any, earlier: list[Outline]
-) -> Outline:
-    import numpy as np
-
-    from jaxrl_eff.algorithms import Rollout
-    from jaxrl_eff.train import balanced, parts, unused
-
-    s = run.stage[name]
-    algorithm = parts.algorithm_of(s)
-    unused.check(s)
-    cfg = parts.loss_of(s, name)
-    given = _origins(s, earlier)
-    _, lms = parts.roles_of(dataclasses.replace(s, models=given), base, [])
-    sampling, rollout = parts.sampling_of(s, name, tokenizer), None
-    if sampling is not None:
-        rollout = Rollout(sampling, None if s.reward.name == "model" else _unread)
-    graph = parts.graph_of(s, cfg, lms, rollout)
-    lms = {role: lm for role, lm in lms.items() if role in graph.models}
-    origins = {role: given.get(role) or given["actor"] for role in lms}
-    specs, _ = parts.model_specs(s, graph, lms, name)
-    shapes, packed = parts.batch_shapes(s, algorithm.batch), {}
-    if s.schedule.name == "skrull":  # the data is not read: prompts are as long as they may be
-        before, most = 0, s.data.length
-        if sampling is not None:
-            before, most = s.data.prompt_length, sampling.max_tokens
-        guess = np.concatenate(balanced.guessed([0], most))
-        packed = balanced.expected(s.schedule, graph, guess, before=before)
-    return Outline(name, graph, lms, origins, specs, shapes, sampling, packed)
-
-
-def _origins(s: settings.StageSettings, earlier: list[Outline]) -> dict[str, str]:
-    """The stage's `models` with earlier stages replaced by what they started from."""
-    from jaxrl_eff.train import parts
-
-    by_name, out = {e.name: e for e in earlier}, {next(iter(parts.algorithm_of(s).roles)): "base"}
-    for role, where in s.models.items():
-        stage, _, of = where.partition("/")
-        if stage in by_name:
-            origins, of = by_name[stage].origins, of or by_name[stage].trained
-            if of not in origins:
-                raise ValueError(
-                    f"models.{role} is {where!r}, but {stage!r} has {sorted(origins)}."
-                )
-            where = origins[of]
-        out[role] = where
-    return out
-
-
-def _unread(*_: Any) -> dict:
-    """Stands where a reward function will be."""
-    raise AssertionError("planning runs no call")
-
-
-def _tokenizer(run: settings.Run) -> Any:
-    """The run's tokenizer or, where its files are missing but the vocabulary is known, any other:
-    sizes are all that a plan depends on."""
-    from jaxrl_eff.data.tokenizer import CharTokenizer
-    from jaxrl_eff.train import assembly
-
-    try:
-        return assembly.tokenizer_of(run)
-    except (ValueError, OSError, ImportError):
-        if run.model.path or "vocab" in run.model.shape:
-            return CharTokenizer("0")
-        raise
-
-
-def problem(outline: Outline, **options: Any) -> Any:
-    """The planner's problem of a stage; more options as in `from_graph.works`."""
-    from jaxrl_eff.planner import from_graph
-
-    return from_graph.works(
-        outline.graph,
-        outline.lms,
-        outline.batch,
-        sampling=outline.sampling,
-        specs=outline.specs,
-        **{**from_graph.expecting(outline.packed), **options},
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -185,13 +55,15 @@ def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
     from jaxrl_eff.planner import clusters
     from jaxrl_eff.planner.search import search
     from jaxrl_eff.train import parts
+    from jaxrl_eff.train.outline import outlines
 
     cluster = clusters.parse(options.cluster)
     chosen = _chosen(outlines(run), options.stage)
     plans = []
     with Console(terminal=False) as console:
         for outline in chosen:
-            step = problem(outline)
+            with parts.at_path(f"config.{outline.name}"):
+                step = outline.problem(outline.batch())
             with parts.at_path(outline.name):
                 found = search(
                     step,
@@ -216,7 +88,7 @@ def plan_all(run: settings.Run, options: argparse.Namespace) -> None:
         console.final(f"written: {folder / 'timeline.html'}, plan.json, trace.json")
 
 
-def _chosen(found: list[Outline], stage: str) -> list[Outline]:
+def _chosen(found: list[Any], stage: str) -> list[Any]:
     if stage:
         names = [o.name for o in found]
         if stage not in names:

@@ -24,9 +24,9 @@ from jaxrl_eff.core import meters
 from jaxrl_eff.core.graph import TOKENS, Call
 from jaxrl_eff.core.shardings import placed
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
-from jaxrl_eff.parallel import Placement, rows
+from jaxrl_eff.parallel import Placement
 from jaxrl_eff.parallel.attention import sequence
-from jaxrl_eff.parallel.sharding import mixed_rows, replicated
+from jaxrl_eff.parallel.sharding import arrays, replicated
 
 SIDES = ("local", "shared")
 NOWHERE = 2**31 - 1  # out of bounds of any array
@@ -76,10 +76,12 @@ def maps_of(place: Placement, shape: Shape) -> dict[str, dict[str, jax.ShapeDtyp
         "local": (place.row_shards * place.seq, shape.local),
         "shared": (place.row_shards, shape.distributed * place.seq),
     }
-    ways = {"local": mixed_rows, "shared": rows}
+    axes = {"local": ("packed",), "shared": ("batch", "length")}
     like = {side: jax.ShapeDtypeStruct(size, jnp.int32) for side, size in sizes.items()}
     return {
-        side: dict.fromkeys(("source", "unit"), placed(x, ways[side](place, x.shape)))
+        side: dict.fromkeys(
+            ("source", "unit"), placed(x, arrays(place).fitting(axes[side], x.shape))
+        )
         for side, x in like.items()
     }
 

@@ -18,7 +18,7 @@ from jaxrl_eff import tree
 from jaxrl_eff.core.graph import Adaptation, Call, Graph, Model, Spec, order, viewed
 from jaxrl_eff.core.zero import NodeGradients
 from jaxrl_eff.optim import state_shardings
-from jaxrl_eff.parallel import Placement, Rules, global_arrays, rows, rules
+from jaxrl_eff.parallel import Placement, Rules, arrays, global_arrays, rules
 from jaxrl_eff.parallel.attention import sequence
 from jaxrl_eff.parallel.attention.context import SequenceLayout, sequence_layout
 from jaxrl_eff.parallel.attention.token_order import reach
@@ -125,7 +125,10 @@ class Shardings:
     def rows(self, c: Call, shapes: Mapping[str, Any]) -> dict[str, Any]:
         """Adds the shardings in which a call reads or writes arrays."""
         place, lengths = self.plan[c.name], c.kind != "generate"
-        return {k: placed(v, rows(place, v.shape, lengths=lengths)) for k, v in shapes.items()}
+        found = arrays(place, lengths=lengths)
+        return {
+            k: placed(v, found.fitting(("batch", "length"), v.shape)) for k, v in shapes.items()
+        }
 
     def whole(self, c: Call) -> jax.sharding.NamedSharding:
         """Returns the sharding of an array that is replicated on a call's devices."""

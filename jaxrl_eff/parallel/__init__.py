@@ -9,7 +9,7 @@ __all__, __getattr__, __dir__ = public.table(
     __name__,
     {
         "mesh": ("AXES", "Placement"),
-        "sharding": ("Rules", "rows", "rules"),
+        "sharding": ("Rules", "arrays", "rules"),
         "reshard.layout": ("Network",),
         "reshard.route": ("Report", "Route"),
         "reshard.changes": ("ChangedElements", "SyncConfig"),

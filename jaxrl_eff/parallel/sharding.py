@@ -7,6 +7,7 @@ are replicated on each device, as is common practice.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "layers": (),
     "batch": ("data", "fsdp"),
+    "packed": ("data", "fsdp", "seq"),  # rows that are packed on each device
     "length": ("seq",),
     "act_embed": (),
     "act_heads": ("tensor",),
@@ -84,8 +86,11 @@ class Rules:
         """
         grid, table = mesh(self.placement), dict(self.table)
         ways = {axis: math.prod(grid.shape[a] for a in table.get(axis) or ()) for axis in axes}
-        fit = (axis if n % ways[axis] == 0 else None for axis, n in zip(axes, shape, strict=False))
-        return NamedSharding(grid, self.spec(tuple(fit)))
+        fit = [axis if n % ways[axis] == 0 else None for axis, n in zip(axes, shape, strict=False)]
+        spec = [*self.spec(tuple(fit))]
+        while spec and spec[-1] is None:  # equal shardings compare equal
+            spec.pop()
+        return NamedSharding(grid, PartitionSpec(*spec))
 
     def tree(self, axes: Any) -> Any:
         """Shardings for a tree whose leaves are tuples of logical axes."""
@@ -110,11 +115,12 @@ def rules(
     """
     table, notes = dict(TABLE), []
     if placement.dcn > 1:
-        table |= {"embed": ("dcn", "fsdp"), "batch": row_axes(placement)}
-    if not lengths or mixed:
+        axes = row_axes(placement)
+        table |= {"embed": ("dcn", "fsdp"), "batch": axes, "packed": (*axes, "seq")}
+    if not lengths or mixed or placement.seq == 1:
         table["length"] = ()
     if mixed:
-        table["batch"] = (*table["batch"], "seq")
+        table["batch"] = table["packed"]
     for axis, seen in sizes.items():
         ways = 1
         for name in table[axis]:
@@ -133,25 +139,14 @@ def row_axes(placement: Placement) -> tuple[str, ...]:
     return ("dcn", "data", "fsdp") if placement.dcn > 1 else ("data", "fsdp")
 
 
-def rows(placement: Placement, shape: tuple[int, ...], *, lengths: bool = True) -> NamedSharding:
-    """Sharding of a batch array: rows over dcn, data and fsdp, positions over seq.
+@functools.lru_cache(maxsize=1024)
+def arrays(placement: Placement, *, lengths: bool = True) -> Rules:
+    """Rules for the arrays of a call: `batch` and `length`, or `packed`, see `TABLE`.
 
-    A dimension whose size does not divide is replicated.
+    Args:
+        lengths: as for `rules`.
     """
-    spec: list[Any] = []
-    if shape and shape[0] % placement.row_shards == 0:
-        spec.append(row_axes(placement))
-    elif shape:
-        spec.append(None)
-    if lengths and len(shape) > 1 and placement.seq > 1 and shape[1] % placement.seq == 0:
-        spec.append("seq")
-    return NamedSharding(mesh(placement), PartitionSpec(*spec))
-
-
-def mixed_rows(placement: Placement, shape: tuple[int, ...]) -> NamedSharding:
-    """Sharding of a batch array whose rows are sharded over seq too."""
-    spec = PartitionSpec((*row_axes(placement), "seq")) if shape else PartitionSpec()
-    return NamedSharding(mesh(placement), spec)
+    return rules(placement, {}, lengths=lengths)
 
 
 def in_host(sharding: NamedSharding) -> NamedSharding:

@@ -16,19 +16,21 @@ NAMES = (*SCHEDULES, "lisa", *lora.METHODS)
 
 def check(s: AdaptSettings, optim: Optimizer) -> None:
     if s.name not in NAMES:
-        raise ValueError(f"name is {s.name!r}; there are {list(NAMES)}.")
+        raise ValueError(f"unknown adaptation {s.name!r}; expected one of {list(NAMES)}.")
     if s.name in lora.METHODS and not s.rank:
         raise ValueError(f"name is {s.name!r}, but rank is {s.rank}; it must be at least 1.")
     if s.start and s.name not in lora.METHODS:
         raise ValueError(f"start is {s.start!r}, but only {list(lora.METHODS)} start from files.")
     if s.granularity not in GRANULARITIES:
-        raise ValueError(f"granularity is {s.granularity!r}; there are {list(GRANULARITIES)}.")
+        raise ValueError(
+            f"unknown granularity {s.granularity!r}; expected one of {list(GRANULARITIES)}."
+        )
     if s.selector not in (*sparse.WEIGHTS, *sparse.GRADIENTS):
         both = [*sparse.WEIGHTS, *sparse.GRADIENTS]
-        raise ValueError(f"selector is {s.selector!r}; there are {both}.")
+        raise ValueError(f"unknown selector {s.selector!r}; expected one of {both}.")
     if s.name == "spiel_ag" and s.selector not in sparse.GRADIENTS:
         raise ValueError(
-            f"spiel_ag grows by a gradient, but selector is {s.selector!r}; there are "
+            f"spiel_ag grows by a gradient, but selector is {s.selector!r}; expected one of "
             f"{list(sparse.GRADIENTS)}."
         )
     if s.name == "spiel_ma":

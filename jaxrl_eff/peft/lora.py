@@ -38,7 +38,9 @@ def targets(cfg: LMConfig, patterns: Iterable[str] = TARGETS) -> dict[str, tuple
     for pattern in patterns:
         found = {k: v for k, v in able.items() if re.fullmatch(pattern, k)}
         if not found:
-            raise ValueError(f"target {pattern!r} matches no projection; there are {sorted(able)}.")
+            raise ValueError(
+                f"unknown target {pattern!r}; expected one of {sorted(able)}, or a pattern."
+            )
         chosen |= found
     return {k: chosen[k] for k in able if k in chosen}
 
@@ -75,7 +77,7 @@ def lora_shapes(
 def lora_scale(method: str, alpha: float, rank: int) -> float:
     """Returns the factor on A B: alpha / r, and for "rslora" alpha / sqrt(r)."""
     if method not in METHODS:
-        raise ValueError(f"the method is {method!r}; there are {list(METHODS)}.")
+        raise ValueError(f"unknown method {method!r}; expected one of {list(METHODS)}.")
     return alpha / (rank**0.5 if method == "rslora" else rank)
 
 

@@ -64,7 +64,7 @@ def block_of(kind: str, axes: tuple[str | None, ...], shape: tuple[int, ...], ti
         ValueError: an unknown kind, or no such block of at least 8.
     """
     if kind not in KINDS:
-        raise ValueError(f"base is {kind!r}; there are {['', *KINDS]}.")
+        raise ValueError(f"unknown base {kind!r}; expected one of {['', *KINDS]}.")
     name = "head_dim" if "head_dim" in axes else "ffn"
     axis = axes.index(name)
     part = shape[axis] // math.gcd(shape[axis], tiles if name == "ffn" else 1)

@@ -217,7 +217,9 @@ def parse(text: str) -> Cluster:
             raise ValueError(f"cluster {text!r}: 'local' is what this process has, without sizes.")
         return local()
     if name not in NAMES:
-        raise ValueError(f"cluster {text!r}: unknown hardware {name!r}; there is {list(NAMES)}.")
+        raise ValueError(
+            f"cluster {text!r}: unknown hardware {name!r}; expected one of {list(NAMES)}."
+        )
     example = f"{name}:16x8" if name in _GPUS else f"{name}:4x4"
     if not re.fullmatch(r"(\d+\*)?\d+(x\d+)*", sizes):
         raise ValueError(f"cluster {text!r}: sizes are missing or wrong; write e.g. {example!r}.")
@@ -287,7 +289,7 @@ def _here(measured: bool) -> Cluster:
     ):  # fmt: skip
         if any(n in kind for n in names):
             return tpus(found, devices)
-    raise ValueError(f"device {kind!r} is not in the tables; there is {[*_GPUS, *_TPUS]}.")
+    raise ValueError(f"unknown device kind {kind!r}; expected one of {[*_GPUS, *_TPUS]}.")
 
 
 def _usual() -> Cluster:

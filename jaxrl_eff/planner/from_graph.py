@@ -83,7 +83,7 @@ def works(
         for name in given:
             if names.get(name) != kind:
                 fit = sorted(n for n, k in names.items() if k == kind)
-                raise ValueError(f"{name!r} is no {kind} call of the graph; there is {fit}.")
+                raise ValueError(f"unknown {kind} call {name!r}; expected one of {fit}.")
     sizes = {k: _size(v.shape) for k, v in batch.items()}
     size_bytes = {k: 4.0 * np.prod(v.shape) for k, v in batch.items()}
     out = []

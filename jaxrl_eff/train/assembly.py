@@ -6,33 +6,37 @@ program is compiled: files, formats, plans, sizes that do not divide.
 
 import contextlib
 import dataclasses
-import math
 import zlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxrl_eff import core
-from jaxrl_eff.algorithms import Rollout
-from jaxrl_eff.checkpoints import read_config
-from jaxrl_eff.core import Graph, Placement, Spec, Step, plan_rules
+from jaxrl_eff.core import Placement, Step, plan_rules
 from jaxrl_eff.data import fates, loader
-from jaxrl_eff.data.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from jaxrl_eff.data.tokenizer import Tokenizer
 from jaxrl_eff.models import LMConfig
-from jaxrl_eff.models.config import Rope
-from jaxrl_eff.planner import clusters, from_graph
+from jaxrl_eff.planner import clusters
 from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.rollout.rewards import verify
-from jaxrl_eff.schema import build
-from jaxrl_eff.train import balanced, examples, fits, held_out, parts, replan, unused, weights
+from jaxrl_eff.train import (
+    balanced,
+    base,
+    examples,
+    fits,
+    held_out,
+    parts,
+    replan,
+    unused,
+    weights,
+)
 from jaxrl_eff.train.evaluate import Evaluation
+from jaxrl_eff.train.outline import outline
 from jaxrl_eff.train.settings import Run, StageSettings
 
 _TRIED_SECONDS = 20.0  # time limit for trying a reward on examples before training, per stage
-_SIZES = ("vocab", "layers", "width", "heads", "kv_heads", "head_dim", "ffn", "max_length")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,15 +114,15 @@ def assemble(run: Run) -> Assembled:
         ValueError, FileNotFoundError: the message has the path in the config.
     """
     with parts.at_path("config.tokenizer"):
-        tokenizer = tokenizer_of(run)
+        tokenizer = base.tokenizer(run)
     with parts.at_path("config.model"):
-        base = base_model(run, tokenizer)
+        lm = base.model(run, tokenizer)
     stages: list[Stage] = []
     for name in run.stages:
         with parts.at_path(f"config.{name}"):
-            stages.append(_stage(run, name, tokenizer, base, stages))
+            stages.append(_stage(run, name, tokenizer, lm, stages))
             fits.check_models(stages[-1].step)
-    out = Assembled(run, tokenizer, base, tuple(stages))
+    out = Assembled(run, tokenizer, lm, tuple(stages))
     _check_expectation(out)
     if run.export:
         last, role = stages[-1], stages[-1].trained
@@ -126,118 +130,22 @@ def assemble(run: Run) -> Assembled:
     return out
 
 
-def tokenizer_of(run: Run) -> Tokenizer:
-    if run.tokenizer == "chars:":
-        raise ValueError("config.tokenizer is 'chars:' without the characters of an alphabet.")
-    if run.tokenizer.startswith("chars:"):
-        return CharTokenizer(run.tokenizer.removeprefix("chars:"))
-    directory = run.model.path if run.tokenizer == "model" else run.tokenizer
-    if not directory:
-        raise ValueError(
-            "config.tokenizer is 'model', but config.model.path is empty: give a model's "
-            "directory, or 'chars:' and an alphabet."
-        )
-    return load_tokenizer(directory, ignore=run.model.ignore)
-
-
-def base_model(run: Run, tokenizer: Tokenizer) -> LMConfig:
-    m = run.model
-    if m.path and m.shape:
-        raise ValueError("has both path and shape; a checkpoint brings its own shape.")
-    if m.path:
-        if not Path(m.path).is_dir():
-            raise FileNotFoundError(f"path is {m.path!r}, which is no directory.")
-        lm = read_config(m.path, ignore=m.ignore)
-    else:
-        special = {
-            "vocab": tokenizer.vocab,
-            "bos": tokenizer.bos,
-            "eos": tuple(tokenizer.stop),
-            "pad": tokenizer.pad,
-        }
-        for name, size in m.shape.items():
-            if name in _SIZES and isinstance(size, int) and size < 1:
-                raise ValueError(f"config.model.shape.{name} is {size}, but must be at least 1.")
-        lm = build(LMConfig, {**special, **m.shape}, "config.model.shape")
-    chosen = {k: getattr(m, k) for k in ("dtype", "param_dtype", "remat") if getattr(m, k)}
-    if m.path and tokenizer.stop:
-        chosen["eos"] = tuple(dict.fromkeys((*lm.eos, *tokenizer.stop)))
-    if m.rope:
-        chosen["rope"] = stretched(lm, m.rope)
-        chosen["max_length"] = int(lm.max_length * max(1.0, m.rope.get("factor", 1.0)))
-    if m.max_length:
-        chosen["max_length"] = m.max_length
-    if lm.vocab < tokenizer.vocab:
-        raise ValueError(
-            f"the model's vocabulary of {lm.vocab} is smaller than the tokenizer's, "
-            f"{tokenizer.vocab}."
-        )
-    return dataclasses.replace(lm, **chosen)
-
-
-def stretched(lm: LMConfig, changes: Mapping[str, Any]) -> Rope:
-    """Returns a model's rotation with some fields changed.
-
-    "ntk" increases the base of the frequencies, so that the slowest frequency is divided by
-    `factor` and the fastest is unchanged: theta factor^(H / (H - 2)).
-
-    Raises:
-        ValueError: a field is unknown or has a wrong type, or "ntk" of a scaled rotation.
-    """
-    there, factor = dataclasses.asdict(lm.rope), changes.get("factor", 1.0)
-    if type(factor) not in (int, float) or not 0 < factor < math.inf:
-        raise ValueError(f"config.model.rope.factor is {factor!r:.200}, but must be above 0.")
-    if changes.get("kind") == "ntk":
-        if lm.rope.kind != "default" or set(changes) != {"kind", "factor"}:
-            raise ValueError(
-                f"config.model.rope is {dict(changes)}, of a rotation that is {lm.rope.kind!r}; "
-                "ntk takes a factor alone, and a rotation without a scaling."
-            )
-        power = lm.head_dim / (lm.head_dim - 2)
-        return dataclasses.replace(lm.rope, theta=lm.rope.theta * changes["factor"] ** power)
-    if changes.get("kind", lm.rope.kind) in ("yarn", "llama3") and not there["original_length"]:
-        there["original_length"] = lm.max_length
-    given = {k: v for k, v in {**there, **changes}.items() if v is not None}
-    return build(Rope, given, "config.model.rope")
-
-
-def _stage(
-    run: Run, name: str, tokenizer: Tokenizer, base: LMConfig, earlier: list[Stage]
-) -> Stage:
-    s = run.stage[name]
-    algorithm = parts.algorithm_of(s)
-    kind = algorithm.batch
+def _stage(run: Run, name: str, tokenizer: Tokenizer, lm: LMConfig, earlier: list[Stage]) -> Stage:
+    s, kind = run.stage[name], parts.algorithm_of(run.stage[name]).batch
     examples.check_format(s, kind)
     unused.check(s)
-    cfg = parts.loss_of(s, name)
     seed = (run.seed + zlib.crc32(name.encode())) % 2**32
     source, apart = examples.source(s.data, seed)
     encoder = examples.encoder(s, kind, tokenizer)
     examples.check("data", encoder, source)
-
-    sampling, rollout, tried = parts.sampling_of(s, name, tokenizer), None, ()
-    origins, lms = parts.roles_of(s, base, earlier, run.model.ignore)
-    weights.check_read(origins, lms, run.model.path, run.model.ignore)
-    if sampling is not None:
-        rollout = Rollout(sampling)
-        if s.reward.name != "model":
-            with parts.at_path(f"config.{name}.reward"):
-                score = parts.reward_fn(s.reward)
-                what = f"the reward {s.reward.name!r}"
-                tried = examples.try_all(what, lambda row: score(row, "0"), source, _TRIED_SECONDS)
-                rollout = Rollout(sampling, verify.host_reward(score, source, tokenizer))
-    parts.check_length(s, lms, sampling)
+    reward, tried = _reward(s, name, kind, source, tokenizer)
+    made = outline(run, name, tokenizer, lm, earlier, reward)
+    graph, lms, specs, sampling = made.graph, made.lms, made.specs, made.sampling
+    weights.check_read(made.origins, lms, run.model.path, run.model.ignore)
     fits.check_batch(s, sampling)
-    graph = parts.graph_of(s, cfg, lms, rollout)
-    lms = {r: lm for r, lm in lms.items() if r in graph.models}
-    origins = {r: o for r, o in origins.items() if r in graph.models}
-    origins |= {r: ("own", "") for r in graph.models if r in algorithm.own}
-    if missing := [r for r in graph.models if r not in origins]:
+    if missing := [r for r in graph.models if r not in made.origins]:
         raise ValueError(f"models lacks the roles {missing}; say where each comes from.")
 
-    specs, schedules = parts.model_specs(s, graph, lms, name)
-    with parts.at_path(f"config.{name}.zero"):
-        specs = {role: parts.sent(s, spec, lms.get(role)) for role, spec in specs.items()}
     pack, length, pools = 0, s.data.length, []
     if s.schedule.name == "skrull":
         pack = 2 if kind == "preference" else 1
@@ -249,12 +157,10 @@ def _stage(
             else:
                 length = balanced.longest(lengths, length)
                 pools = [np.array([n for n in lengths if n <= length])]
-    shapes, searched = parts.batch_shapes(s, kind, length), None
+    shapes, searched = made.batch(length), None
     with parts.at_path(f"config.{name}.plan"):
         if s.plan == "search":
-            searched = replan.search(
-                _problem(s, graph, lms, shapes, sampling, specs, pools), s.search, seed=run.seed
-            )
+            searched = replan.search(made.problem(shapes, pools), s.search, seed=run.seed)
             plan = searched.plan
         else:
             plan = plan_rules.plan(s.plan, graph, jax.device_count(), parts.nodes_of(s))
@@ -290,37 +196,24 @@ def _stage(
     notes = (*_notes(s, kind, source, tokenizer, survey, evaluation), *tried)
     known = tuple(pools[0].tolist()) if pack and sampling is None else ()
     return Stage(
-        name, s, lms, origins, step, batches, shapes, evaluation, schedules, source, sampling,
-        searched, placed, known, notes,
+        name, s, lms, made.origins, step, batches, shapes, evaluation, made.schedules, source,
+        sampling, searched, placed, known, notes,
     )  # fmt: skip
 
 
-def _problem(
-    s: StageSettings,
-    graph: Graph,
-    lms: dict[str, LMConfig],
-    shapes: dict[str, jax.ShapeDtypeStruct],
-    sampling: Sampling | None,
-    specs: dict[str, Spec],
-    pools: list[np.ndarray],
-) -> Any:
-    """Returns the planner's problem of a stage.
-
-    Args:
-        pools: lengths of the rows to pack, if any.
+def _reward(
+    s: StageSettings, name: str, kind: str, source: Any, tokenizer: Tokenizer
+) -> tuple[Callable | None, tuple[str, ...]]:
+    """Returns the host function of a stage's reward call, if it has one, tried on its examples,
+    and notes.
     """
-    packing = {}
-    if pools and sampling is None:
-        packing = balanced.expected(s.schedule, graph, pools[0])
-    elif pools:
-        before = (
-            round(float(np.mean(pools[-1]))) - sampling.max_tokens
-        )  # all of it is sampled there
-        responses = np.concatenate(balanced.guessed([0], sampling.max_tokens))
-        packing = balanced.expected(s.schedule, graph, responses, before=before)
-    return from_graph.works(
-        graph, lms, shapes, sampling=sampling, specs=specs, **from_graph.expecting(packing)
-    )
+    if kind != "prompts" or s.reward.name == "model":
+        return None, ()
+    with parts.at_path(f"config.{name}.reward"):
+        score = parts.reward_fn(s.reward)
+        what = f"the reward {s.reward.name!r}"
+        tried = examples.try_all(what, lambda row: score(row, "0"), source, _TRIED_SECONDS)
+        return verify.host_reward(score, source, tokenizer), tried
 
 
 def _notes(

@@ -118,7 +118,7 @@ def _packing(
     return Packing(shapes, room, cost)
 
 
-def _useful(lengths: Sequence[int], place: Placement, *, batch: int, longest: int) -> int:
+def _useful(lengths: np.ndarray, place: Placement, *, batch: int, longest: int) -> int:
     """Returns the tokens per device above which a step has no fewer micro-steps."""
     ranks = place.row_shards * place.seq
     fair = 1.25 * batch * float(np.mean(lengths)) / ranks

@@ -19,6 +19,7 @@ from jaxrl_eff.parallel import Placement
 from jaxrl_eff.planner import clusters
 from jaxrl_eff.planner.search import search
 from jaxrl_eff.train import config_file, settings
+from jaxrl_eff.train.outline import outlines
 
 BIG = """
 from ml_collections import ConfigDict
@@ -65,13 +66,13 @@ def big(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outlined(big):
-    return plan.outlines(settings.run(config_file.load(str(big))))
+    return outlines(settings.run(config_file.load(str(big))))
 
 
 @pytest.fixture(scope="module")
 def planned(outlined):
     """The plan of the PPO stage on 16 GPUs."""
-    step = plan.problem(outlined[-1])
+    step = outlined[-1].problem(outlined[-1].batch())
     cluster = clusters.parse("h100:2x8")
     return plan_page.Planned("ppo", step, cluster, search(step, cluster, evaluations=300))
 
@@ -111,7 +112,7 @@ def test_the_plan_written_is_one_that_a_run_takes(tmp_path):
     run = settings.run(config_file.load(f"{TINY}:algorithm=grpo", [f"grpo.plan={table!r}"]))
     assert run.stage["grpo"].plan == {k: {**v, "devices": tuple(v["devices"])}
                                       for k, v in table.items()}  # fmt: skip
-    graph = plan.outlines(run)[0].graph
+    graph = outlines(run)[0].graph
     placed = plan_rules.plan(run.stage["grpo"].plan, graph, 8)
     assert plan_page.table(placed) == table
 
@@ -161,14 +162,14 @@ def test_outlines_are_the_stages_of_a_run():
     from jaxrl_eff.train import assembly
 
     run = settings.run(config_file.load(f"{TINY}:algorithm=three"))
-    for outline, stage in zip(plan.outlines(run), assembly.assemble(run).stages, strict=True):
-        assert outline.name == stage.name and outline.trained == stage.trained
+    for one, stage in zip(outlines(run), assembly.assemble(run).stages, strict=True):
+        assert one.name == stage.name and one.trained == stage.trained
         calls = [(c.name, c.kind, c.of, c.reads, c.writes, c.minibatches, c.host)
-                 for c in outline.graph.calls]  # fmt: skip
+                 for c in one.graph.calls]  # fmt: skip
         assert calls == [(c.name, c.kind, c.of, c.reads, c.writes, c.minibatches, c.host)
                          for c in stage.step.graph.calls]  # fmt: skip
-        assert outline.lms == stage.lms and outline.batch == stage.batch
-        assert outline.sampling == stage.sampling
+        assert one.lms == stage.lms and one.batch() == stage.batch
+        assert one.sampling == stage.sampling
 
 
 def test_a_checkpoint_is_read_from_its_config_alone(tmp_path):
@@ -182,9 +183,9 @@ def test_a_checkpoint_is_read_from_its_config_alone(tmp_path):
     run = settings.run(config_file.load(
         f"{TINY}:algorithm=grpo", [f"model={{'path': '{tmp_path}'}}", "tokenizer=model"]
     ))  # fmt: skip
-    (outline,) = plan.outlines(run)
-    assert outline.lms["actor"].layers == 3 and outline.lms["actor"].vocab == 320
-    assert plan.problem(outline).roles["actor"].lm.width == 64
+    (one,) = outlines(run)
+    assert one.lms["actor"].layers == 3 and one.lms["actor"].vocab == 320
+    assert one.problem(one.batch()).roles["actor"].lm.width == 64
 
 
 # The drawing

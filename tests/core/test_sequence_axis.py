@@ -187,5 +187,5 @@ def test_what_is_striped_comes_back():
     there = sequence.striped(x, 4)
     np.testing.assert_array_equal(there[:, :6], x[:, ::4])
     np.testing.assert_array_equal(sequence.unstriped(there, 4), x)
-    with pytest.raises(ValueError, match="'star'; there are"):
+    with pytest.raises(ValueError, match="'star'; expected one of"):
         sequence.attend(Placement((0, 1), seq=2), "star")

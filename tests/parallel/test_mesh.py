@@ -3,7 +3,7 @@
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_eff.parallel import Placement, rows, rules
+from jaxrl_eff.parallel import Placement, arrays, rules
 from jaxrl_eff.parallel.mesh import mesh
 
 
@@ -47,15 +47,15 @@ def test_two_axes_on_one_mesh_axis_are_refused():
 
 def test_rows_are_split_over_data_and_fsdp():
     place = Placement(tuple(range(8)), data=2, fsdp=2, seq=2)
-    assert rows(place, (8, 6)).spec == P(("data", "fsdp"), "seq")
-    assert rows(place, (6, 6)).spec == P(None, "seq")
-    assert rows(place, (8,)).spec == P(("data", "fsdp"))
+    assert arrays(place).fitting(("batch", "length"), (8, 6)).spec == P(("data", "fsdp"), "seq")
+    assert arrays(place).fitting(("batch", "length"), (6, 6)).spec == P(None, "seq")
+    assert arrays(place).fitting(("batch", "length"), (8,)).spec == P(("data", "fsdp"))
 
 
 def test_nodes_come_before_the_axes_within_them():
     place = Placement(tuple(range(8)), dcn=2, fsdp=2)
     assert place.axes["data"] == 2 and place.row_shards == 8 and place.weight_shards == 4
-    assert rows(place, (8,)).spec == P(("dcn", "data", "fsdp"))
+    assert arrays(place).fitting(("batch", "length"), (8,)).spec == P(("dcn", "data", "fsdp"))
     r = rules(place, {"embed": {8}})
     assert r.spec(("embed", "ffn")) == P(("dcn", "fsdp"), ("tensor",))
     assert rules(place, {"embed": {6}}).notes == (

@@ -210,7 +210,7 @@ def test_leaves_beside_a_kernel_are_not_ignored(base, rows):
 
 
 def test_what_cannot_be_adapted_is_said():
-    with pytest.raises(ValueError, match="'layers/nope' matches no projection"):
+    with pytest.raises(ValueError, match="unknown target 'layers/nope'"):
         lora.targets(CFG, ["layers/nope"])
     with pytest.raises(ValueError, match="rank is 17, but for 'layers/attn/k/kernel'"):
         lora.lora_shapes(CFG, 17)

@@ -124,7 +124,7 @@ def test_blocks_divide_what_no_plan_cuts(kind, axes, shape, tiles, want):
 @pytest.mark.parametrize(
     "changes, cfg, message",
     [
-        (dict(name="lora", rank=2, base="int4"), CFG, r"base is 'int4'; there are"),
+        (dict(name="lora", rank=2, base="int4"), CFG, r"unknown base 'int4'; expected one of"),
         (dict(name="static", base="nf4"), CFG, "mode='in_place' writes into the kernels"),
         (dict(name="lisa", layers=1, base="int8"), CFG, "'lisa' .* writes into the kernels"),
         (dict(name="lora", rank=2, base="nf4"), CFG.replace(ffn=27), "mlp/down/kernel: .*no even"),

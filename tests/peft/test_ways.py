@@ -218,10 +218,10 @@ def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(name="best"), "name is 'best'"),
+        (dict(name="best"), "unknown adaptation 'best'"),
         (dict(name="lora"), "rank is 0"),
-        (dict(name="static", granularity="bit"), "granularity is 'bit'"),
-        (dict(name="static", selector="best"), "selector is 'best'"),
+        (dict(name="static", granularity="bit"), "unknown granularity 'bit'"),
+        (dict(name="static", selector="best"), "unknown selector 'best'"),
         (dict(name="spiel_ag"), "grows by a gradient"),
         (dict(name="spiel_ma", selector="gradient"), "selector of its start is 'gradient'"),
         (dict(name="spiel_ma", granularity="row"), "granularity is 'row'"),
@@ -229,7 +229,7 @@ def test_the_reference_is_the_actor_without_its_adapter(tmp_path, way):
         (dict(name="periodic"), "choose the same again"),
         (dict(name="static", granularity="block"), r"attn/o/kernel: blocks of \(128, 128\)"),
         (dict(name="static", tiles=(0, 1)), r"tiles is \(0, 1\)"),
-        (dict(name="static", targets=("nothing",)), "'nothing' matches no projection"),
+        (dict(name="static", targets=("nothing",)), "unknown target 'nothing'"),
         (dict(name="static", whole=TARGETS[1:]), "also trained by entries"),
         (
             dict(name="lora", rank=2, whole=TARGETS[1:]),

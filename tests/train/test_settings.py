@@ -13,7 +13,7 @@ from launch import ROOT, TINY
 from jaxrl_eff import schema
 from jaxrl_eff.algorithms.ppo import PPOConfig
 from jaxrl_eff.models.rope import frequencies
-from jaxrl_eff.train import assembly, config_file, settings, summary
+from jaxrl_eff.train import assembly, base, config_file, settings, summary
 from jaxrl_eff.train.config_file import ConfigError
 
 MODEL = {"shape": {"layers": 1}}
@@ -255,8 +255,8 @@ def test_every_config_that_needs_no_file_fits_its_devices(path, monkeypatch):
 def test_a_context_is_stretched(kind):
     """The slowest wave turns as far over the long context as before over the short one."""
     run = launch.config("algorithm=sft", f"model.rope={{'kind': '{kind}', 'factor': 4.0}}")
-    lm = assembly.base_model(run, assembly.tokenizer_of(run))
-    before = assembly.base_model(launch.config("algorithm=sft"), assembly.tokenizer_of(run))
+    lm = base.model(run, base.tokenizer(run))
+    before = base.model(launch.config("algorithm=sft"), base.tokenizer(run))
     assert lm.max_length == 4 * before.max_length
     ours, theirs = (frequencies(m.rope, m.head_dim)[0] for m in (lm, before))
     assert ours[-1] * 4 == pytest.approx(theirs[-1], rel=1e-5)
@@ -271,7 +271,7 @@ def test_a_stretch_that_cannot_be_is_said():
     ):
         run = launch.config("algorithm=sft", f"model.rope={rope}")
         with pytest.raises(ValueError, match=message):
-            assembly.base_model(run, assembly.tokenizer_of(run))
+            base.model(run, base.tokenizer(run))
 
 
 # Errors of a command

@@ -38,7 +38,7 @@ def on_mesh(
     """
     sizes = dict(mesh.shape)
     if axis not in sizes:
-        raise ValueError(f"no axis {axis!r} in the mesh; it has {list(sizes)}.")
+        raise ValueError(f"unknown mesh axis {axis!r}; expected one of {list(sizes)}.")
     rows = tuple(a for a in (*rows, *([] if split else [axis])) if a in sizes)
     ways = {"rows": math.prod(sizes[a] for a in rows), "heads": sizes.get(heads, 1)}
 

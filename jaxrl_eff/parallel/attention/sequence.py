@@ -34,7 +34,9 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
         ValueError: an unknown way.
     """
     if way not in ("", *WAYS):
-        raise ValueError(f"attention over the sequence axis is {way!r}; there are {list(WAYS)}.")
+        raise ValueError(
+            f"unknown attention over the sequence axis {way!r}; expected one of {list(WAYS)}."
+        )
     grid = mesh(place)
     if place.seq == 1:
         return _when_called(lambda: on_mesh(ring.local("seq", kernel=kernel()), grid))
