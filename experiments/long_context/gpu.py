@@ -246,10 +246,10 @@ def tiles(sizes: str, length: int = 16_384) -> Any:
                         started.append((name, size, args, pool.submit(_compiled, lowered)))
             for name, size, args, program in started:
                 program = program.result()
-                told = program if isinstance(program, str) else 1e3 * seconds(program, *args)
+                result = program if isinstance(program, str) else 1e3 * seconds(program, *args)
                 yield {
                     "work": "tiles", "shape": shape, "documents": each, "kernel": name,
-                    "tile": size, "ms": told,
+                    "tile": size, "ms": result,
                 }  # fmt: skip
 
 
@@ -513,7 +513,7 @@ def main() -> None:
     limit = {}
     if not {*args.work} <= {"met", "constants"}:  # which ask no device
         limit = limits()
-        _tell(args.out, limit)
+        _write(args.out, limit)
     rows = {
         "attention": lambda: compared(limit, tuple(x for x in ROWS if x[1] <= args.longest)),
         "hop": lambda: hop(limit),
@@ -525,7 +525,7 @@ def main() -> None:
     }
     for work in args.work:
         for row in rows[work]():
-            _tell(args.out, row)
+            _write(args.out, row)
 
 
 def limits() -> dict[str, Any]:
@@ -538,7 +538,7 @@ def limits() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tell(out: Path | None, row: dict[str, Any]) -> None:
+def _write(out: Path | None, row: dict[str, Any]) -> None:
     def rounded(x: Any) -> Any:
         if isinstance(x, dict):
             return {k: rounded(v) for k, v in x.items()}

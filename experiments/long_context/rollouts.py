@@ -115,7 +115,7 @@ def compare(name, place, cluster):
     balanced.scheduled(settings, ours, lms, pools, cluster=cluster).build(batch(0))
     built = time.perf_counter() - began
     seen = {"padded": [], "packed": []}
-    told, predicted = [], []
+    schedules, predicted = [], []
     models = {}
     for way, step in (("padded", padded), ("packed", ours)):
         models[way] = {}
@@ -132,9 +132,11 @@ def compare(name, place, cluster):
             if number:  # the first step is a warm-up
                 seen[way].append((time.perf_counter() - wall, time.process_time() - cpu))
                 if way == "packed":
-                    told.append({k: float(v) for k, v in m.items() if k.startswith("schedule/")})
+                    schedules.append(
+                        {k: float(v) for k, v in m.items() if k.startswith("schedule/")}
+                    )
                     cost = step.packs.packings[place].cost
-                    estimate = told[-1]["schedule/planned_seconds"]
+                    estimate = schedules[-1]["schedule/planned_seconds"]
                     predicted.append(estimate / padded_seconds(cost, place))
     ratios = [[b[i] / a[i] for a, b in zip(seen["padded"], seen["packed"], strict=True)]
               for i in (0, 1)]  # fmt: skip
@@ -142,7 +144,7 @@ def compare(name, place, cluster):
     def spread(x):
         return f"{statistics.median(x):.3f} ({min(x):.3f} to {max(x):.3f})"
 
-    mean = {k.partition("/")[2]: statistics.mean(t[k] for t in told) for k in told[0]}
+    mean = {k.partition("/")[2]: statistics.mean(t[k] for t in schedules) for k in schedules[0]}
     shapes = " ".join(f"{a}+{b}" for a, b in ours.packs.packings[place].shapes)
     print(f"{name}: {STEPS} steps, {PROMPTS * SAMPLES} rows of {PROMPT + ANSWER}; shapes {shapes}, "
           f"made and compiled in {built:.0f} s")  # fmt: skip

@@ -39,7 +39,7 @@ def writer() -> Any:
 def _keep_quiet() -> None:
     """Suppresses what threads of a failed save print; the error itself is still raised."""
     for logger in ("absl", "asyncio"):
-        logging.getLogger(logger).addFilter(_said_elsewhere)
+        logging.getLogger(logger).addFilter(_raised_elsewhere)
     before = sys.unraisablehook
 
     def hook(args: Any) -> None:
@@ -50,7 +50,7 @@ def _keep_quiet() -> None:
     sys.unraisablehook = hook
 
 
-def _said_elsewhere(record: logging.LogRecord) -> bool:
+def _raised_elsewhere(record: logging.LogRecord) -> bool:
     """Filters out log records with stack traces of errors that orbax also raises.
 
     asyncio logs those of the many other writes that fail together with the first one.

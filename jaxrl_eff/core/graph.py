@@ -347,11 +347,11 @@ def order(graph: Graph) -> tuple[Call, ...]:
         ['first', 'second']
     """
     writer = dict.fromkeys(graph.inputs.split(), "the data source")
-    seen: set[str] = set()
+    names: set[str] = set()
     for c in graph.calls:
-        if c.name in seen:
+        if c.name in names:
             raise ValueError(f"two calls are named '{c.name}'.")
-        seen.add(c.name)
+        names.add(c.name)
         for k in c.writes:
             if k in writer:
                 raise ValueError(f"'{k}' is written by {writer[k]} and again by {c.name}.")

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxrl_eff.data import fates, packing
 from jaxrl_eff.data.fates import Item
-from jaxrl_eff.data.sources import Source, said_of
+from jaxrl_eff.data.sources import Source, error_message
 
 KINDS = ("sft", "preference", "prompts")
 Batch = dict[str, np.ndarray]
@@ -341,7 +341,7 @@ class Loader:
             encoded = self._encode(self._source[int(index)])
             return fates.item(int(index), encoded, self._layout, self._length)
         except Exception as error:
-            raise ValueError(said_of(self._source, int(index), error)) from error
+            raise ValueError(error_message(self._source, int(index), error)) from error
 
     def _indices(self):
         """Grain's dataset of indices in the source, epoch after epoch."""

@@ -138,7 +138,7 @@ def place(source: Source, index: int) -> str:
     return f"example {index} of {name}" if name else f"example {index}"
 
 
-def said_of(source: Source, index: int, error: BaseException) -> str:
+def error_message(source: Source, index: int, error: BaseException) -> str:
     """Message of an error about an example, prefixed with the example's position if it lacks it."""
     where = place(source, index)
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"

@@ -73,12 +73,12 @@ def scheduled(
             raise
         mine["error"] = str(error)
     # Every process measures the rates of CPUs itself, so they can differ.
-    said: dict[str, Any] = {}
+    agreed: dict[str, Any] = {}
     for text in reversed(program_order.texts_of_all(json.dumps(mine))):
-        said |= json.loads(text)
-    if "error" in said:
-        raise ValueError(said["error"])
-    return step.scheduled({p: _from_json(*said[str(i)]) for i, p in enumerate(step.packs.places)})
+        agreed |= json.loads(text)
+    if "error" in agreed:
+        raise ValueError(agreed["error"])
+    return step.scheduled({p: _from_json(*agreed[str(i)]) for i, p in enumerate(step.packs.places)})
 
 
 def _from_json(shapes: Any, room: int, cost: Mapping[str, Any]) -> Packing:

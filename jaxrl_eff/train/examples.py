@@ -56,7 +56,7 @@ def _try(what: str, fn: Callable, source: Any, i: int) -> None:
     try:
         fn(source[i])
     except Exception as error:
-        raise ValueError(f"{what} fails for {sources.said_of(source, i, error)}") from None
+        raise ValueError(f"{what} fails for {sources.error_message(source, i, error)}") from None
 
 
 def source(data: DataSettings, seed: int) -> tuple[Any, Any]:
@@ -275,8 +275,8 @@ def asked(
         try:
             lengths.append(len(encoder(held_out[i])))
         except Exception as error:
-            said = sources.said_of(held_out, i, error)
-            raise ValueError(f"the prompt of a held-out problem fails for {said}") from None
+            message = sources.error_message(held_out, i, error)
+            raise ValueError(f"the prompt of a held-out problem fails for {message}") from None
     fit = [i for i, n in enumerate(lengths) if 1 <= n <= limit]
     if len(fit) == problems:
         return sources.subset(held_out, fit), ()

@@ -12,7 +12,7 @@ objective is therefore the sum over micro-steps of the largest time of a group, 
 paper's equation 8, the largest sum. The plan does not depend on the order of the batch, and ties go
 to the lower index, so every host can plan by itself.
 
-`balanced_loader.arrange` makes arrays from a schedule; `shapes.lattice` keeps its shapes few.
+`shapes.lattice` keeps the shapes of schedules few.
 """
 
 from collections.abc import Callable, Sequence
