@@ -90,7 +90,7 @@ def _outline(
     sampling, rollout = parts.sampling_of(s, name, tokenizer), None
     if sampling is not None:
         rollout = Rollout(sampling, None if s.reward.name == "model" else _unread)
-    graph = parts.graph_of(s, cfg, lms, rollout)
+    graph = parts.graph_of(s, name, cfg, lms, rollout)
     lms = {role: lm for role, lm in lms.items() if role in graph.models}
     origins = {role: given.get(role) or given["actor"] for role in lms}
     specs, _ = parts.model_specs(s, graph, lms, name)

@@ -62,8 +62,8 @@ def compile(
         plan: one placement per call.
         specs: a `Spec` for every model of the graph.
         keep: names of arrays to return in `data`; others are dropped after their last reader.
-        sync: how trained parameters are sent to the calls that borrow them, as changes; None sends
-            them in full.
+        sync: how trained parameters are sent to the calls that borrow them unrounded, as changes;
+            None sends them in full.
         pack: 0 computes rows as they are. Otherwise calls that infer or train on rows of tokens
             pack them, in micro-batches chosen by length (see `packed`): the maximum number of
             segments in a row, 1, or 2 for rows that hold both sides of a pair. Call
@@ -288,14 +288,6 @@ class Step:
         program_order.meet("compiled")
         return self
 
-    def saved(self) -> None:
-        """Must be called whenever the state to resume a run from is saved.
-
-        Weights sent as rounded differences are sent in full next, as in a run resumed from that
-        state, so that both runs give the same results.
-        """
-        self.weights.saved()
-
     def due(self, step: int) -> tuple[str, ...]:
         """Returns the models that reselect their trained part before a stage's step, from 0."""
         adapted = {c.of: self.specs[c.of].tx for c in self.calls if c.kind == "train"}
@@ -390,6 +382,7 @@ class Step:
             c.name: {
                 **self.plan[c.name].to_json(),
                 "of": c.of,
+                "weights": c.weights,
                 "kind": "host" if c.host else c.kind,
                 "reallocated_bytes": received.get(c.name, 0),
             }

@@ -228,7 +228,7 @@ def _stage(
                 rollout = Rollout(sampling, verify.host_reward(score, source, tokenizer))
     parts.check_length(s, lms, sampling)
     fits.check_batch(s, sampling)
-    graph = parts.graph_of(s, cfg, lms, rollout)
+    graph = parts.graph_of(s, name, cfg, lms, rollout)
     lms = {r: lm for r, lm in lms.items() if r in graph.models}
     origins = {r: o for r, o in origins.items() if r in graph.models}
     origins |= {r: ("own", "") for r in graph.models if r in algorithm.own}
