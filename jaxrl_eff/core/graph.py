@@ -10,12 +10,16 @@ import graphlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import optax
 
+from jaxrl_eff import tree
 from jaxrl_eff.parallel import Placement
+from jaxrl_eff.parallel.codec import BITS
 from jaxrl_eff.parallel.zero import levels
 
 TOKENS = ("tokens", "position", "segment")
+PRECISIONS = ("", *BITS)  # of the weights that a call reads
 
 
 class Model(NamedTuple):
@@ -74,6 +78,10 @@ class Call:
         staleness: of a generate call: age of its weights in steps. 0 is synchronous RL; 1 lets it
             sample on its own devices while the previous step still trains. It changes what is
             computed (samples are off-policy by that many steps), so it belongs to the graph.
+        weights: of a generate or infer call: precision of the weights that it reads, wherever it
+            runs. "": as trained; "int8", "int4": kernels and tables rounded to codes of 8 or 4 bits
+            and decoded again, see `Spec.rounded` and `parallel.reshard.rounded`. If the weights
+            come from other devices, the codes are sent.
 
     Example:
         >>> from jaxrl_eff import Call
@@ -95,8 +103,18 @@ class Call:
     finish: Callable | None = None
     forward: Callable | None = None
     loss: Callable | None = None
+    weights: str = ""
 
     def __post_init__(self):
+        if self.weights not in PRECISIONS:
+            raise ValueError(
+                f"{self.name}: unknown weights {self.weights!r}; expected one of {[*PRECISIONS]}."
+            )
+        if self.weights and self.kind not in ("generate", "infer"):
+            raise ValueError(
+                f"{self.name} is a {self.kind} call with {self.weights} weights; only generate and "
+                "infer calls read rounded weights."
+            )
         if self.staleness < 0 or (self.staleness and self.kind != "generate"):
             raise ValueError(
                 f"{self.name} is a {self.kind} call with staleness {self.staleness}; only a "
@@ -105,9 +123,19 @@ class Call:
 
 
 def generate(
-    name: str, *, of: str, fn: Callable, reads: str, writes: str, staleness: int = 0
+    name: str,
+    *,
+    of: str,
+    fn: Callable,
+    reads: str,
+    writes: str,
+    staleness: int = 0,
+    weights: str = "",
 ) -> Call:
     """Returns a call that samples from a model, with weights `staleness` steps old.
+
+    Args:
+        weights: their precision, see `Call`.
 
     Example:
         >>> from jaxrl_eff import LMConfig, Sampling, core, sample
@@ -119,8 +147,9 @@ def generate(
         ('generate', 0)
     """
     return Call(
-        name, "generate", of, fn, tuple(reads.split()), tuple(writes.split()), staleness=staleness
-    )
+        name, "generate", of, fn, tuple(reads.split()), tuple(writes.split()),
+        staleness=staleness, weights=weights,
+    )  # fmt: skip
 
 
 def infer(
@@ -131,8 +160,12 @@ def infer(
     reads: str,
     writes: str,
     finish: Callable | None = None,
+    weights: str = "",
 ) -> Call:
     """Returns a call that evaluates a model: `fn` per token, then `finish`, if given, per row.
+
+    Args:
+        weights: precision of those that it reads, see `Call`.
 
     Example:
         >>> from jaxrl_eff import core
@@ -141,7 +174,10 @@ def infer(
         >>> call.fn({"w": 2.0}, {"x": 3.0}, None)
         {'y': 6.0}
     """
-    return Call(name, "infer", of, fn, tuple(reads.split()), tuple(writes.split()), finish=finish)
+    return Call(
+        name, "infer", of, fn, tuple(reads.split()), tuple(writes.split()),
+        finish=finish, weights=weights,
+    )  # fmt: skip
 
 
 def train(
@@ -315,6 +351,29 @@ class Spec(NamedTuple):
     sends: levels.ZeroConfig | None = None
     view: Callable[[Any], Any] | None = None
     codes: frozenset[str] = frozenset()
+
+    @property
+    def rounded(self) -> Any:
+        """Tree of bools: True for parameters that a call with a precision of `weights` rounds.
+
+        These are kernels of layers, embeddings and unembeddings. Norms, biases, heads of one
+        number, adapters, and codes and scales of a quantized base are never rounded.
+        """
+
+        def of(name: str, x: Any, axes: tuple[str | None, ...]) -> bool:
+            floats = jnp.issubdtype(x.dtype, jnp.floating)
+            return floats and is_kernel(axes) and name not in self.codes
+
+        return tree.map_with_name(of, self.shapes, self.axes)
+
+
+def is_kernel(axes: tuple[str | None, ...]) -> bool:
+    """Returns True for the logical axes of kernels and tables: several, all of which are named.
+
+    Adapters and heads of one number have an axis that is never sharded.
+    """
+    own = axes[1:] if axes[:1] == ("layers",) else axes
+    return len(own) > 1 and None not in own
 
 
 def viewed(c: Call, spec: Spec | None) -> Call:

@@ -135,8 +135,8 @@ class Shardings:
         return replicated(self.plan[c.name])
 
     def key(self, c: Call) -> Any:
-        """Returns a key that is equal for calls of one model with the same layout of it."""
-        return c.of, self.plan[c.name], self.rules[c.name].table
+        """Returns a key that is equal for calls that read the same weights in the same layout."""
+        return c.of, c.weights, self.plan[c.name], self.rules[c.name].table
 
     def here(self, c: Call) -> bool:
         """Returns True if this process has devices of the call."""

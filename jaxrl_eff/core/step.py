@@ -221,14 +221,6 @@ class Step:
         program_order.meet("compiled")
         return self
 
-    def saved(self) -> None:
-        """Must be called whenever the state to resume a run from is saved.
-
-        Weights sent as rounded differences are sent in full next, as in a run resumed from that
-        state, so that both runs give the same results.
-        """
-        self.weights.saved()
-
     def due(self, step: int) -> tuple[str, ...]:
         """Returns the models that reselect their trained part before a stage's step, from 0."""
         adapted = {c.of: self.specs[c.of].tx for c in self.calls if c.kind == "train"}
@@ -323,6 +315,7 @@ class Step:
             c.name: {
                 **self.plan[c.name].to_json(),
                 "of": c.of,
+                "weights": c.weights,
                 "kind": "host" if c.host else c.kind,
                 "reallocated_bytes": received.get(c.name, 0),
             }

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_eff import tree
 from jaxrl_eff.core import programs
-from jaxrl_eff.core.graph import Adaptation, Call, Spec
+from jaxrl_eff.core.graph import Adaptation, Call, Spec, is_kernel
 from jaxrl_eff.parallel import Placement, Rules, host
 from jaxrl_eff.parallel.codec import EXACT
 from jaxrl_eff.parallel.mesh import mesh
@@ -97,8 +97,7 @@ class Leaves:
             i for i, a in enumerate(own)
             if place.tensor > 1 and a is not None and "tensor" in (table[a] or ())
         ]  # fmt: skip
-        # Kernels and tables; adapters and heads of one number have an axis that is never sharded.
-        rounded = len(own) > 1 and None not in own and not codes
+        rounded = is_kernel(axes) and not codes
         late = layers and (rounded or codes)
         plan = self.plan if rounded or codes else exact(self.plan)
         if rounded and not late:  # gradients of embeddings are summed in the dtype of the table

@@ -15,6 +15,7 @@ from jax import lax
 
 EXACT = {16: jnp.bfloat16, 32: jnp.float32}
 SCALE_BYTES = 2  # bfloat16
+BITS = {"int8": 8, "int4": 4}  # precisions of weights, by name
 
 
 @dataclasses.dataclass(frozen=True)

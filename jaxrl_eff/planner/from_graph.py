@@ -94,6 +94,7 @@ def works(
         made = dataclasses.replace(
             made,
             staleness=staleness.get(c.name, c.staleness),
+            weights=c.weights,
             seconds=seconds.get(c.name, 0.0),
             packed=(packed or {}).get(c.name),
         )

@@ -81,6 +81,7 @@ class Work:
         reads, writes: names of arrays.
         host: runs in Python on the host.
         staleness: of a generate call: how many updates old its weights are allowed to be.
+        weights: precision of those that it reads, as in `graph.Call`.
         seconds: of a local call, measured or guessed; calls with a model are priced.
         packed: expected rows of an infer or train call that computes its rows packed; None: rows
             have `length` tokens each.
@@ -103,6 +104,7 @@ class Work:
     minibatches: int = 1
     host: bool = False
     staleness: int = 0
+    weights: str = ""
     seconds: float | int = 0.0
     packed: ExpectedRows | None = None
 
