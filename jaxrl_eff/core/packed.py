@@ -31,11 +31,12 @@ import numpy as np
 
 from jaxrl_eff.core import lowering, programs
 from jaxrl_eff.core import rows as rows_of
-from jaxrl_eff.core.graph import Call, Model, Spec, row_prefix
+from jaxrl_eff.core.graph import Call, row_prefix
 from jaxrl_eff.core.lowering import Lowered
 from jaxrl_eff.core.runners import RESELECT, reselection
 from jaxrl_eff.core.schedules import Schedules
 from jaxrl_eff.core.shardings import Shardings, placed
+from jaxrl_eff.core.specs import Model, Spec
 from jaxrl_eff.core.summed import Summed, read_one
 from jaxrl_eff.data.balance.assignment import Shape
 from jaxrl_eff.parallel import global_arrays

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxrl_eff import tree
-from jaxrl_eff.core.graph import Adaptation, Call, Graph, Model, Spec, order, viewed
+from jaxrl_eff.core.graph import Call, Graph, order
+from jaxrl_eff.core.specs import Adaptation, Model, Spec, viewed
 from jaxrl_eff.core.zero import NodeGradients
 from jaxrl_eff.optim import state_shardings
 from jaxrl_eff.parallel import Placement, Rules, arrays, global_arrays, rules

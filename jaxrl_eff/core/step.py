@@ -31,12 +31,13 @@ from jaxrl_eff.core import (
     runners,
     transfers,
 )
-from jaxrl_eff.core.graph import Adaptation, Call, Graph, Model, Spec
+from jaxrl_eff.core.graph import Call, Graph
 from jaxrl_eff.core.packed_calls import PackedCalls
 from jaxrl_eff.core.program_order import Operation
 from jaxrl_eff.core.running import Running
 from jaxrl_eff.core.schedules import Packing
 from jaxrl_eff.core.shardings import Shardings
+from jaxrl_eff.core.specs import Adaptation, Model, Spec
 from jaxrl_eff.core.timing import Timeline
 from jaxrl_eff.core.transfers import Transfers
 from jaxrl_eff.core.weight_sources import WeightSources

@@ -11,8 +11,9 @@ import jax
 
 from jaxrl_eff import tree
 from jaxrl_eff.core import lowering, programs
-from jaxrl_eff.core.graph import Call, Model
+from jaxrl_eff.core.graph import Call
 from jaxrl_eff.core.shardings import Shardings, placed
+from jaxrl_eff.core.specs import Model
 
 
 class Summed:

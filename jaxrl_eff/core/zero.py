@@ -25,7 +25,8 @@ from jax.sharding import PartitionSpec
 
 from jaxrl_eff import tree
 from jaxrl_eff.core import meters, programs, zero_bytes
-from jaxrl_eff.core.graph import Adaptation, Call, Model, Spec
+from jaxrl_eff.core.graph import Call
+from jaxrl_eff.core.specs import Adaptation, Model, Spec
 from jaxrl_eff.core.zero_bytes import Traffic
 from jaxrl_eff.core.zero_leaves import Leaves
 from jaxrl_eff.parallel import Placement, Rules

@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_eff import tree
 from jaxrl_eff.core import programs
-from jaxrl_eff.core.graph import Adaptation, Call, Spec, is_kernel
+from jaxrl_eff.core.graph import Call
+from jaxrl_eff.core.specs import Adaptation, Spec, is_kernel
 from jaxrl_eff.parallel import Placement, Rules, host
 from jaxrl_eff.parallel.codec import EXACT
 from jaxrl_eff.parallel.mesh import mesh

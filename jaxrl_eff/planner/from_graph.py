@@ -10,7 +10,8 @@ import numpy as np
 
 from jaxrl_eff import tree
 from jaxrl_eff.core.glossary import EDGES
-from jaxrl_eff.core.graph import Adaptation, Call, Graph, Spec, order
+from jaxrl_eff.core.graph import Call, Graph, order
+from jaxrl_eff.core.specs import Adaptation, Spec
 from jaxrl_eff.models import LMConfig, abstract
 from jaxrl_eff.peft import quantized, weights
 from jaxrl_eff.planner.problem import ExpectedRows, Lengths, Problem, Role, Work

@@ -19,8 +19,8 @@ from test_resume import stopped
 from jaxrl_eff import core, tree
 from jaxrl_eff.algorithms import sft
 from jaxrl_eff.core import lowering
-from jaxrl_eff.core.graph import Spec
 from jaxrl_eff.core.shardings import Shardings
+from jaxrl_eff.core.specs import Spec
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.models.layers import SAVED
 from jaxrl_eff.parallel import Placement
