@@ -6,7 +6,8 @@ that a call which reads rounded weights computes the same numbers on any devices
 - blocks depend on a tensor's shape alone: each is consecutive numbers in row-major order;
 - nothing is kept between calls: no residuals, no earlier values;
 - a scale is the largest magnitude of its block over the largest code, rounded up to bfloat16. There
-  is no rotation or search for a better scale, whose sums depend on how they are compiled;
+  is no rotation or search for a better scale, whose sums depend on how they are compiled, and no
+  division that compilers replace by a product;
 - a code times its scale has at most 15 bits of mantissa, so that decoding is exact in float32.
 
 Encoded tensors are sharded like the tensors, except along a dimension whose blocks do not divide.
