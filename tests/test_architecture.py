@@ -23,7 +23,15 @@ TABLE = {
     "checkpoints": ("models", "peft", "parallel.processes"),
     "algorithms": ("core", "models", "rollout"),
     "planner": (
-        *("core.graph", "core.specs", "core.glossary", "parallel", "models", "peft", "rollout.sampling"),
+        *(
+            "core.graph",
+            "core.specs",
+            "core.glossary",
+            "parallel",
+            "models",
+            "peft",
+            "rollout.sampling",
+        ),
         "data.balance",
     ),
     "train": (
