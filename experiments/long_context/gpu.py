@@ -36,10 +36,10 @@ import optax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from jaxrl_eff.data.balance.balanced_loader import arrange
-
 from jaxrl_eff.algorithms import sft
-from jaxrl_eff.core import Placement, Spec, mixed
+from jaxrl_eff.core import Packing, Placement, Spec, compile
+from jaxrl_eff.data import packing
+from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.data.balance.cost import Cost, refit
 from jaxrl_eff.models import LMConfig, attention, logical_axes, params
@@ -51,11 +51,12 @@ from jaxrl_eff.parallel.attention import (
     kernels,
     ring,
     sequence,
-    token_order,
 )
+from jaxrl_eff.parallel.attention.blockwise import Queries, Where
+from jaxrl_eff.parallel.attention.context import Mask
+from jaxrl_eff.parallel.attention.on_mesh import on_mesh
 from jaxrl_eff.parallel.mesh import mesh
 from jaxrl_eff.planner.packed_rows import cost_of
-from jaxrl_eff.train import balanced
 
 HEADS = {"0.5b": (14, 2, 64), "7b": (28, 4, 128)}
 COMMON = {"vocab": 151_936, "qkv_bias": True, "dtype": "bfloat16", "max_length": 131_072}
@@ -100,8 +101,8 @@ def documents(rows: int, length: int, mean: int, seed: int = 0) -> tuple[np.ndar
     return position, segment
 
 
-def without_documents(q, k, v, *, scale, **where):
-    del where
+def without_documents(q, k, v, mask, *, scale):
+    del mask
     return jax.nn.dot_product_attention(
         q, k, v, scale=scale, is_causal=True, implementation="cudnn"
     )
@@ -113,7 +114,7 @@ def compared(limit: dict[str, float], lengths: tuple) -> Any:
         "kernel": sequence.attend(Placement((0,))),
         "fused": attention.fused,
         "cudnn": without_documents,
-        "xla": ring.on_mesh(ring.ring(), mesh(Placement((0,)))),
+        "xla": on_mesh(ring.ring(), mesh(Placement((0,)))),
     }
     cases = [
         (shape, rows, length, mean, [n for n in kinds if _takes(n, shape, length, mean)])
@@ -180,10 +181,8 @@ def _lowered(fn: Any, shape: str, rows: int, length: int) -> list[Any]:
 
     def run(q, k, v, g, position, segment):
         del g
-        return fn(
-            q, k, v, q_position=position, k_position=position, q_segment=segment,
-            k_segment=segment, scale=q.shape[-1] ** -0.5,
-        )  # fmt: skip
+        mask = Mask(position, segment, position, segment)
+        return fn(q, k, v, mask, scale=q.shape[-1] ** -0.5)
 
     def both(q, k, v, g, *where):
         return jax.vjp(lambda *x: run(*x, g, *where), q, k, v)[1](g)
@@ -262,12 +261,14 @@ def _divided(tile: flash_gpu.Tile, fn: Any, args: tuple) -> Any:
 
 
 def _forward(q, kv, q_where, k_where):
-    return flash_gpu.forward(*blockwise.nothing(q), q, kv, q_where, k_where, None, None)
+    where = Where(q_where, k_where)
+    return flash.forward(flash_gpu.DEVICE, blockwise.nothing(q), q, kv, where, None)
 
 
 def _backward(q, kv, g, lse, delta, q_where, k_where):
     zero = jnp.zeros(q.shape, jnp.float32)
-    return flash_gpu.backward(zero, q, g, lse, delta, kv, q_where, k_where, None, None)
+    queries, where = Queries(q, g, lse, delta), Where(q_where, k_where)
+    return flash.backward(flash_gpu.DEVICE, zero, queries, kv, where, None)
 
 
 def met(size: int = 64) -> Any:
@@ -276,7 +277,7 @@ def met(size: int = 64) -> Any:
             if mean * 4 <= length:
                 position, segment = map(jnp.asarray, documents(rows, length, mean))
                 where = blockwise.fold_where(position, segment, size)
-                low, high, first, end = flash.bounds(where, where, None).of_queries
+                low, high, first, end = flash.bounds(Where(where, where)).of_queries
                 yield {
                     "work": "met", "rows": rows, "length": length, "documents": mean or length,
                     "met": int((high - low).sum()), "without_mask": int((end - first).sum()),
@@ -328,11 +329,10 @@ def _ring_error(heads: int, kv_heads: int, dim: int, length: int = 4096, parts: 
         np.asarray(jax.random.normal(jax.random.key(9 + i), (1, length, n, dim)))
         for i, n in enumerate((heads, kv_heads, kv_heads, heads))
     ]
-    to = token_order.striped(length, parts)
-    chunk, pieces = flash_gpu.CHUNK, np.arange(length).reshape(parts, -1)
+    chunk = flash_gpu.CHUNK
 
     def at(x, rank):
-        return jnp.asarray(to.place(x)[:, pieces[rank]])
+        return jnp.asarray(x[:, rank::parts])
 
     def folded(x, rank):
         return blockwise.fold(at(x, rank).astype(jnp.bfloat16), kv_heads, chunk)
@@ -342,35 +342,34 @@ def _ring_error(heads: int, kv_heads: int, dim: int, length: int = 4096, parts: 
     qs = [folded(numbers[0], r) * jnp.bfloat16(dim**-0.5) for r in ranks]
     kvs = [jnp.stack([folded(x, r) for x in numbers[1:3]], axis=1) for r in ranks]
     gs, outs, grads = [folded(numbers[3], r) for r in ranks], [], []
-    forward = jax.jit(functools.partial(flash_gpu.forward, window=None, softcap=None))
-    backward = jax.jit(functools.partial(flash_gpu.backward, window=None, softcap=None))
+    forward = jax.jit(functools.partial(kernels.TRITON.forward, softcap=None))
+    backward = jax.jit(functools.partial(kernels.TRITON.backward, softcap=None))
     dkvs = [jnp.zeros(kv.shape, jnp.float32) for kv in kvs]
     for r in ranks:
         met = blockwise.nothing(qs[r])
         for hop in ranks:
             s = (r - hop) % parts
-            met = forward(*met, qs[r], kvs[s], where[r], where[s])
+            met = forward(met, qs[r], kvs[s], Where(where[r], where[s]))
         out, lse = met
         delta, dq = (out * gs[r].astype(jnp.float32)).sum(-1), jnp.zeros_like(out)
+        queries = Queries(qs[r], gs[r], lse, delta)
         for hop in ranks:
             s = (r - hop) % parts
-            dq, dkv = backward(dq, qs[r], gs[r], lse, delta, kvs[s], where[r], where[s])
+            dq, dkv = backward(dq, queries, kvs[s], Where(where[r], where[s]))
             dkvs[s] = dkvs[s] + dkv
         outs.append(out)
         grads.append(dq)
 
     def whole(x):
-        return to.restore(
-            np.concatenate([blockwise.unfold(y, length // parts, chunk) for y in x], 1)
-        )
+        stripes = np.stack([blockwise.unfold(y, length // parts, chunk) for y in x], axis=2)
+        return stripes.reshape(1, length, *stripes.shape[3:])
 
     keys = [whole([kv[:, i] for kv in dkvs]) for i in (0, 1)]
     got = [whole(outs), whole(grads) * dim**-0.5, *keys]
-    at_all = {f"{s}_{n}": jnp.asarray(x) for s in "qk" for n, x in
-              (("position", position), ("segment", segment))}  # fmt: skip
+    mask = Mask(*map(jnp.asarray, (position, segment) * 2))
 
     def plain(q, k, v):
-        return attention.plain(q, k, v, **at_all, scale=dim**-0.5)
+        return attention.plain(q, k, v, mask, scale=dim**-0.5)
 
     with jax.default_matmul_precision("highest"):
         out, pull = jax.vjp(plain, *map(jnp.asarray, numbers[:3]))
@@ -383,45 +382,73 @@ def _ring_error(heads: int, kv_heads: int, dim: int, length: int = 4096, parts: 
 
 
 def micro(model: str, longest: int) -> Any:
-    """Steps of one micro-step over documents of many lengths, and of four."""
-    lm, place = MODELS[model], Placement((0,))
-    sizes = [n for n in (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
-             if n <= longest]  # fmt: skip
-    graph = sft.graph(sft.SFTConfig(), {"actor": lm})
-    spec = Spec(params.abstract(lm), logical_axes(lm), optax.sgd(0.0))
-    step = mixed.compile(graph, {"actor_train": place}, {"actor": spec})
-    began = time.perf_counter()
-    step.build([balanced.of_shape(graph.inputs.split(), Shape(n, 0), place) for n in sizes])
-    built = time.perf_counter() - began
-    models = {"actor": step.init("actor", jax.jit(lambda k: params.init(lm, k))(jax.random.key(0)))}
-    rng, rows, number = np.random.default_rng(0), [], 0
-    for size in sizes:
-        for each in sorted({size, min(size, 512), min(size, 4096)}):
-            for repeat in (1, 4) if size <= 4096 else (1,):
-                schedule = _full(_cost(model), size, each, repeat)
-                units = [((rng.integers(4, lm.vocab, n).astype(np.int32), np.ones(n, np.float32)),)
-                         for n in schedule.lengths]  # fmt: skip
-                batch, found = arrange(schedule, units), []
-                for _ in range(4):
+    """Steps of one micro-step over documents of many lengths, and of four.
+
+    Documents of one length are padded rows of that length, which a step packs.
+    """
+    lm, cost = MODELS[model], _cost(model)
+    start = jax.jit(lambda k: params.init(lm, k))(jax.random.key(0))
+    models, rows, built, planned = None, [], 0.0, 0.0
+    for each, cases in _cases(longest).items():
+        count = max(size * repeat // each for size, repeat in cases)
+        began = time.perf_counter()
+        step = _packed_step(lm, cost, [size for size, _ in cases], (count, each))
+        built += time.perf_counter() - began
+        planned = max(planned, *(v["bytes"] for v in step.analysis().values()))
+        models = models or {"actor": step.init("actor", start)}
+        for size, repeat in cases:
+            schedule, found = _full(cost, size, each, repeat), []
+            batch = _rows(lm, len(schedule.lengths), (count, each))
+            with mock.patch.object(skrull, "plan", lambda *_, now=schedule, **how: now):
+                for number in range(4):
                     began = time.perf_counter()
                     models, _, m = step(models, batch, np.array([0, number], np.uint32))
                     jax.block_until_ready(m)
                     found.append(time.perf_counter() - began)
-                    number += 1
-                taken, tokens = float(np.median(found[1:])), size * repeat
-                of = cost_of(lm, flops_per_s=1, bytes_per_s=1, attention_share=1)
-                needed = tokens // each * of.perfect(np.array([each]), 1)  # FLOP
-                rows.append({
-                    "work": "micro", "model": model, "tokens": size, "documents": each,
-                    "micro_steps": repeat, "seconds": taken, "tokens_per_s": tokens / taken,
-                    "tflops": needed / taken / 1e12,
-                })  # fmt: skip
-                yield rows[-1]
+            taken, tokens = float(np.median(found[1:])), size * repeat
+            of = cost_of(lm, flops_per_s=1, bytes_per_s=1, attention_share=1)
+            needed = tokens // each * of.perfect(np.array([each]), 1)  # FLOP
+            rows.append({
+                "work": "micro", "model": model, "tokens": size, "documents": each,
+                "micro_steps": repeat, "seconds": taken, "tokens_per_s": tokens / taken,
+                "tflops": needed / taken / 1e12,
+            })  # fmt: skip
+            yield rows[-1]
     yield constants(model, rows) | {
         "compiled_s": built,
-        "planned_gb": max(v["bytes"] for v in step.analysis().values()) / 1e9,
+        "planned_gb": planned / 1e9,
         "peak_gb": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9,
     }
+
+
+def _cases(longest: int) -> dict[int, list[tuple[int, int]]]:
+    """Returns tokens of a document -> (tokens of a micro-step, micro-steps) to measure."""
+    sizes = [n for n in (512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)
+             if n <= longest]  # fmt: skip
+    out: dict[int, list[tuple[int, int]]] = {}
+    for size in sizes:
+        for each in sorted({size, min(size, 512), min(size, 4096)}):
+            for repeat in (1, 4) if size <= 4096 else (1,):
+                out.setdefault(each, []).append((size, repeat))
+    return out
+
+
+def _packed_step(lm: LMConfig, cost: Cost, sizes: list[int], padded: tuple[int, int]) -> Any:
+    """Returns a compiled step for micro-batches of these sizes, from padded rows."""
+    graph = sft.graph(sft.SFTConfig(), {"actor": lm})
+    spec = Spec(params.abstract(lm), logical_axes(lm), optax.sgd(0.0))
+    step = compile(graph, {"actor_train": Placement((0,))}, {"actor": spec}, pack=1)
+    batch = _rows(lm, 0, padded)
+    shapes = *(Shape(n, 0) for n in sorted({*sizes})), Shape(0, max(sizes))  # the last one must be
+    return step.check(batch).scheduled(Packing(shapes, max(sizes), cost)).build(batch)
+
+
+def _rows(lm: LMConfig, full: int, padded: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Returns padded rows: the first ones full of random tokens, the others empty."""
+    rng, (count, length) = np.random.default_rng(0), padded
+    tokens = rng.integers(4, lm.vocab, (full, length)).astype(np.int32)
+    units = [((ids, np.ones(length, np.float32)),) for ids in tokens]
+    return packing.lay_out([*units, *[()] * (count - full)], length=length)
 
 
 def _cost(model: str) -> Cost:

@@ -29,7 +29,7 @@ import optax
 
 from jaxrl_eff import core
 from jaxrl_eff.algorithms import Rollout, grpo
-from jaxrl_eff.core import Placement, Spec, packed
+from jaxrl_eff.core import Placement, Spec
 from jaxrl_eff.models import LMConfig, logical_axes, params
 from jaxrl_eff.planner import clusters
 from jaxrl_eff.rollout import Sampling
@@ -107,12 +107,12 @@ def compare(name, place, cluster):
     plan = dict.fromkeys((c.name for c in rows.calls if c.of), place)
     specs = {"actor": trained, "ref": spec}
     padded = core.compile(rows, plan, specs).build(batch(0))
-    ours = packed.compile(rows, plan, specs).check(batch(0))
+    ours = core.compile(rows, plan, specs, pack=1).check(batch(0))
     settings = ScheduleSettings(name="skrull", room=4096, shapes=6)
-    lengths = list(range(16, PROMPT + 1))
+    pools = balanced.guessed(range(16, PROMPT + 1), ANSWER)
     began = time.perf_counter()
     lms = dict.fromkeys(specs, LM)
-    balanced.rollouts(settings, ours, lms, lengths, ANSWER, cluster=cluster).build(batch(0))
+    balanced.scheduled(settings, ours, lms, pools, cluster=cluster).build(batch(0))
     built = time.perf_counter() - began
     seen = {"padded": [], "packed": []}
     told, predicted = [], []
