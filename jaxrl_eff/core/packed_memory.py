@@ -47,7 +47,7 @@ def beside(step: Step, c: Call) -> list[Any]:
     for model in step.graph.models:
         home = step.home(model)
         if model == c.of and c.kind == "train":
-            home = home._replace(params=(), opt=(), left=())
+            home = home._replace(params=(), opt=(), left=(), held=())
         elif model == c.of and step.weights(c).alias:
             home = home._replace(params=())
         out[model] = home
