@@ -94,6 +94,8 @@ def _outline(
     lms = {role: lm for role, lm in lms.items() if role in graph.models}
     origins = {role: given.get(role) or given["actor"] for role in lms}
     specs, _ = parts.model_specs(s, graph, lms, name)
+    with parts.at_path(f"config.{name}.zero"):
+        specs = {role: parts.sent(s, spec, lms.get(role)) for role, spec in specs.items()}
     shapes, packed = parts.batch_shapes(s, algorithm.batch), {}
     if s.schedule.name == "skrull":  # the data is not read: prompts are as long as they may be
         before, most = 0, s.data.length
