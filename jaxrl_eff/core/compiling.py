@@ -71,6 +71,6 @@ def compile(
             )
         for c in calls:
             if c.kind == "train":
-                packed.check_trained(c, specs[c.of])
+                packed.check_trained(c)
             full[c.name] = dataclasses.replace(full[c.name], microbatches=1)
     return Step(graph, full, specs, tuple(keep.split()), sync, pack)

@@ -61,8 +61,8 @@ class Leaves:
         by_name: name -> leaf.
 
     Raises:
-        ValueError: the call's placement has another number of nodes, shards sequences, or does not
-            shard the weights; or the model's adaptation does not support tensor parallelism.
+        ValueError: the call's placement has another number of nodes, or does not shard the weights;
+            or the model's adaptation does not support tensor parallelism.
     """
 
     def __init__(self, c: Call, place: Placement, rules: Rules, spec: Spec):
@@ -174,8 +174,6 @@ def _check(c: Call, place: Placement, rules: Rules, spec: Spec) -> None:
             f"{what} on simulated devices, which may mix up its messages unless XLA_FLAGS has "
             f"{host.IN_ORDER} before JAX starts; config.simulate_devices sees to it."
         )
-    if place.seq > 1:
-        raise ValueError(f"{what}, which cannot be over a seq axis; its placement is {place}.")
     split = dict(rules.table)
     if split["embed"] is None or split["node_embed"] is None:
         width = {

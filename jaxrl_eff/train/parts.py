@@ -101,20 +101,13 @@ def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
     Frozen weights are not sent at all: every node has them.
 
     Raises:
-        ValueError: an unknown name, an invalid block size, or a combination with other settings of
-            the stage that is not supported.
+        ValueError: an unknown name, or an invalid block size.
     """
     if not s.zero.name or spec.tx is None or lm is None:
         return spec
     rung = levels.zero_level(s.zero.name)
     if s.zero.name == "exact" and lm.dtype == "float32":
         rung = dataclasses.replace(rung, weight_bits=32, grad_bits=32)
-    for other, there in (
-        ("plan='search', which knows no nodes", s.plan == "search"),
-        ("schedule='skrull'", s.schedule.name == "skrull"),
-    ):
-        if there:
-            raise ValueError(f"name is {s.zero.name!r}, which does not go with {other}.")
     if isinstance(spec.tx, Adaptation):
         spec = ways.in_every_node(spec)
     plan = levels.ZeroConfig(rung, block=s.zero.block, dtype=lm.dtype, nodes=s.zero.nodes)
