@@ -120,16 +120,6 @@ REASONS = {
         "trains no model that generates",
     ),
 }
-# What only lacks an implementation. A pair that is removed here is tried by the tests.
-_SEQ = Reason("Not implemented: stages of communication beside a sequence axis.", "seq axis")
-_PACKED = Reason("Not implemented: packed micro-batches between nodes.", "does not go with")
-_NODES = Reason("Not implemented: the planner knows no nodes of a train call.", "does not go with")
-NOT_YET = {
-    (*sorted((kind, other), key=NAMES.index),): reason
-    for kind in ("zero", "lossy")
-    for other, reason in (("seq", _SEQ), ("skrull", _PACKED), ("search", _NODES))
-}
-
 # Pairs that the default tests try: every feature twice at least, and what shares most code.
 FEW = (
     ("axes", "seq"), ("axes", "lora"), ("seq", "skrull"), ("meshes", "changes"),
@@ -168,7 +158,7 @@ def pair(a: str, b: str) -> tuple[str, str]:
 
 def reason(a: str, b: str) -> Reason | None:
     """Why the two do not go together; None if they do."""
-    return REASONS.get(pair(a, b)) or NOT_YET.get(pair(a, b))
+    return REASONS.get(pair(a, b))
 
 
 def pairs() -> list[tuple[str, str]]:
