@@ -1,4 +1,4 @@
-"""Writes docs/config.md, and the tables of names in the pages of the rooms.
+"""Writes docs/config.md, docs/combinations.md, and the tables of names in the pages of the rooms.
 
 `make docs` runs it, and `tests/test_readme.py` checks that all of them are current.
 """
@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+import sys
 import types
 import typing
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxrl_eff.rollout import Sampling
 from jaxrl_eff.train import settings
 
 DOCS = Path(__file__).resolve().parent
+sys.path.append(str(DOCS.parent / "tests"))
 # Rooms, and the packages in them whose names stand on the same page.
 ROOMS = {
     "core": ("core",),
@@ -170,9 +172,15 @@ def room_page(text: str, room: str) -> str:
     return text
 
 
+def combinations_page() -> str:
+    """The tables of features that go together."""
+    return importlib.import_module("combinations").page()
+
+
 def main() -> None:
     """Rewrites the pages."""
     (DOCS / "config.md").write_text(config_page())
+    (DOCS / "combinations.md").write_text(combinations_page())
     for room in ROOMS:
         path = DOCS / f"{room}.md"
         path.write_text(room_page(path.read_text(), room))

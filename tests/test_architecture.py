@@ -18,12 +18,20 @@ TABLE = {
     "data": (),
     "core": ("parallel", "optim", "data.balance"),
     "models": ("parallel.attention.context",),
-    "peft": ("core.graph", "models", "optim"),
+    "peft": ("core.specs", "models", "optim"),
     "rollout": ("models", "data"),
     "checkpoints": ("models", "peft", "parallel.processes"),
     "algorithms": ("core", "models", "rollout"),
     "planner": (
-        *("core.graph", "core.glossary", "parallel", "models", "peft", "rollout.sampling"),
+        *(
+            "core.graph",
+            "core.specs",
+            "core.glossary",
+            "parallel",
+            "models",
+            "peft",
+            "rollout.sampling",
+        ),
         "data.balance",
     ),
     "train": (

@@ -87,6 +87,8 @@ def test_table_and_figure_are_current():
 def test_generated_pages_are_current():
     made = generator()
     assert (ROOT / "docs" / "config.md").read_text() == made.config_page(), "run `make docs`"
+    pairs = (ROOT / "docs" / "combinations.md").read_text()
+    assert pairs == made.combinations_page(), "run `make docs`"
     for room in made.ROOMS:
         text = (ROOT / "docs" / f"{room}.md").read_text()
         assert text == made.room_page(text, room), f"docs/{room}.md: run `make docs`"

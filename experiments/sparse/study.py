@@ -35,7 +35,7 @@ import optax
 
 from jaxrl_eff import tree
 from jaxrl_eff.checkpoints import load_hf, read_config
-from jaxrl_eff.core.graph import Adaptation, Model
+from jaxrl_eff.core.specs import Adaptation, Model
 from jaxrl_eff.data.tokenizer import load_tokenizer
 from jaxrl_eff.models import LMConfig, init, token_logprobs
 from jaxrl_eff.peft import ways, weights

@@ -14,11 +14,11 @@ __all__, __getattr__, __dir__ = public.table(
         "compiling": ("compile",),
         "figure": ("draw",),
         "graph": (
-            "Adaptation", "Call", "Graph", "Model", "Placement", "Plan", "Spec", "generate",
-            "infer", "local", "order", "train",
+            "Call", "Graph", "Placement", "Plan", "generate", "infer", "local", "order", "train",
         ),
         "plan_rules": ("check_plan",),
         "schedules": ("Packing",),
+        "specs": ("Adaptation", "Model", "Spec"),
         "step": ("Step",),
     },
     modules=("meters",),

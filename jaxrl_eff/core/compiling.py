@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxrl_eff.core import packed
-from jaxrl_eff.core.graph import Graph, Plan, Spec, order
+from jaxrl_eff.core.graph import Graph, Plan, order
 from jaxrl_eff.core.plan_rules import check_plan
+from jaxrl_eff.core.specs import Spec
 from jaxrl_eff.core.step import Step
 from jaxrl_eff.parallel import SyncConfig
 
@@ -70,6 +71,6 @@ def compile(
             )
         for c in calls:
             if c.kind == "train":
-                packed.check_trained(c, specs[c.of])
+                packed.check_trained(c)
             full[c.name] = dataclasses.replace(full[c.name], microbatches=1)
     return Step(graph, full, specs, tuple(keep.split()), sync, pack)

@@ -35,5 +35,6 @@ def draw(graph: Graph) -> str:
             for c in calls:
                 if c.of == t.of and c is not t:
                     old = f", {c.staleness} steps old" if c.staleness else ""
+                    old += f", {c.weights}" if c.weights else ""
                     lines.append(f"  {t.name} -. {t.of}{old} .-> {c.name}")
     return "\n".join(lines)

@@ -8,44 +8,13 @@ import dataclasses
 import functools
 import graphlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal, NamedTuple
-
-import optax
+from typing import Any, Literal
 
 from jaxrl_eff.parallel import Placement
-from jaxrl_eff.parallel.zero import levels
+from jaxrl_eff.parallel.codec import BITS
 
 TOKENS = ("tokens", "position", "segment")
-
-
-class Model(NamedTuple):
-    """Parameters and training state of one language model.
-
-    Attributes:
-        params: parameters.
-        opt: optimizer state, if a call trains the model.
-        stale: for every call with stale weights, the last versions in that call's layout, oldest
-            first: `{call: (params, ...)}`.
-        error_feedback: quantization residuals of the last gradients, if these are sent with error
-            feedback: parameter -> float32 `[N, ..., N, D / N, ...]`, indexed by sending node, then
-            receiving node. Stored where the optimizer state is.
-        node_copy: every node's copy of the weights, if weight differences are sent: parameter ->
-            `[..., N, D / N, ...]`, bitwise equal on all nodes. A train call updates it from
-            `params`, whatever changed these; after replacing parameters for good, call
-            `Step.refreshed`.
-
-    Example:
-        >>> from jaxrl_eff import Model
-        >>> model = Model(params={"w": jnp.ones(2)})
-        >>> model.params["w"].shape, model.opt
-        ((2,), ())
-    """
-
-    params: Any
-    opt: Any = ()
-    stale: Any = ()
-    error_feedback: Any = ()
-    node_copy: Any = ()
+PRECISIONS = ("", *BITS)  # of the weights that a call reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +43,10 @@ class Call:
         staleness: of a generate call: age of its weights in steps. 0 is synchronous RL; 1 lets it
             sample on its own devices while the previous step still trains. It changes what is
             computed (samples are off-policy by that many steps), so it belongs to the graph.
+        weights: of a generate or infer call: precision of the weights that it reads, wherever it
+            runs. "": as trained; "int8", "int4": kernels and tables rounded to codes of 8 or 4 bits
+            and decoded again, see `Spec.rounded` and `parallel.reshard.rounded`. If the weights
+            come from other devices, the codes are sent.
 
     Example:
         >>> from jaxrl_eff import Call
@@ -95,8 +68,18 @@ class Call:
     finish: Callable | None = None
     forward: Callable | None = None
     loss: Callable | None = None
+    weights: str = ""
 
     def __post_init__(self):
+        if self.weights not in PRECISIONS:
+            raise ValueError(
+                f"{self.name}: unknown weights {self.weights!r}; expected one of {[*PRECISIONS]}."
+            )
+        if self.weights and self.kind not in ("generate", "infer"):
+            raise ValueError(
+                f"{self.name} is a {self.kind} call with {self.weights} weights; only generate and "
+                "infer calls read rounded weights."
+            )
         if self.staleness < 0 or (self.staleness and self.kind != "generate"):
             raise ValueError(
                 f"{self.name} is a {self.kind} call with staleness {self.staleness}; only a "
@@ -105,9 +88,19 @@ class Call:
 
 
 def generate(
-    name: str, *, of: str, fn: Callable, reads: str, writes: str, staleness: int = 0
+    name: str,
+    *,
+    of: str,
+    fn: Callable,
+    reads: str,
+    writes: str,
+    staleness: int = 0,
+    weights: str = "",
 ) -> Call:
     """Returns a call that samples from a model, with weights `staleness` steps old.
+
+    Args:
+        weights: their precision, see `Call`.
 
     Example:
         >>> from jaxrl_eff import LMConfig, Sampling, core, sample
@@ -119,8 +112,9 @@ def generate(
         ('generate', 0)
     """
     return Call(
-        name, "generate", of, fn, tuple(reads.split()), tuple(writes.split()), staleness=staleness
-    )
+        name, "generate", of, fn, tuple(reads.split()), tuple(writes.split()),
+        staleness=staleness, weights=weights,
+    )  # fmt: skip
 
 
 def infer(
@@ -131,8 +125,12 @@ def infer(
     reads: str,
     writes: str,
     finish: Callable | None = None,
+    weights: str = "",
 ) -> Call:
     """Returns a call that evaluates a model: `fn` per token, then `finish`, if given, per row.
+
+    Args:
+        weights: precision of those that it reads, see `Call`.
 
     Example:
         >>> from jaxrl_eff import core
@@ -141,7 +139,10 @@ def infer(
         >>> call.fn({"w": 2.0}, {"x": 3.0}, None)
         {'y': 6.0}
     """
-    return Call(name, "infer", of, fn, tuple(reads.split()), tuple(writes.split()), finish=finish)
+    return Call(
+        name, "infer", of, fn, tuple(reads.split()), tuple(writes.split()),
+        finish=finish, weights=weights,
+    )  # fmt: skip
 
 
 def train(
@@ -251,82 +252,6 @@ class Graph:
 
 
 Plan = Mapping[str, Placement]
-
-
-@dataclasses.dataclass(frozen=True)
-class Adaptation:
-    """Partial training of a model: the counterpart of an optax transform for full training.
-
-    Attributes:
-        init: params -> optimizer state.
-        leaves: (params, opt) -> the differentiated arrays, by name.
-        attach: (params, opt, leaves) -> the parameters with the leaves, for `Spec.view`.
-        update: (gradients of the leaves, opt, params, finite) -> (params, opt), both unchanged
-            unless `finite`; its temporaries are no larger than the trained part.
-        extended: parameters of the base model -> all parameters that the model starts with.
-        axes: name of a leaf of the optimizer state, or of a differentiated array that is not a
-            parameter -> logical axes of its first axes; None for a leaf that is sharded like its
-            parameter, or replicated.
-        due: step of the stage -> True if `reselect` runs before it; None: never.
-        probes: (params, opt) -> leaves whose gradients `reselect` needs; None: it needs no
-            gradient.
-        reselect: (params, opt, gradients of the probes or None) -> (params, opt).
-        probe: the gradient of the probes uses one in this many rows.
-        passes: cost of a training pass in forward passes: 3 with gradients of all weights, 2 with
-            none, ignoring small arrays.
-    """
-
-    init: Callable[[Any], Any]
-    leaves: Callable[[Any, Any], Any]
-    attach: Callable[[Any, Any, Any], Any]
-    update: Callable[..., tuple[Any, Any]]
-    extended: Callable[[Any], Any]
-    axes: Callable[[str], tuple[str, ...] | None]
-    due: Callable[[int], bool] | None = None
-    probes: Callable[[Any, Any], Any] | None = None
-    reselect: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
-    probe: int = 1
-    passes: float = 3.0
-
-
-class Spec(NamedTuple):
-    """Description of a model for `compile`.
-
-    Attributes:
-        shapes: tree of `jax.ShapeDtypeStruct`, one per parameter.
-        axes: the same tree with a tuple of logical axis names per parameter.
-        tx: the optax transform or `Adaptation`, if a call trains the model.
-        sends: precision of weights and gradients sent between the nodes of a train call; None:
-            unquantized, with communication left to the compiler.
-        view: parameters, as stored -> the parameters that functions of calls read; None: the same.
-        codes: names of parameters that are never quantized when sent, since they are codes already.
-
-    Example:
-        >>> from jaxrl_eff import LMConfig, Spec, abstract, logical_axes
-        >>> lm = LMConfig(vocab=8, layers=1, width=4, heads=1, kv_heads=1, head_dim=4, ffn=8)
-        >>> spec = Spec(abstract(lm), logical_axes(lm), optax.adamw(1e-5))
-        >>> spec.shapes["embed"]["table"].shape, spec.axes["embed"]["table"]
-        ((8, 4), ('vocab', 'embed'))
-    """
-
-    shapes: Any
-    axes: Any
-    tx: optax.GradientTransformation | Adaptation | None = None
-    sends: levels.ZeroConfig | None = None
-    view: Callable[[Any], Any] | None = None
-    codes: frozenset[str] = frozenset()
-
-
-def viewed(c: Call, spec: Spec | None) -> Call:
-    """Returns the call with functions of stored parameters, which it passes on as their view."""
-    if spec is None or spec.view is None:
-        return c
-
-    def of_view(fn: Callable) -> Callable:
-        return lambda params, *args: fn(spec.view(params), *args)
-
-    forward = None if c.forward is None else of_view(c.forward)
-    return dataclasses.replace(c, fn=of_view(c.fn), forward=forward)
 
 
 def order(graph: Graph) -> tuple[Call, ...]:

@@ -9,8 +9,9 @@ import jax.extend
 import jax.numpy as jnp
 
 from jaxrl_eff.core import programs
-from jaxrl_eff.core.graph import Adaptation, Call
+from jaxrl_eff.core.graph import Call
 from jaxrl_eff.core.shardings import Shardings
+from jaxrl_eff.core.specs import Adaptation
 
 
 class Traced(NamedTuple):

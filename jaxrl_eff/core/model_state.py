@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_eff import tree
-from jaxrl_eff.core.graph import Model
 from jaxrl_eff.core.shardings import Shardings
+from jaxrl_eff.core.specs import Model
 from jaxrl_eff.core.weight_sources import WeightSources
 from jaxrl_eff.parallel import global_arrays
 

@@ -31,12 +31,14 @@ import numpy as np
 
 from jaxrl_eff.core import lowering, programs
 from jaxrl_eff.core import rows as rows_of
-from jaxrl_eff.core.graph import Call, Model, Spec, row_prefix
+from jaxrl_eff.core.graph import Call, row_prefix
 from jaxrl_eff.core.lowering import Lowered
 from jaxrl_eff.core.runners import RESELECT, reselection
 from jaxrl_eff.core.schedules import Schedules
 from jaxrl_eff.core.shardings import Shardings, placed
+from jaxrl_eff.core.specs import Model
 from jaxrl_eff.core.summed import Summed, read_one
+from jaxrl_eff.core.zero_bytes import Traffic
 from jaxrl_eff.data.balance.assignment import Shape
 from jaxrl_eff.parallel import global_arrays
 
@@ -49,20 +51,16 @@ def prefix_of(c: Call) -> str | None:
     return row_prefix(c.reads) if c.kind in ("infer", "train") else None
 
 
-def check_trained(c: Call, spec: Spec) -> None:
+def check_trained(c: Call) -> None:
     """Checks that a train call can run over micro-batches of a schedule.
 
     Raises:
-        ValueError: it has no forward pass, or its model's `Spec` sets `sends`.
+        ValueError: it has no forward pass.
     """
     if c.forward is None:
         raise ValueError(
             f"the train call {c.name} has no `forward`, which scheduled rows need: one "
             "forward pass serves rows of both kinds."
-        )
-    if spec.sends is not None:
-        raise ValueError(
-            f"{c.name} sends {spec.sends.rung.name!r} between nodes, which scheduled rows cannot."
         )
 
 
@@ -263,29 +261,35 @@ class PackedTrain(PackedRows):
 
     Attributes:
         out: nothing.
-        traffic: None, see `runners.Train`.
+        traffic: as of `runners.Train`, with one micro-batch an update; between nodes, any number of
+            them sends as much.
     """
 
     out: Mapping[str, Any] = {}
-    traffic = None
+    traffic: Traffic | None = None
 
     def __init__(self, shardings: Shardings, c: Call, args: Mapping[str, Any], **options: Any):
         super().__init__(shardings, c, args, **options)
         self._once = c.epochs * c.minibatches == 1
         self._rows: jax.Array | None = None
 
-    def _loss(self, params: Any, args: tuple, key: jax.Array) -> Any:
-        there = self._gathered(*args)
-        return rows_of.loss(self._call, self._place.seq, params, there, key, prefix=self._prefix)
+    def _loss(self, params: Any, rows: rows_of.MicroBatch, key: jax.Array) -> Any:
+        return rows_of.loss(self._call, self._place.seq, params, rows, key, prefix=self._prefix)
+
+    def _summed(self, args: Any, local: int) -> Summed:
+        return Summed(
+            self._shardings, self._call, lambda args: self._gathered(*args), self._loss, args, local
+        )
 
     def _pieces(self, shapes: Sequence[Shape], made: Mapping[str, Any]) -> dict[str, Lowered]:
         del made
         c, each = self._call, {s: (self._args, rows_of.maps_of(self._place, s)) for s in shapes}
         first = shapes[0]
-        summed = Summed(self._shardings, c, self._loss, each[first], first.local)
+        summed = self._summed(each[first], first.local)
         update = summed.update(read_one if self._once else lambda seen: seen)
         out = {named(shape): summed.sums(each[shape], shape.local) for shape in shapes}
-        out |= {"zero": summed.zero(), "update": update}
+        out |= {"zero": summed.zero(), "update": update} | summed.open()
+        self.traffic = summed.traffic()
         if not self._once:
             out |= {"rows": self._shuffled(), "read": self._read(update.lowered.out_info[1])}
         return out | reselection(self._shardings, c, self._args)
@@ -294,9 +298,7 @@ class PackedTrain(PackedRows):
     def _update(self) -> lowering.Traced:
         """The traced update, whatever the shapes of micro-batches."""
         maps = rows_of.maps_of(self._place, _TRIED)
-        args = self._args, maps
-        summed = Summed(self._shardings, self._call, self._loss, args, _TRIED.local)
-        return summed.traced(read_one)
+        return self._summed((self._args, maps), _TRIED.local).traced(read_one)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -344,10 +346,12 @@ class PackedTrain(PackedRows):
         seen = []
         picks = [None] if self._once else global_arrays.fetch_replicated(self._rows)
         for picked in picks:
-            sums = self.programs["zero"]()
+            sums, opened = self.programs["zero"](), None
+            if "open" in self.programs:
+                opened = self.programs["open"](model, {}, key)
             for shape, maps in self._micro(args, picked):
-                sums = self.programs[named(shape)](sums, (model, (args, maps)), key)
-            model, one = self.programs["update"](model, sums, key)
+                sums = self.programs[named(shape)](sums, (model, opened, (args, maps)), key)
+            model, one = self.programs["update"](model, (sums, opened), key)
             seen.append(one)
         return model, {}, seen[0] if self._once else self.programs["read"](seen)
 

@@ -47,7 +47,7 @@ def beside(step: Step, c: Call) -> list[Any]:
     for model in step.graph.models:
         home = step.home(model)
         if model == c.of and c.kind == "train":
-            home = home._replace(params=(), opt=(), error_feedback=())
+            home = home._replace(params=(), opt=(), error_feedback=(), node_copy=())
         elif model == c.of and step.weights(c).alias:
             home = home._replace(params=())
         out[model] = home

@@ -15,7 +15,8 @@ import optax
 
 from jaxrl_eff import tree
 from jaxrl_eff.core import meters
-from jaxrl_eff.core.graph import Adaptation, Call, Model
+from jaxrl_eff.core.graph import Call
+from jaxrl_eff.core.specs import Adaptation, Model
 from jaxrl_eff.optim import mcf, precision_metrics
 from jaxrl_eff.parallel.offload import OffloadedWeight
 

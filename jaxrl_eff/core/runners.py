@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from jaxrl_eff.core import glossary, lowering
-from jaxrl_eff.core.graph import Call, Model
+from jaxrl_eff.core.graph import Call
 from jaxrl_eff.core.lowering import Lowered, Traced
 from jaxrl_eff.core.shardings import Shardings
+from jaxrl_eff.core.specs import Model
 from jaxrl_eff.core.zero import Traffic
 from jaxrl_eff.parallel import global_arrays
 

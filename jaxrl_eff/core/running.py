@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from jaxrl_eff.core import model_state, transfers
-from jaxrl_eff.core.graph import Call, Model
+from jaxrl_eff.core.graph import Call
 from jaxrl_eff.core.program_order import Operation
+from jaxrl_eff.core.specs import Model
 from jaxrl_eff.core.timing import StepTimes
 from jaxrl_eff.parallel import Placement, WeightSync, global_arrays
 from jaxrl_eff.parallel.sharding import replicated

@@ -5,9 +5,8 @@ state stays there. Other calls borrow the parameters in their own layout.
 """
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,13 +14,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxrl_eff import tree
-from jaxrl_eff.core.graph import Adaptation, Call, Graph, Model, Spec, order, viewed
+from jaxrl_eff.core import token_layouts
+from jaxrl_eff.core.graph import Call, Graph, order
+from jaxrl_eff.core.specs import Adaptation, Model, Spec, viewed
 from jaxrl_eff.core.zero import NodeGradients
 from jaxrl_eff.optim import state_shardings
 from jaxrl_eff.parallel import Placement, Rules, arrays, global_arrays, rules
-from jaxrl_eff.parallel.attention import sequence
-from jaxrl_eff.parallel.attention.context import SequenceLayout, sequence_layout
-from jaxrl_eff.parallel.attention.token_order import reach
+from jaxrl_eff.parallel.attention.context import sequence_layout
 from jaxrl_eff.parallel.mesh import mesh
 from jaxrl_eff.parallel.sharding import in_host, replicated
 
@@ -135,8 +134,8 @@ class Shardings:
         return replicated(self.plan[c.name])
 
     def key(self, c: Call) -> Any:
-        """Returns a key that is equal for calls of one model with the same layout of it."""
-        return c.of, self.plan[c.name], self.rules[c.name].table
+        """Returns a key that is equal for calls that read the same weights in the same layout."""
+        return c.of, c.weights, self.plan[c.name], self.rules[c.name].table
 
     def here(self, c: Call) -> bool:
         """Returns True if this process has devices of the call."""
@@ -151,13 +150,9 @@ class Shardings:
                 belong to the device's own row.
         """
         place, rules_ = self.plan[c.name], self.rules[c.name]
-        over = None
-        if c.kind != "generate" and (place.seq > 1 or sequence.for_whole_rows()):
-            # Calls in `sharded` are traced inside shard_map, on the device's own rows.
-            way = _own if c.name in self.sharded else _over_axis
-            over = functools.partial(way, place)
         if local is not None:
-            over, rules_ = functools.partial(_both, place, local), self._rules_of(c, mixed=True)
+            rules_ = self._rules_of(c, mixed=True)
+        over = None if c.kind == "generate" else token_layouts.of_call(place, local)
         table = list(rules_.table)
         with jax.set_mesh(mesh(place)), nn.logical_axis_rules(table), sequence_layout(over):
             yield
@@ -185,45 +180,3 @@ def held(like: Any) -> dict[Any, int]:
 def shard_bytes(x: Any, itemsize: int = 0) -> int:
     """Returns the bytes of one device's shard; `itemsize`, if not 0, replaces the element size."""
     return math.prod(x.sharding.shard_shape(x.shape)) * (itemsize or jnp.dtype(x.dtype).itemsize)
-
-
-def _over_axis(place: Placement, length: int, sight: int | None) -> SequenceLayout:
-    """Returns the sequence layout over the `seq` axis.
-
-    Rows whose length does not divide stay whole. Where all layers have a window, tokens stay in
-    order, and only the preceding shards that the window reaches are sent.
-    """
-    if length % place.seq:
-        return SequenceLayout()
-    if place.seq == 1:
-        return SequenceLayout(sequence.attend(place), fits=sequence.fits_whole_rows)
-    pieces = reach(length // place.seq, sight)
-    if pieces < place.seq - 1:
-        return SequenceLayout(sequence.attend(place, reach=pieces))
-    ways = (functools.partial(f, parts=place.seq) for f in (sequence.striped, sequence.unstriped))
-    return SequenceLayout(sequence.attend(place), *ways)
-
-
-def _own(place: Placement, length: int, sight: int | None) -> SequenceLayout:
-    del length, sight
-    return (
-        SequenceLayout()
-        if place.tensor > 1
-        else SequenceLayout(sequence.own(), fits=sequence.fits_whole_rows)
-    )
-
-
-def _both(place: Placement, local: int, length: int, sight: int | None) -> SequenceLayout:
-    del length, sight
-
-    def on_each(turn: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def turned(x: Any) -> Any:
-            halves = map(turn, sequence.divided(x, local, place.seq))
-            return sequence.joined(*halves, place.seq)
-
-        return turned
-
-    plain = SequenceLayout()
-    return SequenceLayout(
-        sequence.both(place, local), next=on_each(plain.next), previous=on_each(plain.previous)
-    )

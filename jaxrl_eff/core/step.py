@@ -31,12 +31,13 @@ from jaxrl_eff.core import (
     runners,
     transfers,
 )
-from jaxrl_eff.core.graph import Adaptation, Call, Graph, Model, Spec
+from jaxrl_eff.core.graph import Call, Graph
 from jaxrl_eff.core.packed_calls import PackedCalls
 from jaxrl_eff.core.program_order import Operation
 from jaxrl_eff.core.running import Running
 from jaxrl_eff.core.schedules import Packing
 from jaxrl_eff.core.shardings import Shardings
+from jaxrl_eff.core.specs import Adaptation, Model, Spec
 from jaxrl_eff.core.timing import Timeline
 from jaxrl_eff.core.transfers import Transfers
 from jaxrl_eff.core.weight_sources import WeightSources
@@ -221,14 +222,6 @@ class Step:
         program_order.meet("compiled")
         return self
 
-    def saved(self) -> None:
-        """Must be called whenever the state to resume a run from is saved.
-
-        Weights sent as rounded differences are sent in full next, as in a run resumed from that
-        state, so that both runs give the same results.
-        """
-        self.weights.saved()
-
     def due(self, step: int) -> tuple[str, ...]:
         """Returns the models that reselect their trained part before a stage's step, from 0."""
         adapted = {c.of: self.specs[c.of].tx for c in self.calls if c.kind == "train"}
@@ -323,6 +316,7 @@ class Step:
             c.name: {
                 **self.plan[c.name].to_json(),
                 "of": c.of,
+                "weights": c.weights,
                 "kind": "host" if c.host else c.kind,
                 "reallocated_bytes": received.get(c.name, 0),
             }

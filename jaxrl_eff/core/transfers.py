@@ -12,10 +12,11 @@ import jax
 from jaxrl_eff.core.graph import Call
 from jaxrl_eff.core.program_order import Operation
 from jaxrl_eff.core.shardings import Shardings
-from jaxrl_eff.parallel import Placement, Route, WeightSync
+from jaxrl_eff.core.weight_sources import Source
+from jaxrl_eff.parallel import Placement, Route
 from jaxrl_eff.parallel.sharding import replicated
 
-Weights = Callable[[Call], Route | WeightSync]
+Weights = Callable[[Call], Source]
 
 
 class Transfers:

@@ -1,13 +1,14 @@
 """Bytes that a train call on nodes with slow links must send, and those that its program sends."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_eff.core import programs
+from jaxrl_eff.core.graph import Call
 from jaxrl_eff.core.zero_leaves import Leaf, Leaves
 from jaxrl_eff.parallel import jaxpr_bytes
 from jaxrl_eff.parallel.codec import Blocks
@@ -51,14 +52,21 @@ class Traffic(NamedTuple):
 
 
 def of_update(
-    leaves: Leaves, arrays: Mapping[str, jax.Array], parts: int, done: programs.Sums
+    leaves: Leaves,
+    arrays: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
+    parts: int,
+    done: programs.Sums,
+    *,
+    hoisted: bool = False,
 ) -> Update:
     """Returns the bytes that one update must send, in `parts` micro-batches.
 
     Args:
         arrays: a device's parts of the arrays that the loss reads.
         done: its sums.
+        hoisted: weights are gathered over the slow axis once even for one micro-batch.
     """
+    once = hoisted or parts > 1
     place = leaves.place
     sizes = {a: place.axes[a] for a in leaves.rows}
     found, plain = dict.fromkeys(sizes, 0.0), 0.0
@@ -66,7 +74,7 @@ def of_update(
         leaf, trained = leaves.of(name), name in leaves.trained
         if leaf.cut is not None:
             vectors = x.size // math.prod(leaf.cut.shape)
-            _add(found, _of_weight(leaves, leaf, x, trained, parts), vectors)
+            _add(found, _of_weight(leaves, leaf, x, trained, parts, once), vectors)
             if name not in leaves.codes or not jnp.issubdtype(x.dtype, jnp.floating):
                 passes = (place.dcn - 1) * (2 + trained) * parts
                 shards = place.dcn if leaf.cut.local else 1
@@ -80,7 +88,7 @@ def of_update(
 
 
 def _of_weight(
-    leaves: Leaves, leaf: Leaf, x: jax.Array, trained: bool, parts: int
+    leaves: Leaves, leaf: Leaf, x: Any, trained: bool, parts: int, once: bool
 ) -> dict[str, float]:
     """Returns the bytes of one weight (of a layer) in one update, by mesh axis.
 
@@ -96,7 +104,7 @@ def _of_weight(
     h = cut.sent(cut.plan.fast_gradients) if trained else 0
     fast = parts if leaf.late else 1
     again = 2 if leaf.late else 1
-    slow = w if cut.plan.rung.secondary or parts > 1 else again * w
+    slow = w if cut.plan.rung.secondary or once else again * w
     if leaf.node_copy is not None:
         slow = cut.sent(cut.plan.deltas)
     nodes = 1 if cut.local else place.dcn  # nodes whose shards a device gathers
@@ -110,18 +118,28 @@ def _of_weight(
     return {k: float(v) for k, v in found.items()}
 
 
-def counted(leaves: Leaves, name: str, program: Any, updates: int, one: Update) -> Traffic:
-    """Counts the bytes of a traced train call and checks them against those of its updates.
+def count(leaves: Leaves, traced: Iterable[Any]) -> dict[str, float]:
+    """Counts the bytes of jaxprs on every mesh axis, without attention over `seq`."""
+    each = [jaxpr_bytes.count(program, leaves.place.axes) for program in traced]
+    return {a: sum(found[a] for found in each) for a in leaves.place.axes if a != "seq"}
+
+
+def checked(leaves: Leaves, c: Call, found: Mapping[str, float], one: Update) -> Traffic:
+    """Checks the bytes of a train call against those of its updates.
+
+    Args:
+        found: of `count`, for all updates.
+        one: expected in one update.
 
     Raises:
         ValueError: a mesh axis carries more than expected.
     """
+    updates = c.epochs * c.minibatches
     promised = {a: updates * n for a, n in one.promised.items()}
-    found = jaxpr_bytes.count(program, leaves.place.axes)
     try:
         jaxpr_bytes.contract(found, promised)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{c.name}: {error}") from None
     found = {a: found[a] for a in leaves.rows}
     return Traffic(leaves.plan.rung.name, found, promised, updates * one.plain, _notes(leaves))
 

@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_eff import tree
 from jaxrl_eff.core import programs
-from jaxrl_eff.core.graph import Adaptation, Call, Spec
+from jaxrl_eff.core.graph import Call
+from jaxrl_eff.core.specs import Adaptation, Spec, is_kernel
 from jaxrl_eff.parallel import Placement, Rules, host
 from jaxrl_eff.parallel.codec import EXACT
 from jaxrl_eff.parallel.mesh import mesh
@@ -60,8 +61,8 @@ class Leaves:
         by_name: name -> leaf.
 
     Raises:
-        ValueError: the call's placement has another number of nodes, shards sequences, or does not
-            shard the weights; or the model's adaptation does not support tensor parallelism.
+        ValueError: the call's placement has another number of nodes, or does not shard the weights;
+            or the model's adaptation does not support tensor parallelism.
     """
 
     def __init__(self, c: Call, place: Placement, rules: Rules, spec: Spec):
@@ -97,8 +98,7 @@ class Leaves:
             i for i, a in enumerate(own)
             if place.tensor > 1 and a is not None and "tensor" in (table[a] or ())
         ]  # fmt: skip
-        # Kernels and tables; adapters and heads of one number have an axis that is never sharded.
-        rounded = len(own) > 1 and None not in own and not codes
+        rounded = is_kernel(axes) and not codes
         late = layers and (rounded or codes)
         plan = self.plan if rounded or codes else exact(self.plan)
         if rounded and not late:  # gradients of embeddings are summed in the dtype of the table
@@ -174,8 +174,6 @@ def _check(c: Call, place: Placement, rules: Rules, spec: Spec) -> None:
             f"{what} on simulated devices, which may mix up its messages unless XLA_FLAGS has "
             f"{host.IN_ORDER} before JAX starts; config.simulate_devices sees to it."
         )
-    if place.seq > 1:
-        raise ValueError(f"{what}, which cannot be over a seq axis; its placement is {place}.")
     split = dict(rules.table)
     if split["embed"] is None or split["node_embed"] is None:
         width = {

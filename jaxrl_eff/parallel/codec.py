@@ -15,6 +15,7 @@ from jax import lax
 
 EXACT = {16: jnp.bfloat16, 32: jnp.float32}
 SCALE_BYTES = 2  # bfloat16
+BITS = {"int8": 8, "int4": 4}  # precisions of weights, by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _top(blocks: Blocks) -> int:
 
 def _scale(x: jax.Array, blocks: Blocks) -> jax.Array:
     """[..., blocks] bfloat16 scales, rounded up so that a factor of 1 never clips."""
-    largest = jnp.max(jnp.abs(x), axis=-1) / _top(blocks)
+    largest = jnp.max(jnp.abs(x), axis=-1) * jnp.float32(1 / _top(blocks))
     largest = jnp.where(jnp.all(jnp.isfinite(x), axis=-1), largest, jnp.nan)
     best = error = None
     for factor in blocks.shrink:
@@ -175,7 +176,8 @@ def _up(x: jax.Array) -> jax.Array:
 def _codes(x: jax.Array, scale: jax.Array, blocks: Blocks) -> jax.Array:
     """[..., blocks, width] int8 codes; zeros where the scale is zero or NaN."""
     good = (scale > 0)[..., None]
-    x = jnp.round(x / jnp.where(good, scale[..., None], 1))
+    # XLA turns some divisions into this product and others not; codes must not depend on that.
+    x = jnp.round(x * (1 / jnp.where(good, scale[..., None], 1)))
     x = jnp.clip(x, -_top(blocks), _top(blocks))
     return jnp.where(good, x, 0).astype(jnp.int8)
 

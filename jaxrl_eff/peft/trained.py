@@ -1,7 +1,7 @@
 """What a part of a model's training differentiates and updates: parameters, entries, layers.
 
 Each kind has `init`, `leaves` (the differentiated arrays), `constants` (what a backward pass needs
-beside them) and `update` as in `core.graph.Adaptation`, and the `axes` of its arrays that are no
+beside them) and `update` as in `core.specs.Adaptation`, and the `axes` of its arrays that are no
 parameters. Names are those of stored leaves, see `peft.weights`.
 """
 

@@ -1,6 +1,6 @@
 """Training of a part of a model: sparse changes of its kernels, LoRA, some parameters, or all.
 
-Turns `AdaptSettings` and a model's shape into a `graph.Spec`, whose `Adaptation` defines the
+Turns `AdaptSettings` and a model's shape into a `core.Spec`, whose `Adaptation` defines the
 differentiated arrays and their update, and whose parameters include the added ones (LoRA's
 matrices). Sparse changes in place need none: the kernels themselves are written, which is
 transparent to all other calls of the model.
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxrl_eff import tree
-from jaxrl_eff.core.graph import Adaptation, Spec
+from jaxrl_eff.core.specs import Adaptation, Spec
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.optim import optimizer, sparse
 from jaxrl_eff.peft import checks, entries, lora, quantized, weights

@@ -115,7 +115,8 @@ def _follow(t: Choices, state: State, call: int, rng: random.Random) -> State | 
     start, index = state[call]
     c = t.all[call][index]
     found = t.kept[other].get(c.count, ())
-    same = [i for i in found if t.all[other][i].strategy == c.strategy]
+    like = c.strategy.without_nodes
+    same = [i for i in found if t.all[other][i].strategy.without_nodes == like]
     if not same:
         return None
     return (*state[:other], (start, rng.choice(same)), *state[other + 1 :])

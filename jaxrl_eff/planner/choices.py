@@ -169,8 +169,8 @@ def _moved(problem: Problem, work: Work, count: int, cluster: Cluster) -> float:
         for sizes in ((where.count, 1, 1), (1, where.count, 1))
     ]
     return max(
-        realloc_cost(problem, work.model, a, b, cluster)
-        + realloc_cost(problem, work.model, b, a, cluster)
+        realloc_cost(problem, work.model, a, b, cluster, weights=work.weights)
+        + realloc_cost(problem, work.model, b, a, cluster, weights=work.weights)
         for a in layouts[:2]
         for b in layouts
     )

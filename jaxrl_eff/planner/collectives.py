@@ -39,8 +39,19 @@ def run(devices: tuple[int, ...], origin: int) -> range | tuple[int, ...]:
     return tuple(d - origin for d in devices)
 
 
+class NodeAxes(NamedTuple):
+    """The groups of the axes of a call that sends weights between nodes."""
+
+    slow: Axis
+    copies: Axis
+    fast: Axis
+    seq: Axis
+
+
 @functools.lru_cache(maxsize=1 << 16)
-def _grid(devices: range | tuple[int, ...], shape: tuple[int, ...], domain: int) -> Grid:
+def _groups(
+    devices: range | tuple[int, ...], shape: tuple[int, ...], domain: int
+) -> tuple[Axis, ...]:
     out, stride = [], 1
     domains = np.array(devices) // domain
     for size in reversed(shape):
@@ -50,13 +61,22 @@ def _grid(devices: range | tuple[int, ...], shape: tuple[int, ...], domain: int)
         most = max(len(set(g)) for g in groups.tolist()) if size > 1 else 1
         out.append(Axis(size, most))
         stride *= size
-    return Grid(*reversed(out))
+    return tuple(reversed(out))
 
 
 def grid(p: Placement, cluster: Cluster) -> Grid:
     """The groups of a placement's axes on a cluster."""
-    origin = p.devices[0] // cluster.domain * cluster.domain
-    return _grid(run(p.devices, origin), sizes(p), cluster.domain)
+    return Grid(*_groups(_placed(p, cluster), sizes(p), cluster.domain))
+
+
+def node_axes(p: Placement, cluster: Cluster) -> NodeAxes:
+    """The groups of the axes of a placement on nodes."""
+    shape = tuple(p.axes.values())[1:]  # no stages
+    return NodeAxes(*_groups(_placed(p, cluster), shape, cluster.domain)[:4])
+
+
+def _placed(p: Placement, cluster: Cluster) -> range | tuple[int, ...]:
+    return run(p.devices, p.devices[0] // cluster.domain * cluster.domain)
 
 
 def sizes(p: Placement) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ layer, t = tensor, s = stage, m microbatches, a pass over one microbatch and one
     train     updates * [(m + s - 1) u' + gradient traffic not hidden + optimizer],  u': 3 or 4 u
     generate  (2 s - 1) u  +  steps * [L * layer(b, context) + head(b) + s * hop]
 
-Passes are priced in `passes`, decoding in `cost_generate`, collectives in `collectives`,
-reallocations and transfers in `transfer`, and the microbatches of a packed call in `packed_rows`.
+Passes are priced in `passes`, decoding in `cost_generate`, collectives in `collectives`, what is
+sent between nodes at a level in `node_traffic`, reallocations and transfers in `transfer`, and the
+microbatches of a packed call in `packed_rows`.
 
 ReaL (Mei et al. 2024, arXiv:2406.14088) profiles calls and leaves gradient traffic out. Here all is
 arithmetic, and `Corrections` apply what was measured. Weights sharded over fsdp are gathered for
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 
 from jaxrl_eff.models import LMConfig
 from jaxrl_eff.parallel.mesh import Placement
+from jaxrl_eff.planner import node_traffic
 from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.collectives import Grid, all_reduce, gather, grid, hand_on
 from jaxrl_eff.planner.corrections import NONE, Corrections
@@ -100,6 +102,9 @@ def _train(
     optimizer = traffic / (c.memory_bytes_per_s * c.memory_efficiency)
     hop = 2 * _hops(lm, micro, s, g, c)
     active = _training_bytes(role, p, micro, c)
+    if role.nodes is not None:
+        param += node_traffic.kept_bytes(role, p)
+        active += node_traffic.active_bytes(role, p, m)
     exposed, static = 0.0, param + opt
     if p.offload == "opt":
         way = opt / (c.host_bytes_per_s * c.host_efficiency)
@@ -125,6 +130,8 @@ def _gradient_traffic(role: Role, p: Placement, m: int, hidden: float | int, c: 
     Args:
         m: microbatches.
     """
+    if role.nodes is not None:
+        return max(0.0, node_traffic.seconds(role, p, m, c) - hidden)
     lm, g, cut = role.lm, grid(p, c), split(role.lm, p)
     n = params_share(lm, p)
     reduces = 1 if p.stage > 1 else m  # gradients are summed per microbatch, in a pipeline once

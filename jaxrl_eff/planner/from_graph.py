@@ -10,10 +10,11 @@ import numpy as np
 
 from jaxrl_eff import tree
 from jaxrl_eff.core.glossary import EDGES
-from jaxrl_eff.core.graph import Adaptation, Call, Graph, Spec, order
+from jaxrl_eff.core.graph import Call, Graph, order
+from jaxrl_eff.core.specs import Adaptation, Spec
 from jaxrl_eff.models import LMConfig, abstract
 from jaxrl_eff.peft import quantized, weights
-from jaxrl_eff.planner.problem import ExpectedRows, Lengths, Problem, Role, Work
+from jaxrl_eff.planner.problem import ExpectedRows, Lengths, Nodes, Problem, Role, Work
 from jaxrl_eff.rollout.sampling import Sampling
 
 # Stands for a model of a few parameters, e.g. an adaptive coefficient.
@@ -39,7 +40,24 @@ def role(lm: LMConfig | None, spec: Spec | None, trained: bool) -> Role:
         if isinstance(spec.tx, Adaptation):
             grad = tree.nbytes(jax.eval_shape(spec.tx.leaves, spec.shapes, state)) / size
             passes = spec.tx.passes
-    return dataclasses.replace(found, opt_bytes=float(opt), grad_bytes=grad, passes=passes)
+    return dataclasses.replace(
+        found, opt_bytes=float(opt), grad_bytes=grad, passes=passes, nodes=_nodes(spec)
+    )
+
+
+def _nodes(spec: Spec | None) -> Nodes | None:
+    """Returns how a trained model is sent between nodes, with what `core.zero_leaves` demands."""
+    if spec is None or spec.sends is None:
+        return None
+    names = jax.tree.leaves(spec.axes, is_leaf=lambda x: isinstance(x, tuple))
+    partly = isinstance(spec.tx, Adaptation)
+    return Nodes(
+        count=max(1, spec.sends.nodes),
+        level=spec.sends.rung,
+        frozen=any("node_embed" in axes for axes in names),
+        partly=partly,
+        tensor=not (partly and spec.tx.reselect is not None),
+    )
 
 
 def _read(spec: Spec | None) -> Any:
@@ -94,6 +112,7 @@ def works(
         made = dataclasses.replace(
             made,
             staleness=staleness.get(c.name, c.staleness),
+            weights=c.weights,
             seconds=seconds.get(c.name, 0.0),
             packed=(packed or {}).get(c.name),
         )

@@ -91,8 +91,9 @@ class Prices:
         if found is None:
             work = self.problem.works[i]
             seconds = transfer.realloc_cost(
-                self.problem, work.model, source.placement, target.placement, self.cluster
-            )
+                self.problem, work.model, source.placement, target.placement, self.cluster,
+                weights=work.weights,
+            )  # fmt: skip
             name = realloc_name(work.model, work.name)
             found = self._reallocs[key] = seconds * self.corrections.edge(name, "realloc")
         return found

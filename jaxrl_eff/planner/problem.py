@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxrl_eff.models import LMConfig
 from jaxrl_eff.parallel.mesh import Placement
+from jaxrl_eff.parallel.zero.levels import ZeroLevel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Work:
         reads, writes: names of arrays.
         host: runs in Python on the host.
         staleness: of a generate call: how many updates old its weights are allowed to be.
+        weights: precision of those that it reads, as in `graph.Call`.
         seconds: of a local call, measured or guessed; calls with a model are priced.
         packed: expected rows of an infer or train call that computes its rows packed; None: rows
             have `length` tokens each.
@@ -103,8 +105,28 @@ class Work:
     minibatches: int = 1
     host: bool = False
     staleness: int = 0
+    weights: str = ""
     seconds: float | int = 0.0
     packed: ExpectedRows | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Nodes:
+    """How train calls send a model's weights and gradients between nodes (`core.zero`).
+
+    Attributes:
+        count: number of nodes.
+        level: precision of what is sent.
+        frozen: weights are frozen beside an adapter, so that every node has them.
+        partly: only parts of weights are trained, whose gradients are sent in float32.
+        tensor: the weights can be sharded over `tensor`.
+    """
+
+    count: int
+    level: ZeroLevel
+    frozen: bool = False
+    partly: bool = False
+    tensor: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +141,7 @@ class Role:
         passes: cost of a training pass in forward passes: 3 for the forward pass, the gradients of
             the activations and those of the weights; less if not all weights have gradients.
         param_bytes: of one stored parameter; 0: those of `lm.param_dtype`.
+        nodes: how its train calls send it between nodes; None: as the compiler does.
     """
 
     lm: LMConfig
@@ -127,6 +150,7 @@ class Role:
     zero: bool = False
     passes: float | int = 3
     param_bytes: float | int = 0
+    nodes: Nodes | None = None
 
     def __post_init__(self):
         if not self.param_bytes:

@@ -153,7 +153,7 @@ def _uniform(t: Choices, allowed: Sequence[Strategy] | None) -> Iterator[State]:
         by_strategy: dict[Strategy, int] = {}
         for i, c in enumerate(found):
             if c.count == n and not c.offload:
-                by_strategy.setdefault(c.strategy, i)
+                by_strategy.setdefault(c.strategy.without_nodes, i)
         first.append(by_strategy)
     rest = colocated(t)
     for s in first[0] if first and rest is not None else ():

@@ -82,4 +82,5 @@ def state_bytes(role: Role, p: Placement) -> tuple[float, float]:
     """A device's bytes of parameters and of optimizer state."""
     n = params_share(role.lm, p)
     opt = n * role.opt_bytes / (p.data * p.seq if role.zero else 1)
-    return n * role.param_bytes, opt
+    copies = p.dcn if role.nodes is not None and role.nodes.frozen else 1
+    return n * copies * role.param_bytes, opt

@@ -167,7 +167,7 @@ class Simulator:
             mask = self._host_bit if w.host else site.mask
             seconds = self._prices.call(i, site).seconds
             nodes.append(Node(w.name, w.kind, seconds, mask, site.placement.devices))
-        brought: dict[tuple[str, int, int], int] = {}
+        brought: dict[tuple[str, str, int, int], int] = {}
         for i, w in enumerate(self.problem.works):
             for j, bytes_ in self._reads[i]:
                 self._add_transfer(nodes, edges, sites, j, i, bytes_)
@@ -204,12 +204,12 @@ class Simulator:
         edges: list[Edge],
         sites: list[Site],
         i: int,
-        brought: dict[tuple[str, int, int], int],
+        brought: dict[tuple[str, str, int, int], int],
     ) -> None:
         """Call i waits for its model's update, and for weights in another layout to be brought.
 
         Args:
-            brought: model, layout and lag -> the reallocation that is there already.
+            brought: model, precision, layout and lag -> the reallocation that is there already.
         """
         w, site = self.problem.works[i], sites[i]
         trains = self._trains[w.model]
@@ -222,14 +222,14 @@ class Simulator:
         if source.layout == site.layout:
             edges.append(Edge(trains[-1], i, lag, 0.0))
             return
-        node = brought.get((w.model, site.layout, lag))
+        node = brought.get((w.model, w.weights, site.layout, lag))
         if node is None:
             seconds = self._prices.realloc(i, source, site)
             mask = source.mask | site.mask
             if source.nics != site.nics:
                 mask |= source.nics | site.nics
             devices = tuple(dict.fromkeys((*source.placement.devices, *site.placement.devices)))
-            node = brought[w.model, site.layout, lag] = len(nodes)
+            node = brought[w.model, w.weights, site.layout, lag] = len(nodes)
             name = realloc_name(w.model, w.name)
             nodes.append(Node(name, "realloc", seconds, mask, devices))
             edges.append(Edge(trains[-1], node, lag, 0.0))
@@ -274,13 +274,15 @@ class Simulator:
             if w.model is None:
                 continue
             site, price = sites[i], self._prices.call(i, sites[i])
-            key = (w.model, site.layout)
+            key = (w.model, w.weights, site.layout)
             if key not in held or held[key][1] < price.static_bytes:
                 held[key] = (site.mask, price.static_bytes)
             active.append((site.mask, price.active_bytes, w.name))
             source = sites[self._home[w.model]]
-            if source.layout != site.layout and self._trains[w.model]:
-                extra = realloc_bytes(self.problem, w.model, source.placement, site.placement)
+            if (w.weights or source.layout != site.layout) and self._trains[w.model]:
+                extra = realloc_bytes(
+                    self.problem, w.model, source.placement, site.placement, weights=w.weights
+                )
                 active.append((site.mask, extra, realloc_name(w.model, w.name)))
         groups = [(1 << self.cluster.devices) - 1]
         for mask in dict.fromkeys(m for m, *_ in active):

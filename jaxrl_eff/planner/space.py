@@ -18,7 +18,7 @@ from jaxrl_eff.models import LMConfig
 from jaxrl_eff.parallel.mesh import Placement
 from jaxrl_eff.planner import packed_rows
 from jaxrl_eff.planner.clusters import Cluster
-from jaxrl_eff.planner.problem import Problem, Work
+from jaxrl_eff.planner.problem import Nodes, Problem, Work
 
 TENSOR = (1, 2, 4, 8)
 
@@ -52,6 +52,12 @@ class Strategy(NamedTuple):
     fsdp: int
     tensor: int
     seq: int = 1
+    dcn: int = 1
+
+    @property
+    def without_nodes(self) -> "Strategy":
+        """The strategy with the axis between nodes as a part of fsdp."""
+        return self._replace(dcn=1, fsdp=self.dcn * self.fsdp)
 
 
 LONG = 2048  # fewest tokens of a row that can be sharded over a sequence axis
@@ -121,6 +127,7 @@ def strategies(
     lm: LMConfig | None = None,
     length: int = 0,
     packed: bool = False,
+    nodes: Nodes | None = None,
 ) -> tuple[Strategy, ...]:
     """Lists ways to parallelize a call on `count` devices.
 
@@ -131,7 +138,15 @@ def strategies(
         lm: leaves out what does not divide this model's heads, widths or layers.
         length: of rows whose tokens can be sharded over devices; 0: none can.
         packed: a schedule packs these rows, in parts of any length, and they are not pipelined.
+        nodes: how the call sends its model between nodes, if it does; it is not pipelined then.
     """
+    if nodes is not None:
+        if count % nodes.count:
+            return ()
+        options = {"per_host": per_host, "length": length, "packed": packed}
+        inside = strategies(count // nodes.count, **options)
+        found = (s._replace(dcn=nodes.count) for s in inside if nodes.tensor or s.tensor == 1)
+        return tuple(s for s in found if lm is None or _divides(lm, s))
     found: Iterable[Strategy] = sharded(count, per_host)
     if length >= LONG:
         found = itertools.chain(found, spread(sharded(count, per_host), 0 if packed else length))
@@ -145,7 +160,7 @@ def _divides(lm: LMConfig, s: Strategy) -> bool:
     return (
         lm.heads % s.tensor == 0
         and lm.ffn % s.tensor == 0
-        and lm.width % s.fsdp == 0
+        and lm.width % (s.dcn * s.fsdp) == 0
         and s.stage <= lm.layers
     )
 
@@ -161,7 +176,7 @@ def microbatches(work: Work, s: Strategy, most: int = 12) -> tuple[int, ...]:
             return ()
         return (1,) if work.packed.capacity else tuple(2**i for i in range(most))
     rows = work.prompts if work.kind == "generate" and work.prompts else work.rows
-    parts = s.data * s.fsdp * (work.minibatches if work.kind == "train" else 1)
+    parts = s.dcn * s.data * s.fsdp * (work.minibatches if work.kind == "train" else 1)
     if rows % parts:
         return ()
     found = divisors(rows // parts)
@@ -213,6 +228,7 @@ def placement(where: Slice, s: Strategy, microbatches: int = 1, offload: str = "
     return Placement(
         where.devices,
         stage=s.stage,
+        dcn=s.dcn,
         data=s.data,
         fsdp=s.fsdp,
         tensor=s.tensor,
@@ -243,11 +259,13 @@ def candidates(
         executable: only what this package runs.
         offloads: what can stay in the host's memory: "", "params" (frozen roles), "opt" (trained).
     """
-    lm = problem.roles[work.model].lm
+    role = problem.roles[work.model]
     out: dict[int, tuple[Candidate, ...]] = {}
     for count in dict.fromkeys(m.count for m in meshes(cluster, smallest)):
         found = []
-        options = {"executable": executable, "per_host": cluster.per_host, "lm": lm}
+        options = {"executable": executable, "per_host": cluster.per_host, "lm": role.lm}
+        if work.kind == "train":
+            options["nodes"] = role.nodes
         if work.kind in ("infer", "train"):
             options |= {"length": work.length, "packed": work.packed is not None}
         for s in strategies(count, **options):

@@ -6,7 +6,8 @@ at least
 
     max( max_d |J(d) - I(d)| / link,  max_h |J(h) - I(h)| / cards(h),  outside / cards(source) )
 
-which is the price here, at the efficiencies of the links, plus a fixed cost per reallocation.
+which is the price here, at the efficiencies of the links, plus a fixed cost per reallocation. For a
+call that reads rounded weights the codes and scales count.
 """
 
 import functools
@@ -15,9 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxrl_eff.parallel.mesh import Placement
+from jaxrl_eff.parallel.reshard.rounded import sent_bytes
 from jaxrl_eff.planner.clusters import Cluster
 from jaxrl_eff.planner.collectives import run, sizes
-from jaxrl_eff.planner.problem import Problem
+from jaxrl_eff.planner.problem import Problem, Role
 from jaxrl_eff.planner.shares import params, params_share
 
 BUCKET_BYTES = 2.0**28  # per device, of a reallocation in flight
@@ -133,19 +135,34 @@ def _moved(
     return Moved(received, imported, exported, volume_a, volume, len(have.domains))
 
 
+def _parameter_bytes(role: Role, weights: str) -> float:
+    """Bytes that are sent for a parameter."""
+    stored = float(role.param_bytes)
+    return min(stored, sent_bytes(weights)) if weights else stored
+
+
 def realloc_cost(
-    problem: Problem, model: str, source: Placement, target: Placement, cluster: Cluster
+    problem: Problem,
+    model: str,
+    source: Placement,
+    target: Placement,
+    cluster: Cluster,
+    *,
+    weights: str = "",
 ) -> float:
     """Seconds to move a model's parameters from one placement to another; 0 if the layout is equal.
 
     The slowest of: a device's links, a domain's network cards on the way in, and those of the
     source's domains on the way out.
+
+    Args:
+        weights: precision in which they are sent, as in `Work`.
     """
     if layout(source) == layout(target):
         return 0.0
     role = problem.roles[model]
     m = moved(source, target, cluster.domain)
-    size = params(role.lm) * float(role.param_bytes)
+    size = params(role.lm) * _parameter_bytes(role, weights)
     nic = cluster.nic_bytes_per_s * cluster.nic_efficiency
     seconds = m.received * size / (cluster.link_bytes_per_s * cluster.link_efficiency)
     if m.imported:
@@ -156,12 +173,22 @@ def realloc_cost(
     return seconds + cluster.move_seconds
 
 
-def realloc_bytes(problem: Problem, model: str, source: Placement, target: Placement) -> float:
-    """Extra bytes that a device of the target needs in a reallocation, beyond both layouts."""
-    if layout(source) == layout(target):
-        return 0.0
+def realloc_bytes(
+    problem: Problem, model: str, source: Placement, target: Placement, *, weights: str = ""
+) -> float:
+    """Extra bytes that a device of the target needs in a reallocation, beyond both layouts.
+
+    These are two buckets and, of rounded weights, the codes until they are decoded.
+
+    Args:
+        weights: precision in which they are sent, as in `Work`.
+    """
     role = problem.roles[model]
-    return 2 * min(BUCKET_BYTES, params_share(role.lm, target) * role.param_bytes)
+    size = params_share(role.lm, target) * _parameter_bytes(role, weights)
+    codes = size if weights else 0.0
+    if layout(source) == layout(target):
+        return codes
+    return codes + 2 * min(BUCKET_BYTES, size)
 
 
 def same_rows(source: Placement, target: Placement) -> bool:

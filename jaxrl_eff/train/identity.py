@@ -49,10 +49,6 @@ def _stage(run: Run, stage: StageSettings) -> dict[str, Any]:
     }
     for part in kept["adapt"].values():
         part["start"] = _unless_path(part["start"])
-    if not stage.sync.exact:
-        # After a checkpoint weights are sent in full, so its steps affect later rounding.
-        kept["sync"] = dataclasses.asdict(stage.sync)
-        kept["checkpoint_every"] = run.checkpoint.every
     return kept
 
 

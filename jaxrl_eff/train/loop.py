@@ -24,7 +24,6 @@ from jaxrl_eff.train.console import Console
 from jaxrl_eff.train.interrupts import Interrupts, Stopped
 from jaxrl_eff.train.progress import COUNTED, Dispatched, StepLog, lengths
 from jaxrl_eff.train.replan import Calibration
-from jaxrl_eff.train.settings import Run
 from jaxrl_eff.train.writer import Writer
 
 
@@ -143,13 +142,12 @@ def _run_stage(
         }
         whole = state.shared(state.saved(assembled, at.index, models, shelf))
         out.checkpoints.save(at.offset + at.step, whole, record)
-        stage.step.saved()
         cadence.saved()
 
     out.console.stage(name, total, start=at.step)
     earlier = {k.partition("/")[2]: n for k, n in at.withheld.items() if k.startswith(f"{name}/")}
     log = StepLog(stage, out, at.offset, run.nonfinite, calibration, withheld=earlier)
-    cadence = Cadence(_steps_between_saves(run, stage), run.checkpoint.minutes)
+    cadence = Cadence(run.checkpoint.every, run.checkpoint.minutes)
     last = at.index + 1 == len(assembled.stages)
     pending = None
 
@@ -223,17 +221,6 @@ def _evaluates(stage: Stage, step: int) -> bool:
         return False
     every = stage.settings.evaluate.every
     return step == stage.settings.steps or bool(every and step % every == 0)
-
-
-def _steps_between_saves(run: Run, stage: Stage) -> int:
-    """Returns the steps between saves, or 0 if the clock decides.
-
-    With `sync` by rounded differences, weights are sent in full after every save. Saves then affect
-    the results, so they must not depend on the clock.
-    """
-    if run.checkpoint.every or stage.settings.sync.exact:
-        return run.checkpoint.every
-    return stage.settings.sync.every
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ def outline(
     if sampling is not None:
         rollout = Rollout(sampling, reward)
     parts.check_length(s, lms, sampling)
-    graph = parts.graph_of(s, cfg, lms, rollout)
+    graph = parts.graph_of(s, name, cfg, lms, rollout)
     lms = {r: lm for r, lm in lms.items() if r in graph.models}
     origins = {r: o for r, o in origins.items() if r in graph.models}
     origins |= {r: ("own", "") for r in graph.models if r in algorithm.own}

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import optax
 from jaxrl_eff import core, optim, tree
 from jaxrl_eff.algorithms import ALGORITHMS, Algorithm, Rollout
 from jaxrl_eff.checkpoints import read_config
-from jaxrl_eff.core import Adaptation, Graph, Spec
+from jaxrl_eff.core import Adaptation, Call, Graph, Spec
 from jaxrl_eff.data import toys
 from jaxrl_eff.data.tokenizer import Tokenizer
 from jaxrl_eff.models import LMConfig, params
@@ -85,8 +85,6 @@ def changes_of(s: StageSettings) -> SyncConfig | None:
     """Returns the settings for syncing trained weights as changes; None: sent in full."""
     if s.sync.name == "whole":
         return None
-    if s.sync.name in ("int8", "int4"):
-        return SyncConfig(bits=int(s.sync.name.removeprefix("int")), every=s.sync.every)
     sparse = [part.density for part in s.adapt.values() if part.name in ways.SCHEDULES]
     capacity = s.sync.capacity or min(1.0, 2 * max(sparse, default=0.025))
     return SyncConfig(capacity=capacity, every=s.sync.every)
@@ -103,20 +101,13 @@ def sent(s: StageSettings, spec: Spec, lm: LMConfig | None) -> Spec:
     Frozen weights are not sent at all: every node has them.
 
     Raises:
-        ValueError: an unknown name, an invalid block size, or a combination with other settings of
-            the stage that is not supported.
+        ValueError: an unknown name, or an invalid block size.
     """
     if not s.zero.name or spec.tx is None or lm is None:
         return spec
     rung = levels.zero_level(s.zero.name)
     if s.zero.name == "exact" and lm.dtype == "float32":
         rung = dataclasses.replace(rung, weight_bits=32, grad_bits=32)
-    for other, there in (
-        ("plan='search', which knows no nodes", s.plan == "search"),
-        ("schedule='skrull'", s.schedule.name == "skrull"),
-    ):
-        if there:
-            raise ValueError(f"name is {s.zero.name!r}, which does not go with {other}.")
     if isinstance(spec.tx, Adaptation):
         spec = ways.in_every_node(spec)
     plan = levels.ZeroConfig(rung, block=s.zero.block, dtype=lm.dtype, nodes=s.zero.nodes)
@@ -220,11 +211,12 @@ def check_length(s: StageSettings, lms: dict[str, LMConfig], sampling: Sampling 
 
 
 def graph_of(
-    s: StageSettings, cfg: Any, lms: dict[str, LMConfig], rollout: Rollout | None
+    s: StageSettings, name: str, cfg: Any, lms: dict[str, LMConfig], rollout: Rollout | None
 ) -> Graph:
     """Returns the graph of the stage's algorithm.
 
     Args:
+        name: of the stage.
         cfg: the algorithm's config.
         rollout: sampling and reward, if it samples.
 
@@ -241,11 +233,25 @@ def graph_of(
     graph = algorithm.graph(cfg, lms, rollout)
     if ways.keeps_base(s.adapt.get("actor")) and _same_start(s):
         graph = dataclasses.replace(graph, calls=tuple(map(_without_ref, graph.calls)))
+    with at_path(f"config.{name}.weights"):
+        calls = _with_precision(graph, s.weights)
     calls = (
-        dataclasses.replace(c, staleness=s.staleness) if c.kind == "generate" else c
-        for c in graph.calls
+        dataclasses.replace(c, staleness=s.staleness) if c.kind == "generate" else c for c in calls
     )
-    return dataclasses.replace(graph, calls=tuple(calls)) if s.staleness else graph
+    changed = s.staleness or s.weights
+    return dataclasses.replace(graph, calls=tuple(calls)) if changed else graph
+
+
+def _with_precision(graph: Graph, weights: Mapping[str, str]) -> list[Call]:
+    """Returns the graph's calls with the precision of the weights that some of them read.
+
+    Raises:
+        ValueError: an unknown call or precision, or a call that cannot read rounded weights.
+    """
+    known = [c.name for c in graph.calls if c.kind in ("generate", "infer")]
+    if unknown := [call for call in weights if call not in {c.name for c in graph.calls}]:
+        raise ValueError(f"unknown call {unknown[0]!r}; expected one of {known}.")
+    return [dataclasses.replace(c, weights=weights.get(c.name, c.weights)) for c in graph.calls]
 
 
 def _same_start(s: StageSettings) -> bool:

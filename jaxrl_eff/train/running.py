@@ -5,7 +5,7 @@ from typing import Annotated
 
 from jaxrl_eff.schema import Count, Natural, NonNegative, Share, Switch, Within
 
-SYNCS = ("whole", "changes", "int8", "int4")
+SYNCS = ("whole", "changes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,13 +60,13 @@ class ScheduleSettings:
 class SyncSettings:
     """Settings of weight sync: trained weights to calls on other devices or in another layout.
 
+    The received weights are exact. Calls that read rounded weights (`config.STAGE.weights`) get all
+    of their codes in every step.
+
     Attributes:
         name: "whole": all weights in every step; "changes": frozen tensors once, and of the others
             the elements that changed. Those devices then keep their copy, and the trainer a copy
-            of what was sent. The received weights are exact. "int8" and "int4": of the others the
-            differences from the received weights, in 8 or 4 bits, so that those calls compute with
-            weights that lag by the rounding; which weights lag affects the results, and depends on
-            the plan.
+            of what was sent.
         capacity: fraction of a tensor's elements that can change before it is sent in full; 0 is
             0.05, or twice the density of a sparse change. For "changes".
         every: steps between two that send everything in full and check the copy.
@@ -75,11 +75,6 @@ class SyncSettings:
     name: str = "whole"
     capacity: Share = 0.0
     every: Count = 100
-
-    @property
-    def exact(self) -> bool:
-        """True if weights are received bitwise as they were sent."""
-        return self.name in ("whole", "changes")
 
     def __post_init__(self):
         if self.name not in SYNCS:

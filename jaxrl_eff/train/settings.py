@@ -183,6 +183,9 @@ class StageSettings:
         zero: precision of train calls' communication between nodes.
         staleness: age in steps of the weights used for sampling. 0 is synchronous; 1 lets sampling
             and training overlap on separate devices.
+        weights: call that samples or evaluates -> "int8" or "int4": it reads its model's kernels
+            and embeddings rounded to as many bits, on any devices; other calls read them as
+            trained. If they come from other devices, only the codes are sent.
         evaluate: held-out evaluation.
         samples_every: steps between samples written to samples.jsonl; 0 for none.
     """
@@ -203,6 +206,7 @@ class StageSettings:
     schedule: ScheduleSettings = dataclasses.field(default_factory=ScheduleSettings)
     zero: ZeroSettings = dataclasses.field(default_factory=ZeroSettings)
     staleness: Natural = 0
+    weights: dict[str, str] = dataclasses.field(default_factory=dict)
     evaluate: EvalSettings = EvalSettings()
     samples_every: Natural = 10
 
@@ -318,6 +322,13 @@ def run(config: Mapping[str, Any]) -> Run:
 
 
 def _stage(section: Mapping[str, Any], path: str) -> StageSettings:
+    sync = section.get("sync")
+    name = sync.get("name") if isinstance(sync, Mapping) else None
+    if name in ("int8", "int4"):  # names of an earlier version
+        raise ValueError(
+            f"{path}.sync.name: {name!r} is now a property of the call: set "
+            f"{path}.weights={ {'actor_gen': name} }."
+        )
     s = build(StageSettings, section, path)
     if "plan" not in section and s.search != SearchSettings():
         raise ValueError(

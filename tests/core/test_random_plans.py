@@ -131,7 +131,6 @@ def place(rng, kind, zero):
     axes = ["data", "fsdp", "tensor"] + ["seq"] * (kind != "generate")
     if zero and kind == "train":
         row["dcn"], size = zero, size // zero
-        axes = ["data", "fsdp", "tensor"]
     sizes = collections.Counter()
     while size > 1:
         sizes[rng.choice(axes)] += 1

@@ -307,6 +307,21 @@ def test_reallocation_costs_what_its_slowest_part_does():
     assert transfer.realloc_bytes(p, "actor", same, on(0, 4)) == pytest.approx(2 * size)
 
 
+@pytest.mark.parametrize(("weights", "ratio"), [("int8", 66 / 256), ("int4", 34 / 256)])
+def test_rounded_weights_cost_their_codes(weights, ratio):
+    p, same, far = ppo(), on(0, 4, fsdp=4), on(4, 4)
+    size = params(LM) * 4
+    for target in (far, on(0, 4)):
+        whole = transfer.realloc_cost(p, "actor", same, target, ROUND)
+        found = transfer.realloc_cost(p, "actor", same, target, ROUND, weights=weights)
+        assert found == pytest.approx(ratio * whole)
+    codes = ratio * size  # held until they are decoded, also at home
+    assert transfer.realloc_cost(p, "actor", far, far, ROUND, weights=weights) == 0
+    assert transfer.realloc_bytes(p, "actor", far, far, weights=weights) == pytest.approx(codes)
+    found = transfer.realloc_bytes(p, "actor", same, far, weights=weights)
+    assert found == pytest.approx(3 * codes)
+
+
 def test_copies_may_lie_in_data_or_seq():
     assert transfer.layout(on(0, 8, data=4, tensor=2)) == transfer.layout(
         on(0, 8, data=2, seq=2, tensor=2)

@@ -31,7 +31,7 @@ FREE = (
 )  # fmt: skip
 COUNTS = (
     "seed=1", "sft.steps=9", "sft.batch=4", "sft.optim.actor.lr=0.5", "sft.data.eos=false",
-    "sft.sync.name=int4", "model.shape.layers=1", "sft.schedule.name=skrull", "sft.zero.name=int8",
+    "model.shape.layers=1", "sft.schedule.name=skrull", "sft.zero.name=int8",
 )  # fmt: skip
 
 
@@ -65,12 +65,17 @@ def test_options_of_any_name_count():
     assert identity.fingerprint(one) != identity.fingerprint(other)
 
 
-def test_with_rounded_weights_checkpoints_count():
-    one, other = (
-        launch.config("algorithm=grpo", "grpo.sync.name=int8", f"checkpoint.every={n}")
-        for n in (1, 2)
+def test_the_precision_of_weights_counts_and_checkpoints_do_not():
+    whole, *rounded = (
+        identity.fingerprint(launch.config("algorithm=grpo", *changes))
+        for changes in (
+            (),
+            ("grpo.weights={'actor_gen': 'int8'}",),
+            ("grpo.weights={'actor_gen': 'int8'}", "checkpoint.every=2"),
+            ("grpo.weights={'actor_gen': 'int4'}",),
+        )
     )
-    assert identity.fingerprint(one) != identity.fingerprint(other)
+    assert rounded[0] == rounded[1] and len({whole, *rounded}) == 3
 
 
 def test_data_count_by_their_contents(tmp_path):

@@ -71,7 +71,8 @@ def calls(planned: Planned) -> list[tuple[Any, ...]]:
             p, cost = planned.found.plan[w.name], planned.found.schedule.costs[w.name]
             held = gib(cost.static_bytes + cost.active_bytes)
             where = (device_range(p.devices), _mesh(p), p.microbatches)
-            rows.append((w.name, w.kind, w.model, *where, number(cost.seconds), held))
+            model = f"{w.model}, {w.weights}" if w.weights else w.model
+            rows.append((w.name, w.kind, model, *where, number(cost.seconds), held))
     return rows
 
 

@@ -217,7 +217,8 @@ def _plan(plan: Mapping[str, Any], colors: Mapping[str, Colors]) -> str:
     for stage, calls in stages.items():
         for i, (call, p) in enumerate(calls.items()):
             dotted = page.named(call, colors.get(stage, {}).get(call, GRAY))
-            words = (p.get("kind") or "", p.get("of") or "–", *_where(p))
+            model = ", ".join(str(p[k]) for k in ("of", "weights") if p.get(k)) or "–"
+            words = (p.get("kind") or "", model, *_where(p))
             ends = (p.get("microbatches", ""), _megabytes(p.get("reallocated_bytes")))
             rows.append((_first(stage, i), dotted, *words, *ends[: 1 + moves]))
     columns = ("stage", "call", "kind", "model", "devices", "mesh", "microbatches", "reallocated")

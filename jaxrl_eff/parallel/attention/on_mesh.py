@@ -1,7 +1,9 @@
 """Distributed attention on global arrays, sharded over the axes of a mesh."""
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ def on_mesh(
     rows: Sequence[str] = ("dcn", "data", "fsdp"),
     heads: str = "tensor",
     split: bool = True,
+    nested: bool = False,
 ) -> Attend:
     """Wraps `attend` for global arrays with rows, tokens and heads sharded over axes of `mesh`.
 
@@ -32,6 +35,8 @@ def on_mesh(
         axis: mesh axis for tokens.
         rows, heads: mesh axes for rows and heads, if the mesh has them.
         split: False shards rows over `rows` and `axis`, and does not shard tokens.
+        nested: True inside a `jax.shard_map` over all axes but `axis` and, if it has several
+            devices, `heads`: arrays have a device's own rows.
 
     Raises:
         ValueError: `mesh` has no such axis for tokens.
@@ -39,6 +44,11 @@ def on_mesh(
     sizes = dict(mesh.shape)
     if axis not in sizes:
         raise ValueError(f"unknown mesh axis {axis!r}; expected one of {list(sizes)}.")
+    over: dict[str, Any] = {"mesh": mesh}
+    if nested:
+        left = {a for a in (axis, heads) if sizes.get(a, 1) > 1}
+        rows, sizes = (), {a: sizes[a] for a in left}
+        over = {"axis_names": left, "check_vma": False}
     rows = tuple(a for a in (*rows, *([] if split else [axis])) if a in sizes)
     ways = {"rows": math.prod(sizes[a] for a in rows), "heads": sizes.get(heads, 1)}
 
@@ -62,11 +72,14 @@ def on_mesh(
         mask = mask.each(lambda x: pad(x, pieces))
         if mask.window is not None:  # it can be a tracer, which is taken only as an operand
             mask = mask._replace(window=jnp.asarray(mask.window, jnp.int32))
+        own = functools.partial(attend, scale=scale, softcap=softcap)
+        if nested and not sizes:
+            return own(q, k, v, mask)
         out = jax.shard_map(
-            lambda q, k, v, mask: attend(q, k, v, mask, scale=scale, softcap=softcap),
-            mesh=mesh,
+            own,
             in_specs=(spec, spec, spec, Mask(*[of_mask] * 4, PartitionSpec())),
             out_specs=spec,
+            **over,
         )(q, k, v, mask)
         return out[:, :length]
 

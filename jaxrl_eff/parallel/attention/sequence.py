@@ -21,7 +21,9 @@ WAYS = {"ring": ring.ring, "gathered": ring.gathered, "ulysses": ring.ulysses}
 
 
 @functools.lru_cache(maxsize=256)
-def attend(place: Placement, way: str = "", reach: int | None = None) -> Callable[..., Array]:
+def attend(
+    place: Placement, way: str = "", reach: int | None = None, nested: bool = False
+) -> Callable[..., Array]:
     """Attention on global arrays whose rows, tokens and heads are sharded according to `place`.
 
     Cached, since another function object would cause a program to be retraced.
@@ -29,6 +31,7 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
     Args:
         way: "ring", "gathered" or "ulysses"; "": the one estimated fastest for the traced shapes.
         reach: use a ring that sends keys and values this many shards on; see `ring.ring`.
+        nested: inside a `jax.shard_map` over the axes that shard rows; see `on_mesh`.
 
     Raises:
         ValueError: an unknown way.
@@ -41,13 +44,18 @@ def attend(place: Placement, way: str = "", reach: int | None = None) -> Callabl
     if place.seq == 1:
         return _when_called(lambda: on_mesh(ring.local("seq", kernel=kernel()), grid))
     if reach is not None:
-        return on_mesh(ring.ring("seq", reach=reach, kernel=kernel()), grid)
-    made = {name: on_mesh(make("seq", kernel=kernel()), grid) for name, make in WAYS.items()}
+        return on_mesh(ring.ring("seq", reach=reach, kernel=kernel()), grid, nested=nested)
+    made = {
+        name: on_mesh(make("seq", kernel=kernel()), grid, nested=nested)
+        for name, make in WAYS.items()
+    }
     if way:
         return made[way]
+    parts = place.row_shards if nested else 1
 
     def chosen(q: Array, k: Array, v: Array, mask: Mask, **how: Any) -> Array:
-        return made[fastest(place, q.shape, k.shape[2], q.dtype)](q, k, v, mask, **how)
+        whole = q.shape[0] * parts, *q.shape[1:]
+        return made[fastest(place, whole, k.shape[2], q.dtype)](q, k, v, mask, **how)
 
     chosen.names = ring.NAMES
     return chosen
@@ -143,12 +151,12 @@ def _on_gpu() -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def both(place: Placement, local: int, way: str = "") -> Callable[..., Array]:
+def both(place: Placement, local: int, way: str = "", nested: bool = False) -> Callable[..., Array]:
     """Attention on rows sharded over all of data, fsdp and seq, with unsharded tokens.
 
     The first `local` tokens of a row attend to each other; the rest are a stripe of a row shared by
     the devices along seq, and attend to all its stripes. The two are independent, so the compiler
-    can overlap the local part with the transfer of keys. `way` as for `attend`.
+    can overlap the local part with the transfer of keys. `way` and `nested` as for `attend`.
     """
     own = ring.local("seq", kernel=kernel())
     shared = {name: make("seq", kernel=kernel()) for name, make in WAYS.items()}
@@ -163,7 +171,7 @@ def both(place: Placement, local: int, way: str = "") -> Callable[..., Array]:
                 outs.append(by(*pieces, there, **how))
         return jnp.concatenate(outs, axis=1)
 
-    return on_mesh(attend, mesh(place), split=False)
+    return on_mesh(attend, mesh(place), split=False, nested=nested)
 
 
 def _fastest_of_stripes(place: Placement, q: Array, k: Array) -> str:

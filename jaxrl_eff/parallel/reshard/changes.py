@@ -10,12 +10,6 @@ Periodically everything is sent in full, with a checksum of what receivers shoul
 The receivers' copy is updated in place; the senders keep what they sent, in the copy's dtype. The
 buckets of a `Route` are not used, so devices that belong to only one of the meshes hold stand-ins
 as large as a shard.
-
-With `bits`, a message has the quantized differences of all its elements instead. Senders keep the
-receivers' resulting values, and the next difference is relative to these: the quantization residual
-is sent later, and errors do not accumulate. All receivers have bitwise equal values, whatever their
-shards: blocks that share a scale are within the smallest part that a message can have, and a code
-times its scale, which has 8 bits of mantissa, is exact in float32.
 """
 
 import dataclasses
@@ -25,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_eff.parallel.codec import Blocks
 from jaxrl_eff.parallel.reshard import bucket_run, buckets, changes_leaf, programs
 from jaxrl_eff.parallel.reshard.layout import Network
 from jaxrl_eff.parallel.reshard.messages import exchange
@@ -41,9 +34,6 @@ class SyncConfig:
     Attributes:
         capacity: maximum fraction of a message's elements that can have changed; a tensor with more
             changes is sent in full.
-        bits: 0: changed elements are sent exactly; 8 or 4: the differences of all elements are
-            sent, quantized to this many bits, with error feedback.
-        block: maximum number of elements that share a scale if `bits` is not 0.
         every: interval, in syncs, of full transfers that also check the copy.
         dense_below: tensors whose messages have fewer elements are always sent in full.
 
@@ -52,23 +42,14 @@ class SyncConfig:
     """
 
     capacity: float = 0.05
-    bits: int = 0
-    block: int = 256
     every: int = 100
     dense_below: int = DENSE_BELOW
 
     def __post_init__(self):
         if not 0 < self.capacity <= 1:
             raise ValueError(f"capacity is {self.capacity}, but must be above 0, at most 1.")
-        if self.bits not in (0, 4, 8):
-            raise ValueError(f"bits is {self.bits}, but must be 0, 4 or 8.")
         if self.every < 1:
             raise ValueError(f"every is {self.every}, but must be at least 1.")
-
-    @property
-    def blocks(self) -> Blocks | None:
-        """Encoding of differences; None: changed elements are sent exactly."""
-        return Blocks(self.bits, self.block) if self.bits else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxrl_eff.parallel.codec import Blocks, decode, encode
 from jaxrl_eff.parallel.reshard import exchange
 from jaxrl_eff.parallel.reshard.collectives import Exchange, Round
 
@@ -48,7 +47,6 @@ def update(
             ),
             start=zero,
         )
-        news = [leaf.held() for leaf in leaves]
     count = sum((full[i] for i in range(len(leaves))), start=jnp.int32(0))
     return (*news, *out, changed / jnp.float32(elements), received, count, drifted)
 
@@ -69,38 +67,9 @@ class ChangedLeaf:
         self.dense_bytes = jnp.float32(self.elements * item)
         self._always_dense = item not in (2, 4) or min(sizes, default=0) < config.dense_below
         self.sparse_bytes = self.dense_bytes
-        self._codes = None
-        if config.blocks is not None and new.ndim and not self._always_dense:
-            self._code(config.blocks)
-        elif not self._always_dense:
+        if not self._always_dense:
             rows = zip(plan.rounds, self._capacity, strict=True)
             self.sparse_bytes = jnp.float32(sum(len(r.boxes) * k for r, k in rows) * (4 + item))
-
-    def _code(self, blocks: Blocks) -> None:
-        """Quantizes the shard's differences unit by unit, if the codes are fewer bytes."""
-        self._blocks, self._unit = blocks, math.prod(self._units)
-        size = blocks.nbytes(self._unit)
-        self._always_dense = size >= self._unit * self._new.dtype.itemsize
-        if self._always_dense:
-            return
-        apart = self._new.astype(jnp.float32) - self._sent.astype(jnp.float32)
-        grid = exchange.ratios(apart.shape, self._units)
-        codes = encode(exchange.boxed(apart, grid).reshape(-1, self._unit), blocks)
-        self._codes = codes.reshape(*grid[:-1], grid[-1] * size)
-        self._code_units = (1,) * (len(grid) - 1) + (size,)
-        self._held = self._moved(self._sent, self._codes)
-        self.sparse_bytes = self.dense_bytes * (size / (self._unit * self._new.dtype.itemsize))
-
-    def _moved(self, old: Any, codes: Any) -> Any:
-        """Adds encoded differences to `old`."""
-        codes = codes.reshape(-1, self._code_units[-1])
-        apart = decode(codes, self._unit, self._blocks, jnp.float32).reshape(-1, *self._units)
-        apart = exchange.unboxed(apart, exchange.ratios(old.shape, self._units))
-        return (old.astype(jnp.float32) + apart).astype(old.dtype)
-
-    def held(self) -> Any:
-        """Receivers' values, after `updated`, of this device's shard."""
-        return self._new if self._codes is None else self._held
 
     def _cut(self, r: Round, x: Any) -> Any:
         return exchange.taken(r, self._devices, [self._units], [x])[0]
@@ -128,7 +97,7 @@ class ChangedLeaf:
 
     def overflows(self) -> Any:
         """1 if a message of this device has more changes than its capacity, otherwise 0."""
-        if self._always_dense or self._codes is not None:
+        if self._always_dense:
             return jnp.int32(0)
         over = jnp.int32(0)
         for r, k in zip(self._plan.rounds, self._capacity, strict=True):
@@ -139,20 +108,17 @@ class ChangedLeaf:
     def updated(self, full: Any) -> Any:
         if self._always_dense:
             return self.dense()
-        if self._codes is not None:
-            return self._coded()
         return lax.cond(full, self.dense, self._sparse)
 
-    def _received(self, mine: Any, message: Callable[[int, Round, Any], Any]) -> Any:
+    def _received(self, message: Callable[[int, Round, Any], Any]) -> Any:
         """The copy, updated with the parts that this device holds itself and with messages.
 
         Args:
-            mine: this device's shard, as receivers get it.
             message: (number of a round, the round, the copy) -> the received part.
         """
         copy = self._copy
         for r in self._plan.kept:
-            copy = self._put(r, copy, self._cut(r, mine))
+            copy = self._put(r, copy, self._cut(r, self._new))
         for i, r in enumerate(self._plan.rounds):
             copy = self._put(r, copy, message(i, r, copy))
         return copy
@@ -163,7 +129,7 @@ class ChangedLeaf:
         def message(_: int, r: Round, copy: Any) -> Any:
             return self._send(r, _bits(self._cut(r, self._new))).view(copy.dtype)
 
-        return self._received(self._new, message)
+        return self._received(message)
 
     def _sparse(self) -> Any:
         """The copy, with only changes sent: indices and values in one message."""
@@ -178,16 +144,7 @@ class ChangedLeaf:
             part = _bits(old).reshape(-1).at[at].set(values, mode="drop")
             return part.reshape(old.shape).view(copy.dtype)
 
-        return self._received(self._new, message)
-
-    def _coded(self) -> Any:
-        """The copy, with quantized differences of all elements sent."""
-
-        def message(_: int, r: Round, copy: Any) -> Any:
-            part = exchange.taken(r, self._devices, [self._code_units], [self._codes])[0]
-            return self._moved(self._cut_of_copy(r, copy), self._send(r, part))
-
-        return self._received(self._held, message)
+        return self._received(message)
 
     def _cut_of_copy(self, r: Round, copy: Any) -> Any:
         return exchange.received(r, self._devices, [self._units], [copy])[0]

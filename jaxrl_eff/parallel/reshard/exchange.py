@@ -186,17 +186,3 @@ def placed(
         return lax.dynamic_update_slice(whole, part, start)
 
     return [one(w, p, u) for w, p, u in zip(out, got, units, strict=True)]
-
-
-def boxed(x: Any, line: tuple[int, ...]) -> Any:
-    """Splits a shard, `line` boxes long in each dimension, into (boxes, *box)."""
-    shape = [m for n, k in zip(x.shape, line, strict=True) for m in (k, n // k)]
-    x = x.reshape(shape).transpose(*range(0, 2 * x.ndim, 2), *range(1, 2 * x.ndim, 2))
-    return x.reshape(-1, *x.shape[len(line) :])
-
-
-def unboxed(x: Any, line: tuple[int, ...]) -> Any:
-    """Inverse of `boxed`."""
-    n, box = len(line), x.shape[1:]
-    x = x.reshape(*line, *box).transpose([k for i in range(n) for k in (i, n + i)])
-    return x.reshape([k * m for k, m in zip(line, box, strict=True)])

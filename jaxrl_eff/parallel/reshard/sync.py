@@ -3,8 +3,7 @@
 A `Route` sends the full tree on every call. A `WeightSync` keeps the copy on the target mesh: it
 sends tensors that training does not change (the frozen base of an adapter) once, and of the others
 only the changed elements (`changes`). The result is bitwise equal to a full transfer, but memory is
-held between calls: the copy on the target and the last sent values on the source. To send even
-less, differences can be quantized to 8 or 4 bits, which makes the copy approximate.
+held between calls: the copy on the target and the last sent values on the source.
 """
 
 from typing import Any
@@ -26,8 +25,8 @@ class WeightSync:
         network: as for `Route`.
 
     Attributes:
-        done: statistics of the last call's changes; None after a call that sent everything, the
-            first or the one after `restart`, and in processes that own no device of either mesh.
+        done: statistics of the last call's changes; None after the first call, which sent
+            everything, and in processes that own no device of either mesh.
 
     Raises:
         ValueError: an array is in host memory.
@@ -93,10 +92,6 @@ class WeightSync:
         self._copies = kept, copy, sent
         ours, theirs = iter(kept), iter(copy)
         return self._treedef.unflatten([next(ours if s else theirs) for s in self._is_still])
-
-    def restart(self) -> None:
-        """Makes the next call send everything, like the first one."""
-        self._copies, self._calls, self.done = None, 0, None
 
     def _still(self, leaves: list[Any]) -> list[Any]:
         return [x for x, s in zip(leaves, self._is_still, strict=True) if s]

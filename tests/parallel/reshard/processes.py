@@ -18,7 +18,9 @@ import ml_dtypes
 import numpy as np
 
 from jaxrl_eff.parallel import Placement, Route, rules
+from jaxrl_eff.parallel.codec import Blocks, decode, encode
 from jaxrl_eff.parallel.reshard.changes import ChangedElements, SyncConfig
+from jaxrl_eff.parallel.reshard.rounded import MOST, Pieces, RoundedRoute
 
 AXES = {"w": ("layers", "embed", "heads"), "b": ("embed",), "count": (), "bf": ("heads", "embed")}
 SIZES = {"embed": {12}, "heads": {8}, "layers": {2}}
@@ -57,6 +59,13 @@ def check(moved, target, values):
             np.testing.assert_array_equal(np.asarray(s.data), value[s.index], err_msg=k)
 
 
+def rounded(x, bits):
+    """What one device makes of a tensor."""
+    pieces, blocks = Pieces.of(x.shape), Blocks(bits, MOST)
+    codes = encode(x.reshape(-1, pieces.length), blocks)
+    return np.asarray(decode(codes, pieces.length, blocks, x.dtype)).reshape(x.shape)
+
+
 def main():
     for name, (a, b) in PAIRS.items():
         if COUNT > 2 and name not in ("disjoint", "overlap", "spread"):
@@ -68,6 +77,14 @@ def main():
             moved = route(tree)
         check(moved, target, VALUES)
         print(name, "moved")
+    for name in ("disjoint", "split inside hosts"):
+        source, target = (rules(p, SIZES).tree(AXES) for p in PAIRS[name])
+        tree = {k: array(v, source[k]) for k, v in VALUES.items()}
+        which = {k: k in ("w", "bf") for k in VALUES}
+        route = RoundedRoute(tree, target, rounded=which, precision="int4").compile()
+        want = {k: rounded(v, 4) if which[k] else v for k, v in VALUES.items()}
+        check(route(tree), target, want)
+        print(name, "rounded")
     a, b = PAIRS["split inside hosts"]
     kept = {k: v for k, v in VALUES.items() if k in ("w", "bf")}
     axes = {k: AXES[k] for k in kept}
