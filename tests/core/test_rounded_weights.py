@@ -104,8 +104,8 @@ def test_old_weights_are_rounded_too():
     _, want, want_data, _ = _run(graph, _everywhere(graph, ONE), steps=2)
     _, models, data, _ = _run(graph, {**APART, "actor_gen": _place([0, 1])}, steps=2)
     np.testing.assert_array_equal(data["tokens"], want_data["tokens"])
-    old = models["actor"].past["actor_gen"][0]
-    for k, x in want["actor"].past["actor_gen"][0].items():
+    old = models["actor"].stale["actor_gen"][0]
+    for k, x in want["actor"].stale["actor_gen"][0].items():
         np.testing.assert_allclose(np.asarray(old[k]), np.asarray(x), rtol=1e-4, atol=1e-5)
     for a, b in zip(*map(jax.tree.leaves, (models["actor"], want["actor"])), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
