@@ -274,9 +274,10 @@ class Simulator:
             if w.model is None:
                 continue
             site, price = sites[i], self._prices.call(i, sites[i])
-            key = (w.model, w.weights, site.layout)
-            if key not in held or held[key][1] < price.static_bytes:
-                held[key] = (site.mask, price.static_bytes)
+            stored = {w.weights} | ({""} if self._home[w.model] == i else set())
+            for key in ((w.model, precision, site.layout) for precision in sorted(stored)):
+                if key not in held or held[key][1] < price.static_bytes:
+                    held[key] = (site.mask, price.static_bytes)
             active.append((site.mask, price.active_bytes, w.name))
             source = sites[self._home[w.model]]
             if (w.weights or source.layout != site.layout) and self._trains[w.model]:

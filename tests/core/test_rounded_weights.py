@@ -180,7 +180,7 @@ def assembled(plan, *changes):
         pytest.param(
             "small", ("grpo.adapt={'actor': {'name': 'lora', 'rank': 2}}",), marks=pytest.mark.slow
         ),
-        pytest.param("fsdp", ("model.param_dtype=bfloat16",), marks=pytest.mark.slow),
+        pytest.param("fsdp", (), marks=pytest.mark.slow),
     ],
 )
 def test_an_algorithm_learns_the_same_on_any_devices(plan, changes):
