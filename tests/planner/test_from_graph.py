@@ -69,7 +69,7 @@ def test_sizes_are_those_that_tracing_finds(name):
     problem = works(graph, lms, PROMPTS, sampling=sampling, specs=s.specs)
     assert [w.name for w in problem.works] == [c.name for c in s.calls]
     for w in problem.works:
-        shapes = {k: v.shape for k, v in s._args[w.name].items()}
+        shapes = {k: v.shape for k, v in s.args[w.name].items()}
         for k, shape in shapes.items():
             assert problem.edge_bytes[k] == 4 * jnp.zeros(shape).size, (w.name, k)
         if w.kind in ("infer", "train"):
