@@ -176,7 +176,7 @@ class StageSettings:
         plan: "all" (every call on all devices), "fsdp" (the same, parameters sharded), "halves"
             (the actor's calls on the first half, the others on the second), "search" (the best
             plan that the planner finds), or a table call -> dict(devices=[...], tensor=..., ...);
-            see `plan_rules.plan`. With `zero` the first three put train calls on that many nodes.
+            see `plan_rules.plan`. With `zero` all four put train calls on that many nodes.
         search: settings of the plan search, if the plan is "search".
         sync: sending of trained weights to calls on other devices.
         schedule: formation of steps from sequences of many lengths.
