@@ -323,8 +323,8 @@ some of the partners.
 
 - If a feature changes only where and how fast (plans, schedules, exact communication), the
   parameters are those of the same stage on one device without it: each within 1e-3 of its change
-  plus 1e-6 of its norm; weights of 16 bits within one unit in the last place, and fewer than 2 %
-  of them differ at all.
+  plus 1e-6 of its norm. Where weights and so their gradients have 16 bits, what is learned is
+  within 2^-6 of its length.
 - If it changes what is computed, the reference has it, too, and is on one device.
 - Few bits between nodes round: what is learned is near what is learned without rounding, within
   0.05 (8 bits) to 0.5 (4 bits) of its length.
