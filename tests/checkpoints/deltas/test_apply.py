@@ -229,7 +229,7 @@ def test_arrays_that_do_not_fit_are_named():
     refuses(r"\[3, 1\], but its shape is \[2, 3\]", np.zeros((3, 1), int), np.zeros(3, np.float32))
     refuses("are float32, not integers", one)
     refuses("values of 'w' are float32", np.array([0]), one, np.zeros(1, np.float16))
-    refuses("semantics='put'", np.array([0]), semantics="put")
+    refuses("unknown semantics 'put'", np.array([0]), semantics="put")
     with pytest.raises(ValueError, match="'v' is only in one of shapes and values"):
         deltas.from_entries(shapes, {"w": np.array([0])}, {"v": one})
     with pytest.raises(ValueError, match="originals are float16, but the tensor float32"):
