@@ -85,6 +85,7 @@ def test_one_plan_explained(tmp_path, monkeypatch):
     assert float(difference.split(": ")[1]) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_optimizers_in_a_loop_of_ones_own(tmp_path, monkeypatch):
     printed = run("optimizers", tmp_path, monkeypatch)

@@ -20,6 +20,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console as Rich
 from rich.console import Group, RenderableType
 from rich.live import Live
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -77,7 +78,7 @@ class Console:
         grid = _grid()
         for name, value in facts.items():
             grid.add_row(clean(name), clean(value))
-        self._draw(grid)
+        self._draw(grid, whole=True)
         self._gap()
 
     def line(self, text: str) -> None:
@@ -218,13 +219,21 @@ class Console:
         else:
             self._plain(text)
 
-    def _draw(self, what: RenderableType) -> None:
-        """Prints lines within the width; without spaces at their ends, except on a terminal."""
+    def _draw(self, what: RenderableType, *, whole: bool = False) -> None:
+        """Prints lines within the width; without spaces at their ends, except on a terminal.
+
+        Args:
+            whole: True keeps words that are too long, such as hashes, in one piece.
+        """
         self._blank = False
         if self._terminal:
             self._rich.print(what)
         else:
-            for line in self._rich.render_lines(what, pad=False):
+            options = self._rich.options
+            if whole:
+                words = Measurement.get(self._rich, options.update(width=10_000), what).minimum
+                options = options.update(width=max(self._width, words))
+            for line in self._rich.render_lines(what, options, pad=False):
                 self._plain("".join(part.text for part in line).rstrip())
 
     def _plain(self, line: str) -> None:

@@ -83,7 +83,7 @@ SPARSE = (
     ("algorithm", "changes"),
     [
         pytest.param("ppo", LORA, id="lora", marks=pytest.mark.slow),
-        pytest.param("grpo", SPARSE, id="sparse"),
+        pytest.param("grpo", SPARSE, id="sparse", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_is_the_same_however_weights_are_sent(algorithm, changes):

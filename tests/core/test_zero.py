@@ -178,7 +178,7 @@ def test_the_number_of_microbatches_changes_nothing_that_is_rounded(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["int4_delta", *(pytest.param(n, marks=pytest.mark.slow) for n in ("int8", "qgz"))]
+    "name", ["int8", *(pytest.param(n, marks=pytest.mark.slow) for n in ("int4_delta", "qgz"))]
 )
 def test_a_sequence_axis_changes_nothing_that_is_rounded_and_sends_no_more(name):
     places = Placement(EVERY, dcn=2, fsdp=2, seq=2), Placement(EVERY[:4], dcn=2, fsdp=2)

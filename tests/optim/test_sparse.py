@@ -305,8 +305,8 @@ def test_state_is_as_small_as_what_is_active():
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(selector="best"), "selector is 'best'"),
-        (dict(on_drop="forget"), "on_drop is 'forget'"),
+        (dict(selector="best"), "unknown selector 'best'"),
+        (dict(on_drop="forget"), "unknown on_drop 'forget'"),
         (dict(density=0.0), "density is 0.0"),
         (dict(block=(5, 5)), r"blocks of \(5, 5\) do not divide"),
         (dict(inner=optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(1.0))), "elementwise"),

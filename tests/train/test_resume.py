@@ -47,9 +47,8 @@ def whole(cache, tmp_path_factory):  # noqa: F811
     return workdir
 
 
-@pytest.mark.parametrize(
-    "moments", [FEW, pytest.param(MOMENTS, marks=pytest.mark.slow)], ids=["few", "many"]
-)
+@pytest.mark.slow  # by default runs are stopped in this process
+@pytest.mark.parametrize("moments", [FEW, MOMENTS], ids=["few", "many"])
 def test_killed_at_any_moment_it_ends_bitwise_the_same(moments, whole, cache, tmp_path):  # noqa: F811
     for moment in moments:
         code, out, err = launch.command(THREE, f"--workdir={tmp_path}", cache=cache, kill=moment)
