@@ -48,7 +48,7 @@ def heuristics(judge: Judge, over: Callable[[float], bool]) -> dict[str, State |
         "halves": lambda t: _arranged(t, _halves(t)),
         "disaggregated": lambda t: _arranged(t, _disaggregated(t)),
         "by model": lambda t: _arranged(t, _partitions(t)),
-        "by call": lambda t: _arranged(t, _levelled(t)),
+        "by call": lambda t: _arranged(t, _leveled(t)),
         "greedy": _greedy,
     }
     out: dict[str, State | str] = {}
@@ -320,7 +320,7 @@ def _partitions(t: Choices) -> Iterator[list[Slice]]:
             yield slices
 
 
-def _levelled(t: Choices) -> Iterator[list[Slice]]:
+def _leveled(t: Choices) -> Iterator[list[Slice]]:
     """Yields meshes for set partitions of at most `_CALLS` calls into two to four groups, each on
     its own devices: the `_LEVEL` ones whose most loaded device has the least work."""
     calls = range(len(t.works))

@@ -199,7 +199,7 @@ def divided(x: Array, local: int, parts: int) -> tuple[Array, Array]:
 
 
 def striped(x: Array, parts: int) -> Array:
-    """Permutes `[B, T]` so that token i is in stripe i mod P; `token_order.striped` on the device.
+    """Permutes `[B, T]` so that token i is in stripe i mod P, on the device.
 
     Striped attention (Brandon et al., 2023, arXiv:2311.09431): balanced for any mix of documents.
     """
