@@ -33,7 +33,7 @@ from jaxrl_eff.core import lowering, programs
 from jaxrl_eff.core import rows as rows_of
 from jaxrl_eff.core.graph import Call, row_prefix
 from jaxrl_eff.core.lowering import Lowered
-from jaxrl_eff.core.runners import RESELECT, reselection
+from jaxrl_eff.core.runners import reselection
 from jaxrl_eff.core.schedules import Schedules
 from jaxrl_eff.core.shardings import Shardings, placed
 from jaxrl_eff.core.specs import Model
@@ -65,7 +65,7 @@ def check_trained(c: Call) -> None:
 
 
 class PackedRows:
-    """What packed runners share: the padded rows of a call, and its schedules.
+    """The padded rows of a call and its schedules, which packed runners share.
 
     Args:
         shardings: of the graph.
@@ -337,10 +337,6 @@ class PackedTrain(PackedRows):
         """Dispatches the computation of the rows of each update."""
         if not self._once:
             self._rows = self.programs["rows"](key)
-
-    def reselect(self, model: Model, args: Mapping[str, Any], key: Any) -> Model:
-        """Reselects what the call trains; the model is donated."""
-        return self.programs[RESELECT](model, args, key)[0]
 
     def __call__(self, model: Any, args: Mapping[str, Any], key: Any) -> tuple[Any, dict, dict]:
         seen = []

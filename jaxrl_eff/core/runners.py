@@ -124,10 +124,6 @@ class Train:
         self._traced = None
         return out | reselection(self._shardings, self._call, self._args)
 
-    def reselect(self, model: Model, args: Mapping[str, Any], key: Any) -> Model:
-        """Reselects what the call trains; the model is donated."""
-        return self.programs[RESELECT](model, args, key)[0]
-
     def __call__(self, model: Any, args: Mapping[str, Any], key: Any) -> tuple[Any, dict, dict]:
         model, metrics = self.programs[""](model, args, key)
         return model, {}, metrics

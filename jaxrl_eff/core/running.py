@@ -10,6 +10,7 @@ import numpy as np
 from jaxrl_eff.core import model_state, transfers
 from jaxrl_eff.core.graph import Call
 from jaxrl_eff.core.program_order import Operation
+from jaxrl_eff.core.runners import RESELECT
 from jaxrl_eff.core.specs import Model
 from jaxrl_eff.core.timing import StepTimes
 from jaxrl_eff.parallel import Placement, WeightSync, global_arrays
@@ -99,7 +100,7 @@ class Running:
         bare, stale = model._replace(stale=()), model.stale
         del model  # donated: no other reference may remain
         if c.of in self.reselect:
-            bare = runner.reselect(bare, args, self.key(c))
+            bare, _ = runner.programs[RESELECT](bare, args, self.key(c))
         trained, out, m = runner(bare, args, self.key(c))
         self.models[c.of] = trained._replace(stale=stale)
         return out, m

@@ -1,4 +1,4 @@
-"""Where calls get the weights of their models from: routes from home, or syncs of changes.
+"""Sources of the weights that calls read: routes from home, or syncs of changes.
 
 A call that reads rounded weights gets them by a `RoundedRoute` wherever it runs, also at home.
 """

@@ -22,7 +22,7 @@ from jaxrl_eff.parallel.mesh import mesh
 
 
 class Opened(NamedTuple):
-    """What `NodeParts.open` has sent.
+    """Weights that `NodeParts.open` has sent.
 
     Attributes:
         near: name -> the node's part of a weight that layers gather, `[devices of a node, ...]`; or

@@ -1,4 +1,4 @@
-"""What may stand where a parameter stands: arrays that are made when they are used.
+"""Weights, which may stand where a parameter stands: arrays that are made when they are used.
 
 A `Weight` is a registered pytree in a parameter tree, in place of an array: a shard that is
 all-gathered (`parallel.zero.weights`), an array in host memory (`parallel.offload`). A `Kernel`

@@ -1,4 +1,4 @@
-"""Which entries of which kernels are trained: `AdaptSettings` as `optim.sparse` reads them."""
+"""The entries of kernels that are trained: `AdaptSettings` as `optim.sparse` reads them."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What a part of a model's training differentiates and updates: parameters, entries, layers.
+"""The parts of a model that training differentiates and updates: parameters, entries, layers.
 
 Each kind has `init`, `leaves` (the differentiated arrays), `constants` (what a backward pass needs
 beside them) and `update` as in `core.specs.Adaptation`, and the `axes` of its arrays that are no

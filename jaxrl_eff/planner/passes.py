@@ -85,7 +85,7 @@ def starting(layers: float | int, p: Placement, c: Cluster) -> float:
 
 
 class Microbatches(NamedTuple):
-    """What a call computes at once: one of its microbatches, scheduled ones if packed.
+    """The rows that a call computes at once: one of its microbatches, scheduled ones if packed.
 
     Attributes:
         count: number of them in an update or pass.

@@ -117,7 +117,6 @@ def outline(
     """
     s = run.stage[name]
     algorithm = parts.algorithm_of(s)
-    unused.check(s)
     cfg = parts.loss_of(s, name)
     origins, lms = parts.roles_of(s, lm, earlier, run.model.ignore)
     sampling, rollout = parts.sampling_of(s, name, tokenizer), None
@@ -146,6 +145,7 @@ def outlines(run: Run) -> list[Outline]:
     out: list[Outline] = []
     for name in run.stages:
         with parts.at_path(f"config.{name}"):
+            unused.check(run.stage[name])
             reward = None if run.stage[name].reward.name == "model" else _unread
             out.append(outline(run, name, tokenizer, lm, out, reward))
     return out

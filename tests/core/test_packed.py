@@ -11,6 +11,7 @@ import optax
 import pytest
 from sized import sized
 from test_plan_law import check, models_after
+from test_resume import failed
 
 from jaxrl_eff.algorithms import grpo, ppo
 from jaxrl_eff.cli import report
@@ -30,7 +31,7 @@ from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.assignment import Assignment, Shape
 from jaxrl_eff.parallel.attention.context import current_layout
 from jaxrl_eff.planner.packed_rows import cost_of
-from jaxrl_eff.train import assembly, balanced, state, summary, writer
+from jaxrl_eff.train import assembly, balanced, state, summary
 
 COST = cost_of(sized(2, 16, 4, 2, 8, 32, 24), flops_per_s=1e9, bytes_per_s=1e9)
 FOUR = Placement((3, 0, 2, 1), data=2, seq=2)
@@ -487,17 +488,7 @@ def test_a_run_that_stopped_ends_with_the_same_bits(tmp_path, monkeypatch):
     few = "grpo.schedule={'name': 'skrull', 'room': 32, 'shapes': 1}"
     whole = launch.config(arg, plan, few, "grpo.loss.minibatches=2")
     assert launch.train(whole, tmp_path / "whole")
-    step = writer.Writer.step
-
-    def fail(self, number, *args, **kwargs):
-        if number == 2:
-            raise RuntimeError("stopped")
-        return step(self, number, *args, **kwargs)
-
-    monkeypatch.setattr(writer.Writer, "step", fail)
-    with pytest.raises(RuntimeError, match="stopped"):
-        launch.train(whole, tmp_path / "parts")
-    monkeypatch.undo()
+    failed(monkeypatch, whole, tmp_path / "parts", at=2)
     assert launch.train(whole, tmp_path / "parts")
     assert launch.export(tmp_path / "whole") == launch.export(tmp_path / "parts")
     told = [values for _, _, values in launch.numbers(tmp_path / "parts")]

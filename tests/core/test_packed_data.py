@@ -13,6 +13,7 @@ from sized import sized
 from test_packed import at_random
 from test_plan_law import check as check_law
 from test_plan_law import models_after
+from test_resume import failed
 
 from jaxrl_eff import core
 from jaxrl_eff.algorithms import dpo, reward_model, sft
@@ -22,7 +23,7 @@ from jaxrl_eff.data.balance import skrull
 from jaxrl_eff.data.balance.assignment import Shape
 from jaxrl_eff.models import LMConfig, params
 from jaxrl_eff.planner.packed_rows import cost_of
-from jaxrl_eff.train import assembly, balanced, writer
+from jaxrl_eff.train import assembly, balanced
 
 LM = LMConfig(
     vocab=24, layers=2, width=16, heads=4, kv_heads=2, head_dim=8, ffn=32, init_std=0.3, unroll=1
@@ -225,17 +226,7 @@ def test_every_plan_gives_the_parameters_of_one_device(algorithm, changes, same)
 
 def test_a_scheduled_run_stops_and_goes_on(tmp_path, monkeypatch):
     assert launch.train(run(), tmp_path / "whole")
-    step = writer.Writer.step
-
-    def fail(self, number, *args, **kwargs):
-        if number == 3:
-            raise RuntimeError("stopped")
-        return step(self, number, *args, **kwargs)
-
-    monkeypatch.setattr(writer.Writer, "step", fail)
-    with pytest.raises(RuntimeError, match="stopped"):
-        launch.train(run(), tmp_path / "parts")
-    monkeypatch.undo()
+    failed(monkeypatch, run(), tmp_path / "parts", at=3)
     assert launch.train(run(), tmp_path / "parts")
     a, b = (launch.tensors(tmp_path / d) for d in ("whole", "parts"))
     for name in b:

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import launch
 import numpy as np
 import pytest
+from test_resume import failed
 
 from jaxrl_eff import optim, tree
 from jaxrl_eff.core import Graph, Placement, Spec, compile, train
-from jaxrl_eff.train import assembly, state, writer
+from jaxrl_eff.train import assembly, state
 
 BF16 = "model.param_dtype='bfloat16'"
 
@@ -32,18 +33,7 @@ def test_a_run_stopped_and_started_again_ends_bitwise_the_same(
 ):
     run = collage(algorithm, variant)
     assert launch.train(run, tmp_path / "whole")
-
-    step = writer.Writer.step
-
-    def fail(self, number, *args, **kwargs):
-        if number == 3:
-            raise RuntimeError("stopped")
-        return step(self, number, *args, **kwargs)
-
-    monkeypatch.setattr(writer.Writer, "step", fail)
-    with pytest.raises(RuntimeError, match="stopped"):
-        launch.train(run, tmp_path / "parts")
-    monkeypatch.undo()
+    failed(monkeypatch, run, tmp_path / "parts", at=3)
     assert launch.train(run, tmp_path / "parts")
     assert launch.export(tmp_path / "parts") == launch.export(tmp_path / "whole")
     assert launch.numbers(tmp_path / "parts") == launch.numbers(tmp_path / "whole")

@@ -126,6 +126,21 @@ def stopped(monkeypatch, run, workdir, *, after):
             launch.train(run, workdir)
 
 
+def failed(monkeypatch, run, workdir, *, at):
+    """Runs until the metrics of step `at` should be written, which fails."""
+    step = writer.Writer.step
+
+    def fail(self, number, *args, **kwargs):
+        if number == at:
+            raise RuntimeError("stopped")
+        return step(self, number, *args, **kwargs)
+
+    with monkeypatch.context() as m:
+        m.setattr(writer.Writer, "step", fail)
+        with pytest.raises(RuntimeError, match="stopped"):
+            launch.train(run, workdir)
+
+
 SFT = "algorithm=sft,steps=4,every=1"
 
 

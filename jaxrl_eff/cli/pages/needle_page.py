@@ -1,4 +1,4 @@
-"""What a model remembers as a page: needles found by depth and length, loss by position."""
+"""The page of what a model remembers: needles found by depth and length, loss by position."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
