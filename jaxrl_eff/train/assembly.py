@@ -138,13 +138,21 @@ def _stage(run: Run, name: str, tokenizer: Tokenizer, lm: LMConfig, earlier: lis
     source, apart = examples.source(s.data, seed)
     encoder = examples.encoder(s, kind, tokenizer)
     examples.check("data", encoder, source)
-    reward, tried = _reward(s, name, kind, source, tokenizer)
+    score, reward, tried = None, None, ()
+    if kind == "prompts" and s.reward.name != "model":
+        with parts.at_path(f"config.{name}.reward"):
+            score = parts.reward_fn(s.reward)
+            reward = verify.host_reward(score, source, tokenizer)
     made = outline(run, name, tokenizer, lm, earlier, reward)
     graph, lms, specs, sampling = made.graph, made.lms, made.specs, made.sampling
     weights.check_read(made.origins, lms, run.model.path, run.model.ignore)
     fits.check_batch(s, sampling)
     if missing := [r for r in graph.models if r not in made.origins]:
         raise ValueError(f"models lacks the roles {missing}; say where each comes from.")
+    if score is not None:  # takes up to seconds, so the settings were checked before
+        with parts.at_path(f"config.{name}.reward"):
+            what = f"the reward {s.reward.name!r}"
+            tried = examples.try_all(what, lambda row: score(row, "0"), source, _TRIED_SECONDS)
 
     pack, length, pools = 0, s.data.length, []
     if s.schedule.name == "skrull":
@@ -199,21 +207,6 @@ def _stage(run: Run, name: str, tokenizer: Tokenizer, lm: LMConfig, earlier: lis
         name, s, lms, made.origins, step, batches, shapes, evaluation, made.schedules, source,
         sampling, searched, placed, known, notes,
     )  # fmt: skip
-
-
-def _reward(
-    s: StageSettings, name: str, kind: str, source: Any, tokenizer: Tokenizer
-) -> tuple[Callable | None, tuple[str, ...]]:
-    """Returns the host function of a stage's reward call, if it has one, tried on its examples,
-    and notes.
-    """
-    if kind != "prompts" or s.reward.name == "model":
-        return None, ()
-    with parts.at_path(f"config.{name}.reward"):
-        score = parts.reward_fn(s.reward)
-        what = f"the reward {s.reward.name!r}"
-        tried = examples.try_all(what, lambda row: score(row, "0"), source, _TRIED_SECONDS)
-        return verify.host_reward(score, source, tokenizer), tried
 
 
 def _notes(
